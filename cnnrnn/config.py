@@ -1,0 +1,267 @@
+"""Every option and its default, as frozen dataclasses; the command line is made from them.
+
+`ModelConfig()` and `TrainConfig()` are this project's own recipe; each `.paper()` is the recipe of
+Wang et al. (CVPR 2016) as far as the paper states it. What it does not state is marked "ours".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Cell = Literal["lstm", "paper"]
+Activation = Literal["relu", "tanh", "identity"]
+Order = Literal["increasing", "unique", "free"]
+Stop = Literal["n_best", "literal"]
+Decide = Literal["path", "threshold"]
+OnBadImage = Literal["error", "skip"]
+
+MAX_BEAM_SIZE = 16
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    _require(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _require_fraction(name: str, value: float) -> None:
+    _require(0.0 <= value < 1.0, f"{name} must be in [0, 1), got {value}")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a decoded RGB picture becomes the backbone's input.
+
+    The whole picture is resized to a square, so that no label is cropped away; then each channel
+    is scaled to 0..1 and normalised.
+
+    Attributes:
+        image_size: side of the square input, in pixels.
+        mean: per-channel mean to subtract, on the 0..1 scale.
+        std: per-channel standard deviation to divide by, on the 0..1 scale.
+        interpolation: resampling filter, `bilinear` or `bicubic`, antialiased.
+    """
+
+    image_size: int = 224
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+
+    def __post_init__(self) -> None:
+        """Check the sizes."""
+        _require(self.image_size >= 1, f"image_size must be at least 1, got {self.image_size}")
+        for name, triple in (("mean", self.mean), ("std", self.std)):
+            _require(len(triple) == 3, f"{name} must have 3 values, got {len(triple)}")
+        _require(min(self.std) > 0, f"std must be positive, got {self.std}")
+        _require_choice("interpolation", self.interpolation, ("bilinear", "bicubic"))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of a `CNNRNN`.
+
+    Attributes:
+        backbone: `small` (plain torch, needs no extra) or the name of any timm model.
+        pretrained: load timm's pretrained weights.
+        freeze_backbone: keep the backbone fixed, in eval mode; its features are cached on disk.
+        image_size: side of the square input in pixels; None takes the backbone's own.
+        trunk_dim: width of the hidden layer between image feature and head; 0 for none.
+        joint_dim: D, width of the joint space of labels and images.
+        hidden_dim: H, width of the recurrent state.
+        cell: `lstm`, or `paper` for equation 1 taken literally.
+        activation: h of equation 4.
+        score_bias: learn one bias per label and END.
+        projection_bias: learn a bias in the image projection U_I.
+        chain_term: add an independent classifier's next-label logits to the scores.
+        input_dropout: dropout on the image feature.
+        hidden_dropout: dropout on the trunk's output.
+        joint_dropout: dropout on the outputs of U_o and U_I, before their sum.
+    """
+
+    backbone: str = "resnet50"
+    pretrained: bool = True
+    freeze_backbone: bool = True
+    image_size: int | None = None
+    trunk_dim: int = 512
+    joint_dim: int = 64
+    hidden_dim: int = 128
+    cell: Cell = "lstm"
+    activation: Activation = "relu"
+    score_bias: bool = True
+    projection_bias: bool = True
+    chain_term: bool = True
+    input_dropout: float = 0.3
+    hidden_dropout: float = 0.5
+    joint_dropout: float = 0.3
+
+    def __post_init__(self) -> None:
+        """Check sizes, choices and rates."""
+        _require(self.trunk_dim >= 0, f"trunk_dim must be at least 0, got {self.trunk_dim}")
+        _require(self.joint_dim >= 1, f"joint_dim must be at least 1, got {self.joint_dim}")
+        _require(self.hidden_dim >= 1, f"hidden_dim must be at least 1, got {self.hidden_dim}")
+        _require_choice("cell", self.cell, ("lstm", "paper"))
+        _require_choice("activation", self.activation, ("relu", "tanh", "identity"))
+        for name in ("input_dropout", "hidden_dropout", "joint_dropout"):
+            _require_fraction(name, getattr(self, name))
+        if self.image_size is not None:
+            _require(self.image_size >= 1, f"image_size must be at least 1, got {self.image_size}")
+
+    @classmethod
+    def paper(cls) -> ModelConfig:
+        """Return the paper's model: frozen VGG-16 (fc7), D = 64, H = 512, no biases, eq. 1.
+
+        The activation h of equation 4 is not stated; ReLU is ours.
+        """
+        return cls(
+            backbone="vgg16",
+            trunk_dim=0,
+            joint_dim=64,
+            hidden_dim=512,
+            cell="paper",
+            activation="relu",
+            score_bias=False,
+            projection_bias=False,
+            chain_term=False,
+            input_dropout=0.0,
+            hidden_dropout=0.0,
+            joint_dropout=0.5,
+        )
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Beam search over label paths; docs/search.md states what each option means exactly.
+
+    Attributes:
+        beam_size: N, live paths and returned paths per image, 1 to 16.
+        max_labels: T, longest path; None takes the longest label set seen in training
+            (20 for a head that was not trained).
+        min_labels: END is forbidden on shorter paths.
+        order: `increasing` allows only labels above the last one, `unique` any label not yet on
+            the path, `free` every label.
+        end_takes_slot: END competes for one of the N places of a step.
+        stop: `n_best` ends when no live path can enter the N best; `literal` ends when the best
+            live path is below every finished one, as the paper says.
+    """
+
+    beam_size: int = 8
+    max_labels: int | None = None
+    min_labels: int = 0
+    order: Order = "increasing"
+    end_takes_slot: bool = False
+    stop: Stop = "n_best"
+
+    def __post_init__(self) -> None:
+        """Check ranges and choices."""
+        _require(
+            1 <= self.beam_size <= MAX_BEAM_SIZE,
+            f"beam_size must be in 1..{MAX_BEAM_SIZE}, got {self.beam_size}",
+        )
+        _require(self.min_labels >= 0, f"min_labels must be at least 0, got {self.min_labels}")
+        _require_choice("order", self.order, ("increasing", "unique", "free"))
+        _require_choice("stop", self.stop, ("n_best", "literal"))
+        if self.max_labels is not None:
+            _require(self.max_labels >= 0, f"max_labels must be at least 0, got {self.max_labels}")
+            _require(
+                self.min_labels <= self.max_labels,
+                f"min_labels ({self.min_labels}) must not exceed max_labels ({self.max_labels})",
+            )
+
+    @classmethod
+    def paper(cls, k: int = 0) -> SearchConfig:
+        """Return the paper's search with at least `k` labels (footnote 1); N is ours."""
+        return cls(beam_size=4, min_labels=k, order="free", end_takes_slot=True, stop="literal")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training recipe.
+
+    Attributes:
+        optimizer: `adamw` or `rmsprop`.
+        learning_rate: of the path part in the second stage, and of everything in the first.
+        warm_scale: factor on the learning rate of trunk and chain term in the second stage.
+        backbone_scale: factor on the learning rate of a backbone that is not frozen.
+        momentum: of RMSprop.
+        weight_decay: of the optimiser.
+        batch_size: images per step.
+        warm_epochs: at most this many epochs of binary cross-entropy on the chain term first.
+        epochs: at most this many epochs of the sequence loss.
+        patience: stop a stage after this many epochs without a better validation figure.
+        aux_weight: weight of the chain term's binary cross-entropy beside the sequence loss.
+        clip_norm: largest gradient norm; 0 for no clipping.
+        label_order: `frequency` (most frequent first in training) or `given`.
+        val_fraction: share of the training split held out where the data has no `val` split.
+        empty: `keep` images without labels (their target is END) or `drop` them.
+        augment: flip and shift training pictures, where the backbone is trained.
+        on_bad_image: `error` stops at an unreadable image, `skip` leaves it out and counts it.
+        precision: `auto` (bf16 autocast on a GPU that has it), `fp32` or `bf16`.
+        workers: processes that decode pictures; 0 decodes in the training process.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        seed: of initial weights, shuffling, dropout and hold-out.
+        init_backbone: start the backbone from this checkpoint folder.
+        feature_cache: folder for a frozen backbone's features; None puts it in the output folder.
+    """
+
+    optimizer: Literal["adamw", "rmsprop"] = "adamw"
+    learning_rate: float = 1e-3
+    warm_scale: float = 0.3
+    backbone_scale: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-2
+    batch_size: int = 128
+    warm_epochs: int = 40
+    epochs: int = 40
+    patience: int = 6
+    aux_weight: float = 1.0
+    clip_norm: float = 5.0
+    label_order: Literal["frequency", "given"] = "frequency"
+    val_fraction: float = 0.1
+    empty: Literal["keep", "drop"] = "keep"
+    augment: bool = True
+    on_bad_image: OnBadImage = "error"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    workers: int = 0
+    device: str = "auto"
+    seed: int = 0
+    init_backbone: str | None = None
+    feature_cache: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check ranges and choices."""
+        _require_choice("optimizer", self.optimizer, ("adamw", "rmsprop"))
+        _require_choice("label_order", self.label_order, ("frequency", "given"))
+        _require_choice("empty", self.empty, ("keep", "drop"))
+        _require_choice("on_bad_image", self.on_bad_image, ("error", "skip"))
+        _require_choice("precision", self.precision, ("auto", "fp32", "bf16"))
+        _require(self.learning_rate > 0, f"learning_rate must be > 0, got {self.learning_rate}")
+        _require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
+        _require(self.patience >= 1, f"patience must be at least 1, got {self.patience}")
+        _require_fraction("val_fraction", self.val_fraction)
+        for name in ("warm_scale", "backbone_scale", "momentum", "weight_decay", "warm_epochs",
+                     "epochs", "aux_weight", "clip_norm", "workers"):  # fmt: skip
+            value = getattr(self, name)
+            _require(value >= 0, f"{name} must be at least 0, got {value}")
+
+    @classmethod
+    def paper(cls) -> TrainConfig:
+        """Return the paper's recipe: RMSprop, momentum 0.9, weight decay 1e-4, one stage.
+
+        Learning rate, batch size, epochs, patience and clipping are ours: the paper does not
+        state them.
+        """
+        return cls(
+            optimizer="rmsprop",
+            learning_rate=1e-4,
+            momentum=0.9,
+            weight_decay=1e-4,
+            batch_size=128,
+            warm_epochs=0,
+            epochs=40,
+            aux_weight=0.0,
+            augment=False,
+        )

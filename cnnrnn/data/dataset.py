@@ -1,0 +1,291 @@
+"""The one dataset type: label sets of records, with their pictures, features or boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Indices = Sequence[int] | npt.NDArray[np.integer[Any]] | torch.Tensor
+
+
+class DataError(ValueError):
+    """Wrong data; the message is one sentence naming file, record, expected and found."""
+
+
+@dataclass(frozen=True, eq=False)
+class Boxes:
+    """Object boxes of n records in compressed rows.
+
+    Attributes:
+        indptr: [n+1] int64; record i owns boxes `indptr[i]:indptr[i+1]`.
+        label_indices: [m] int32, the label of each box.
+        xywh: [m, 4] float32, left, top, width and height in pixels.
+    """
+
+    indptr: npt.NDArray[np.int64]
+    label_indices: npt.NDArray[np.int32]
+    xywh: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Records with label sets; pictures, features and boxes stay aligned with them.
+
+    Attributes:
+        source: the spec it came from, for messages and cache keys.
+        label_names: L unique names, in the order of the source.
+        label_indptr: [n+1] int64; record i owns `label_indices[indptr[i]:indptr[i+1]]`.
+        label_indices: int32, ascending and unique within a record.
+        splits: split name to record indices, int64.
+        image_paths: n paths, or None.
+        features: [n, F] float32, finite, or None.
+        boxes: boxes of the records, or None.
+        rows: [n] int64, each record's number in its source; 0..n-1 unless it was selected.
+
+    Raises:
+        DataError: the parts do not fit together.
+    """
+
+    source: str
+    label_names: tuple[str, ...]
+    label_indptr: npt.NDArray[np.int64]
+    label_indices: npt.NDArray[np.int32]
+    splits: Mapping[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+    image_paths: tuple[Path, ...] | None = None
+    features: npt.NDArray[np.float32] | None = None
+    boxes: Boxes | None = None
+    rows: npt.NDArray[np.int64] = None  # type: ignore[assignment]  # filled in below
+
+    def __post_init__(self) -> None:
+        """Check that the parts fit together and bring arrays to their types."""
+        self._check_names()
+        indptr, indices = self._checked_csr("label_", self.label_indptr, self.label_indices)
+        count = len(indptr) - 1
+        starts_record = np.zeros(len(indices), dtype=bool)
+        starts_record[indptr[:-1][np.diff(indptr) > 0]] = True
+        if not np.all(starts_record[1:] | (np.diff(indices) > 0)):
+            self._fail("label_indices must be ascending and unique within each record")
+        self._set("label_indptr", indptr)
+        self._set("label_indices", indices)
+
+        rows = np.arange(count) if self.rows is None else np.asarray(self.rows)
+        self._set("rows", rows.astype(np.int64, copy=False))
+        if self.rows.shape != (count,):
+            self._fail(f"rows must be [{count}], got {list(self.rows.shape)}")
+        if self.image_paths is not None and len(self.image_paths) != count:
+            self._fail(f"image_paths must hold {count} paths, got {len(self.image_paths)}")
+        self._check_features(count)
+        self._check_boxes(count)
+        self._check_splits(count)
+
+    def _fail(self, message: str) -> None:
+        raise DataError(f"{self.source}: {message}")
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_names(self) -> None:
+        seen: dict[str, int] = {}
+        for position, name in enumerate(self.label_names):
+            if not isinstance(name, str) or not name.strip():
+                self._fail(f"label {position} must have a non-empty string as name, got {name!r}")
+            if not _is_text(name):
+                self._fail(f"label {position} must have a name that is valid text, got {name!a}")
+            if name in seen:
+                self._fail(
+                    f"label names must be unique, got {name!r} as labels {seen[name]} "
+                    f"and {position}"
+                )
+            seen[name] = position
+
+    def _checked_csr(
+        self, prefix: str, indptr: npt.ArrayLike, indices: npt.ArrayLike
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+        pointers, values = np.asarray(indptr), np.asarray(indices)
+        for name, array in (("indptr", pointers), ("indices", values)):
+            if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+                self._fail(
+                    f"{prefix}{name} must be a vector of integers, got {list(array.shape)} "
+                    f"{array.dtype}"
+                )
+        if not len(pointers) or pointers[0] != 0 or pointers[-1] != len(values):
+            ends = [int(pointers[0]), int(pointers[-1])] if len(pointers) else []
+            self._fail(f"{prefix}indptr must run from 0 to {len(values)}, got {ends}")
+        pointers = pointers.astype(np.int64, copy=False)
+        if np.any(np.diff(pointers) < 0):
+            self._fail(f"{prefix}indptr must not decrease")
+        count = len(self.label_names)
+        if values.size and (values.min() < 0 or values.max() >= count):
+            self._fail(
+                f"{prefix}indices must be in 0..{count - 1}, got {values.min()}..{values.max()}"
+            )
+        return pointers, values.astype(np.int32, copy=False)
+
+    def _check_features(self, count: int) -> None:
+        if self.features is None:
+            return
+        features = np.asarray(self.features)
+        if features.ndim != 2 or len(features) != count or features.dtype.kind != "f":
+            self._fail(
+                f"features must be [{count}, F] floats, got {list(features.shape)} {features.dtype}"
+            )
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf and is named below
+            self._set("features", np.ascontiguousarray(features, dtype=np.float32))
+        finite = np.isfinite(self.features)
+        if not finite.all():
+            row, column = (int(position) for position in np.argwhere(~finite)[0])
+            raise DataError(
+                f"row {self.rows[row]} of {_location(self.source)}: features must be finite "
+                f"in float32, got {features[row, column]} in column {column}"
+            )
+
+    def _check_boxes(self, count: int) -> None:
+        if self.boxes is None:
+            return
+        pointers, labels = self._checked_csr("box ", self.boxes.indptr, self.boxes.label_indices)
+        xywh = np.asarray(self.boxes.xywh, dtype=np.float32)
+        if len(pointers) != count + 1 or xywh.shape != (len(labels), 4):
+            self._fail(
+                f"boxes must cover {count} records with xywh [{len(labels)}, 4], got "
+                f"{len(pointers) - 1} records and {list(xywh.shape)}"
+            )
+        if not np.isfinite(xywh).all():
+            self._fail("boxes must be finite")
+        self._set("boxes", Boxes(pointers, labels, xywh))
+
+    def _check_splits(self, count: int) -> None:
+        splits: dict[str, npt.NDArray[np.int64]] = {}
+        for name, records in self.splits.items():
+            array = np.asarray(records)
+            if not name.strip():
+                self._fail(f"a split must have a non-empty name, got {name!r}")
+            if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+                self._fail(f"split {name} must be a vector of record indices, got {array.dtype}")
+            if array.size and (array.min() < 0 or array.max() >= count):
+                self._fail(
+                    f"split {name} must hold records 0..{count - 1}, got "
+                    f"{array.min()}..{array.max()}"
+                )
+            splits[name] = array.astype(np.int64, copy=False)
+        self._set("splits", splits)
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+        return len(self.label_indptr) - 1
+
+    def labels(self, index: int) -> npt.NDArray[np.int32]:
+        """Return the label indices of one record, ascending."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"record must be in 0..{len(self) - 1}, got {index}")
+        return self.label_indices[self.label_indptr[index] : self.label_indptr[index + 1]]
+
+    def label_matrix(self, indices: Indices | None = None) -> torch.Tensor:
+        """Return the label sets of `indices` (all records by default) as bool [m, L]."""
+        pointers, labels = self._label_rows(indices)
+        matrix = torch.zeros(len(pointers) - 1, len(self.label_names), dtype=torch.bool)
+        rows = np.repeat(np.arange(len(pointers) - 1), np.diff(pointers))
+        matrix[torch.from_numpy(rows), torch.from_numpy(labels.astype(np.int64))] = True
+        return matrix
+
+    def label_counts(self, indices: Indices | None = None) -> npt.NDArray[np.int64]:
+        """Return how many of `indices` (all records by default) have each label, int64 [L]."""
+        _, labels = self._label_rows(indices)
+        return np.bincount(labels, minlength=len(self.label_names)).astype(np.int64)
+
+    def _label_rows(
+        self, indices: Indices | None
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+        if indices is None:
+            return self.label_indptr, self.label_indices
+        pointers, positions = _csr_rows(self.label_indptr, self._checked_indices(indices))
+        return pointers, self.label_indices[positions]
+
+    def _checked_indices(self, indices: Indices) -> npt.NDArray[np.int64]:
+        array = np.asarray(indices)
+        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+            raise TypeError(
+                f"indices must be a vector of integers, got {list(array.shape)} {array.dtype}"
+            )
+        if array.size and (array.min() < 0 or array.max() >= len(self)):
+            raise IndexError(
+                f"indices must be in 0..{len(self) - 1}, got {array.min()}..{array.max()}"
+            )
+        return array.astype(np.int64)
+
+    def select(self, indices: Indices) -> Dataset:
+        """Return the records `indices`, in that order; splits are dropped.
+
+        Args:
+            indices: [m] integers in 0..n-1, repeats allowed.
+
+        Raises:
+            IndexError: an index is out of range.
+        """
+        chosen = self._checked_indices(indices)
+        label_indptr, label_positions = _csr_rows(self.label_indptr, chosen)
+        boxes = None
+        if self.boxes is not None:
+            indptr, positions = _csr_rows(self.boxes.indptr, chosen)
+            boxes = Boxes(indptr, self.boxes.label_indices[positions], self.boxes.xywh[positions])
+        paths = self.image_paths
+        return Dataset(
+            source=self.source,
+            label_names=self.label_names,
+            label_indptr=label_indptr,
+            label_indices=self.label_indices[label_positions],
+            image_paths=None if paths is None else tuple(paths[i] for i in chosen),
+            features=None if self.features is None else self.features[chosen],
+            boxes=boxes,
+            rows=self.rows[chosen],
+        )
+
+    def split(self, name: str) -> Dataset:
+        """Return the records of one split.
+
+        Raises:
+            DataError: there is no such split; the message lists those that exist.
+        """
+        if name not in self.splits:
+            raise DataError(
+                f"{self.source} has no split {name!r}, expected one of: "
+                f"{', '.join(self.splits) or '(none)'}"
+            )
+        return self.select(self.splits[name])
+
+    def record_name(self, index: int) -> str:
+        """Return the record's image path, or `row i of FILE`, for messages."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"record must be in 0..{len(self) - 1}, got {index}")
+        if self.image_paths is not None:
+            return str(self.image_paths[index])
+        return f"row {self.rows[index]} of {_location(self.source)}"
+
+
+def _csr_rows(
+    indptr: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the row pointers of the chosen rows and the positions of their entries."""
+    lengths = indptr[rows + 1] - indptr[rows]
+    pointers = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths, dtype=np.int64)])
+    positions = np.arange(pointers[-1]) + np.repeat(indptr[rows] - pointers[:-1], lengths)
+    return pointers, positions
+
+
+def _location(source: str) -> str:
+    """Return the path in a spec such as `features:FILE.npz`."""
+    return source.partition(":")[2] or source
+
+
+def _is_text(value: str) -> bool:
+    """Whether a string can be written as UTF-8 (JSON can smuggle in half a character)."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,147 @@
+"""Datasets of precomputed features in an .npz file."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cnnrnn.data.dataset import DataError, Dataset
+
+# What numpy and zipfile raise on files that are cut short or altered.
+_BROKEN_FILE = (
+    ValueError,
+    EOFError,
+    OSError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    OverflowError,
+    MemoryError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+def load_features(path: str | Path) -> Dataset:
+    """Read a dataset of feature vectors.
+
+    Args:
+        path: an .npz file with `features` [n, F] float, `labels` [n, L] 0/1 or bool,
+            `label_names` [L] strings and, optionally, `split` [n] strings; without `split` every
+            record is in one split, `all`. Nothing is unpickled.
+
+    Returns:
+        The dataset, its features as float32.
+
+    Raises:
+        DataError: the file or one of its arrays is not as described.
+    """
+    path = Path(path)
+    arrays = _read_arrays(path)
+    features, labels, names = arrays["features"], arrays["labels"], arrays["label_names"]
+    _require_array(path, "features", features, "f", "[n, F] floats", ndim=2)
+    _require_array(path, "labels", labels, "biuf", "[n, L] of 0/1 or bool", ndim=2)
+    _require_array(path, "label_names", names, "U", "[L] strings", ndim=1)
+    count, label_count = labels.shape
+    for name, expected, shape in (
+        ("features", f"[{count}, F] like labels [{count}, L]", features.shape[:1] == (count,)),
+        ("label_names", f"[{label_count}] like labels [n, {label_count}]",
+         names.shape == (label_count,)),
+    ):  # fmt: skip
+        if not shape:
+            raise DataError(f"{path}: {name} must be {expected}, got {list(arrays[name].shape)}")
+    for name, array in (("features", features), ("labels", labels)):
+        if 0 in array.shape:
+            raise DataError(f"{path}: {name} must not be empty, got {list(array.shape)}")
+    bad = (labels != 0) & (labels != 1)
+    if bad.any():
+        row, column = (int(position) for position in np.argwhere(bad)[0])
+        raise DataError(
+            f"row {row} of {path}: labels must be 0 or 1, got {labels[row, column]} "
+            f"in column {column}"
+        )
+    rows, columns = np.nonzero(labels)
+    return Dataset(
+        source=f"features:{path}",
+        label_names=_strings(path, "label_names", names),
+        label_indptr=np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=count))]),
+        label_indices=columns.astype(np.int32),
+        splits=_splits(path, arrays.get("split"), count),
+        image_paths=None,
+        features=features,
+        boxes=None,
+    )
+
+
+def _read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
+    if not path.is_file():
+        raise DataError(f"{path} must be an .npz file, found {_what_is(path)}")
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    try:
+        if not zipfile.is_zipfile(path):
+            raise zipfile.BadZipFile("no zip archive")
+        archive = np.load(path, allow_pickle=False)
+    except _BROKEN_FILE as error:
+        raise DataError(f"{path} must be a complete .npz file, got {_reason(error)}") from error
+    with archive:
+        for name in ("features", "labels", "label_names", "split"):
+            if name not in archive.files:
+                if name == "split":
+                    continue
+                raise DataError(
+                    f"{path}: {name} is missing, found {', '.join(archive.files) or 'no arrays'}"
+                )
+            try:
+                arrays[name] = np.asarray(archive[name])
+            except _BROKEN_FILE as error:
+                if "allow_pickle" in str(error):
+                    raise DataError(
+                        f"{path}: {name} must be a plain array, got Python objects"
+                    ) from error
+                raise DataError(f"{path}: {name} cannot be read, {_reason(error)}") from error
+    return arrays
+
+
+def _what_is(path: Path) -> str:
+    return "a folder" if path.is_dir() else "no such file"
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _require_array(
+    path: Path, name: str, array: npt.NDArray[Any], kinds: str, expected: str, ndim: int
+) -> None:
+    if array.ndim != ndim or array.dtype.kind not in kinds:
+        raise DataError(f"{path}: {name} must be {expected}, got {list(array.shape)} {array.dtype}")
+
+
+def _strings(path: Path, name: str, array: npt.NDArray[Any]) -> tuple[str, ...]:
+    try:
+        return tuple(array.tolist())
+    except ValueError as error:  # bytes that are no character
+        raise DataError(f"{path}: {name} must be text, {_reason(error)}") from error
+
+
+def _splits(
+    path: Path, split: npt.NDArray[Any] | None, count: int
+) -> dict[str, npt.NDArray[np.int64]]:
+    if split is None:
+        return {"all": np.arange(count)}
+    _require_array(path, "split", split, "U", "[n] strings", ndim=1)
+    if len(split) != count:
+        raise DataError(f"{path}: split must be [{count}] like labels, got [{len(split)}]")
+    members: dict[str, list[int]] = {}
+    for row, name in enumerate(_strings(path, "split", split)):
+        if not name.strip():
+            raise DataError(f"row {row} of {path}: split must be a non-empty name, got {name!r}")
+        members.setdefault(name, []).append(row)
+    return {name: np.asarray(rows, dtype=np.int64) for name, rows in members.items()}

@@ -1,0 +1,345 @@
+"""Pictures: decoding, the one preprocessing, and batches of them."""
+
+from __future__ import annotations
+
+import os
+import stat
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.utils.data
+from PIL import Image, ImageOps
+
+from cnnrnn.config import OnBadImage, Preprocessing
+from cnnrnn.data.dataset import DataError, Dataset
+
+MAX_PIXELS = 178_956_970
+"""Largest picture that is decoded, in pixels (Pillow's own limit for decompression bombs)."""
+
+# Raster formats that Pillow decodes by itself; EPS, for one, would start Ghostscript.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "MPO")
+
+_FILTERS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+
+
+class BadImageError(DataError):
+    """An image file that cannot be used.
+
+    Attributes:
+        path: the file.
+        record: which record of which source it belongs to, or None.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, path: str | Path, reason: str, record: str | None = None) -> None:
+        """Compose the message from its parts."""
+        self.path, self.reason, self.record = str(path), reason, record
+        place = f" ({record})" if record else ""
+        super().__init__(f"{self.path}{place} must be a readable image, got {reason}")
+
+    def __reduce__(self) -> tuple[type[BadImageError], tuple[str, str, str | None]]:
+        """Travel between processes as its parts."""
+        return type(self), (self.path, self.reason, self.record)
+
+
+def decode_image(path: str | Path, record: str | None = None) -> Image.Image:
+    """Read an image file completely.
+
+    Args:
+        path: the file.
+        record: named in the error, beside the path.
+
+    Returns:
+        The first frame as RGB, upright by its EXIF orientation; see `to_rgb` for colours.
+
+    Raises:
+        BadImageError: the file is missing, is no image, is cut short, or is larger than
+            `MAX_PIXELS`.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+            kind = "a folder" if os.path.isdir(path) else "something that is not a file"
+            raise BadImageError(path, kind, record)
+        with open(path, "rb") as handle, Image.open(handle, formats=_FORMATS) as image:
+            _check_size(image, path, record)
+            image.load()
+            return to_rgb(image)
+    except (BadImageError, MemoryError):
+        raise
+    except FileNotFoundError as error:
+        raise BadImageError(path, "no such file", record) from error
+    except Image.UnidentifiedImageError as error:
+        raise BadImageError(path, "no image in a known format", record) from error
+    except Exception as error:  # Pillow's decoders raise nearly anything on broken files
+        text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise BadImageError(path, " ".join(text.split()), record) from error
+
+
+def _check_size(image: Image.Image, path: str | Path, record: str | None) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise BadImageError(
+            path, f"{width}x{height} pixels, more than the limit of {MAX_PIXELS}", record
+        )
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return a copy of any Pillow image as upright RGB.
+
+    Transparency is composited on white; 16-bit grey is scaled to 8 bits.
+
+    Args:
+        image: a loaded image of any mode but floating point.
+
+    Raises:
+        ValueError: the mode has no conversion to RGB.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        return _grey_to_8_bits(image).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point pixels, whose range is unknown")
+    if image.has_transparency_data:
+        upper = image.convert("RGBA")
+        white = Image.new("RGBA", upper.size, "white")
+        return Image.alpha_composite(white, upper).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _grey_to_8_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.int64)
+    if values.size and (values.min() < 0 or values.max() > 65535):
+        raise ValueError(
+            f"grey values {values.min()}..{values.max()}, expected 16 bits in 0..65535"
+        )
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def to_tensor(image: Image.Image, preprocessing: Preprocessing) -> torch.Tensor:
+    """Resize the whole picture to the square input.
+
+    Args:
+        image: an RGB picture.
+        preprocessing: gives the side S and the filter, applied with antialiasing.
+
+    Returns:
+        uint8 [3, S, S].
+    """
+    if image.mode != "RGB":
+        raise ValueError(f"image must be RGB, got mode {image.mode}")
+    side = preprocessing.image_size
+    square = image.resize((side, side), _FILTERS[preprocessing.interpolation])
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+
+
+def normalize(batch: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
+    """Scale to 0..1 and normalise each channel, on the batch's device.
+
+    Args:
+        batch: [B, 3, S, S], uint8 or floating point in 0..1.
+        preprocessing: gives mean and std.
+
+    Returns:
+        float32 [B, 3, S, S].
+    """
+    if batch.ndim != 4 or batch.shape[1] != 3:
+        raise ValueError(f"batch must be [B, 3, S, S], got {list(batch.shape)}")
+    if batch.dtype != torch.uint8 and not batch.is_floating_point():
+        raise ValueError(f"batch must be uint8 or floating point, got {batch.dtype}")
+    std = torch.tensor(preprocessing.std, dtype=torch.float64)
+    mean = torch.tensor(preprocessing.mean, dtype=torch.float64)
+    scale = 1 / (std * 255) if batch.dtype == torch.uint8 else 1 / std
+    scale, shift = (
+        values.to(batch.device, torch.float32).view(3, 1, 1) for values in (scale, -mean / std)
+    )
+    return torch.addcmul(shift, batch.to(torch.float32), scale)
+
+
+class ImageBatch(NamedTuple):
+    """Pictures of some records.
+
+    Attributes:
+        indices: [m] int64, the records that the pictures belong to.
+        images: [m, 3, S, S] uint8.
+        bad: the errors of records that were left out.
+    """
+
+    indices: torch.Tensor
+    images: torch.Tensor
+    bad: list[BadImageError]
+
+
+class ImageRecords(torch.utils.data.Dataset[tuple[int, "torch.Tensor | BadImageError"]]):
+    """The pictures of a dataset, decoded and resized on access.
+
+    Item i is (i, uint8 [3, S, S]), or (i, BadImageError) where `on_bad_image` is `skip`.
+
+    Args:
+        dataset: must have image paths.
+        preprocessing: side and filter of the square input.
+        augment: flip at random and shift by up to 1/16 of the side, drawn from torch's generator.
+        on_bad_image: `error` raises `BadImageError`, `skip` returns it as the item.
+
+    Raises:
+        DataError: the dataset has no image paths.
+        ModuleNotFoundError: `augment` needs torchvision, which is not installed.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        preprocessing: Preprocessing,
+        *,
+        augment: bool = False,
+        on_bad_image: OnBadImage = "error",
+    ) -> None:
+        """Keep the paths; nothing is opened yet."""
+        if dataset.image_paths is None:
+            raise DataError(f"{dataset.source} must have image files, got a source without any")
+        self.dataset = dataset
+        self.paths = dataset.image_paths
+        self.preprocessing = preprocessing
+        self.on_bad_image = on_bad_image
+        self.augment = _augmentation(preprocessing.image_size) if augment else None
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[int, torch.Tensor | BadImageError]:
+        """Return the record index with its picture, or with what is wrong with it."""
+        record = f"record {self.dataset.rows[index]} of {self.dataset.source}"
+        try:
+            image = to_tensor(decode_image(self.paths[index], record), self.preprocessing)
+        except BadImageError as error:
+            if self.on_bad_image == "error":
+                raise
+            error.__traceback__ = error.__cause__ = None
+            return index, error
+        return index, image if self.augment is None else self.augment(image)
+
+    def collate(self, items: Sequence[tuple[int, torch.Tensor | BadImageError]]) -> ImageBatch:
+        """Put items into a batch in their order, bad ones aside."""
+        side = self.preprocessing.image_size
+        good = [(index, image) for index, image in items if isinstance(image, torch.Tensor)]
+        return ImageBatch(
+            indices=torch.tensor([index for index, _ in good], dtype=torch.int64),
+            images=torch.stack([image for _, image in good])
+            if good
+            else torch.empty(0, 3, side, side, dtype=torch.uint8),
+            bad=[error for _, error in items if isinstance(error, BadImageError)],
+        )
+
+
+def _augmentation(side: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    try:
+        from torchvision.transforms import v2
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'augmentation needs torchvision: pip install "cnnrnn[vision]"'
+        ) from error
+    augment: Callable[[torch.Tensor], torch.Tensor] = v2.Compose(
+        [
+            v2.RandomHorizontalFlip(),
+            v2.RandomCrop(side, padding=side // 16, padding_mode="reflect"),
+        ]
+    )
+    return augment
+
+
+class ImageBatches(Iterator[ImageBatch]):
+    """One pass over the pictures of a dataset, made by `image_batches`.
+
+    Attributes:
+        bad: the errors of the records left out so far.
+    """
+
+    def __init__(
+        self, records: ImageRecords, loader: Iterator[ImageBatch], on_bad_image: OnBadImage
+    ) -> None:
+        """Start before the first batch."""
+        self.bad: list[BadImageError] = []
+        self._records = records
+        self._loader = loader
+        self._on_bad_image = on_bad_image
+        self._finished = False
+
+    @property
+    def bad_count(self) -> int:
+        """How many records were left out so far."""
+        return len(self.bad)
+
+    def __next__(self) -> ImageBatch:
+        """Return the next batch that has a picture."""
+        for batch in self._loader:
+            self.bad += batch.bad
+            if batch.bad and self._on_bad_image == "error":
+                raise batch.bad[0]
+            if len(batch.indices):
+                return batch
+        if not self._finished:
+            self._finished = True
+            self._report()
+        raise StopIteration
+
+    def _report(self) -> None:
+        if not self.bad:
+            return
+        total = f"{len(self.bad)} of {len(self._records)} images"
+        if len(self.bad) == len(self._records):
+            raise DataError(f"{total} cannot be read, the first: {self.bad[0]}")
+        warnings.warn(f"{total} were left out, the first: {self.bad[0]}", stacklevel=3)
+
+
+def image_batches(
+    dataset: Dataset,
+    preprocessing: Preprocessing,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    augment: bool = False,
+    shuffle_generator: torch.Generator | None = None,
+    on_bad_image: OnBadImage = "error",
+) -> ImageBatches:
+    """Return an iterator over the pictures of a dataset, once.
+
+    Args:
+        dataset: must have image paths.
+        preprocessing: side and filter of the square input.
+        batch_size: pictures per batch; the last batch may be smaller, and so is one with pictures
+            left out. A batch in which every picture is bad is not returned.
+        workers: processes that decode; 0 decodes in this one.
+        augment: flip and shift at random; drawn from torch's generator, in workers from
+            `shuffle_generator`.
+        shuffle_generator: draws the order; None keeps the order of the dataset.
+        on_bad_image: `error` raises at the first unreadable picture; `skip` leaves it out, and
+            warns once at the end of the pass with the count, which is also in `.bad_count`.
+
+    Raises:
+        DataError: the dataset has no image paths, or with `skip` no picture at all can be read.
+        BadImageError: a picture cannot be read and `on_bad_image` is `error`.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    # Errors travel as items: raised in a worker, one would arrive as a traceback in a message.
+    records = ImageRecords(dataset, preprocessing, augment=augment, on_bad_image="skip")
+    generator = shuffle_generator
+    if generator is None and not augment:
+        generator = torch.Generator()  # keeps the loader from drawing from torch's own
+    shuffle = shuffle_generator is not None and len(records) > 0
+    loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
+        records,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        num_workers=workers,
+        collate_fn=records.collate,
+        generator=generator,
+    )
+    return ImageBatches(records, iter(loader), on_bad_image)

@@ -1,0 +1,390 @@
+// Beam search on the CPU, in portable C++: one image after the other, one thread.
+//
+// A live path is a node of the prefix tree, so its recurrent state is made once per call however
+// many images reach it. Loops run over contiguous labels or units, one multiply-add each, in a
+// fixed order: the compiler vectorises them and results do not depend on what was computed before.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <unordered_map>
+#include <vector>
+
+#include "search.h"
+#include "topn.h"
+
+namespace cnnrnn {
+namespace {
+
+constexpr float kNegInf = -std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+// Nodes are forgotten between two images once they fill this much memory.
+constexpr int64_t kPrefixByteBudget = int64_t{256} << 20;
+// In marginal mode the search goes on until less probability than this is unfinished.
+constexpr float kLiveMassFloor = 1e-3f;
+
+// y += a * x over n contiguous values.
+inline void add_scaled(float* __restrict y, float a, const float* __restrict x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] += a * x[i];
+}
+
+// Label prefixes seen in this call and the recurrent state that belongs to each.
+class PrefixStates {
+ public:
+  static constexpr int32_t kRoot = 0;
+
+  explicit PrefixStates(const HeadTables& head)
+      : head_(head),
+        state_width_(2 * head.hidden_dim + head.joint_dim),
+        gates_(4 * head.hidden_dim) {
+    clear();
+  }
+
+  void clear() {
+    nodes_.assign(1, Node{-1, -1, 0, false});
+    children_.clear();
+    states_.assign(state_width_, 0.0f);
+  }
+
+  int32_t child(int32_t parent, int32_t label) {
+    const uint64_t key = (static_cast<uint64_t>(parent) << 32) | static_cast<uint32_t>(label);
+    const auto [entry, inserted] = children_.try_emplace(key, static_cast<int32_t>(nodes_.size()));
+    if (inserted) {
+      nodes_.push_back(Node{parent, label, nodes_[parent].length + 1, false});
+      states_.resize(states_.size() + state_width_);
+    }
+    return entry->second;
+  }
+
+  int32_t parent(int32_t node) const { return nodes_[node].parent; }
+  int32_t last_label(int32_t node) const { return nodes_[node].label; }
+  int32_t length(int32_t node) const { return nodes_[node].length; }
+
+  // U_o o of the prefix, [D]. Valid until the next call to child().
+  const float* projected_output(int32_t node, SearchStats* stats) {
+    ++stats->prefix_lookups;
+    if (nodes_[node].has_state) {
+      ++stats->prefix_hits;
+    } else {
+      compute_state(node);
+    }
+    return state(node) + 2 * head_.hidden_dim;
+  }
+
+  int64_t size() const { return static_cast<int64_t>(nodes_.size()); }
+  int64_t bytes() const { return size() * (state_width_ * sizeof(float) + sizeof(Node)); }
+
+ private:
+  struct Node {
+    int32_t parent;
+    int32_t label;
+    int32_t length;
+    bool has_state;
+  };
+
+  float* state(int32_t node) { return states_.data() + node * state_width_; }
+
+  // Equations 1 and 3, one step from the parent's state. The parent is live before its child is,
+  // so its state is there.
+  void compute_state(int32_t node) {
+    const int64_t H = head_.hidden_dim;
+    const int64_t D = head_.joint_dim;
+    const bool is_root = node == kRoot;
+    const int64_t input_row = is_root ? head_.num_labels : nodes_[node].label;
+    const float* input = head_.input_gates + input_row * 4 * H;
+    std::copy(input, input + 4 * H, gates_.begin());
+
+    float* output = state(node);
+    float* cell = output + H;
+    float* projected = cell + H;
+    const float* parent_state = is_root ? nullptr : state(nodes_[node].parent);
+    if (!is_root) {
+      // An LSTM feeds its output back, equation 1 its cell.
+      const float* fed_back = parent_state + (head_.cell == Cell::kLstm ? 0 : H);
+      for (int64_t k = 0; k < H; ++k) {
+        add_scaled(gates_.data(), fed_back[k], head_.hidden_weight + k * 4 * H, 4 * H);
+      }
+    }
+    const float* g = gates_.data();
+    for (int64_t k = 0; k < H; ++k) {
+      const float previous = is_root ? 0.0f : parent_state[H + k];
+      if (head_.cell == Cell::kLstm) {
+        lstm_unit(g[k], g[H + k], g[2 * H + k], g[3 * H + k], previous, output + k, cell + k);
+      } else {
+        paper_unit(g[k], g[H + k], g[2 * H + k], g[3 * H + k], previous, output + k, cell + k);
+      }
+    }
+    std::fill(projected, projected + D, 0.0f);
+    for (int64_t k = 0; k < H; ++k) {
+      add_scaled(projected, output[k], head_.output_weight + k * D, D);
+    }
+    nodes_[node].has_state = true;
+  }
+
+  const HeadTables& head_;
+  const int64_t state_width_;
+  std::vector<float> gates_;   // [4H]
+  std::vector<Node> nodes_;
+  std::vector<float> states_;  // per node: output [H], cell [H], U_o o [D]
+  std::unordered_map<uint64_t, int32_t> children_;
+};
+
+struct Extension {
+  int32_t parent_rank;
+  int32_t label;
+};
+
+struct Path {
+  float score;
+  int32_t node;
+};
+
+using FinishedPaths = TopN<int32_t, kMaxBeamSize>;
+using Extensions = TopN<Extension, kMaxBeamSize>;
+
+class ImageSearch {
+ public:
+  ImageSearch(const HeadTables& head, const SearchOptions& options, PrefixStates* prefixes,
+              SearchStats* stats)
+      : head_(head),
+        options_(options),
+        prefixes_(*prefixes),
+        stats_(stats),
+        joint_(head.joint_dim),
+        scores_(head.num_labels + 1),
+        forbidden_(head.num_labels + 1) {}
+
+  // Searches one image; returns false when a value that is not finite turns up.
+  // `marginals` [L] and `trace` [T+1, N, 2] may be null.
+  bool run(const float* image_joint, const float* label_logits, float* marginals, int32_t* trace,
+           FinishedPaths* done) {
+    const int64_t L = head_.num_labels;
+    if (!all_finite(image_joint, head_.joint_dim)) return false;
+    if (label_logits != nullptr && !all_finite(label_logits, L + 1)) return false;
+
+    std::vector<Path> live{{0.0f, PrefixStates::kRoot}};
+    bool accepting = true;  // false once a literal stop has fixed the result
+    for (int64_t step = 0; !live.empty(); ++step) {
+      Extensions best(options_.beam_size);
+      for (int32_t rank = 0; rank < static_cast<int32_t>(live.size()); ++rank) {
+        const Path& path = live[rank];
+        if (prefixes_.length(path.node) == options_.max_labels) {
+          offer_end(path, path.score, rank, accepting, &best, done);
+          continue;
+        }
+        if (!score_extensions(path, image_joint, label_logits)) return false;
+        if (marginals != nullptr) {
+          for (int64_t l = 0; l < L; ++l) marginals[l] += expf(scores_[l]);
+        }
+        for (int32_t l = 0; l < L; ++l) {
+          if (best.admits(scores_[l])) best.offer(scores_[l], Extension{rank, l});
+        }
+        offer_end(path, scores_[L], rank, accepting, &best, done);
+      }
+      take_extensions(best, &live, accepting, done);
+      accepting = accepting && !literal_stop(live, *done);
+      prune(marginals != nullptr, accepting, *done, &live);
+      if (trace != nullptr) write_trace(live, trace + step * options_.beam_size * 2);
+    }
+    return true;
+  }
+
+ private:
+  static bool all_finite(const float* values, int64_t n) {
+    return std::all_of(values, values + n, [](float v) { return std::isfinite(v); });
+  }
+
+  // Fills scores_ with path.score + log p(label | path), -inf where a label is forbidden.
+  bool score_extensions(const Path& path, const float* image_joint, const float* label_logits) {
+    const int64_t L = head_.num_labels;
+    const int64_t D = head_.joint_dim;
+    const float* projected = prefixes_.projected_output(path.node, stats_);
+    for (int64_t d = 0; d < D; ++d) {
+      joint_[d] = activate(head_.activation, projected[d] + image_joint[d]);  // eq. 4
+    }
+    forbid(path.node);
+    const int64_t first = first_allowed(path.node);
+    std::fill(scores_.begin(), scores_.begin() + first, kNegInf);
+    if (head_.score_bias != nullptr) {
+      std::copy(head_.score_bias + first, head_.score_bias + L + 1, scores_.begin() + first);
+    } else {
+      std::fill(scores_.begin() + first, scores_.end(), 0.0f);
+    }
+    for (int64_t d = 0; d < D; ++d) {  // eq. 5
+      add_scaled(scores_.data() + first, joint_[d], head_.score_weight + d * (L + 1) + first,
+                 L + 1 - first);
+    }
+    if (label_logits != nullptr) {
+      // Label logits reach hundreds and only their differences matter: taking off the largest
+      // allowed one first keeps the sum precise where probability is.
+      float largest = kNegInf;
+      for (int64_t l = first; l <= L; ++l) {
+        if (!forbidden_[l]) largest = std::max(largest, label_logits[l]);
+      }
+      for (int64_t l = first; l <= L; ++l) scores_[l] += label_logits[l] - largest;
+    }
+    return normalize(path.score, first);
+  }
+
+  // Marks what may not follow: everything below first_allowed() is forbidden besides.
+  void forbid(int32_t node) {
+    const int64_t L = head_.num_labels;
+    std::fill(forbidden_.begin(), forbidden_.end(), 0);
+    if (options_.order == Order::kUnique) {
+      for (int32_t at = node; at != PrefixStates::kRoot; at = prefixes_.parent(at)) {
+        forbidden_[prefixes_.last_label(at)] = 1;
+      }
+    }
+    forbidden_[L] = prefixes_.length(node) < options_.min_labels;
+  }
+
+  int64_t first_allowed(int32_t node) const {
+    return options_.order == Order::kIncreasing ? prefixes_.last_label(node) + 1 : 0;
+  }
+
+  bool normalize(float path_score, int64_t first) {
+    const int64_t L = head_.num_labels;
+    float largest = kNegInf;
+    bool any_allowed = false;
+    for (int64_t l = first; l <= L; ++l) {
+      if (forbidden_[l]) {
+        scores_[l] = kNegInf;
+        continue;
+      }
+      any_allowed = true;
+      if (std::isnan(scores_[l])) return false;
+      largest = std::max(largest, scores_[l]);
+    }
+    if (!any_allowed) {  // nothing may follow but the end
+      scores_[L] = path_score;
+      return true;
+    }
+    if (!std::isfinite(largest)) return false;
+    float sum = 0.0f;
+    for (int64_t l = first; l <= L; ++l) sum += expf(scores_[l] - largest);
+    const float log_sum_exp = largest + logf(sum);
+    for (int64_t l = first; l <= L; ++l) {
+      scores_[l] = path_score + step_log_prob(scores_[l], log_sum_exp);
+    }
+    return true;
+  }
+
+  void offer_end(const Path& path, float score, int32_t rank, bool accepting, Extensions* best,
+                 FinishedPaths* done) {
+    if (options_.end_takes_slot) {
+      best->offer(score, Extension{rank, static_cast<int32_t>(head_.num_labels)});
+    } else if (accepting) {
+      done->offer(score, path.node);
+    }
+  }
+
+  void take_extensions(const Extensions& best, std::vector<Path>* live, bool accepting,
+                       FinishedPaths* done) {
+    parents_ = *live;
+    live->clear();
+    extensions_.clear();
+    for (int i = 0; i < best.size; ++i) {
+      const Extension& extension = best.items[i];
+      const int32_t node = parents_[extension.parent_rank].node;
+      if (extension.label == head_.num_labels) {
+        if (accepting) done->offer(best.scores[i], node);
+      } else {
+        live->push_back({best.scores[i], prefixes_.child(node, extension.label)});
+        extensions_.push_back(extension);
+      }
+    }
+  }
+
+  // The paper's rule: every intermediate path is less probable than all candidates.
+  bool literal_stop(const std::vector<Path>& live, const FinishedPaths& done) const {
+    return options_.stop == Stop::kLiteral && !live.empty() && done.size > 0 &&
+           live.front().score < done.worst();
+  }
+
+  void prune(bool marginals, bool accepting, const FinishedPaths& done,
+             std::vector<Path>* live) const {
+    if (marginals) {
+      float mass = 0.0f;
+      for (const Path& path : *live) mass += expf(path.score);
+      if (mass < kLiveMassFloor && settled(*live, accepting, done)) live->clear();
+    } else if (!accepting) {
+      live->clear();
+    } else if (options_.stop == Stop::kNBest && done.full()) {
+      while (!live->empty() && live->back().score <= done.worst()) live->pop_back();
+    }
+  }
+
+  // Can no live path change the returned paths any more?
+  bool settled(const std::vector<Path>& live, bool accepting, const FinishedPaths& done) const {
+    if (!accepting || live.empty()) return true;
+    return options_.stop == Stop::kNBest && done.full() && live.front().score <= done.worst();
+  }
+
+  void write_trace(const std::vector<Path>& live, int32_t* trace) const {
+    for (size_t j = 0; j < live.size(); ++j) {
+      trace[2 * j] = extensions_[j].parent_rank;
+      trace[2 * j + 1] = extensions_[j].label;
+    }
+  }
+
+  const HeadTables& head_;
+  const SearchOptions& options_;
+  PrefixStates& prefixes_;
+  SearchStats* stats_;
+  std::vector<float> joint_;       // [D]
+  std::vector<float> scores_;      // [L+1]
+  std::vector<char> forbidden_;    // [L+1]
+  std::vector<Path> parents_;      // the live paths that the last step extended
+  std::vector<Extension> extensions_;
+};
+
+void write_paths(const FinishedPaths& done, const PrefixStates& prefixes, int64_t T,
+                 int64_t* labels, int64_t* lengths, float* log_probs) {
+  for (int i = 0; i < done.size; ++i) {
+    int32_t node = done.items[i];
+    log_probs[i] = done.scores[i];
+    lengths[i] = prefixes.length(node);
+    for (int64_t t = lengths[i] - 1; t >= 0; --t, node = prefixes.parent(node)) {
+      labels[i * T + t] = prefixes.last_label(node);
+    }
+  }
+}
+
+}  // namespace
+
+SearchStats beam_search_cpu(const HeadTables& head, const SearchOptions& options,
+                            const ImageEmbeddings& images, const SearchOutput& output) {
+  const int64_t N = options.beam_size;
+  const int64_t T = options.max_labels;
+  const int64_t L = head.num_labels;
+  const int64_t B = images.batch;
+  std::fill(output.labels, output.labels + B * N * T, int64_t{-1});
+  std::fill(output.lengths, output.lengths + B * N, int64_t{0});
+  std::fill(output.log_probs, output.log_probs + B * N, kNegInf);
+  if (output.marginals != nullptr) std::fill(output.marginals, output.marginals + B * L, 0.0f);
+  if (output.trace != nullptr) std::fill(output.trace, output.trace + B * (T + 1) * N * 2, -1);
+
+  SearchStats stats;
+  PrefixStates prefixes(head);
+  ImageSearch search(head, options, &prefixes, &stats);
+  for (int64_t b = 0; b < B; ++b) {
+    if (prefixes.bytes() > kPrefixByteBudget) prefixes.clear();
+    const float* logits =
+        images.label_logits == nullptr ? nullptr : images.label_logits + b * (L + 1);
+    float* marginals = output.marginals == nullptr ? nullptr : output.marginals + b * L;
+    int32_t* trace = output.trace == nullptr ? nullptr : output.trace + b * (T + 1) * N * 2;
+    FinishedPaths done(options.beam_size);
+    if (search.run(images.joint + b * head.joint_dim, logits, marginals, trace, &done)) {
+      write_paths(done, prefixes, T, output.labels + b * N * T, output.lengths + b * N,
+                  output.log_probs + b * N);
+    } else {
+      std::fill(output.log_probs + b * N, output.log_probs + (b + 1) * N, kNaN);
+      if (marginals != nullptr) std::fill(marginals, marginals + L, kNaN);
+    }
+  }
+  stats.prefix_nodes = prefixes.size();
+  stats.prefix_bytes = prefixes.bytes();
+  return stats;
+}
+
+}  // namespace cnnrnn

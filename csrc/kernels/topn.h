@@ -1,0 +1,48 @@
+// The tie rule, once: a bounded list, best first, in which the one that came first stays ahead.
+//
+// Live paths are offered in the order (parent rank, label) and finished paths in the order
+// (step, parent rank), so at equal score the lower rank and label wins, and the earlier finish.
+#pragma once
+
+#include <cmath>
+
+#include "math.h"
+
+namespace cnnrnn {
+
+template <typename Item, int kCapacity>
+struct TopN {
+  float scores[kCapacity];
+  Item items[kCapacity];
+  int size = 0;
+  int limit;  // N, at most kCapacity
+
+  CNNRNN_INLINE explicit TopN(int n) : limit(n) {}
+
+  CNNRNN_INLINE bool full() const { return size == limit; }
+
+  CNNRNN_INLINE float worst() const { return scores[size - 1]; }
+
+  // Would a path of this score enter? A score of -inf never does.
+  CNNRNN_INLINE bool admits(float score) const {
+    return score > -INFINITY && (size < limit || score > scores[limit - 1]);
+  }
+
+  CNNRNN_INLINE void offer(float score, const Item& item) {
+    if (!admits(score)) return;
+    int at = size < limit ? size++ : limit - 1;
+    for (; at > 0 && scores[at - 1] < score; --at) {
+      scores[at] = scores[at - 1];
+      items[at] = items[at - 1];
+    }
+    scores[at] = score;
+    items[at] = item;
+  }
+
+  // Removes the tail of the list whose score is at or below `bound`.
+  CNNRNN_INLINE void drop_at_or_below(float bound) {
+    while (size > 0 && scores[size - 1] <= bound) --size;
+  }
+};
+
+}  // namespace cnnrnn

@@ -1,0 +1,104 @@
+"""Builds cnnrnn._C by running CMake with ninja, and pins the torch that it was built against."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+# What the extension is built against is also what it runs with: `_C` does not load beside another
+# torch, so the requirement names the exact release and no other requirement can replace it.
+DEPENDENCIES = ["numpy>=1.26", "pillow>=10.3", "safetensors>=0.4.3",
+                "jsonargparse[signatures]>=4.40", "rich>=13"]  # fmt: skip
+
+
+def torch_release() -> str | None:
+    """Return the importable torch's release without a local label, such as 2.13.0."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    from torch.version import __version__
+
+    return str(__version__).split("+")[0]
+
+
+def torch_requirement() -> str:
+    """Return the torch requirement of the distribution."""
+    release = torch_release()
+    return f"torch=={release}" if release else "torch>=2.11"
+
+
+class CMakeBuild(build_ext):
+    """Runs CMakeLists.txt for the one extension."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Configure, build, and put the module and its build record in the package."""
+        release = torch_release()
+        if release is None:
+            sys.exit(
+                "cnnrnn: building the extension needs torch>=2.11, and none is importable; "
+                "run `pip install torch` first, or leave out --no-build-isolation"
+            )
+        if tuple(int(part) for part in release.split(".")[:2]) < (2, 11):
+            sys.exit(
+                f"cnnrnn: torch {release} is installed, 2.11 or later is needed; "
+                "run `pip install --upgrade torch` and install again"
+            )
+        self._require_compiler()
+        from torch.utils.cpp_extension import include_paths, library_paths
+
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build_folder = Path(self.build_temp).resolve() / "cmake"
+        build_folder.mkdir(parents=True, exist_ok=True)
+        cmake = shutil.which("cmake") or "cmake"
+        configure = [
+            cmake, "-S", str(ROOT), "-B", str(build_folder), "-G", "Ninja",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DCNNRNN_TORCH_INCLUDE_DIRS={';'.join(include_paths())}",
+            f"-DCNNRNN_TORCH_LIBRARY_DIRS={';'.join(library_paths())}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output.parent}",
+        ]  # fmt: skip
+        ninja = shutil.which("ninja")
+        if ninja:
+            configure.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
+        self._run(configure)
+        self._run([cmake, "--build", str(build_folder)])
+        record = f'"""Written by the build: what cnnrnn._C was built against."""\n\nTORCH = "{release}"\n'
+        (output.parent / "_build_info.py").write_text(record, encoding="utf-8")
+
+    def _require_compiler(self) -> None:
+        if os.name == "nt":
+            return  # CMake finds Visual Studio's compiler by other means than PATH
+        named = os.environ.get("CXX", "").split()
+        candidates = named[:1] or ["c++", "g++", "clang++"]
+        if not any(shutil.which(candidate) for candidate in candidates):
+            sys.exit(
+                f"cnnrnn: no C++ compiler was found (looked for {', '.join(candidates)}); install "
+                "one, on Debian or Ubuntu with `sudo apt install g++`, and install again"
+            )
+
+    def _run(self, command: list[str]) -> None:
+        try:
+            subprocess.run(command, check=True)
+        except FileNotFoundError:
+            sys.exit("cnnrnn: cmake was not found; run `pip install cmake ninja` and install again")
+        except subprocess.CalledProcessError as error:
+            sys.exit(
+                f"cnnrnn: building the extension failed (exit status {error.returncode}); the "
+                f"compiler's own message stands above. Command: {' '.join(command)}"
+            )
+
+
+setup(
+    ext_modules=[Extension("cnnrnn._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+    install_requires=[torch_requirement(), *DEPENDENCIES],
+)
