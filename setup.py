@@ -74,6 +74,12 @@ class CMakeBuild(build_ext):
         record = f'"""Written by the build: what cnnrnn._C was built against."""\n\nTORCH = "{release}"\n'
         (output.parent / "_build_info.py").write_text(record, encoding="utf-8")
 
+    def copy_extensions_to_source(self) -> None:
+        """Put module and build record into the source tree, for an editable install."""
+        super().copy_extensions_to_source()
+        record = Path("cnnrnn", "_build_info.py")
+        shutil.copy(self.build_lib / record, ROOT / record)
+
     def _require_compiler(self) -> None:
         if os.name == "nt":
             return  # CMake finds Visual Studio's compiler by other means than PATH

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,13 +60,8 @@ def _generate_scenes(root: Path) -> None:
     from cnnrnn.data.scenes import write_scenes
 
     _log.info("generating the scenes data set in %s", root)
-    root.parent.mkdir(parents=True, exist_ok=True)
-    # A finished folder appears under its name at once, so an interrupted run leaves no half of it.
-    with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as unfinished:
-        folder = Path(unfinished) / "scenes"
-        write_scenes(folder)
-        try:
-            os.rename(folder, root)
-        except OSError:
-            if not root.is_dir():  # else another process finished it first
-                raise
+    try:
+        write_scenes(root)
+    except OSError:
+        if not (root / "annotations").is_dir():  # else another process finished it first
+            raise

@@ -69,6 +69,8 @@ def load_coco(
             _require_same_categories(parts[0][0].file, parts[0][1].categories, source.file,
                                      part.categories)  # fmt: skip
         parts.append((source, part))
+    if not any(part.paths for _, part in parts):
+        raise DataError(f"{path} must hold at least one image, got empty images in every file")
     return _join(f"coco:{path}", parts)
 
 
@@ -168,9 +170,8 @@ def _check(file: Path, data: Any) -> None:
             raise DataError(f"{file}: {key} is missing, found {', '.join(data) or 'nothing'}")
         if not isinstance(data[key], list):
             raise DataError(f"{file}: {key} must be a list, got {_kind(data[key])}")
-    for key in ("images", "categories"):
-        if not data[key]:
-            raise DataError(f"{file}: {key} must not be empty")
+    if not data["categories"]:
+        raise DataError(f"{file}: categories must not be empty")
     image_ids = _check_ids(file, "images", data["images"])
     for image in data["images"]:
         _check_file_name(file, image)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from cnnrnn.data.dataset import DataError, Dataset
-
-# What numpy and zipfile raise on files that are cut short or altered.
-_BROKEN_FILE = (
-    ValueError,
-    EOFError,
-    OSError,
-    KeyError,
-    NotImplementedError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    OverflowError,
-    MemoryError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 
 def load_features(path: str | Path) -> Dataset:
@@ -82,39 +66,37 @@ def load_features(path: str | Path) -> Dataset:
 
 def _read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
     if not path.is_file():
-        raise DataError(f"{path} must be an .npz file, found {_what_is(path)}")
+        found = "a folder" if path.is_dir() else "no such file"
+        raise DataError(f"{path} must be an .npz file, found {found}")
     arrays: dict[str, npt.NDArray[Any]] = {}
-    try:
-        if not zipfile.is_zipfile(path):
-            raise zipfile.BadZipFile("no zip archive")
-        archive = np.load(path, allow_pickle=False)
-    except _BROKEN_FILE as error:
-        raise DataError(f"{path} must be a complete .npz file, got {_reason(error)}") from error
-    with archive:
+    with contextlib.ExitStack() as stack:
+        try:
+            if not zipfile.is_zipfile(path):
+                raise zipfile.BadZipFile("no zip archive")
+            archive = stack.enter_context(np.load(path, allow_pickle=False))
+        except Exception as error:  # numpy and zipfile raise nearly anything on broken files
+            raise DataError(f"{path} must be a complete .npz file, got {_reason(error)}") from error
         for name in ("features", "labels", "label_names", "split"):
-            if name not in archive.files:
-                if name == "split":
-                    continue
-                raise DataError(
-                    f"{path}: {name} is missing, found {', '.join(archive.files) or 'no arrays'}"
-                )
-            try:
-                arrays[name] = np.asarray(archive[name])
-            except _BROKEN_FILE as error:
-                if "allow_pickle" in str(error):
-                    raise DataError(
-                        f"{path}: {name} must be a plain array, got Python objects"
-                    ) from error
-                raise DataError(f"{path}: {name} cannot be read, {_reason(error)}") from error
+            if name in archive.files:
+                arrays[name] = _read_array(path, archive, name)
+            elif name != "split":
+                found = ", ".join(archive.files) or "no arrays"
+                raise DataError(f"{path}: {name} is missing, found {found}")
     return arrays
 
 
-def _what_is(path: Path) -> str:
-    return "a folder" if path.is_dir() else "no such file"
+def _read_array(path: Path, archive: Any, name: str) -> npt.NDArray[Any]:
+    try:
+        return np.asarray(archive[name])
+    except Exception as error:  # as above
+        if "allow_pickle" in str(error):
+            raise DataError(f"{path}: {name} must be a plain array, got Python objects") from error
+        raise DataError(f"{path}: {name} must be a complete array, got {_reason(error)}") from error
 
 
 def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _require_array(
@@ -127,7 +109,7 @@ def _require_array(
 def _strings(path: Path, name: str, array: npt.NDArray[Any]) -> tuple[str, ...]:
     try:
         return tuple(array.tolist())
-    except ValueError as error:  # bytes that are no character
+    except Exception as error:  # numbers that are no character
         raise DataError(f"{path}: {name} must be text, {_reason(error)}") from error
 
 

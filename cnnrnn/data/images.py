@@ -6,13 +6,14 @@ import os
 import stat
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.utils.data
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from cnnrnn.config import OnBadImage, Preprocessing
 from cnnrnn.data.dataset import DataError, Dataset
@@ -21,7 +22,18 @@ MAX_PIXELS = 178_956_970
 """Largest picture that is decoded, in pixels (Pillow's own limit for decompression bombs)."""
 
 # Raster formats that Pillow decodes by itself; EPS, for one, would start Ghostscript.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "MPO")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+
+# EXIF's orientation to what turns the picture upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 _FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -42,7 +54,7 @@ class BadImageError(DataError):
         """Compose the message from its parts."""
         self.path, self.reason, self.record = str(path), reason, record
         place = f" ({record})" if record else ""
-        super().__init__(f"{self.path}{place} must be a readable image, got {reason}")
+        super().__init__(f"{self.path}{place} must be a readable image, found: {reason}")
 
     def __reduce__(self) -> tuple[type[BadImageError], tuple[str, str, str | None]]:
         """Travel between processes as its parts."""
@@ -67,7 +79,7 @@ def decode_image(path: str | Path, record: str | None = None) -> Image.Image:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
             kind = "a folder" if os.path.isdir(path) else "something that is not a file"
             raise BadImageError(path, kind, record)
-        with open(path, "rb") as handle, Image.open(handle, formats=_FORMATS) as image:
+        with open(path, "rb") as handle, Image.open(handle, formats=_known_formats()) as image:
             _check_size(image, path, record)
             image.load()
             return to_rgb(image)
@@ -75,11 +87,17 @@ def decode_image(path: str | Path, record: str | None = None) -> Image.Image:
         raise
     except FileNotFoundError as error:
         raise BadImageError(path, "no such file", record) from error
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise BadImageError(path, "no image in a known format", record) from error
     except Exception as error:  # Pillow's decoders raise nearly anything on broken files
         text = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise BadImageError(path, " ".join(text.split()), record) from error
+
+
+@cache
+def _known_formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)  # an older Pillow has no AVIF
 
 
 def _check_size(image: Image.Image, path: str | Path, record: str | None) -> None:
@@ -101,7 +119,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: the mode has no conversion to RGB.
     """
-    image = ImageOps.exif_transpose(image)
+    turn = _UPRIGHT.get(_orientation(image))
+    if turn is not None:
+        image = image.transpose(turn)
     if image.mode.startswith("I"):
         return _grey_to_8_bits(image).convert("RGB")
     if image.mode == "F":
@@ -110,7 +130,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
         upper = image.convert("RGBA")
         white = Image.new("RGBA", upper.size, "white")
         return Image.alpha_composite(white, upper).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return EXIF's orientation, 1 where there is none or it cannot be read.
+
+    `ImageOps.exif_transpose` would also write the EXIF block anew, and fail where any tag of it is
+    odd, although the pixels are good.
+    """
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow's EXIF parser raises nearly anything on broken blocks
+        return 1
+    return value if isinstance(value, int) else 1
 
 
 def _grey_to_8_bits(image: Image.Image) -> Image.Image:

@@ -1,0 +1,75 @@
+"""CNN-RNN multi-label image classification with a compiled beam search over label prefixes."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from cnnrnn import _build_check as _build_check
+
+if TYPE_CHECKING:
+    from cnnrnn import metrics
+    from cnnrnn.config import ModelConfig, Preprocessing, SearchConfig, TrainConfig
+    from cnnrnn.data import BadImageError, DataError, load_dataset
+    from cnnrnn.model import Head, ImageEmbedding
+    from cnnrnn.predictor import CNNRNN, Prediction, load, predict, predict_iter
+    from cnnrnn.search import NonFiniteError, SearchResult, beam_search
+
+__version__ = "0.1.0"
+
+# Public name -> module that defines it; loaded at first use, so that importing is fast.
+_HOMES = {
+    "BadImageError": "cnnrnn.data",
+    "CNNRNN": "cnnrnn.predictor",
+    "DataError": "cnnrnn.data",
+    "Head": "cnnrnn.model",
+    "ImageEmbedding": "cnnrnn.model",
+    "ModelConfig": "cnnrnn.config",
+    "NonFiniteError": "cnnrnn.search",
+    "Prediction": "cnnrnn.predictor",
+    "Preprocessing": "cnnrnn.config",
+    "SearchConfig": "cnnrnn.config",
+    "SearchResult": "cnnrnn.search",
+    "TrainConfig": "cnnrnn.config",
+    "beam_search": "cnnrnn.search",
+    "load": "cnnrnn.predictor",
+    "load_dataset": "cnnrnn.data",
+    "predict": "cnnrnn.predictor",
+    "predict_iter": "cnnrnn.predictor",
+}
+
+__all__ = [
+    "BadImageError",
+    "CNNRNN",
+    "DataError",
+    "Head",
+    "ImageEmbedding",
+    "ModelConfig",
+    "NonFiniteError",
+    "Prediction",
+    "Preprocessing",
+    "SearchConfig",
+    "SearchResult",
+    "TrainConfig",
+    "__version__",
+    "beam_search",
+    "load",
+    "load_dataset",
+    "metrics",
+    "predict",
+    "predict_iter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "metrics":
+        return importlib.import_module("cnnrnn.metrics")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'cnnrnn' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,109 @@
+"""The label space: names, frequency order, label sets and the ordered paths that stand for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PAD = -1
+
+
+@dataclass(frozen=True)
+class LabelSpace:
+    """Label names in path order, and where each stood in the data it came from.
+
+    Attributes:
+        names: [L] label names; index 0 comes first on a training path.
+        source_index: [L] position of each name in the data source's own order.
+    """
+
+    names: tuple[str, ...]
+    source_index: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Check that names are distinct and positions are a permutation."""
+        if len(set(self.names)) != len(self.names):
+            raise ValueError("label names must be distinct")
+        if sorted(self.source_index) != list(range(len(self.names))):
+            raise ValueError(
+                f"source_index must be a permutation of {len(self.names)} positions, "
+                f"got {list(self.source_index)[:10]}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @classmethod
+    def given(cls, names: tuple[str, ...]) -> LabelSpace:
+        """Keep the order of the data source."""
+        return cls(names, tuple(range(len(names))))
+
+    @classmethod
+    def by_frequency(cls, names: tuple[str, ...], counts: np.ndarray) -> LabelSpace:
+        """Order labels by frequency, most frequent first; ties by position in the source.
+
+        Args:
+            names: [L] label names in the source's order.
+            counts: [L] images that carry each label in the training split.
+        """
+        order = np.argsort(-np.asarray(counts, dtype=np.int64), kind="stable")
+        return cls(tuple(names[i] for i in order), tuple(int(i) for i in order))
+
+    def from_source(self, targets: Tensor, source_names: tuple[str, ...]) -> Tensor:
+        """Reorder the columns of a data source's label matrix into path order.
+
+        Args:
+            targets: [n, L] label matrix in the source's order.
+            source_names: [L] the source's label names; the same names may come in another order.
+
+        Returns:
+            [n, L] the same matrix with columns in path order.
+
+        Raises:
+            ValueError: when the source's names are not this space's names.
+        """
+        position = {name: i for i, name in enumerate(source_names)}
+        missing = [name for name in self.names if name not in position]
+        unknown = [name for name in source_names if name not in set(self.names)]
+        if missing or unknown:
+            raise ValueError(
+                f"the data's {len(source_names)} labels are not the model's {len(self)}: "
+                f"missing {missing[:5]}, unknown {unknown[:5]}"
+            )
+        return targets[:, [position[name] for name in self.names]]
+
+
+def increasing_paths(targets: Tensor) -> Tensor:
+    """Turn label sets into paths that go up in label index.
+
+    Args:
+        targets: [B, L] bool, columns in path order.
+
+    Returns:
+        [B, T] int64 label indices padded with -1, T the size of the largest set.
+    """
+    sizes = targets.sum(1)
+    longest = int(sizes.max()) if len(targets) else 0
+    paths = torch.full((len(targets), longest), PAD, dtype=torch.int64, device=targets.device)
+    rows, columns = targets.nonzero(as_tuple=True)
+    starts = sizes.cumsum(0) - sizes
+    paths[rows, torch.arange(len(rows), device=rows.device) - starts[rows]] = columns
+    return paths
+
+
+def path_sets(labels: Tensor, num_labels: int) -> Tensor:
+    """Turn padded paths into label sets.
+
+    Args:
+        labels: [..., T] int64 label indices padded with -1.
+        num_labels: L.
+
+    Returns:
+        [..., L] bool.
+    """
+    padded = torch.zeros(*labels.shape[:-1], num_labels + 1, dtype=torch.bool, device=labels.device)
+    padded.scatter_(-1, labels.masked_fill(labels == PAD, num_labels), True)
+    return padded[..., :num_labels]

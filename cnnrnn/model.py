@@ -1,0 +1,322 @@
+"""The model of Wang et al. (CVPR 2016): a backbone and a head over the joint label-image space.
+
+Letters: B images, T steps, L labels (END not counted), H recurrent width, D joint width, F
+image-feature width. The image enters only in the joint projection, after the recurrence, so a
+recurrent state is a function of the label prefix alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cnnrnn.config import Activation, Cell, ModelConfig
+
+UNTRAINED_MAX_LABELS = 20
+
+
+@dataclass(frozen=True)
+class ImageEmbedding:
+    """What the search needs to know of each image.
+
+    Attributes:
+        joint: [B, D] U_I I, the image in the joint space.
+        label_logits: [B, L+1] the chain term's next-label logits, END last; None without it.
+    """
+
+    joint: Tensor
+    label_logits: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.joint)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> ImageEmbedding:
+        """Move to a device, and to a dtype where one is given."""
+        logits = None if self.label_logits is None else self.label_logits.to(device, dtype)
+        return ImageEmbedding(self.joint.to(device, dtype), logits)
+
+
+def chain_logits(label_scores: Tensor) -> Tensor:
+    """Turn independent label scores into the next-label logits of an increasing path.
+
+    If label l were present with probability sigmoid(v_l), independently of all others, the next
+    label of an increasing path after label k would be l with probability
+    p_l * prod_{k<j<l} (1 - p_j). Up to a constant over what is allowed after k, its logits are
+    a_l = v_l + sum_{j>l} softplus(v_j) and a_END = 0, whatever k is.
+
+    Args:
+        label_scores: [B, L] v, one score per label in path order.
+
+    Returns:
+        [B, L+1] a, in float32 or wider; END is the last column.
+    """
+    v = label_scores if label_scores.dtype == torch.float64 else label_scores.float()
+    softplus = functional.softplus(v)
+    after = softplus.flip(1).cumsum(1).flip(1) - softplus
+    return functional.pad(v + after, (0, 1))
+
+
+class LSTMRecurrence(nn.LSTMCell):
+    """A standard LSTM over label embeddings (the paper's r and o are its cell and output)."""
+
+    def step(self, inputs: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Advance one step.
+
+        Args:
+            inputs: [M, D] label embeddings.
+            state: output [M, H] and cell [M, H] before the step.
+
+        Returns:
+            Output [M, H] and cell [M, H] after it.
+        """
+        output, cell = super().forward(inputs, state)
+        return output, cell
+
+    def input_gates(self, inputs: Tensor) -> Tensor:
+        """Return the label's part of the gates with all biases: [M, D] -> [M, 4H]."""
+        return functional.linear(inputs, self.weight_ih, self.bias_ih + self.bias_hh)
+
+
+class PaperRecurrence(nn.Module):
+    """Equation 1 taken literally: ReLU everywhere, no biases, the cell r feeds back.
+
+    x = relu(U_r r' + U_w w), i, f and g likewise; r = f * r' + i * x; o = r * g.
+    Rows of the weights come in the order x, i, f, g.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight_ih = nn.Parameter(torch.empty(4 * hidden_size, input_size))
+        self.weight_hh = nn.Parameter(torch.empty(4 * hidden_size, hidden_size))
+        bound = 1.0 / math.sqrt(hidden_size)  # literal ReLU cells grow without bound otherwise
+        nn.init.uniform_(self.weight_ih, -bound, bound)
+        nn.init.uniform_(self.weight_hh, -bound, bound)
+
+    def step(self, inputs: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Advance one step; arguments and result as in `LSTMRecurrence.step`."""
+        previous = state[1]
+        gates = self.input_gates(inputs) + functional.linear(previous, self.weight_hh)
+        x, i, f, g = gates.relu().chunk(4, dim=1)
+        cell = f * previous + i * x
+        return cell * g, cell
+
+    def input_gates(self, inputs: Tensor) -> Tensor:
+        """Return the label's part of the gates: [M, D] -> [M, 4H]."""
+        return functional.linear(inputs, self.weight_ih)
+
+
+class Trunk(nn.Sequential):
+    """Dropout, and a hidden layer where `trunk_dim` is not 0, between image feature and head."""
+
+    def __init__(
+        self, feature_dim: int, trunk_dim: int, input_dropout: float, hidden_dropout: float
+    ) -> None:
+        layers: list[nn.Module] = [nn.Dropout(input_dropout)]
+        if trunk_dim:
+            layers += [nn.Linear(feature_dim, trunk_dim), nn.ReLU(), nn.Dropout(hidden_dropout)]
+        super().__init__(*layers)
+        self.output_dim = trunk_dim or feature_dim
+
+
+class Head(nn.Module):
+    """Scores the next label of a path from an image feature and the labels so far.
+
+    Args:
+        num_labels: L, END not counted.
+        feature_dim: F, width of the image feature.
+        joint_dim: D.
+        hidden_dim: H.
+        cell: `lstm` or `paper`.
+        activation: h of equation 4.
+        chain_term: add an independent classifier's next-label logits.
+        trunk_dim: width of a hidden layer on the image feature; 0 for none.
+        score_bias: learn one bias per label and END.
+        projection_bias: learn a bias in U_I.
+        input_dropout: dropout on the image feature.
+        hidden_dropout: dropout on the hidden layer.
+        joint_dropout: dropout on the outputs of U_o and U_I.
+
+    Attributes:
+        label_embedding: [L+2, D] U_l; row L is END, row L+1 START. Tied: it reads labels into the
+            recurrence and scores them.
+        score_bias: [L+1] or None.
+        image_projection: U_I.
+        output_projection: U_o.
+        recurrence: weight_ih [4H, D], weight_hh [4H, H] and, for `lstm`, two biases.
+        label_classifier: the chain term's independent classifier, or None.
+        max_labels: longest path of a search that names none: the largest training set.
+    """
+
+    def __init__(
+        self,
+        num_labels: int,
+        feature_dim: int,
+        joint_dim: int = 64,
+        hidden_dim: int = 512,
+        cell: Cell = "lstm",
+        activation: Activation = "relu",
+        chain_term: bool = False,
+        *,
+        trunk_dim: int = 0,
+        score_bias: bool = True,
+        projection_bias: bool = True,
+        input_dropout: float = 0.0,
+        hidden_dropout: float = 0.0,
+        joint_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        for name, size in (("num_labels", num_labels), ("feature_dim", feature_dim),
+                           ("joint_dim", joint_dim), ("hidden_dim", hidden_dim)):  # fmt: skip
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if cell not in ("lstm", "paper"):
+            raise ValueError(f"cell must be lstm or paper, got {cell!r}")
+        if activation not in ("relu", "tanh", "identity"):
+            raise ValueError(f"activation must be relu, tanh or identity, got {activation!r}")
+        self.num_labels = num_labels
+        self.feature_dim = feature_dim
+        self.joint_dim = joint_dim
+        self.hidden_dim = hidden_dim
+        self.cell: Cell = cell
+        self.activation: Activation = activation
+        self.max_labels = UNTRAINED_MAX_LABELS
+
+        bound = 1.0 / math.sqrt(joint_dim)
+        self.label_embedding = nn.Parameter(
+            torch.empty(num_labels + 2, joint_dim).uniform_(-bound, bound)
+        )
+        self.score_bias = nn.Parameter(torch.zeros(num_labels + 1)) if score_bias else None
+        self.trunk = Trunk(feature_dim, trunk_dim, input_dropout, hidden_dropout)
+        width = self.trunk.output_dim
+        self.image_projection = nn.Linear(width, joint_dim, bias=projection_bias)
+        self.output_projection = nn.Linear(hidden_dim, joint_dim, bias=False)
+        self.recurrence: LSTMRecurrence | PaperRecurrence = (
+            LSTMRecurrence(joint_dim, hidden_dim)
+            if cell == "lstm"
+            else PaperRecurrence(joint_dim, hidden_dim)
+        )
+        self.label_classifier = nn.Linear(width, num_labels) if chain_term else None
+        self.joint_dropout = nn.Dropout(joint_dropout)
+
+    @property
+    def end(self) -> int:
+        """Index of END among the scores, and its row of the label embedding."""
+        return self.num_labels
+
+    @property
+    def start(self) -> int:
+        """Row of the label embedding that begins every path."""
+        return self.num_labels + 1
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, num_labels: int, feature_dim: int) -> Head:
+        """Build the head that a `ModelConfig` describes."""
+        return cls(
+            num_labels,
+            feature_dim,
+            config.joint_dim,
+            config.hidden_dim,
+            config.cell,
+            config.activation,
+            config.chain_term,
+            trunk_dim=config.trunk_dim,
+            score_bias=config.score_bias,
+            projection_bias=config.projection_bias,
+            input_dropout=config.input_dropout,
+            hidden_dropout=config.hidden_dropout,
+            joint_dropout=config.joint_dropout,
+        )
+
+    def embed(self, features: Tensor) -> ImageEmbedding:
+        """Project image features into the joint space.
+
+        Args:
+            features: [B, F] float.
+
+        Returns:
+            The images' embeddings: joint [B, D] and, with a chain term, label logits [B, L+1].
+
+        Raises:
+            ValueError: when `features` is not [B, F].
+        """
+        embedding, _ = self.embed_with_label_scores(features)
+        return embedding
+
+    def embed_with_label_scores(self, features: Tensor) -> tuple[ImageEmbedding, Tensor | None]:
+        """Like `embed`, with the independent classifier's own scores v [B, L] or None besides."""
+        if features.dim() != 2 or features.shape[1] != self.feature_dim:
+            raise ValueError(
+                f"features must be [B, {self.feature_dim}], got {list(features.shape)}"
+            )
+        hidden = self.trunk(features)
+        joint = self.joint_dropout(self.image_projection(hidden))
+        if self.label_classifier is None:
+            return ImageEmbedding(joint), None
+        label_scores = self.label_classifier(hidden)
+        return ImageEmbedding(joint, chain_logits(label_scores)), label_scores
+
+    def initial_state(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return the zero state before START: output [count, H] and cell [count, H]."""
+        zeros = self.label_embedding.new_zeros(count, self.hidden_dim)
+        return zeros, zeros
+
+    def extend(self, labels: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Read one more label into recurrent states (equation 3).
+
+        Args:
+            labels: [M] rows of the label embedding; `start` for the first step.
+            state: output [M, H] and cell [M, H] of the prefixes so far.
+        """
+        return self.recurrence.step(self.label_embedding[labels], state)
+
+    def score(self, outputs: Tensor, embedding: ImageEmbedding) -> Tensor:
+        """Score labels and END after each path, without what its order forbids (eq. 4 and 5).
+
+        The chain term's logits are left to the caller: they are per image, reach hundreds, and are
+        shifted by the largest allowed one before they are added.
+
+        Args:
+            outputs: [..., H] recurrent outputs o.
+            embedding: joint [..., D], broadcast against the outputs.
+
+        Returns:
+            [..., L+1] scores, END last.
+        """
+        projected = self.joint_dropout(self.output_projection(outputs))
+        total = projected + embedding.joint
+        if self.activation != "identity":
+            total = total.relu() if self.activation == "relu" else total.tanh()
+        return functional.linear(total, self.label_embedding[: self.num_labels + 1], self.score_bias)
+
+    def forward(self, features: Tensor, paths: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Score every step of given paths (teacher forcing).
+
+        Args:
+            features: [B, F].
+            paths: [B, T] int64 label indices padded with -1.
+
+        Returns:
+            Scores [B, T+1, L+1] of the label after each prefix, chain term included; and the
+            independent classifier's scores [B, L], or None without a chain term.
+        """
+        embedding, label_scores = self.embed_with_label_scores(features)
+        scores = self.score(
+            self.path_outputs(paths), ImageEmbedding(embedding.joint[:, None])
+        ).float()
+        if embedding.label_logits is not None:
+            scores = scores + embedding.label_logits[:, None]
+        return scores, label_scores
+
+    def path_outputs(self, paths: Tensor) -> Tensor:
+        """Return the recurrent output after each prefix: [B, T] paths -> [B, T+1, H]."""
+        rows = paths.masked_fill(paths < 0, self.end)  # past the end: computed, never used
+        state = self.extend(rows.new_full((len(rows),), self.start), self.initial_state(len(rows)))
+        outputs = [state[0]]
+        for labels in rows.unbind(1):
+            state = self.extend(labels, state)
+            outputs.append(state[0])
+        return torch.stack(outputs, dim=1)

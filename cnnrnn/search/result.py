@@ -1,0 +1,102 @@
+"""What a beam search returns, whichever implementation ran it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from cnnrnn.labels import PAD, path_sets
+
+
+@dataclass(frozen=True)
+class SearchStats:
+    """How much of the recurrence was shared.
+
+    Attributes:
+        prefix_lookups: live paths that needed a recurrent state.
+        prefix_hits: of those, states that were already there.
+        prefix_nodes: label prefixes held at the end of the call.
+        prefix_bytes: memory of those prefixes, in bytes.
+    """
+
+    prefix_lookups: int = 0
+    prefix_hits: int = 0
+    prefix_nodes: int = 0
+    prefix_bytes: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of lookups that found their state; 0 where nothing was looked up."""
+        return self.prefix_hits / self.prefix_lookups if self.prefix_lookups else 0.0
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The N best label paths of each image, best first.
+
+    Attributes:
+        labels: [B, N, T] int64 label indices in path order, padded with -1.
+        lengths: [B, N] int64 labels on each path.
+        log_probs: [B, N] log-probability; -inf where a path is absent, NaN for a marked image.
+        num_labels: L.
+        stats: how much of the recurrence was shared.
+    """
+
+    labels: Tensor
+    lengths: Tensor
+    log_probs: Tensor
+    num_labels: int
+    stats: SearchStats = field(default_factory=SearchStats)
+    requested_marginals: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def marginals(self) -> Tensor:
+        """Return each label's probability, summed over every visited path: [B, L].
+
+        Raises:
+            ValueError: when the search was not asked for them.
+        """
+        if self.requested_marginals is None:
+            raise ValueError("this search kept no marginals; call beam_search(..., marginals=True)")
+        return self.requested_marginals
+
+    def best_sets(self, top_k: int | None = None) -> Tensor:
+        """Return the label set of each image's best path: [B, L] bool.
+
+        Args:
+            top_k: keep at most this many labels of it, those with the largest marginals, ties to
+                the lower index; needs marginals.
+        """
+        sets = path_sets(self.labels[:, 0], self.num_labels)
+        if top_k is None:
+            return sets
+        ranked = self.marginals().masked_fill(~sets, -torch.inf)
+        order = ranked.argsort(dim=1, descending=True, stable=True)[:, :top_k]
+        kept = torch.zeros_like(sets)
+        kept.scatter_(1, order, True)
+        return kept & sets
+
+    def label_sets(self, image: int) -> list[tuple[tuple[int, ...], float]]:
+        """Merge one image's paths that are orders of one set, adding their probabilities.
+
+        Returns:
+            Pairs of ascending label indices and probability, most probable first; a path that
+            repeats a label counts for its set.
+        """
+        merged: dict[tuple[int, ...], float] = {}
+        for path, log_prob in zip(
+            self.labels[image].tolist(), self.log_probs[image].tolist(), strict=True
+        ):
+            if log_prob == -torch.inf:
+                continue
+            key = tuple(sorted({label for label in path if label != PAD}))
+            merged[key] = merged.get(key, 0.0) + float(torch.tensor(log_prob).exp())
+        return sorted(merged.items(), key=lambda item: -item[1])
+
+    def nonfinite(self) -> Tensor:
+        """Return the indices of images that were marked because a value was not finite: [M]."""
+        return self.log_probs[:, 0].isnan().nonzero()[:, 0]
