@@ -9,10 +9,11 @@ from cnnrnn import _build_check as _build_check
 
 if TYPE_CHECKING:
     from cnnrnn import metrics
+    from cnnrnn.classifier import CNNRNN
     from cnnrnn.config import ModelConfig, Preprocessing, SearchConfig, TrainConfig
     from cnnrnn.data import BadImageError, DataError, load_dataset
     from cnnrnn.model import Head, ImageEmbedding
-    from cnnrnn.predictor import CNNRNN, Prediction, load, predict, predict_iter
+    from cnnrnn.predictor import Prediction, load, predict, predict_iter
     from cnnrnn.search import NonFiniteError, SearchResult, beam_search
 
 __version__ = "0.1.0"
@@ -20,7 +21,7 @@ __version__ = "0.1.0"
 # Public name -> module that defines it; loaded at first use, so that importing is fast.
 _HOMES = {
     "BadImageError": "cnnrnn.data",
-    "CNNRNN": "cnnrnn.predictor",
+    "CNNRNN": "cnnrnn.classifier",
     "DataError": "cnnrnn.data",
     "Head": "cnnrnn.model",
     "ImageEmbedding": "cnnrnn.model",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import math
 import os
 import re
 import warnings
@@ -19,6 +18,7 @@ from cnnrnn.config import OnBadImage
 from cnnrnn.data.dataset import Boxes, DataError, Dataset, _is_text
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
+_PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # most are, which spares the closer look
 
 Categories = list[tuple[int, str]]
 
@@ -250,6 +250,8 @@ def _file_name_problem(name: object) -> str | None:
     """Say why a name is no path inside a folder, or None where it is one."""
     if not isinstance(name, str):
         return "not a string"
+    if _PLAIN_NAME.fullmatch(name):
+        return None
     if not PurePosixPath(name).name:
         return "empty" if not PurePosixPath(name).is_absolute() else "absolute"
     if "\0" in name or not _is_text(name):
@@ -268,12 +270,8 @@ def _is_box(value: object) -> bool:
     return (
         isinstance(value, list)
         and len(value) == 4
-        and all(
-            type(number) in (int, float)
-            and math.isfinite(number if type(number) is float else 0.0)
-            and abs(number) <= _FLOAT32_MAX
-            for number in value
-        )
+        # False for NaN and infinity as well
+        and all(type(number) in (int, float) and abs(number) <= _FLOAT32_MAX for number in value)
     )
 
 
@@ -286,11 +284,10 @@ def _existing(
     kept: list[tuple[int, str]] = []
     missing: list[tuple[int, str]] = []
     for image_id, name in zip(image_ids, names, strict=True):
-        relative = PurePosixPath(name)
-        folder = str(relative.parent)
+        folder, base = os.path.split(os.path.normpath(name))
         if folder not in listings:
             listings[folder] = _list_files(source, root, folder, image_id, name)
-        target = listings[folder].get(relative.name)
+        target = listings[folder].get(base)
         if target is None:
             missing.append((image_id, name))
             continue

@@ -163,8 +163,8 @@ class Dataset:
         splits: dict[str, npt.NDArray[np.int64]] = {}
         for name, records in self.splits.items():
             array = np.asarray(records)
-            if not name.strip():
-                self._fail(f"a split must have a non-empty name, got {name!r}")
+            if not name.strip() or not _is_text(name):
+                self._fail(f"a split must have a non-empty name, got {name!a}")
             if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
                 self._fail(f"split {name} must be a vector of record indices, got {array.dtype}")
             if array.size and (array.min() < 0 or array.max() >= count):

@@ -302,7 +302,7 @@ class ImageBatches(Iterator[ImageBatch]):
         self._records = records
         self._loader = loader
         self._on_bad_image = on_bad_image
-        self._finished = False
+        self._reported = False
 
     @property
     def bad_count(self) -> int:
@@ -311,14 +311,16 @@ class ImageBatches(Iterator[ImageBatch]):
 
     def __next__(self) -> ImageBatch:
         """Return the next batch that has a picture."""
-        for batch in self._loader:
-            self.bad += batch.bad
+        while (batch := next(self._loader, None)) is not None:
             if batch.bad and self._on_bad_image == "error":
+                # End the workers now: left to the garbage collector, each would take 5 seconds.
+                self._loader = iter(())
                 raise batch.bad[0]
+            self.bad += batch.bad
             if len(batch.indices):
                 return batch
-        if not self._finished:
-            self._finished = True
+        if not self._reported:
+            self._reported = True
             self._report()
         raise StopIteration
 

@@ -230,8 +230,8 @@ def _outline(shape: Shape) -> NDArray[np.float64]:
     """Corners of a shape, [corners, 2]."""
     if len(shape) > 4:
         return np.array(list(zip(shape[::2], shape[1::2], strict=True)))
-    turn = np.linspace(0, 2 * np.pi, 24, endpoint=False)
-    return np.array(shape[:2]) + np.stack([np.cos(turn), np.sin(turn)], 1) * np.array(shape[2:])
+    (x, y, rx, ry), turn = shape, np.linspace(0, 2 * np.pi, 24, endpoint=False)
+    return np.stack([x + rx * np.cos(turn), y + ry * np.sin(turn)], axis=1)
 
 
 def draw_labels(rng: np.random.Generator) -> frozenset[str]:
@@ -312,7 +312,7 @@ def _compose(canvas: _Canvas, labels: frozenset[str], light: Ink, rng: np.random
         scale *= 0.75 + 0.6 * (foot - horizon) / GRID if on_ground else 1.0
         x = rng.uniform(3 * scale, GRID - 3 * scale)
         near = "sky" if not on_ground else "back" if foot < edge else "front"
-        paint, fade = PAINTS[rng.integers(len(PAINTS))], rng.uniform(0.0, 0.5)
+        paint, fade = PAINTS[rng.integers(len(PAINTS))], rng.uniform(0.0, 0.6)
         for name, shape in strokes:
             colour = np.array(paint if name == "paint" else PALETTE[name])
             lit = colour if "lamp" in name else colour * light
@@ -364,13 +364,14 @@ def _box(shown: NDArray[np.bool_]) -> Box:
 
 
 def _develop(canvas: _Canvas, light: Ink, rng: np.random.Generator) -> Image.Image:
-    """Reduce to the final size, then add what a camera adds: haze, contrast, noise."""
+    """Reduce to the final size, then add haze, pale colours, low contrast and noise."""
     pixels = np.asarray(canvas.colours.reduce(OVERSAMPLING), dtype=np.float64)
-    haze = rng.uniform(0, 0.6) * rng.random()
+    haze = rng.uniform(0, 0.75) * rng.random()
     pixels = pixels * (1 - haze) + haze * np.array(FOG) * light
-    pixels = pixels.mean() + (pixels - pixels.mean()) * rng.uniform(0.75, 1.15)
-    noise = rng.uniform(3, 12) * (0.5 + 0.5 * light.mean())
-    pixels = pixels + noise * rng.standard_normal(pixels.shape)
+    grey = pixels.mean(axis=2, keepdims=True)
+    pixels = grey + (pixels - grey) * (0.1 + np.sqrt(rng.random()))
+    pixels = pixels.mean() + (pixels - pixels.mean()) * rng.uniform(0.7, 1.15)
+    pixels += rng.normal(0, rng.uniform(3, 12) * (0.5 + 0.5 * light.mean()), pixels.shape)
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
@@ -402,8 +403,7 @@ def write_scenes(
         FileExistsError: `folder` exists and is not an empty folder.
         ValueError: A count or the seed is negative, or `image_size` is out of range.
     """
-    folder = Path(folder).absolute()
-    counts = {"train": train, "val": val, "test": test}
+    folder, counts = Path(folder).absolute(), {"train": train, "val": val, "test": test}
     for name, value in {**counts, "seed": seed}.items():
         if value < 0:
             raise ValueError(f"{name} must be at least 0, got {value}")

@@ -1,0 +1,242 @@
+"""`CNNRNN`: backbone, head, label names and decisions in one module that is saved and loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cnnrnn.backbones import Backbone, make_backbone
+from cnnrnn.config import Calibration, ModelConfig, Preprocessing, SearchConfig
+from cnnrnn.labels import LabelSpace
+from cnnrnn.model import Head, ImageEmbedding
+
+if TYPE_CHECKING:
+    from cnnrnn.predictor import Prediction
+
+FORMAT = 1
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+FEATURES_ONLY = "features"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder is missing, incomplete or does not fit together."""
+
+
+class CNNRNN(nn.Module):
+    """A multi-label image classifier: images in, label paths out.
+
+    Attributes:
+        config: the architecture.
+        label_space: names in path order and their place in the training data.
+        backbone: the image network; None for a head trained on feature vectors.
+        head: scores label paths.
+        search: the search that `predict` runs by default.
+        calibration: what the validation split decided.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        label_space: LabelSpace,
+        head: Head,
+        backbone: Backbone | None,
+        search: SearchConfig | None = None,
+        calibration: Calibration | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.label_space = label_space
+        self.head = head
+        self.backbone = backbone
+        self.search = search or SearchConfig()
+        self.calibration = calibration or Calibration()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Label names in path order, [L]."""
+        return self.label_space.names
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.head.label_embedding.device
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the backbone's features [B, F] of normalised images [B, 3, S, S]."""
+        if self.backbone is None:
+            raise ValueError(
+                "this model was trained on feature vectors and has no backbone; "
+                "use model.predict_features(features)"
+            )
+        features: Tensor = self.backbone(images)
+        return features
+
+    def forward(self, images: Tensor) -> ImageEmbedding:
+        """Embed normalised images [B, 3, S, S] for the search."""
+        return self.head.embed(self.features(images))
+
+    def predict(self, images: Any, **options: Any) -> list[Prediction]:
+        """Predict label sets of images; arguments as in `cnnrnn.predict`."""
+        from cnnrnn.predictor import predict
+
+        return predict(images, self, **options)
+
+    def predict_features(self, features: Tensor, **options: Any) -> list[Prediction]:
+        """Predict label sets of feature vectors [B, F]; options as in `cnnrnn.predict_features`."""
+        from cnnrnn.predictor import predict_features
+
+        return predict_features(features, self, **options)
+
+    def save(self, path: str | Path) -> None:
+        """Write a checkpoint folder, whole or not at all.
+
+        The folder is written beside its place and moved there. A process killed between the two
+        moves leaves the former checkpoint in a hidden folder, where `load_checkpoint` finds it.
+
+        Args:
+            path: the folder; a former checkpoint there is replaced.
+        """
+        from safetensors.torch import save_file
+
+        target = Path(path)
+        if target.exists() and not (target / CONFIG_FILE).is_file() and any(target.iterdir()):
+            raise CheckpointError(f"{target} is not empty and holds no checkpoint; not replaced")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.parent / f".{target.name}.partial-{os.getpid()}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        weights = {name: value.contiguous() for name, value in self.state_dict().items()}
+        save_file(weights, partial / WEIGHTS_FILE)
+        (partial / CONFIG_FILE).write_text(
+            json.dumps(self._description(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        for file in partial.iterdir():
+            _flush(file)
+        former = _former(target)
+        shutil.rmtree(former, ignore_errors=True)
+        if target.exists():
+            target.rename(former)
+        partial.rename(target)
+        shutil.rmtree(former, ignore_errors=True)
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "model": asdict(self.config),
+            "feature_dim": self.head.feature_dim,
+            "labels": list(self.label_space.names),
+            "source_index": list(self.label_space.source_index),
+            "preprocessing": None if self.backbone is None else asdict(self.backbone.preprocessing),
+            "max_labels": self.head.max_labels,
+            "search": asdict(self.search),
+            "calibration": asdict(self.calibration),
+        }
+
+
+def load_checkpoint(path: str | Path) -> CNNRNN:
+    """Read a checkpoint folder, or the best checkpoint of a training run's folder.
+
+    Args:
+        path: a folder written by `CNNRNN.save`, or one that holds such a folder as `best`.
+
+    Returns:
+        The model on the CPU, in eval mode.
+
+    Raises:
+        CheckpointError: the folder is missing or incomplete, or its parts do not fit together.
+    """
+    folder = Path(path)
+    candidates = [folder, folder / "best", _former(folder), _former(folder / "best")]
+    found = next((c for c in candidates if (c / CONFIG_FILE).is_file()), None)
+    if found is None:
+        raise CheckpointError(
+            f"{folder} is not a checkpoint: neither it nor {folder / 'best'} holds {CONFIG_FILE}"
+        )
+    return _build(found, _read_config(found / CONFIG_FILE))
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+    expected = {"format", "model", "feature_dim", "labels", "source_index", "preprocessing",
+                "max_labels", "search", "calibration"}  # fmt: skip
+    if not isinstance(description, dict) or not expected <= description.keys():
+        missing = sorted(expected - set(description)) if isinstance(description, dict) else "object"
+        raise CheckpointError(f"{file} lacks {missing}; it is not a checkpoint of cnnrnn")
+    if description["format"] != FORMAT:
+        raise CheckpointError(
+            f"{file} has format {description['format']}, this release reads {FORMAT}; "
+            "upgrade cnnrnn"
+        )
+    return description
+
+
+def _build(folder: Path, description: dict[str, Any]) -> CNNRNN:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        config = ModelConfig(**description["model"])
+        labels = LabelSpace(tuple(description["labels"]), tuple(description["source_index"]))
+        search = SearchConfig(**description["search"])
+        calibration = Calibration(**description["calibration"])
+        head = Head.from_config(config, len(labels), description["feature_dim"])
+        head.max_labels = int(description["max_labels"])
+        backbone = None
+        if description["preprocessing"] is not None:
+            backbone = make_backbone(config, load_pretrained=False)
+            backbone.preprocessing = _preprocessing(description["preprocessing"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE} does not describe a model: {error}") from error
+    model = CNNRNN(config, labels, head, backbone, search, calibration)
+    try:
+        model.load_state_dict(load_file(folder / WEIGHTS_FILE))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{folder / WEIGHTS_FILE} does not hold the weights of the model that "
+            f"{CONFIG_FILE} describes: {reason}"
+        ) from error
+    return model.eval()
+
+
+def _preprocessing(values: dict[str, Any]) -> Preprocessing:
+    known = replace(Preprocessing(), **values)
+    return replace(known, mean=_triple(known.mean), std=_triple(known.std))
+
+
+def _triple(values: Sequence[float]) -> tuple[float, float, float]:
+    first, second, third = (float(value) for value in values)
+    return first, second, third
+
+
+def _former(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.former"
+
+
+def _flush(file: Path) -> None:
+    with open(file, "rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def weights_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a SHA-256 over names, types, shapes and values of weights, on any device."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        value = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return digest.hexdigest()

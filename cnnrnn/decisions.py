@@ -1,0 +1,136 @@
+"""From image features to a decided label set: the best path, or a threshold on mixed marginals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cnnrnn.config import Calibration, SearchConfig
+from cnnrnn.metrics import best_threshold, multilabel_metrics
+from cnnrnn.model import Head
+from cnnrnn.search import SearchResult, beam_search
+
+MIX_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+SEARCH_BATCH = 4096
+_SMALLEST = 1e-7
+
+
+@dataclass(frozen=True)
+class Inference:
+    """What the head finds in n images.
+
+    Attributes:
+        sets: [n, L] bool, the label set of each image's best path.
+        marginals: [n, L] probability of each label, summed over every visited path.
+        label_scores: [n, L] the chain term's own scores v, or None without it.
+        search: the searches' results, one per slice of the images.
+    """
+
+    sets: Tensor
+    marginals: Tensor
+    label_scores: Tensor | None
+    search: tuple[SearchResult, ...]
+
+    def mixed(self, weight: float) -> Tensor:
+        """Return marginals mixed with the chain term's own probabilities: [n, L] in 0..1."""
+        return mixed_scores(self.marginals, self.label_scores, weight)
+
+
+@torch.no_grad()
+def infer(head: Head, features: Tensor, search: SearchConfig) -> Inference:
+    """Search feature vectors, in slices that bound memory.
+
+    Args:
+        head: in eval mode.
+        features: [n, F] on the head's device.
+        search: the search options.
+
+    Returns:
+        Sets and scores on the CPU.
+    """
+    results, scores = [], []
+    for part in features.split(SEARCH_BATCH) if len(features) else [features]:
+        embedding, label_scores = head.embed_with_label_scores(part)
+        results.append(beam_search(head, embedding, search, marginals=True))
+        if label_scores is not None:
+            scores.append(label_scores.float().cpu())
+    return Inference(
+        sets=torch.cat([result.best_sets() for result in results]).cpu(),
+        marginals=torch.cat([result.marginals() for result in results]).cpu(),
+        label_scores=torch.cat(scores) if scores else None,
+        search=tuple(results),
+    )
+
+
+def mixed_scores(marginals: Tensor, label_scores: Tensor | None, weight: float) -> Tensor:
+    """Mix path marginals with independent label scores, in logit space.
+
+    Args:
+        marginals: [n, L] probabilities.
+        label_scores: [n, L] logits, or None for the marginals alone.
+        weight: of the label scores, 0 to 1.
+
+    Returns:
+        [n, L] scores in 0..1.
+    """
+    if label_scores is None or weight == 0:
+        return marginals
+    if weight == 1:
+        return label_scores.sigmoid()
+    logits = marginals.clamp(_SMALLEST, 1 - _SMALLEST).logit()
+    return ((1 - weight) * logits + weight * label_scores).sigmoid()
+
+
+def calibrate(inference: Inference, targets: Tensor) -> Calibration:
+    """Choose mixing weight and threshold on validation data.
+
+    The weight has the best sum of O-F1 (at its own best threshold) and mAP; 0.5 where the model
+    has no chain term to mix in.
+
+    Args:
+        inference: of the validation images.
+        targets: [n, L] bool.
+    """
+    best: tuple[float, Calibration] | None = None
+    for weight in MIX_WEIGHTS if inference.label_scores is not None else (0.0,):
+        scores = inference.mixed(weight)
+        threshold, of1 = best_threshold(scores, targets)
+        merit = of1 + mean_average_precision(scores, targets)
+        if best is None or merit > best[0]:
+            best = (merit, Calibration(threshold, weight))
+    assert best is not None
+    return best[1]
+
+
+def mean_average_precision(scores: Tensor, targets: Tensor) -> float:
+    """Return mAP, 0 where no label has a positive."""
+    value = multilabel_metrics(scores, targets)["mAP"]
+    return 0.0 if value != value else value
+
+
+def decision_metrics(
+    inference: Inference, targets: Tensor, calibration: Calibration, k: int | None = None
+) -> dict[str, dict[str, float]]:
+    """Measure both decisions, ranked by the mixed marginals.
+
+    Args:
+        inference: of the images.
+        targets: [n, L] bool.
+        calibration: threshold and mixing weight.
+        k: also report at most k labels of the best path (`path@k`) and exactly k labels by score
+            (`top@k`).
+
+    Returns:
+        Metrics of `path` and `threshold`, and of the two at k.
+    """
+    scores = inference.mixed(calibration.mix_weight)
+    rows = {
+        "path": multilabel_metrics(inference.sets, targets, scores=scores),
+        "threshold": multilabel_metrics(scores, targets, threshold=calibration.threshold),
+    }
+    if k is not None:
+        rows[f"path@{k}"] = multilabel_metrics(inference.sets, targets, scores=scores, k=k)
+        rows[f"top@{k}"] = multilabel_metrics(scores, targets, k=k)
+    return rows

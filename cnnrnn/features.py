@@ -1,0 +1,188 @@
+"""Features of a frozen backbone, computed once and kept on disk.
+
+A cache file is named by everything its values depend on: the backbone's weights, the
+preprocessing, and each picture's path, size and time of change. A changed picture or weight gives
+another name; a torn file fails its checksum and is computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import warnings
+import zipfile
+import zlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from cnnrnn.backbones import Backbone
+from cnnrnn.classifier import weights_digest
+from cnnrnn.config import OnBadImage
+from cnnrnn.data import Dataset
+from cnnrnn.data.images import image_batches, normalize
+from cnnrnn.progress import Progress, no_progress
+
+_log = logging.getLogger(__name__)
+
+
+class Features(NamedTuple):
+    """Features of the pictures that could be read.
+
+    Attributes:
+        values: [m, F] float32 on the CPU.
+        kept: [m] int64, the records they belong to.
+    """
+
+    values: Tensor
+    kept: npt.NDArray[np.int64]
+
+
+@torch.no_grad()
+def compute_features(
+    backbone: Backbone,
+    dataset: Dataset,
+    *,
+    device: torch.device,
+    batch_size: int = 128,
+    workers: int = 0,
+    on_bad_image: OnBadImage = "error",
+    progress: Progress = no_progress,
+) -> Features:
+    """Run a backbone, in eval mode, over every picture of a dataset.
+
+    Args:
+        backbone: moved to `device`.
+        dataset: must have image paths.
+        device: where the backbone runs.
+        batch_size: pictures per step.
+        workers: processes that decode.
+        on_bad_image: `error` stops at an unreadable picture, `skip` leaves it out.
+        progress: told how many pictures are done.
+    """
+    backbone = backbone.to(device).eval()
+    values, kept = [], []
+    batches = image_batches(
+        dataset,
+        backbone.preprocessing,
+        batch_size=batch_size,
+        workers=workers,
+        on_bad_image=on_bad_image,
+    )
+    with progress("features", len(dataset)) as advance:
+        for batch in batches:
+            images = normalize(batch.images.to(device), backbone.preprocessing)
+            values.append(backbone(images).float().cpu())
+            kept.append(batch.indices.numpy())
+            advance(len(batch.indices) + len(batch.bad))
+    if not values:
+        return Features(torch.empty(0, backbone.feature_dim), np.empty(0, dtype=np.int64))
+    return Features(torch.cat(values), np.concatenate(kept))
+
+
+def cached_features(
+    backbone: Backbone,
+    dataset: Dataset,
+    folder: Path,
+    *,
+    device: torch.device,
+    batch_size: int = 128,
+    workers: int = 0,
+    on_bad_image: OnBadImage = "error",
+    progress: Progress = no_progress,
+) -> Features:
+    """Return `compute_features`, from `folder` where they are there already.
+
+    Args:
+        folder: made when missing; the other arguments as in `compute_features`.
+    """
+    key = _cache_key(backbone, dataset)
+    file = folder / f"{backbone.name.replace('/', '_')}-{key[:20]}.npz"
+    cached = _read(file, key, backbone.feature_dim, len(dataset))
+    if cached is not None and (on_bad_image == "skip" or len(cached.kept) == len(dataset)):
+        _log.info("features of %d images read from %s", len(cached.kept), file)
+        if len(cached.kept) < len(dataset):
+            missing = sorted(set(range(len(dataset))) - set(cached.kept.tolist()))
+            warnings.warn(
+                f"{len(missing)} of {len(dataset)} images were left out when {file} was made, "
+                f"the first: {dataset.record_name(missing[0])}",
+                stacklevel=2,
+            )
+        return cached
+    computed = compute_features(
+        backbone,
+        dataset,
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+        on_bad_image=on_bad_image,
+        progress=progress,
+    )
+    _write(file, key, computed)
+    return computed
+
+
+def _cache_key(backbone: Backbone, dataset: Dataset) -> str:
+    digest = hashlib.sha256()
+    digest.update(backbone.name.encode())
+    digest.update(weights_digest(backbone.state_dict().items()).encode())
+    digest.update(json.dumps(asdict(backbone.preprocessing)).encode())
+    for path in dataset.image_paths or ():
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            digest.update(f"{path} {error.strerror}\n".encode())
+        else:
+            digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _checksum(features: Features) -> int:
+    return zlib.crc32(features.kept.tobytes(), zlib.crc32(features.values.numpy().tobytes()))
+
+
+def _write(file: Path, key: str, features: Features) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
+    with open(partial, "wb") as handle:
+        np.savez(
+            handle,
+            values=features.values.numpy(),
+            kept=features.kept,
+            key=np.array(key),
+            checksum=np.array(_checksum(features), dtype=np.int64),
+        )
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(partial, file)
+
+
+def _read(file: Path, key: str, feature_dim: int, records: int) -> Features | None:
+    if not file.exists():
+        return None
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            features = Features(torch.from_numpy(stored["values"]), stored["kept"])
+            sound = (
+                str(stored["key"]) == key
+                and features.values.shape == (len(features.kept), feature_dim)
+                and len(features.kept) <= records
+                and int(stored["checksum"]) == _checksum(features)
+            )
+    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        warnings.warn(f"{file} is damaged ({error}); its features are computed again", stacklevel=3)
+        return None
+    if not sound:
+        warnings.warn(
+            f"{file} does not match its checksum or key; its features are computed again",
+            stacklevel=3,
+        )
+        return None
+    return features

@@ -1,0 +1,82 @@
+"""Training losses, one value per image: the sequence loss and those of independent labels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cnnrnn.config import Order
+from cnnrnn.labels import PAD
+
+
+def sequence_loss(scores: Tensor, paths: Tensor, order: Order) -> Tensor:
+    """Cross-entropy of each step of a path, END included, summed over steps (section 3.3).
+
+    The softmax runs over what `order` allows after each prefix: labels above the last one and END
+    for `increasing`, labels not yet on the path and END for `unique`, everything for `free`.
+
+    Args:
+        scores: [B, T+1, L+1] of the label after each prefix, END last.
+        paths: [B, T] int64 label indices padded with -1.
+        order: which labels may follow.
+
+    Returns:
+        [B] negative log-probability of each path.
+    """
+    B, T = paths.shape
+    end = scores.shape[2] - 1
+    targets = functional.pad(paths, (0, 1), value=PAD).masked_fill(
+        functional.pad(paths, (0, 1), value=PAD) == PAD, end
+    )
+    steps = torch.arange(T + 1, device=paths.device)
+    lengths = (paths != PAD).sum(1, keepdim=True)
+    if order != "free":
+        scores = scores.masked_fill(forbidden_labels(paths, end, order), -torch.inf)
+    losses = functional.cross_entropy(
+        scores.reshape(B * (T + 1), end + 1), targets.reshape(-1), reduction="none"
+    ).view(B, T + 1)
+    return (losses * (steps <= lengths)).sum(1)
+
+
+def forbidden_labels(paths: Tensor, num_labels: int, order: Order) -> Tensor:
+    """Return what may not follow each prefix of each path: [B, T] -> [B, T+1, L+1] bool."""
+    B, T = paths.shape
+    labels = torch.arange(num_labels + 1, device=paths.device)
+    if order == "increasing":
+        last = functional.pad(paths, (1, 0), value=-1)  # [B, T+1]
+        forbidden = labels <= last[:, :, None]
+    else:
+        forbidden = torch.zeros(
+            B, T + 1, num_labels + 1, dtype=torch.bool, device=paths.device
+        )
+        for t in range(T):
+            rows = paths[:, t].clamp(min=0)
+            forbidden[:, t + 1 :] |= (labels == rows[:, None])[:, None] & (
+                paths[:, t] != PAD
+            )[:, None, None]
+    forbidden[:, :, num_labels] = False
+    return forbidden
+
+
+def binary_cross_entropy(label_scores: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross-entropy summed over labels: [B, L] scores, [B, L] bool -> [B]."""
+    return functional.binary_cross_entropy_with_logits(
+        label_scores.float(), targets.float(), reduction="none"
+    ).sum(1)
+
+
+def softmax_cross_entropy(label_scores: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of a softmax over labels against equal shares for the labels present.
+
+    The paper's softmax baseline. An image without labels has no target and loss 0.
+
+    Args:
+        label_scores: [B, L].
+        targets: [B, L] bool.
+
+    Returns:
+        [B].
+    """
+    shares = targets.float() / targets.sum(1, keepdim=True).clamp(min=1)
+    return -(shares * label_scores.float().log_softmax(1)).sum(1)

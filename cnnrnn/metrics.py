@@ -1,0 +1,510 @@
+"""Measures of multi-label classification: tensors in, numbers out.
+
+Sizes: n images, L labels. Sets are [n, L] bool, scores are [n, L] floating point and higher is
+better; infinities are legal scores, NaN is not. Equal scores rank by label index, lower first.
+
+C-* averages over labels, O-* pools all (image, label) pairs (Wang et al., CVPR 2016, section 4).
+The definitions that the paper leaves open:
+
+- C-P averages over all L labels; a label that is never predicted has precision 0 and counts.
+- C-R and mAP average over the labels that have positives; the others are left out and counted.
+- C-F1 is the harmonic mean of C-P and C-R, as in the paper's tables.
+- MAP@k averages over the images that have labels; AP@k divides by min(k, labels of the image).
+- O-P with nothing predicted, O-R and O-F1 without any positive are 0.
+- An average over nothing (C-R, C-F1, mAP, MAP@k where no image has a label) is NaN.
+
+Sums are in float64, on the device of the first argument; the others are moved there.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def top_k_sets(scores: Tensor, k: int) -> Tensor:
+    """Take the k best-scored labels of every image.
+
+    Args:
+        scores: [n, L] floating point; of equal scores the lower label index is taken first.
+        k: labels per image, at least 1; more than L takes all.
+
+    Returns:
+        [n, L] bool.
+
+    Raises:
+        ValueError: when `scores` has another shape or type or holds NaN, or k is below 1.
+    """
+    scores = _checked_scores(scores)
+    _check_k(k)
+    return _first_k_as_sets(_ranking(scores), k)
+
+
+def threshold_sets(scores: Tensor, threshold: float | Tensor) -> Tensor:
+    """Take the labels whose score is at least the threshold.
+
+    Args:
+        scores: [n, L] floating point.
+        threshold: one number, or [L] one per label; rounded to the type of `scores`, so that
+            a float32 score of 0.7 reaches the threshold 0.7.
+
+    Returns:
+        [n, L] bool.
+
+    Raises:
+        ValueError: when `scores` has another shape or type or holds NaN, or the threshold is NaN
+            or not [L].
+    """
+    scores = _checked_scores(scores)
+    cut = torch.as_tensor(threshold, dtype=scores.dtype, device=scores.device)
+    num_labels = scores.shape[1]
+    if isinstance(threshold, Tensor) and threshold.shape != (num_labels,):
+        raise ValueError(
+            f"threshold must be a number or [L] = [{num_labels}] like scores "
+            f"{list(scores.shape)}, got {list(threshold.shape)}"
+        )
+    if bool(cut.isnan().any()):
+        raise ValueError("threshold must not be NaN")
+    return scores >= cut
+
+
+def best_threshold(
+    scores: Tensor, targets: Tensor, metric: Literal["O-F1"] = "O-F1"
+) -> tuple[float, float]:
+    """Find the one threshold for all labels that gives the best O-F1.
+
+    Every distinct outcome of `threshold_sets` is tried: a cut lies midway between two adjacent
+    distinct scores, the last one at the lowest score. Of equally good cuts the highest is taken.
+    Without positives every cut gives 0, and the highest score is returned. O(nL log nL).
+
+    Args:
+        scores: [n, L] floating point; one column calibrates one label.
+        targets: [n, L] bool or 0/1 integers.
+        metric: what to maximise; only O-F1.
+
+    Returns:
+        The threshold, exact in the type of `scores`, and the O-F1 that it gives.
+
+    Raises:
+        ValueError: when shapes, types or values are wrong, there is no image, or `metric` is
+            another.
+    """
+    if metric != "O-F1":
+        raise ValueError(f"metric must be O-F1, got {metric!r}")
+    scores = _checked_scores(scores)
+    targets = _checked_targets(targets, scores, "scores")
+
+    sorted_scores = scores.flatten().sort().values
+    positive_scores = scores[targets].sort().values
+    if len(positive_scores) == 0:
+        return float(sorted_scores[-1]), 0.0
+    # A cut that ends in a run without positives only adds errors: look at the positives' scores.
+    correct, predicted = _counts_at_positives(sorted_scores, positive_scores)
+    f1 = _f1(correct, predicted, correct[0])
+    best = len(f1) - 1 - int(f1.flip(0).argmax())  # the highest of equally good cuts
+    upper = float(positive_scores[best])
+    below = len(sorted_scores) - int(predicted[best])
+    if below == 0:
+        return upper, float(f1[best])
+    lower = float(sorted_scores[below - 1])
+    middle = torch.tensor(upper / 2 + lower / 2, dtype=scores.dtype).item()
+    # Rounding (neighbouring floats) or infinities may put the middle on the wrong side.
+    return (middle if lower < middle <= upper else upper), float(f1[best])
+
+
+def best_k(scores: Tensor, targets: Tensor) -> tuple[int, float]:
+    """Find the number of labels per image that gives the best O-F1.
+
+    Args:
+        scores: [n, L] floating point.
+        targets: [n, L] bool or 0/1 integers.
+
+    Returns:
+        k in 1..L, the smallest of equally good ones, and the O-F1 that `top_k_sets` gives with it.
+
+    Raises:
+        ValueError: when shapes, types or values are wrong, or there is no image.
+    """
+    scores = _checked_scores(scores)
+    targets = _checked_targets(targets, scores, "scores")
+    num_images, num_labels = scores.shape
+    correct = targets.gather(1, _ranking(scores)).sum(0).cumsum(0)  # [L] by k - 1
+    predicted = num_images * torch.arange(1, num_labels + 1, device=scores.device)
+    f1 = _f1(correct, predicted, correct[-1])
+    best = int(f1.argmax())  # the first of equal maxima
+    return best + 1, float(f1[best])
+
+
+def average_precision(
+    scores: Tensor, targets: Tensor, method: Literal["all_point", "11_point"] = "all_point"
+) -> Tensor:
+    """Compute the average precision of every label over the images.
+
+    Images of equal score enter together: precision and recall are taken at distinct scores only,
+    so the order of the images does not matter. `all_point` is the sum over those points of
+    precision times the rise in recall, as scikit-learn's `average_precision_score`. `11_point` is
+    the measure of PASCAL VOC 2007 (Everingham et al., IJCV 2010, section 4.2): the mean over
+    t = 0, 0.1 ... 1 of the highest precision at recall >= t, compared exactly.
+
+    Args:
+        scores: [n, L] floating point.
+        targets: [n, L] bool or 0/1 integers.
+        method: `all_point` or `11_point`.
+
+    Returns:
+        [L] float64, NaN for a label without positives.
+
+    Raises:
+        ValueError: when shapes, types or values are wrong, there is no image, or `method` is
+            another.
+    """
+    if method not in ("all_point", "11_point"):
+        raise ValueError(f"method must be all_point or 11_point, got {method!r}")
+    scores = _checked_scores(scores)
+    all_point, eleven_point = _average_precisions(
+        scores, _checked_targets(targets, scores, "scores")
+    )
+    return all_point if method == "all_point" else eleven_point
+
+
+def map_at_k(scores: Tensor, targets: Tensor, k: int = 10) -> float:
+    """Compute the mean over images of AP@k, the average precision of the k best-scored labels.
+
+    AP@k of an image with g labels is the sum over ranks i <= k that hold a true label of the
+    precision among the first i, divided by min(k, g).
+
+    Args:
+        scores: [n, L] floating point; equal scores rank by label index, lower first.
+        targets: [n, L] bool or 0/1 integers; images without labels are left out.
+        k: ranks looked at, at least 1; more than L looks at all.
+
+    Returns:
+        MAP@k, NaN where no image has a label.
+
+    Raises:
+        ValueError: when shapes, types or values are wrong, there is no image, or k is below 1.
+    """
+    scores = _checked_scores(scores)
+    targets = _checked_targets(targets, scores, "scores")
+    _check_k(k)
+    return _map_at_k(_ranking(scores), targets, k)
+
+
+def multilabel_metrics(
+    predictions: Tensor,
+    targets: Tensor,
+    *,
+    scores: Tensor | None = None,
+    k: int | None = None,
+    threshold: float | Tensor | None = None,
+) -> dict[str, float]:
+    """Measure predicted label sets, or scores, against the true sets.
+
+    Keys about sets: `C-P`, `C-R`, `C-F1`, `O-P`, `O-R`, `O-F1` (definitions at the head of this
+    module; in particular C-P averages over all L labels, and one never predicted counts as 0),
+    `exact-match` (share of images whose whole set is right), `example-F1` (mean over images of
+    the F1 of the image's set; 1 where both sets are empty), and the counts
+    `labels-never-predicted` and `mean-labels-predicted`.
+    Keys about the ranking: `MAP@10`, `mAP`, `mAP-11pt`.
+    Keys about the data: `images`, `images-without-labels`, `labels-without-positives`,
+    `mean-labels-true`.
+
+    Args:
+        predictions: [n, L], either bool, the sets as they are, or floating point, scores that
+            become sets by exactly one of `k` and `threshold`; with neither, the keys about sets
+            are absent.
+        targets: [n, L] bool or 0/1 integers.
+        scores: [n, L] floating point, with bool predictions only: the ranking. Without it the
+            keys about the ranking are absent.
+        k: at most this many labels per image, the best-scored ones; bool sets are cut down to
+            it (they need `scores`), never filled up.
+        threshold: one number or [L], with floating-point predictions only.
+
+    Returns:
+        The measures as fractions of 1 (not percent), the counts as whole numbers.
+
+    Raises:
+        ValueError: when shapes, types or values are wrong, there is no image, or the options do
+            not go together.
+    """
+    targets = _checked_targets(targets, predictions, "predictions")
+    if k is not None:
+        _check_k(k)
+    sets: Tensor | None = None
+    ranking: Tensor | None = None
+    if predictions.dtype == torch.bool:
+        if threshold is not None:
+            raise ValueError("threshold needs floating-point predictions, got bool sets")
+        if k is not None and scores is None:
+            raise ValueError("k cuts bool sets down by score: pass scores as well")
+        sets = predictions
+        if scores is not None:
+            scores = _checked_scores(scores, like=predictions)
+            ranking = _ranking(scores)
+            if k is not None:
+                sets = _cut_down(sets, ranking, k)
+    else:
+        if scores is not None:
+            raise ValueError(
+                "scores goes with bool predictions; floating-point predictions are the scores"
+            )
+        if k is not None and threshold is not None:
+            raise ValueError(f"pass k or threshold, not both, got k={k} and threshold={threshold}")
+        scores = _checked_scores(predictions, name="predictions")
+        ranking = _ranking(scores)
+        if k is not None:
+            sets = _first_k_as_sets(ranking, k)
+        elif threshold is not None:
+            sets = threshold_sets(scores, threshold)
+
+    measures: dict[str, float] = {}
+    if sets is not None:
+        measures |= _set_measures(sets, targets)
+    if scores is not None and ranking is not None:
+        all_point, eleven_point = _average_precisions(scores, targets)
+        measures["MAP@10"] = _map_at_k(ranking, targets, 10)
+        measures["mAP"] = float(all_point.nanmean())
+        measures["mAP-11pt"] = float(eleven_point.nanmean())
+    measures["images"] = len(targets)
+    measures["images-without-labels"] = int((~targets.any(1)).sum())
+    measures["labels-without-positives"] = int((~targets.any(0)).sum())
+    if sets is not None:
+        measures["labels-never-predicted"] = int((~sets.any(0)).sum())
+        measures["mean-labels-predicted"] = int(sets.sum()) / len(sets)
+    measures["mean-labels-true"] = int(targets.sum()) / len(targets)
+    return measures
+
+
+def per_label_metrics(
+    predictions: Tensor, targets: Tensor, *, scores: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Measure every label by itself.
+
+    Args:
+        predictions: [n, L] bool, the predicted sets.
+        targets: [n, L] bool or 0/1 integers.
+        scores: [n, L] floating point, the ranking for AP; without it there is none.
+
+    Returns:
+        [L] tensors. float64: `precision` (0 for a label never predicted), `recall`, `F1`, and
+        with scores `AP` and `AP-11pt` (NaN for a label without positives, all but precision).
+        int64: `positives`, `predicted`, `correct`.
+
+    Raises:
+        ValueError: when shapes, types or values are wrong, or there is no image.
+    """
+    targets = _checked_targets(targets, predictions, "predictions")
+    if predictions.dtype != torch.bool:
+        raise ValueError(f"predictions must be [n, L] bool sets, got {predictions.dtype}")
+    per_label = _per_label(predictions, targets)
+    if scores is not None:
+        per_label["AP"], per_label["AP-11pt"] = _average_precisions(
+            _checked_scores(scores, like=predictions), targets
+        )
+    return per_label
+
+
+def write_per_label_csv(
+    path: str | os.PathLike[str], label_names: Sequence[str], per_label: dict[str, Tensor]
+) -> None:
+    """Write a table of per-label measures as CSV, one row per label.
+
+    UTF-8, a header row `label,...` with the keys in their order, an empty cell for NaN. The file
+    appears under its name only when it is complete.
+
+    Args:
+        path: the file to write; one that exists is replaced.
+        label_names: [L] names for the first column.
+        per_label: [L] tensors by column name, as `per_label_metrics` returns them.
+
+    Raises:
+        ValueError: when a column has not one value per label name.
+    """
+    for key, column in per_label.items():
+        if column.shape != (len(label_names),):
+            raise ValueError(
+                f"per_label[{key!r}] must be [{len(label_names)}], one value per label name, "
+                f"got {list(column.shape)}"
+            )
+    path = Path(path)
+    columns = [column.tolist() for column in per_label.values()]
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["label", *per_label])
+            for name, *values in zip(label_names, *columns, strict=True):
+                writer.writerow([name, *("" if math.isnan(value) else value for value in values)])
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _checked_scores(scores: Tensor, name: str = "scores", like: Tensor | None = None) -> Tensor:
+    if scores.dim() != 2 or not scores.is_floating_point():
+        raise ValueError(
+            f"{name} must be [n, L] floating point, got {list(scores.shape)} {scores.dtype}"
+        )
+    if like is not None:
+        if scores.shape != like.shape:
+            raise ValueError(
+                f"{name} must be [n, L] like predictions {list(like.shape)}, "
+                f"got {list(scores.shape)}"
+            )
+        scores = scores.to(like.device)
+    scores = scores.detach()
+    rows_with_nan = scores.isnan().any(1).nonzero()
+    if len(rows_with_nan):
+        raise ValueError(f"{name} must not be NaN, first found in row {int(rows_with_nan[0])}")
+    return scores
+
+
+def _checked_targets(targets: Tensor, like: Tensor, like_name: str) -> Tensor:
+    """Check targets against predictions or scores; the result is [n, L] bool on their device."""
+    if like.dim() != 2:
+        raise ValueError(f"{like_name} must be [n, L], got {list(like.shape)}")
+    if targets.shape != like.shape:
+        raise ValueError(
+            f"targets must be [n, L] bool like {like_name} {list(like.shape)}, "
+            f"got {list(targets.shape)}"
+        )
+    if 0 in targets.shape:
+        raise ValueError(
+            f"there is nothing to measure: targets must be [n, L] with n, L >= 1, "
+            f"got {list(targets.shape)}"
+        )
+    targets = targets.to(like.device)
+    if targets.dtype == torch.bool:
+        return targets
+    if targets.dtype not in _INTEGERS:
+        raise ValueError(f"targets must be bool or 0/1 integers, got {targets.dtype}")
+    wrong = targets[(targets != 0) & (targets != 1)]
+    if len(wrong):
+        raise ValueError(f"targets must be bool or 0/1 integers, got the value {int(wrong[0])}")
+    return targets.bool()
+
+
+def _check_k(k: int) -> None:
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+
+
+def _ranking(scores: Tensor) -> Tensor:
+    """[n, L] label indices, best first; stable, so that ties go to the lower index."""
+    return scores.sort(dim=1, descending=True, stable=True).indices
+
+
+def _first_k_as_sets(ranking: Tensor, k: int) -> Tensor:
+    sets = torch.zeros_like(ranking, dtype=torch.bool)
+    return sets.scatter_(1, ranking[:, :k], True)
+
+
+def _cut_down(sets: Tensor, ranking: Tensor, k: int) -> Tensor:
+    """Keep at most the k best-ranked members of each set."""
+    members = sets.gather(1, ranking)
+    kept = members & (members.cumsum(1) <= k)
+    return torch.zeros_like(sets).scatter_(1, ranking, kept)
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Divide counts in float64, where a zero denominator comes with a zero numerator: 0."""
+    return numerator.double() / denominator.clamp(min=1)
+
+
+def _f1(correct: Tensor, predicted: Tensor, positives: Tensor) -> Tensor:
+    """The harmonic mean of correct / predicted and correct / positives."""
+    return _ratio(2 * correct, predicted + positives)
+
+
+def _per_label(sets: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    correct = (sets & targets).sum(0)
+    predicted = sets.sum(0)
+    positives = targets.sum(0)
+    absent = positives == 0
+    return {
+        "precision": _ratio(correct, predicted),
+        "recall": _ratio(correct, positives).masked_fill(absent, math.nan),
+        "F1": _f1(correct, predicted, positives).masked_fill(absent, math.nan),
+        "positives": positives,
+        "predicted": predicted,
+        "correct": correct,
+    }
+
+
+def _set_measures(sets: Tensor, targets: Tensor) -> dict[str, float]:
+    per_label = _per_label(sets, targets)
+    class_precision = float(per_label["precision"].mean())
+    class_recall = float(per_label["recall"].nanmean())
+    class_sum = class_precision + class_recall
+
+    correct, predicted, positives = (
+        per_label[key].sum() for key in ("correct", "predicted", "positives")
+    )
+
+    set_sizes, target_sizes = sets.sum(1), targets.sum(1)
+    image_f1 = _f1((sets & targets).sum(1), set_sizes, target_sizes)
+    image_f1[(set_sizes == 0) & (target_sizes == 0)] = 1.0
+    return {
+        "C-P": class_precision,
+        "C-R": class_recall,
+        "C-F1": 2 * class_precision * class_recall / class_sum if class_sum != 0 else 0.0,
+        "O-P": float(_ratio(correct, predicted)),
+        "O-R": float(_ratio(correct, positives)),
+        "O-F1": float(_f1(correct, predicted, positives)),
+        "exact-match": float((sets == targets).all(1).double().mean()),
+        "example-F1": float(image_f1.mean()),
+    }
+
+
+def _map_at_k(ranking: Tensor, targets: Tensor, k: int) -> float:
+    hits = targets.gather(1, ranking[:, :k])  # [n, min(k, L)]
+    ranks = torch.arange(1, hits.shape[1] + 1, device=hits.device)
+    precision = hits.cumsum(1).double() / ranks
+    sizes = targets.sum(1)
+    image_ap = (precision * hits).sum(1) / sizes.clamp(max=k)
+    return float(image_ap[sizes > 0].mean())
+
+
+def _counts_at_positives(sorted_scores: Tensor, positive_scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Count what scores at least as much as each positive, itself and ties included.
+
+    Args:
+        sorted_scores: [m] all scores, ascending.
+        positive_scores: [p] the scores of the positives, ascending.
+
+    Returns:
+        [p] positives and [p] of all, that is `correct` and `predicted` of a cut there.
+    """
+    correct = len(positive_scores) - torch.searchsorted(positive_scores, positive_scores)
+    predicted = len(sorted_scores) - torch.searchsorted(sorted_scores, positive_scores)
+    return correct, predicted
+
+
+def _average_precisions(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """All-point and 11-point average precision, each [L] float64."""
+    num_labels = scores.shape[1]
+    all_point = scores.new_full((num_labels,), math.nan, dtype=torch.float64)
+    eleven_point = all_point.clone()
+    columns, truths = scores.T.contiguous(), targets.T.contiguous()
+    sorted_columns = columns.sort(dim=1).values
+    tenths = torch.arange(10, -1, -1, device=scores.device)
+    for label in truths.any(1).nonzero().squeeze(1).tolist():
+        positive_scores = columns[label][truths[label]].sort().values
+        correct, predicted = _counts_at_positives(sorted_columns[label], positive_scores)
+        precision = correct.double() / predicted
+        # Recall rises by 1 / positives at each positive, so the area is the mean precision there.
+        all_point[label] = precision.mean()
+        # Ascending scores are falling recall: the running maximum is over all recalls >= this one,
+        # and the last positive with recall >= t has it. Compared in whole numbers.
+        reached = torch.searchsorted(-10 * correct, -tenths * len(correct), right=True) - 1
+        eleven_point[label] = precision.cummax(0).values[reached].mean()
+    return all_point, eleven_point

@@ -1,0 +1,311 @@
+"""Training: a warm start of the chain term, then the sequence loss over label paths.
+
+Stage `warm` trains backbone (unless frozen), trunk and chain term with binary cross-entropy. Stage
+`path` trains everything on the sequence loss, with the chain term's binary cross-entropy kept as
+an auxiliary loss. The paper's recipe is the second stage alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cnnrnn.backbones import Backbone, make_backbone
+from cnnrnn.classifier import CNNRNN, load_checkpoint
+from cnnrnn.config import Calibration, ModelConfig, SearchConfig, TrainConfig
+from cnnrnn.data import DataError, Dataset
+from cnnrnn.decisions import (
+    Inference,
+    calibrate,
+    decision_metrics,
+    infer,
+    mean_average_precision,
+)
+from cnnrnn.features import cached_features, compute_features
+from cnnrnn.fit import Batch, Log, Split, Stage, Validation, autocast, resolve_device, run_stage
+from cnnrnn.labels import LabelSpace, increasing_paths
+from cnnrnn.losses import binary_cross_entropy, sequence_loss
+from cnnrnn.metrics import best_threshold, multilabel_metrics
+from cnnrnn.model import Head
+from cnnrnn.progress import Progress, no_progress
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished training.
+
+    Attributes:
+        model: the best epoch's model, in eval mode, calibrated on the validation split.
+        metrics: of both decisions on the validation split.
+    """
+
+    model: CNNRNN
+    metrics: dict[str, dict[str, float]]
+
+
+def train(
+    dataset: Dataset,
+    out: Path,
+    model_config: ModelConfig,
+    search_config: SearchConfig,
+    config: TrainConfig,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Progress = no_progress,
+) -> TrainResult:
+    """Train a model on a dataset's `train` split (or `all`), validating on its `val` split.
+
+    Writes `best/` and `last/` checkpoints and `log.jsonl` to `out`.
+
+    Args:
+        dataset: pictures or feature vectors with label sets. Without a `val` split a share of
+            the training images is held out.
+        out: folder for the run; made when missing.
+        model_config: the architecture; backbone options do not matter for feature vectors.
+        search_config: the search, whose order is also the order of training paths.
+        config: the recipe.
+        say: gets a line per epoch and per notable fact.
+        progress: shows progress within an epoch.
+
+    Raises:
+        DataError: the data lacks a usable training split.
+        NonFiniteLossError: the loss stopped being finite.
+    """
+    torch.manual_seed(config.seed)
+    device = resolve_device(config.device)
+    train_data, val_data = training_splits(dataset, config)
+    counts = train_data.label_counts()
+    space = (
+        LabelSpace.by_frequency(dataset.label_names, counts)
+        if config.label_order == "frequency"
+        else LabelSpace.given(dataset.label_names)
+    )
+    backbone = None if dataset.features is not None else _backbone(model_config, config)
+    feature_dim = dataset.features.shape[1] if dataset.features is not None else 0
+    head = Head.from_config(
+        model_config, len(space), backbone.feature_dim if backbone is not None else feature_dim
+    )
+    model = CNNRNN(model_config, space, head, backbone, search_config).to(device)
+
+    out.mkdir(parents=True, exist_ok=True)
+    train_split, val_split = (
+        _read_split(part, model, config, device, out, progress) for part in (train_data, val_data)
+    )
+    head.max_labels = max(int(train_split.targets.sum(1).max()), search_config.min_labels, 1)
+    log = Log(out / "log.jsonl")
+    facts = {
+        "train_images": len(train_split),
+        "val_images": len(val_split),
+        "train_images_without_labels": int((train_split.targets.sum(1) == 0).sum()),
+        "labels": len(space),
+        "labels_without_training_images": int((counts == 0).sum()),
+        "longest_path": head.max_labels,
+        "device": str(device),
+    }
+    log.write({"stage": "data", **facts})
+    say("  ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()))
+
+    def save(inference: Inference, targets: Tensor, best: bool) -> None:
+        if best:
+            model.calibration = calibrate(inference, targets)
+            model.save(out / "best")
+        model.save(out / "last")
+
+    generator = torch.Generator().manual_seed(config.seed)
+    common: dict[str, Any] = {
+        "device": device, "generator": generator, "log": log, "say": say, "progress": progress
+    }  # fmt: skip
+    if model_config.chain_term and config.warm_epochs:
+        run_stage(_warm_stage(model, val_split, config), train_split, config, **common)
+        if not config.epochs:
+            save(*_infer(model, val_split, config), best=True)
+    if config.epochs:
+        run_stage(_path_stage(model, val_split, config, save), train_split, config, **common)
+    if not (out / "best").is_dir():
+        raise DataError("nothing was trained: epochs is 0 and there is no chain term to warm up")
+    model = load_checkpoint(out / "best").to(device)
+    inference, targets = _infer(model, val_split, config)
+    return TrainResult(model, decision_metrics(inference, targets, model.calibration, k=3))
+
+
+def training_splits(dataset: Dataset, config: TrainConfig) -> tuple[Dataset, Dataset]:
+    """Return the training and validation records; holds a share out where there is no `val`."""
+    if dataset.splits and not {"train", "all"} & dataset.splits.keys():
+        raise DataError(
+            f"{dataset.source} has no split named train, only {', '.join(sorted(dataset.splits))}"
+        )
+    data = dataset.split("train" if "train" in dataset.splits else "all")
+    if config.empty == "drop":
+        data = data.select((data.label_matrix().sum(1) > 0).nonzero()[:, 0].numpy())
+    if "val" in dataset.splits:
+        return data, dataset.split("val")
+    held_out = round(len(data) * config.val_fraction)
+    if not 0 < held_out < len(data):
+        raise DataError(
+            f"{dataset.source} has no val split, and val_fraction {config.val_fraction} of "
+            f"{len(data)} training images leaves nothing to validate on or to train on"
+        )
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed)).numpy()
+    return data.select(sorted(order[held_out:])), data.select(sorted(order[:held_out]))
+
+
+def _backbone(model_config: ModelConfig, config: TrainConfig) -> Backbone:
+    if config.init_backbone is None:
+        return make_backbone(model_config)
+    source = load_checkpoint(config.init_backbone).backbone
+    if source is None or source.name != model_config.backbone:
+        raise ValueError(
+            f"init_backbone {config.init_backbone} holds backbone "
+            f"{None if source is None else source.name}, the model's is {model_config.backbone}"
+        )
+    return source
+
+
+def _read_split(
+    data: Dataset,
+    model: CNNRNN,
+    config: TrainConfig,
+    device: torch.device,
+    out: Path,
+    progress: Progress,
+) -> Split:
+    targets = model.label_space.from_source(data.label_matrix(), data.label_names)
+    if data.features is not None:
+        return Split(data, targets, torch.from_numpy(data.features))
+    assert model.backbone is not None
+    if not model.config.freeze_backbone:
+        return Split(data, targets, None, model.backbone.preprocessing)
+    folder = Path(config.feature_cache) if config.feature_cache else out / "features"
+    features = cached_features(
+        model.backbone,
+        data,
+        folder,
+        device=device,
+        batch_size=config.batch_size,
+        workers=config.workers,
+        on_bad_image=config.on_bad_image,
+        progress=progress,
+    )
+    return Split(data.select(features.kept), targets[features.kept], features.values)
+
+
+def _features(model: CNNRNN, inputs: Tensor) -> Tensor:
+    """Features of a batch: the inputs themselves, or the backbone's of pictures."""
+    return inputs if inputs.dim() == 2 else model.features(inputs).float()
+
+
+def _warm_stage(model: CNNRNN, val: Split, config: TrainConfig) -> Stage:
+    classifier = model.head.label_classifier
+    assert classifier is not None
+
+    def loss(batch: Batch) -> Tensor:
+        scores = classifier(model.head.trunk(_features(model, batch.inputs)))
+        return binary_cross_entropy(scores, batch.targets)
+
+    @torch.no_grad()
+    def validate() -> Validation:
+        scores, targets = [], []
+        for batch in val.batches(config, model.device, None):
+            with autocast(batch.inputs.device, config):
+                hidden = model.head.trunk(_features(model, batch.inputs))
+                scores.append(classifier(hidden).float().sigmoid().cpu())
+            targets.append(batch.targets.cpu())
+        return independent_validation(torch.cat(scores), torch.cat(targets))
+
+    modules = [model.head.trunk, classifier]
+    groups = [_group(modules, config.learning_rate)]
+    if _trains_backbone(model):
+        scale = config.backbone_scale if _starts_trained(model, config) else 1.0
+        groups.append(_group([model.backbone], config.learning_rate * scale))
+    return Stage("warm", config.warm_epochs, model, groups, loss, validate)
+
+
+def independent_validation(scores: Tensor, targets: Tensor) -> Validation:
+    """Judge independent scores [n, L] in 0..1 by O-F1 at the best threshold plus mAP."""
+    _, of1 = best_threshold(scores, targets)
+    mean_ap = mean_average_precision(scores, targets)
+    return Validation(of1 + mean_ap, {"O-F1": of1, "mAP": mean_ap})
+
+
+def _path_stage(
+    model: CNNRNN,
+    val: Split,
+    config: TrainConfig,
+    save: Callable[[Inference, Tensor, bool], None],
+) -> Stage:
+    head, order = model.head, model.search.order
+    last: list[tuple[Inference, Tensor]] = []
+
+    def loss(batch: Batch) -> Tensor:
+        paths = increasing_paths(batch.targets)
+        scores, label_scores = head(_features(model, batch.inputs), paths)
+        losses = sequence_loss(scores, paths, order)
+        if label_scores is not None and config.aux_weight:
+            losses = losses + config.aux_weight * binary_cross_entropy(label_scores, batch.targets)
+        return losses
+
+    def validate() -> Validation:
+        last[:] = [_infer(model, val, config)]
+        return path_validation(*last[0])
+
+    warm = bool(config.warm_epochs) and head.label_classifier is not None
+    shared = [module for module in (head.trunk, head.label_classifier) if module is not None]
+    shared_parameters = {id(p) for module in shared for p in module.parameters()}
+    rest = [p for p in head.parameters() if id(p) not in shared_parameters]
+    rate = config.learning_rate
+    groups = [
+        {"params": rest, "lr": rate},
+        _group(shared, rate * (config.warm_scale if warm else 1.0)),
+    ]
+    if _trains_backbone(model):
+        trained = warm or _starts_trained(model, config)
+        groups.append(_group([model.backbone], rate * (config.backbone_scale if trained else 1.0)))
+    return Stage(
+        "path", config.epochs, model, groups, loss, validate,
+        lambda validation, best: save(*last[0], best),
+    )  # fmt: skip
+
+
+def path_validation(inference: Inference, targets: Tensor) -> Validation:
+    """Judge a search by O-F1 and mAP of the half-and-half mixture, and O-F1 of the best path."""
+    scores = inference.mixed(0.5)
+    _, of1 = best_threshold(scores, targets)
+    mean_ap = mean_average_precision(scores, targets)
+    path = multilabel_metrics(inference.sets, targets)
+    figures = {
+        "O-F1": of1,
+        "mAP": mean_ap,
+        "path O-F1": path["O-F1"],
+        "path exact": path["exact-match"],
+    }
+    return Validation(of1 + mean_ap + path["O-F1"], figures)
+
+
+@torch.no_grad()
+def _infer(model: CNNRNN, split: Split, config: TrainConfig) -> tuple[Inference, Tensor]:
+    """Search a split; returns the targets of the images that could be read besides."""
+    model.eval()
+    features, targets = [], []
+    for batch in split.batches(config, model.device, None):
+        with autocast(batch.inputs.device, config):
+            features.append(_features(model, batch.inputs).float())
+        targets.append(batch.targets.cpu())
+    return infer(model.head, torch.cat(features), model.search), torch.cat(targets)
+
+
+def _group(modules: list[Any], learning_rate: float) -> dict[str, Any]:
+    return {"params": [p for m in modules for p in m.parameters()], "lr": learning_rate}
+
+
+def _trains_backbone(model: CNNRNN) -> bool:
+    return model.backbone is not None and not model.config.freeze_backbone
+
+
+def _starts_trained(model: CNNRNN, config: TrainConfig) -> bool:
+    pretrained = model.config.pretrained and model.config.backbone != "small"
+    return pretrained or config.init_backbone is not None
