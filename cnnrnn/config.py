@@ -211,7 +211,7 @@ class TrainConfig:
         patience: stop a stage after this many epochs without a better validation figure.
         aux_weight: weight of the chain term's binary cross-entropy beside the sequence loss.
         clip_norm: largest gradient norm; 0 for no clipping.
-        schedule: `constant`, or `cosine` from the learning rate to 0 over each stage.
+        schedule: `constant`, or `one_cycle`: up to the learning rate, then down to 0, over each stage.
         label_order: `frequency` (most frequent first in training) or `given`.
         val_fraction: share of the training split held out where the data has no `val` split.
         empty: `keep` images without labels (their target is END) or `drop` them.
@@ -237,7 +237,7 @@ class TrainConfig:
     patience: int = 6
     aux_weight: float = 1.0
     clip_norm: float = 5.0
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "one_cycle"] = "constant"
     label_order: Literal["frequency", "given"] = "frequency"
     val_fraction: float = 0.1
     empty: Literal["keep", "drop"] = "keep"
@@ -253,7 +253,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Check ranges and choices."""
         _require_choice("optimizer", self.optimizer, ("adamw", "rmsprop"))
-        _require_choice("schedule", self.schedule, ("constant", "cosine"))
+        _require_choice("schedule", self.schedule, ("constant", "one_cycle"))
         _require_choice("label_order", self.label_order, ("frequency", "given"))
         _require_choice("empty", self.empty, ("keep", "drop"))
         _require_choice("on_bad_image", self.on_bad_image, ("error", "skip"))

@@ -179,8 +179,11 @@ def run_stage(
     if not len(split):
         raise DataError(f"{split.dataset.source} has no training images left")
     optimizer = make_optimizer(stage.groups, config)
-    base_rates = [group["lr"] for group in optimizer.param_groups]
-    steps_per_epoch = math.ceil(len(split) / config.batch_size)
+    steps = stage.epochs * math.ceil(len(split) / config.batch_size)
+    scheduler = None
+    if config.schedule == "one_cycle":
+        peaks = [group["lr"] for group in optimizer.param_groups]
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps + 1)
     best: Validation | None = None
     best_epoch, step = 0, 0
     best_state: dict[str, Any] = {}
@@ -190,11 +193,9 @@ def run_stage(
         total, seen = 0.0, 0
         with progress(f"{stage.name} {epoch}/{stage.epochs}", len(split)) as advance:
             for batch in split.batches(config, device, generator, config.augment):
-                if config.schedule == "cosine":
-                    done = min(step / (steps_per_epoch * stage.epochs), 1.0)
-                    for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
-                        group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * done))
                 total += _step(stage, batch, optimizer, split, config, epoch, step)
+                if scheduler is not None:
+                    scheduler.step()
                 seen += len(batch.records)
                 step += 1
                 advance(len(batch.records))
