@@ -71,7 +71,8 @@ class CMakeBuild(build_ext):
             configure.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
         self._run(configure)
         self._run([cmake, "--build", str(build_folder)])
-        record = f'"""Written by the build: what cnnrnn._C was built against."""\n\nTORCH = "{release}"\n'
+        about = '"""Written by the build: what cnnrnn._C was built against."""'
+        record = f'{about}\n\nTORCH = "{release}"\n'
         (output.parent / "_build_info.py").write_text(record, encoding="utf-8")
 
     def copy_extensions_to_source(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -121,7 +123,7 @@ def _timm_backbone(config: ModelConfig, pretrained: bool) -> Backbone:
         )
     fixed = timm.get_pretrained_cfg(config.backbone)
     resized = config.image_size is not None and fixed is not None and fixed.fixed_input_size
-    options = {"img_size": config.image_size} if resized else {}
+    options: dict[str, Any] = {"img_size": config.image_size} if resized else {}
     network = timm.create_model(config.backbone, pretrained=pretrained, num_classes=0, **options)
     data = resolve_model_data_config(network)
     preprocessing = Preprocessing(

@@ -123,7 +123,9 @@ def predicted_scores(model: IndependentClassifier, split: Split, loss: Loss) -> 
     """Return probabilities [n, L] on the CPU: per label, or over all labels."""
     assert split.features is not None
     device = next(model.parameters()).device
-    scores = torch.cat([model(part.to(device)).float().cpu() for part in split.features.split(4096)])
+    scores = torch.cat(
+        [model(part.to(device)).float().cpu() for part in split.features.split(4096)]
+    )
     return scores.sigmoid() if loss == "bce" else scores.softmax(1)
 
 
@@ -173,9 +175,7 @@ def compare(
         rows.append(Row("CNN-RNN", seed, metrics["path"], metrics["path@3"]))
 
         bce = train_independent(train_split, val_split, "bce", model_config, seeded, say=say)
-        threshold, _ = best_threshold(
-            predicted_scores(bce, val_split, "bce"), val_split.targets
-        )
+        threshold, _ = best_threshold(predicted_scores(bce, val_split, "bce"), val_split.targets)
         scores = predicted_scores(bce, test_split, "bce")
         rows.append(
             Row(

@@ -198,7 +198,9 @@ def _build(folder: Path, description: dict[str, Any]) -> CNNRNN:
             backbone = make_backbone(config, load_pretrained=False)
             backbone.preprocessing = _preprocessing(description["preprocessing"])
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / CONFIG_FILE} does not describe a model: {error}") from error
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE} does not describe a model: {error}"
+        ) from error
     model = CNNRNN(config, labels, head, backbone, search, calibration)
     try:
         model.load_state_dict(load_file(folder / WEIGHTS_FILE))

@@ -211,7 +211,7 @@ class TrainConfig:
         patience: stop a stage after this many epochs without a better validation figure.
         aux_weight: weight of the chain term's binary cross-entropy beside the sequence loss.
         clip_norm: largest gradient norm; 0 for no clipping.
-        schedule: `constant`, or `one_cycle`: up to the learning rate, then down to 0, over each stage.
+        schedule: `constant`, or `one_cycle`: up to the learning rate and down to 0 in each stage.
         label_order: `frequency` (most frequent first in training) or `given`.
         val_fraction: share of the training split held out where the data has no `val` split.
         empty: `keep` images without labels (their target is END) or `drop` them.

@@ -33,6 +33,10 @@ class Inference:
     label_scores: Tensor | None
     search: tuple[SearchResult, ...]
 
+    def result_of(self, image: int) -> tuple[SearchResult, int]:
+        """Return the search result that holds an image, and the image's row in it."""
+        return self.search[image // SEARCH_BATCH], image % SEARCH_BATCH
+
     def mixed(self, weight: float) -> Tensor:
         """Return marginals mixed with the chain term's own probabilities: [n, L] in 0..1."""
         return mixed_scores(self.marginals, self.label_scores, weight)

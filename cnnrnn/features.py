@@ -101,7 +101,14 @@ def cached_features(
     """Return `compute_features`, from `folder` where they are there already.
 
     Args:
-        folder: made when missing; the other arguments as in `compute_features`.
+        backbone: moved to `device`.
+        dataset: must have image paths.
+        folder: holds the cache; made when missing.
+        device: where the backbone runs.
+        batch_size: pictures per step.
+        workers: processes that decode.
+        on_bad_image: `error` stops at an unreadable picture, `skip` leaves it out.
+        progress: told how many pictures are done.
     """
     key = _cache_key(backbone, dataset)
     file = folder / f"{backbone.name.replace('/', '_')}-{key[:20]}.npz"

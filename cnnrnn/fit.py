@@ -31,7 +31,9 @@ class NonFiniteLossError(RuntimeError):
     def __init__(self, what: str, stage: str, epoch: int, step: int, records: list[str]) -> None:
         self.step = step
         self.records = records
-        shown = ", ".join(records[:8]) + (f" and {len(records) - 8} more" if len(records) > 8 else "")
+        shown = ", ".join(records[:8]) + (
+            f" and {len(records) - 8} more" if len(records) > 8 else ""
+        )
         super().__init__(
             f"{what} is not finite in stage {stage}, epoch {epoch}, step {step}, on {shown}; "
             "the weights are those before this step. Lower learning_rate or clip_norm, or check "
@@ -288,7 +290,7 @@ def resolve_device(name: str) -> torch.device:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"device {name!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices"
+            f"device {name!r} was asked for, torch sees {torch.cuda.device_count()} CUDA devices"
         )
     return device
 

@@ -47,14 +47,12 @@ def forbidden_labels(paths: Tensor, num_labels: int, order: Order) -> Tensor:
         last = functional.pad(paths, (1, 0), value=-1)  # [B, T+1]
         forbidden = labels <= last[:, :, None]
     else:
-        forbidden = torch.zeros(
-            B, T + 1, num_labels + 1, dtype=torch.bool, device=paths.device
-        )
+        forbidden = torch.zeros(B, T + 1, num_labels + 1, dtype=torch.bool, device=paths.device)
         for t in range(T):
             rows = paths[:, t].clamp(min=0)
-            forbidden[:, t + 1 :] |= (labels == rows[:, None])[:, None] & (
-                paths[:, t] != PAD
-            )[:, None, None]
+            forbidden[:, t + 1 :] |= (labels == rows[:, None])[:, None] & (paths[:, t] != PAD)[
+                :, None, None
+            ]
     forbidden[:, :, num_labels] = False
     return forbidden
 

@@ -290,7 +290,9 @@ class Head(nn.Module):
         total = projected + embedding.joint
         if self.activation != "identity":
             total = total.relu() if self.activation == "relu" else total.tanh()
-        return functional.linear(total, self.label_embedding[: self.num_labels + 1], self.score_bias)
+        return functional.linear(
+            total, self.label_embedding[: self.num_labels + 1], self.score_bias
+        )
 
     def forward(self, features: Tensor, paths: Tensor) -> tuple[Tensor, Tensor | None]:
         """Score every step of given paths (teacher forcing).

@@ -8,16 +8,16 @@ an auxiliary loss. The paper's recipe is the second stage alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cnnrnn.backbones import Backbone, make_backbone
 from cnnrnn.classifier import CNNRNN, load_checkpoint
-from cnnrnn.config import Calibration, ModelConfig, SearchConfig, TrainConfig
+from cnnrnn.config import ModelConfig, SearchConfig, TrainConfig
 from cnnrnn.data import DataError, Dataset
 from cnnrnn.decisions import (
     Inference,
@@ -26,7 +26,7 @@ from cnnrnn.decisions import (
     infer,
     mean_average_precision,
 )
-from cnnrnn.features import cached_features, compute_features
+from cnnrnn.features import cached_features
 from cnnrnn.fit import Batch, Log, Split, Stage, Validation, autocast, resolve_device, run_stage
 from cnnrnn.labels import LabelSpace, increasing_paths
 from cnnrnn.losses import binary_cross_entropy, sequence_loss

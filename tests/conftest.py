@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Every device that a test should pass on; CUDA skips one test at a time where there is none."""
+    """Every device that a test should pass on; without a GPU the CUDA half skips."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return torch.device(request.param)

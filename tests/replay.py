@@ -30,7 +30,9 @@ def random_head(generator: torch.Generator, num_labels: int, **options: object) 
     with torch.no_grad():
         for parameter in head.parameters():
             bound = scale / max(parameter.shape[-1], 1) ** 0.5
-            parameter.copy_(torch.empty_like(parameter).uniform_(-bound, bound, generator=generator))
+            parameter.copy_(
+                torch.empty_like(parameter).uniform_(-bound, bound, generator=generator)
+            )
     return head.eval()
 
 
@@ -54,9 +56,7 @@ def assert_search_equal(
     )
     head64 = copy.deepcopy(head).double()
     embedding64 = embedding.to("cpu", torch.float64)
-    expected = reference.beam_search(
-        head64, embedding64, config, max_labels=T, marginals=marginals
-    )
+    expected = reference.beam_search(head64, embedding64, config, max_labels=T, marginals=marginals)
     excused = 0
     for b in range(len(embedding)):
         if torch.equal(labels[b], expected.labels[b]) and torch.equal(
@@ -96,16 +96,16 @@ def first_differing_gap(
     logits = None if embedding64.label_logits is None else embedding64.label_logits[image]
     N, L = config.beam_size, head.num_labels
     start = torch.tensor([head.start])
-    live = [
-        reference.Path(joint.new_zeros(()), (), head64.extend(start, head64.initial_state(1)))
-    ]
+    live = [reference.Path(joint.new_zeros(()), (), head64.extend(start, head64.initial_state(1)))]
     finished_scores: dict[tuple[int, ...], float] = {}
     done: list[reference.Path] = []
     for step in range(T + 1):
         extended = torch.stack([_extended(head64, joint, logits, config, T, p) for p in live])
         finished = []
         if not config.end_takes_slot:
-            finished = [p._replace(score=s) for p, s in zip(live, extended[:, L].clone(), strict=True)]
+            finished = [
+                p._replace(score=s) for p, s in zip(live, extended[:, L].clone(), strict=True)
+            ]
             extended[:, L] = -torch.inf
         scores, order = extended.flatten().sort(descending=True, stable=True)
         chosen: list[tuple[int, int]] = []
@@ -169,5 +169,3 @@ def _list_gap(
     shorter = min(len(kept), len(taken))
     score = float(extended[(kept + taken[len(kept) :])[shorter]])
     return min(abs(score - b) for b in boundaries if b != score)
-
-

@@ -8,11 +8,11 @@ import random
 
 import pytest
 import torch
+from replay import assert_search_equal, random_embedding, random_head
 
 from cnnrnn.config import SearchConfig
 from cnnrnn.model import Head, ImageEmbedding, chain_logits
 from cnnrnn.search import NonFiniteError, beam_search, reference
-from replay import assert_search_equal, random_embedding, random_head
 
 IMPLEMENTATIONS = ["native", "reference"]
 
@@ -91,9 +91,10 @@ def exhaustive(head, embedding, config, longest):
             if position == longest:
                 break  # the end follows for certain
             prefix = reference.Path(total, path[:position], state)
-            total = total + reference.step_log_probs(
-                head, embedding.joint[0], logits, config, prefix
-            )[label]
+            total = (
+                total
+                + reference.step_log_probs(head, embedding.joint[0], logits, config, prefix)[label]
+            )
             state = head.extend(torch.tensor([label]), state)
         if total > -math.inf:
             scored.append((path, float(total)))
@@ -113,9 +114,7 @@ def test_a_beam_that_holds_everything_finds_every_path(
     generator = torch.Generator().manual_seed(num_labels * 10 + longest)
     head = random_head(generator, num_labels, joint_dim=5, hidden_dim=6)
     embedding = random_embedding(generator, head, 1, label_logits)
-    config = SearchConfig(
-        beam_size=16, max_labels=longest, min_labels=min_labels, order=order
-    )
+    config = SearchConfig(beam_size=16, max_labels=longest, min_labels=min_labels, order=order)
     result = beam_search(head, embedding, config, implementation, marginals=True)
     expected = exhaustive(head, embedding, config, longest)
     found = [
@@ -340,9 +339,7 @@ def test_overflowing_recurrence_is_marked(implementation):
         for parameter in head.parameters():
             parameter.fill_(1e12)
     embedding = ImageEmbedding(torch.ones(1, 4))
-    result = beam_search(
-        head, embedding, implementation=implementation, on_nonfinite="mark"
-    )
+    result = beam_search(head, embedding, implementation=implementation, on_nonfinite="mark")
     assert result.log_probs.isnan().all()
 
 

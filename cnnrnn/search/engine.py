@@ -80,9 +80,7 @@ def resolve_max_labels(head: Head, config: SearchConfig) -> int:
     if config.order != "free":
         longest = min(longest, head.num_labels)
     if config.min_labels > longest:
-        raise ValueError(
-            f"min_labels ({config.min_labels}) must not exceed max_labels ({longest})"
-        )
+        raise ValueError(f"min_labels ({config.min_labels}) must not exceed max_labels ({longest})")
     return longest
 
 

@@ -110,7 +110,9 @@ def _search_image(
 
         finished: list[Path] = []
         if not config.end_takes_slot:
-            finished = [p._replace(score=s) for p, s in zip(live, extended[:, L].clone(), strict=True)]
+            finished = [
+                p._replace(score=s) for p, s in zip(live, extended[:, L].clone(), strict=True)
+            ]
             extended[:, L] = -torch.inf
         # Row-major order and a stable sort: at equal score the lower path, then the lower label.
         scores, order = extended.flatten().sort(descending=True, stable=True)

@@ -1,0 +1,336 @@
+"""The `cnnrnn` command: train, evaluate, predict, scenes, check.
+
+Options are made from the config dataclasses. Every command takes `--config FILE.yaml` with
+overrides on the command line; dashes and underscores in option names mean the same.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from cnnrnn import __version__
+from cnnrnn.config import ModelConfig, SearchConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+    from cnnrnn.predictor import Prediction
+
+TABLE_METRICS = ("C-P", "C-R", "C-F1", "O-P", "O-R", "O-F1", "MAP@10", "mAP", "mAP-11pt",
+                 "exact-match", "example-F1")  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    words = [_underscored(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    parser = _parser("paper" if _asks_for_paper(words) else "ours")
+    options = parser.parse_args(words)
+    command = options.command
+    if command is None:
+        parser.print_help()
+        return 0
+    run: dict[str, Callable[[ArgumentParser, Namespace], int]] = {
+        "train": _train, "evaluate": _evaluate, "predict": _predict,
+        "scenes": _scenes, "check": _check,
+    }  # fmt: skip
+    warnings.showwarning = _show_warning
+    try:
+        return run[command](parser, options[command])
+    except BrokenPipeError:  # the reader of our output has gone, as under `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("cnnrnn: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
+        if not _is_meant_for_people(error):
+            raise
+        print(f"cnnrnn: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _is_meant_for_people(error: Exception) -> bool:
+    """Errors of torch's own are bugs or out-of-memory, and keep their traceback."""
+    from cnnrnn.fit import NonFiniteLossError
+
+    return not isinstance(error, RuntimeError) or isinstance(error, NonFiniteLossError)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"cnnrnn: warning: {message}", file=sys.stderr)
+
+
+def _underscored(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def _asks_for_paper(words: Sequence[str]) -> bool:
+    pairs = zip(words, [*words[1:], ""], strict=True)
+    return any(w == "--preset=paper" or (w == "--preset" and v == "paper") for w, v in pairs)
+
+
+def _parser(preset: str) -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="cnnrnn", version=__version__,
+        description="CNN-RNN multi-label image classification: train, measure, predict.",
+    )  # fmt: skip
+    commands = parser.add_subcommands(required=False, dest="command")
+    commands.add_subcommand("train", _train_parser(preset), help="train a model")
+    commands.add_subcommand("evaluate", _evaluate_parser(), help="measure a model on labelled data")
+    commands.add_subcommand("predict", _predict_parser(), help="label pictures")
+    commands.add_subcommand("scenes", _scenes_parser(), help="write the synthetic scenes data set")
+    commands.add_subcommand("check", ArgumentParser(), help="say what this installation has")
+    return parser
+
+
+def _command_parser(description: str) -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(description=description)
+    parser.add_argument("--config", action="config", help="YAML or JSON file with options")
+    return parser
+
+
+def _add_data(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", type=str, required=True,
+        help="coco:ROOT, coco:FILE.json with --images, scenes:ROOT or features:FILE.npz",
+    )  # fmt: skip
+    parser.add_argument("--images", type=str | None, help="picture folder of a coco: JSON file")
+
+
+def _train_parser(preset: str) -> ArgumentParser:
+    parser = _command_parser("Train a model; writes best/, last/, log.jsonl and config.yaml.")
+    _add_data(parser)
+    parser.add_argument("--out", type=str, required=True, help="folder for the run")
+    parser.add_argument(
+        "--preset", type=str, default="ours", choices=["ours", "paper"],
+        help="defaults: this project's recipe, or the paper's (VGG-16 fc7, RMSprop, its cell)",
+    )  # fmt: skip
+    parser.add_class_arguments(TrainConfig, None)
+    parser.add_class_arguments(ModelConfig, "model")
+    parser.add_class_arguments(SearchConfig, "search")
+    if preset == "paper":
+        parser.set_defaults(
+            asdict(TrainConfig.paper())
+            | {f"model.{k}": v for k, v in asdict(ModelConfig.paper()).items()}
+            | {f"search.{k}": v for k, v in asdict(SearchConfig.paper()).items()}
+        )
+    return parser
+
+
+def _evaluate_parser() -> ArgumentParser:
+    parser = _command_parser("Measure a model on labelled data.")
+    _add_data(parser)
+    parser.add_argument("--model", type=str, required=True, help="checkpoint folder")
+    parser.add_argument("--split", type=str, default="test", help="split of the data, or `all`")
+    parser.add_argument("--k", type=int, default=3, help="also measure sets cut to k labels")
+    parser.add_argument("--per_label", type=str | None, help="write each label's figures as CSV")
+    parser.add_argument("--json", type=str | None, help="write all metrics as JSON")
+    _add_run_options(parser, batch_size=128)
+    parser.add_argument("--workers", type=int, default=0, help="processes that decode pictures")
+    return parser
+
+
+def _predict_parser() -> ArgumentParser:
+    parser = _command_parser("Label pictures; writes each result as it is ready.")
+    parser.add_argument("images", type=str, nargs="+", help="pictures and folders")
+    parser.add_argument("--model", type=str | None, help="checkpoint folder; demo model without")
+    parser.add_argument(
+        "--format", type=str, default="table", choices=["table", "csv", "jsonl"],
+        help="a line each for people, CSV, or JSON lines",
+    )  # fmt: skip
+    parser.add_argument("--out", type=str | None, help="file to write; standard output without")
+    parser.add_argument("--top_k", type=int | None, help="keep at most this many labels")
+    parser.add_argument("--min_labels", type=int | None, help="forbid shorter label paths")
+    parser.add_argument(
+        "--decide", type=str, default="path", choices=["path", "threshold"],
+        help="labels of the best path, or those above the calibrated threshold",
+    )  # fmt: skip
+    parser.add_argument("--threshold", type=float | None, help="another threshold on the scores")
+    _add_run_options(parser, batch_size=64)
+    return parser
+
+
+def _add_run_options(parser: ArgumentParser, batch_size: int) -> None:
+    parser.add_argument("--beam_size", type=int | None, help="N; the model's own without")
+    parser.add_argument("--batch_size", type=int, default=batch_size, help="pictures per step")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--on_bad_image", type=str, default="error", choices=["error", "skip"],
+        help="stop at an unreadable picture, or go on and say so",
+    )  # fmt: skip
+
+
+def _scenes_parser() -> ArgumentParser:
+    parser = _command_parser("Write the synthetic scenes data set in COCO format.")
+    parser.add_argument("--out", type=str, required=True, help="folder to make")
+    for split, count in (("train", 4000), ("val", 1000), ("test", 1000)):
+        parser.add_argument(f"--{split}", type=int, default=count, help=f"{split} pictures")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other pictures")
+    parser.add_argument("--image_size", type=int, default=64, help="side in pixels")
+    return parser
+
+
+def _train(parser: ArgumentParser, options: Namespace) -> int:
+    from cnnrnn.data import load_dataset
+    from cnnrnn.progress import terminal_progress
+    from cnnrnn.train import train
+
+    model, search = ModelConfig(**vars(options.model)), SearchConfig(**vars(options.search))
+    fields = TrainConfig.__dataclass_fields__
+    config = TrainConfig(**{name: options[name] for name in fields})
+    dataset = load_dataset(options.data, images=options.images, on_bad_image=config.on_bad_image)
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    resolved = {k: v for k, v in options.as_dict().items() if k not in ("config", "preset")}
+    (out / "config.yaml").write_text(_yaml(resolved), encoding="utf-8")
+    result = train(
+        dataset, out, model, search, config,
+        say=lambda line: print(line, file=sys.stderr, flush=True), progress=terminal_progress,
+    )  # fmt: skip
+    print(metrics_table(result.metrics, f"validation, {len(result.model.labels)} labels"))
+    print(f"best checkpoint: {out / 'best'}")
+    return 0
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    import yaml
+
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _evaluate(parser: ArgumentParser, options: Namespace) -> int:
+    from cnnrnn.data import load_dataset
+    from cnnrnn.evaluation import evaluate, write_per_label
+    from cnnrnn.predictor import resolve_model
+    from cnnrnn.progress import terminal_progress
+
+    model = resolve_model(options.model, options.device)
+    dataset = load_dataset(options.data, images=options.images, on_bad_image=options.on_bad_image)
+    if options.split != "all" or "all" in dataset.splits:
+        dataset = dataset.split(options.split)
+    search = None
+    if options.beam_size is not None:
+        from dataclasses import replace
+
+        search = replace(model.search, beam_size=options.beam_size)
+    evaluation = evaluate(
+        model, dataset, k=options.k, search=search, batch_size=options.batch_size,
+        workers=options.workers, on_bad_image=options.on_bad_image, progress=terminal_progress,
+    )  # fmt: skip
+    print(metrics_table(evaluation.metrics, f"{options.data}, {options.split}"))
+    if options.per_label is not None:
+        write_per_label(Path(options.per_label), model, evaluation)
+    if options.json is not None:
+        text = json.dumps(evaluation.metrics, indent=2) + "\n"
+        Path(options.json).write_text(text, encoding="utf-8")
+    return 0
+
+
+def metrics_table(metrics: dict[str, dict[str, float]], title: str) -> str:
+    """Lay metrics out as text: a row per decision, in per cent."""
+    first = next(iter(metrics.values()))
+    lines = [f"{title}: {first['images']:,.0f} images, "
+             f"{first['images-without-labels']:,.0f} without labels, "
+             f"{first['labels-without-positives']:.0f} labels without positives"]  # fmt: skip
+    lines.append(" " * 11 + "".join(f"{name:>12}" for name in TABLE_METRICS))
+    for decision, values in metrics.items():
+        cells = "".join(f"{100 * values[name]:12.1f}" for name in TABLE_METRICS)
+        lines.append(f"{decision:<11}{cells}")
+    return "\n".join(lines)
+
+
+def _predict(parser: ArgumentParser, options: Namespace) -> int:
+    from cnnrnn.predictor import predict_iter
+    from cnnrnn.progress import no_progress, terminal_progress
+
+    predictions = predict_iter(
+        options.images, options.model, top_k=options.top_k, beam_size=options.beam_size,
+        min_labels=options.min_labels, decide=options.decide, threshold=options.threshold,
+        batch_size=options.batch_size, device=options.device, on_bad_image=options.on_bad_image,
+    )  # fmt: skip
+    bad = 0
+    show = no_progress if options.out is None else terminal_progress
+    with _output(options.out) as stream, show("predict", None) as advance:
+        write = _writer(options.format, stream)
+        for prediction in predictions:
+            write(prediction)
+            stream.flush()
+            bad += prediction.error is not None
+            advance(1)
+    if bad:
+        print(f"cnnrnn: warning: {bad} pictures could not be read", file=sys.stderr)
+    return 0
+
+
+@contextmanager
+def _output(path: str | None) -> Iterator[IO[str]]:
+    if path is None:
+        yield sys.stdout
+        return
+    with open(path, "w", encoding="utf-8", newline="") as stream:
+        yield stream
+
+
+def _writer(form: str, stream: IO[str]) -> Callable[[Prediction], None]:
+    if form == "csv":
+        rows = csv.writer(stream)
+        rows.writerow(["image", "labels", "log_prob", "error"])
+        return lambda p: rows.writerow(
+            [p.source, ";".join(p.labels), "" if p.error else f"{p.log_prob:.6g}", p.error or ""]
+        )
+    if form == "jsonl":
+        return lambda p: print(json.dumps(_record(p), ensure_ascii=False), file=stream)
+
+    def line(p: Prediction) -> None:
+        scores = p.scores
+        shown = ", ".join(f"{name} {scores[name]:.2f}" for name in p.labels)
+        print(f"{p.source:<40}  {p.error or shown or '(no labels)'}", file=stream)
+
+    return line
+
+
+def _record(p: Prediction) -> dict[str, Any]:
+    if p.error is not None:
+        return {"image": p.source, "error": p.error}
+    scores = p.scores
+    chosen = {name: round(scores[name], 6) for name in p.labels}
+    return {"image": p.source, "labels": p.labels, "log_prob": p.log_prob, "scores": chosen}
+
+
+def _scenes(parser: ArgumentParser, options: Namespace) -> int:
+    from cnnrnn.data.scenes import write_scenes
+
+    write_scenes(
+        options.out, train=options.train, val=options.val, test=options.test, seed=options.seed,
+        image_size=options.image_size,
+    )  # fmt: skip
+    print(f"{options.train + options.val + options.test} pictures in {options.out}")
+    return 0
+
+
+def _check(parser: ArgumentParser, options: Namespace) -> int:
+    from cnnrnn.check import report
+
+    lines, problems = report()
+    print("\n".join(lines))
+    for problem in problems:
+        print(f"problem: {problem}")
+    print("everything needed is there" if not problems else f"{len(problems)} problems")
+    return 1 if problems else 0

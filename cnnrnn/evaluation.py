@@ -1,0 +1,93 @@
+"""Measures a model on a dataset: both decisions, and each label by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cnnrnn.classifier import CNNRNN
+from cnnrnn.config import OnBadImage, SearchConfig
+from cnnrnn.data import DataError, Dataset
+from cnnrnn.decisions import Inference, decision_metrics, infer
+from cnnrnn.features import compute_features
+from cnnrnn.metrics import per_label_metrics, write_per_label_csv
+from cnnrnn.progress import Progress, no_progress
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model's figures on one dataset.
+
+    Attributes:
+        metrics: by decision (`path`, `threshold`, and both at k), then by metric.
+        inference: what the model found in each image.
+        targets: [n, L] bool, columns in path order.
+    """
+
+    metrics: dict[str, dict[str, float]]
+    inference: Inference
+    targets: Tensor
+
+
+def evaluate(
+    model: CNNRNN,
+    dataset: Dataset,
+    *,
+    k: int | None = 3,
+    search: SearchConfig | None = None,
+    batch_size: int = 128,
+    workers: int = 0,
+    on_bad_image: OnBadImage = "error",
+    progress: Progress = no_progress,
+) -> Evaluation:
+    """Run a model over a dataset and measure it.
+
+    Args:
+        model: where its weights are decides the device.
+        dataset: pictures, or feature vectors for a model without a backbone; its label names must
+            be the model's, in any order.
+        k: also measure sets cut to k labels.
+        search: the model's own by default.
+        batch_size: pictures per step.
+        workers: processes that decode.
+        on_bad_image: `skip` leaves unreadable pictures out and warns with their count.
+        progress: told how many pictures are done.
+
+    Raises:
+        DataError: the dataset is empty, or has features of another kind than the model reads.
+        ValueError: the label names differ.
+    """
+    if not len(dataset):
+        raise DataError(f"{dataset.source} has no images to evaluate on")
+    targets = model.label_space.from_source(dataset.label_matrix(), dataset.label_names)
+    if dataset.features is not None:
+        if model.backbone is not None:
+            raise DataError(f"{dataset.source} holds feature vectors, but the model reads pictures")
+        features = torch.from_numpy(dataset.features)
+    elif model.backbone is None:
+        raise DataError(f"{dataset.source} holds pictures, but the model reads feature vectors")
+    else:
+        computed = compute_features(
+            model.backbone,
+            dataset,
+            device=model.device,
+            batch_size=batch_size,
+            workers=workers,
+            on_bad_image=on_bad_image,
+            progress=progress,
+        )
+        features, targets = computed.values, targets[computed.kept]
+    model.eval()
+    inference = infer(model.head, features.to(model.device), search or model.search)
+    metrics = decision_metrics(inference, targets, model.calibration, k)
+    return Evaluation(metrics, inference, targets)
+
+
+def write_per_label(path: Path, model: CNNRNN, evaluation: Evaluation) -> None:
+    """Write precision, recall, F1 and AP of every label's best-path decisions as CSV."""
+    scores = evaluation.inference.mixed(model.calibration.mix_weight)
+    rows = per_label_metrics(evaluation.inference.sets, evaluation.targets, scores=scores)
+    write_per_label_csv(path, model.labels, rows)

@@ -1,0 +1,421 @@
+"""Images in, label sets out: reading, batching, deciding, streaming."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from cnnrnn.classifier import CNNRNN, load_checkpoint
+from cnnrnn.config import Calibration, Decide, OnBadImage, Preprocessing, SearchConfig
+from cnnrnn.data import BadImageError, DataError
+from cnnrnn.data.images import decode_image, normalize, to_rgb, to_tensor
+from cnnrnn.decisions import Inference, infer
+from cnnrnn.fit import resolve_device
+from cnnrnn.labels import PAD
+
+DEMO_MODEL = Path(__file__).parent / "scenes_model"
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one image; a view of its batch, nothing is copied until asked.
+
+    Attributes:
+        source: the image's path, or its position in what was passed.
+        error: why the image could not be read, under `on_bad_image="skip"`; then there are no
+            labels.
+    """
+
+    source: str
+    error: str | None = None
+    _names: tuple[str, ...] = ()
+    _batch: _Batch | None = None
+    _row: int = 0
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the decided label set, in path order."""
+        if self._batch is None:
+            return []
+        return [self._names[i] for i in self._batch.sets[self._row].nonzero()[:, 0].tolist()]
+
+    @property
+    def log_prob(self) -> float:
+        """Log-probability of the best path; NaN for an image that could not be read."""
+        return float(self._paths()[1][0]) if self._batch is not None else float("nan")
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Each label's score in 0..1: its marginal over paths, mixed as the model was calibrated.
+
+        Thresholds apply to this score.
+        """
+        if self._batch is None:
+            return {}
+        return dict(zip(self._names, self._batch.scores[self._row].tolist(), strict=True))
+
+    @property
+    def paths(self) -> list[tuple[tuple[str, ...], float]]:
+        """The N best label paths with their log-probabilities, best first."""
+        if self._batch is None:
+            return []
+        labels, log_probs = self._paths()
+        return [
+            (tuple(self._names[i] for i in path if i != PAD), log_prob)
+            for path, log_prob in zip(labels.tolist(), log_probs.tolist(), strict=True)
+            if log_prob != -torch.inf
+        ]
+
+    @property
+    def sets(self) -> list[tuple[frozenset[str], float]]:
+        """Distinct label sets with their probabilities, best first; orders of one set add up."""
+        if self._batch is None:
+            return []
+        result, row = self._batch.inference.result_of(self._row)
+        return [
+            (frozenset(self._names[i] for i in labels), probability)
+            for labels, probability in result.label_sets(row)
+        ]
+
+    def _paths(self) -> tuple[Tensor, Tensor]:
+        assert self._batch is not None
+        result, row = self._batch.inference.result_of(self._row)
+        return result.labels[row], result.log_probs[row]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    inference: Inference
+    sets: Tensor  # [m, L] bool
+    scores: Tensor  # [m, L]
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One image on its way: a uint8 or float tensor [3, S, S], or why there is none."""
+
+    source: str
+    image: Tensor | None
+    error: str | None = None
+
+
+def predict(
+    images: Any,
+    model: CNNRNN | str | Path | None = None,
+    *,
+    top_k: int | None = None,
+    beam_size: int | None = None,
+    min_labels: int | None = None,
+    decide: Decide = "path",
+    threshold: float | None = None,
+    batch_size: int = 64,
+    device: str | None = None,
+    on_bad_image: OnBadImage = "error",
+) -> list[Prediction]:
+    """Predict the label set of each image, in the order given.
+
+    Args:
+        images: a path, a folder, a PIL image, an array [H, W, 3] or [B, H, W, 3] of uint8 RGB, a
+            tensor [3, H, W] or [B, 3, H, W] of uint8 or of float in 0..1, or a list of these. A
+            folder stands for the pictures in it and below, sorted by path.
+        model: a model, a checkpoint folder, or None for the small demo model.
+        top_k: keep at most this many labels, those with the best scores.
+        beam_size: N, 1 to 16; the model's own by default.
+        min_labels: forbid shorter label paths.
+        decide: `path` takes the best path's labels, `threshold` those whose score reaches the
+            threshold chosen on validation data.
+        threshold: overrides that threshold, and implies `decide="threshold"`.
+        batch_size: images per step.
+        device: `cpu`, `cuda`, `cuda:N` or `auto`; None leaves a model where it is, and puts a
+            checkpoint on the `auto` device.
+        on_bad_image: `error` stops at an unreadable image, `skip` gives it a prediction without
+            labels and with `.error`.
+
+    Returns:
+        One `Prediction` per image.
+
+    Raises:
+        TypeError: `images` holds something else.
+        ValueError: an array or tensor has another shape or type, or options do not fit.
+        BadImageError: an image cannot be read.
+    """
+    return list(
+        predict_iter(
+            images,
+            model,
+            top_k=top_k,
+            beam_size=beam_size,
+            min_labels=min_labels,
+            decide=decide,
+            threshold=threshold,
+            batch_size=batch_size,
+            device=device,
+            on_bad_image=on_bad_image,
+        )
+    )
+
+
+def predict_iter(
+    images: Any,
+    model: CNNRNN | str | Path | None = None,
+    *,
+    top_k: int | None = None,
+    beam_size: int | None = None,
+    min_labels: int | None = None,
+    decide: Decide = "path",
+    threshold: float | None = None,
+    batch_size: int = 64,
+    device: str | None = None,
+    on_bad_image: OnBadImage = "error",
+) -> Iterator[Prediction]:
+    """Predict image after image, holding one batch at a time; arguments as in `predict`.
+
+    `images` may also be any iterable of single images, such as a generator that never ends.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if on_bad_image not in ("error", "skip"):
+        raise ValueError(f"on_bad_image must be error or skip, got {on_bad_image!r}")
+    options = _Options(top_k, decide if threshold is None else "threshold", threshold)
+    classifier = resolve_model(model, device)
+    if classifier.backbone is None:
+        raise ValueError(
+            "this model was trained on feature vectors and reads no images; "
+            "use model.predict_features(features)"
+        )
+    search = _search_of(classifier, beam_size, min_labels)
+    items = _items(images, classifier.backbone.preprocessing, on_bad_image)
+    return _stream(items, classifier, search, options, batch_size)
+
+
+def predict_features(
+    features: Tensor | np.ndarray[Any, Any],
+    model: CNNRNN | str | Path,
+    *,
+    top_k: int | None = None,
+    beam_size: int | None = None,
+    min_labels: int | None = None,
+    decide: Decide = "path",
+    threshold: float | None = None,
+) -> list[Prediction]:
+    """Predict label sets of feature vectors [B, F]; other arguments as in `predict`."""
+    options = _Options(top_k, decide if threshold is None else "threshold", threshold)
+    classifier = resolve_model(model, None)
+    search = _search_of(classifier, beam_size, min_labels)
+    batch = torch.as_tensor(features).to(classifier.device, torch.float32)
+    decided = _decide(classifier, batch, search, options)
+    return [
+        Prediction(str(row), None, classifier.labels, decided, row) for row in range(len(batch))
+    ]
+
+
+def load(path: str | Path | None = None) -> CNNRNN:
+    """Load a checkpoint folder, or the small demo model.
+
+    Args:
+        path: a folder written by `model.save` or by training; None for the demo model that comes
+            with the package, which knows only the labels of the synthetic scenes.
+
+    Returns:
+        The model on the CPU, in eval mode.
+
+    Raises:
+        CheckpointError: the folder is missing or does not hold a checkpoint.
+    """
+    if path is None:
+        _say_once_what_the_demo_model_knows()
+        return load_checkpoint(DEMO_MODEL)
+    return load_checkpoint(path)
+
+
+@functools.cache
+def _say_once_what_the_demo_model_knows() -> None:
+    import sys
+
+    print(
+        "cnnrnn: no model named, so the demo model answers; it knows only the labels of the "
+        "synthetic scenes (sky, sea, boat, ...). Train your own with `cnnrnn train`.",
+        file=sys.stderr,
+    )
+
+
+@functools.cache
+def _demo_model() -> CNNRNN:
+    return load()
+
+
+def resolve_model(model: CNNRNN | str | Path | None, device: str | None) -> CNNRNN:
+    """Return a model in eval mode from a model, a checkpoint folder or None."""
+    if isinstance(model, CNNRNN):
+        classifier = model
+    else:
+        classifier = _demo_model() if model is None else load(model)
+        device = device or "auto"
+    if device is not None:
+        classifier = classifier.to(resolve_device(device))
+    return classifier.eval()
+
+
+@dataclass(frozen=True)
+class _Options:
+    top_k: int | None
+    decide: Decide
+    threshold: float | None
+
+    def __post_init__(self) -> None:
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        if self.decide not in ("path", "threshold"):
+            raise ValueError(f"decide must be path or threshold, got {self.decide!r}")
+
+
+def _search_of(model: CNNRNN, beam_size: int | None, min_labels: int | None) -> SearchConfig:
+    options = {"beam_size": beam_size, "min_labels": min_labels}
+    changes: dict[str, Any] = {name: v for name, v in options.items() if v is not None}
+    return replace(model.search, **changes)
+
+
+def _stream(
+    items: Iterator[_Item],
+    model: CNNRNN,
+    search: SearchConfig,
+    options: _Options,
+    batch_size: int,
+) -> Iterator[Prediction]:
+    assert model.backbone is not None
+    preprocessing = model.backbone.preprocessing
+    while group := list(itertools.islice(items, batch_size)):
+        tensors = [normalize(i.image[None].to(model.device), preprocessing)
+                   for i in group if i.image is not None]  # fmt: skip
+        decided = None
+        if tensors:
+            with torch.no_grad():
+                features = model.features(torch.cat(tensors)).float()
+            decided = _decide(model, features, search, options)
+        row = 0
+        for item in group:
+            if item.image is None:
+                yield Prediction(item.source, item.error)
+                continue
+            yield Prediction(item.source, None, model.labels, decided, row)
+            row += 1
+
+
+@torch.no_grad()
+def _decide(model: CNNRNN, features: Tensor, search: SearchConfig, options: _Options) -> _Batch:
+    inference = infer(model.head, features, search)
+    calibration: Calibration = model.calibration
+    scores = inference.mixed(calibration.mix_weight)
+    if options.decide == "threshold":
+        cut = calibration.threshold if options.threshold is None else options.threshold
+        sets = scores >= cut
+    else:
+        sets = inference.sets
+    if options.top_k is not None:
+        ranked = scores.masked_fill(~sets, -torch.inf)
+        best = ranked.argsort(dim=1, descending=True, stable=True)[:, : options.top_k]
+        sets = torch.zeros_like(sets).scatter_(1, best, True) & sets
+    return _Batch(inference, sets, scores)
+
+
+def _items(images: Any, preprocessing: Preprocessing, on_bad_image: OnBadImage) -> Iterator[_Item]:
+    for position, image in enumerate(_singles(images)):
+        if isinstance(image, (str, Path)):
+            try:
+                yield _Item(str(image), to_tensor(decode_image(image), preprocessing))
+            except BadImageError as error:
+                if on_bad_image == "error":
+                    raise
+                yield _Item(str(image), None, str(error))
+            continue
+        source = str(position)
+        if isinstance(image, Image.Image):
+            yield _Item(source, to_tensor(to_rgb(image), preprocessing))
+        elif isinstance(image, np.ndarray):
+            yield _Item(source, to_tensor(_from_array(image, position), preprocessing))
+        elif isinstance(image, Tensor):
+            yield _Item(source, _from_tensor(image, position, preprocessing))
+        else:
+            raise TypeError(
+                f"image {position} must be a path, PIL image, array or tensor, "
+                f"got {type(image).__name__}"
+            )
+
+
+def _singles(images: Any) -> Iterator[Any]:
+    """Take folders, batches and lists apart into single images, in order."""
+    if isinstance(images, (str, Path)):
+        path = Path(images)
+        yield from folder_images(path) if path.is_dir() else (path,)
+    elif isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4:
+        yield from images
+    elif isinstance(images, (Image.Image, np.ndarray, Tensor)):
+        yield images
+    elif isinstance(images, Iterable):
+        for image in images:
+            yield from _singles(image)
+    else:
+        raise TypeError(
+            "images must be a path, a folder, a PIL image, an array, a tensor, or a list of "
+            f"these, got {type(images).__name__}"
+        )
+
+
+def folder_images(folder: Path) -> list[Path]:
+    """Return the pictures in a folder and below, by their suffix, sorted by path.
+
+    Raises:
+        DataError: there is none.
+    """
+    found = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+    )
+    if not found:
+        raise DataError(f"{folder} holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
+    return found
+
+
+def _from_array(array: np.ndarray[Any, Any], position: int) -> Image.Image:
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or 0 in array.shape:
+        raise ValueError(
+            f"image {position} must be an array [H, W, 3] of uint8 RGB, "
+            f"got {list(array.shape)} of {array.dtype}"
+        )
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _from_tensor(image: Tensor, position: int, preprocessing: Preprocessing) -> Tensor:
+    if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
+        raise ValueError(f"image {position} must be a tensor [3, H, W], got {list(image.shape)}")
+    if image.dtype == torch.uint8:
+        pixels = image.permute(1, 2, 0).cpu().numpy()
+        return to_tensor(_from_array(pixels, position), preprocessing)
+    if not image.is_floating_point():
+        raise ValueError(f"image {position} must be uint8 or float in 0..1, got {image.dtype}")
+    image = image.float()
+    low, high = float(image.min()), float(image.max())
+    if not (low >= 0.0 and high <= 1.0):
+        raise ValueError(
+            f"image {position} must be float in 0..1, got values from {low:g} to {high:g}"
+        )
+    side = preprocessing.image_size
+    if image.shape[1:] != (side, side):
+        image = functional.interpolate(
+            image[None], (side, side), mode=preprocessing.interpolation, antialias=True
+        )[0].clamp(0, 1)
+    return image
