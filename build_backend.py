@@ -8,31 +8,72 @@ interpreter, makes it importable for the build, and asks pip for one only when t
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
-import tempfile
+import sysconfig
+from pathlib import Path
 from typing import Any
 
-from setuptools import build_meta
+try:
+    import setuptools
+    from setuptools import build_meta
+except ModuleNotFoundError:
+    sys.exit(
+        'cnnrnn: setuptools is not installed; run `pip install "setuptools>=77" cmake ninja` '
+        "first, or leave out --no-build-isolation"
+    )
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(
+        f"cnnrnn: setuptools {setuptools.__version__} is installed, 77 or later is needed; run "
+        "`pip install --upgrade setuptools` first, or leave out --no-build-isolation"
+    )
 
+COMPILERS = ("c++", "g++", "clang++")
+
+# The path goes out last and as bytes: a .pth file may print, and a path may be in any encoding.
 _FIND_TORCH = """
-import importlib.util, os
+import importlib.util, os, sys
 spec = importlib.util.find_spec("torch")
-print(os.path.dirname(os.path.dirname(spec.origin)) if spec and spec.origin else "")
+sys.stdout.flush()
+if spec and spec.origin:
+    sys.stdout.buffer.write(b"\\n" + os.fsencode(os.path.dirname(os.path.dirname(spec.origin))))
 """
+
+# What pip sets to hide the user's packages from the build.
+_ISOLATION = ("PYTHONPATH", "PYTHONHOME", "PYTHONNOUSERSITE")
+
+
+def require_compiler() -> None:
+    """Exit with a sentence where a C++ compiler or Python's headers are missing."""
+    if os.name == "nt":
+        return  # CMake finds Visual Studio's compiler by other means than PATH
+    named = os.environ.get("CXX", "").split()
+    if named and not shutil.which(named[0]):
+        sys.exit(
+            f"cnnrnn: the C++ compiler that CXX names, {named[0]}, was not found; install it or "
+            "unset CXX, and install again"
+        )
+    if not named and not any(shutil.which(name) for name in COMPILERS):
+        sys.exit(
+            f"cnnrnn: no C++ compiler was found (looked for {', '.join(COMPILERS)}); install one, "
+            "on Debian or Ubuntu with `sudo apt install g++`, and install again"
+        )
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.is_file():
+        sys.exit(
+            f"cnnrnn: Python's C headers were not found ({header} is missing); install them, on "
+            "Debian or Ubuntu with `sudo apt install python3-dev`, and install again"
+        )
 
 
 def _users_torch() -> str | None:
     """Return the folder that holds the user's torch package, or None."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
-    found = subprocess.run(
-        [sys.executable, "-c", _FIND_TORCH],
-        env=environment,
-        cwd=tempfile.gettempdir(),
-        capture_output=True,
-        text=True,
-    )
-    return found.stdout.strip() or None
+    environment = {k: v for k, v in os.environ.items() if k not in _ISOLATION}
+    # -P: a torch.py in the current folder is not the user's torch.
+    command = [sys.executable, "-P", "-c", _FIND_TORCH]
+    found = subprocess.run(command, env=environment, capture_output=True, check=True)
+    return os.fsdecode(found.stdout.rpartition(b"\n")[2]) or None
 
 
 def _build_requirements() -> list[str]:
@@ -47,11 +88,13 @@ def _make_torch_importable() -> None:
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
     """Return the requirements of a wheel build beyond pyproject.toml's."""
+    require_compiler()  # before pip downloads anything for the build
     return build_meta.get_requires_for_build_wheel(config_settings) + _build_requirements()
 
 
 def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
     """Return the requirements of an editable build beyond pyproject.toml's."""
+    require_compiler()  # before pip downloads anything for the build
     return build_meta.get_requires_for_build_editable(config_settings) + _build_requirements()
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
+
+from build_backend import require_compiler
 
 ROOT = Path(__file__).resolve().parent
 
@@ -35,6 +38,16 @@ def torch_requirement() -> str:
     return f"torch=={release}" if release else "torch>=2.11"
 
 
+class EmptyFolderBuild(build):
+    """Builds in a folder of its own: a reused one brings deleted modules and a moved cache."""
+
+    def initialize_options(self) -> None:
+        """Make the folder; it goes when the process ends."""
+        super().initialize_options()
+        self._folder = tempfile.TemporaryDirectory(prefix="cnnrnn-build-")
+        self.build_base = self._folder.name
+
+
 class CMakeBuild(build_ext):
     """Runs CMakeLists.txt for the one extension."""
 
@@ -51,24 +64,22 @@ class CMakeBuild(build_ext):
                 f"cnnrnn: torch {release} is installed, 2.11 or later is needed; "
                 "run `pip install --upgrade torch` and install again"
             )
-        self._require_compiler()
+        cmake, ninja = self._tool("cmake"), self._tool("ninja")
+        require_compiler()
         from torch.utils.cpp_extension import include_paths, library_paths
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         build_folder = Path(self.build_temp).resolve() / "cmake"
         build_folder.mkdir(parents=True, exist_ok=True)
-        cmake = shutil.which("cmake") or "cmake"
         configure = [
             cmake, "-S", str(ROOT), "-B", str(build_folder), "-G", "Ninja",
             "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCNNRNN_TORCH_INCLUDE_DIRS={';'.join(include_paths())}",
             f"-DCNNRNN_TORCH_LIBRARY_DIRS={';'.join(library_paths())}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output.parent}",
         ]  # fmt: skip
-        ninja = shutil.which("ninja")
-        if ninja:
-            configure.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
         self._run(configure)
         self._run([cmake, "--build", str(build_folder)])
         about = '"""Written by the build: what cnnrnn._C was built against."""'
@@ -81,22 +92,18 @@ class CMakeBuild(build_ext):
         record = Path("cnnrnn", "_build_info.py")
         shutil.copy(self.build_lib / record, ROOT / record)
 
-    def _require_compiler(self) -> None:
-        if os.name == "nt":
-            return  # CMake finds Visual Studio's compiler by other means than PATH
-        named = os.environ.get("CXX", "").split()
-        candidates = named[:1] or ["c++", "g++", "clang++"]
-        if not any(shutil.which(candidate) for candidate in candidates):
+    def _tool(self, name: str) -> str:
+        found = shutil.which(name)
+        if found is None:
             sys.exit(
-                f"cnnrnn: no C++ compiler was found (looked for {', '.join(candidates)}); install "
-                "one, on Debian or Ubuntu with `sudo apt install g++`, and install again"
+                f"cnnrnn: {name} was not found; run `pip install cmake ninja` and install again, "
+                "or leave out --no-build-isolation"
             )
+        return found
 
     def _run(self, command: list[str]) -> None:
         try:
             subprocess.run(command, check=True)
-        except FileNotFoundError:
-            sys.exit("cnnrnn: cmake was not found; run `pip install cmake ninja` and install again")
         except subprocess.CalledProcessError as error:
             sys.exit(
                 f"cnnrnn: building the extension failed (exit status {error.returncode}); the "
@@ -106,6 +113,6 @@ class CMakeBuild(build_ext):
 
 setup(
     ext_modules=[Extension("cnnrnn._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build": EmptyFolderBuild, "build_ext": CMakeBuild},
     install_requires=[torch_requirement(), *DEPENDENCIES],
 )

@@ -7,10 +7,9 @@ releases before anything loads it, and says what to do.
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import torch
-
-REBUILD = "pip install --force-reinstall --no-deps --no-cache-dir ."
 
 
 def release(version: str) -> str:
@@ -20,17 +19,26 @@ def release(version: str) -> str:
 
 def problem() -> str | None:
     """Return what is wrong with the build, in one sentence with the cure, or None."""
-    if importlib.util.find_spec("cnnrnn._build_info") is None:
+    source = Path(__file__).resolve().parents[1]
+    in_source_tree = (source / "build_backend.py").is_file()
+    rebuild = (
+        f'`pip install -e "{source}"`'
+        if in_source_tree
+        else "`pip install --force-reinstall --no-deps --no-cache-dir .` in cnnrnn's source folder"
+    )
+    record = importlib.util.find_spec("cnnrnn._build_info")
+    if record is None or importlib.util.find_spec("cnnrnn._C") is None:
         return (
-            "cnnrnn's compiled module is missing: this is a source tree that was not installed; "
-            "run `pip install .` (or `pip install -e .`) in it"
+            f"cnnrnn's compiled module for this Python is missing from {source / 'cnnrnn'}; "
+            + ("this is a source tree that was not installed: " if in_source_tree else "")
+            + f"run {rebuild}"
         )
     from cnnrnn._build_info import TORCH
 
     if TORCH != release(torch.__version__):
         return (
             f"cnnrnn was built against torch {TORCH}, but torch {torch.__version__} is installed; "
-            f"build it again with `{REBUILD}` in its source folder, or install torch=={TORCH}"
+            f"run {rebuild} to build it again, or `pip install torch=={TORCH}`"
         )
     return None
 

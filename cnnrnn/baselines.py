@@ -14,9 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from cnnrnn.backbones import Backbone
 from cnnrnn.config import ModelConfig, SearchConfig, TrainConfig
 from cnnrnn.data import Dataset
 from cnnrnn.decisions import decision_metrics, infer
+from cnnrnn.features import cached_features
 from cnnrnn.fit import Batch, Log, Split, Stage, Validation, resolve_device, run_stage
 from cnnrnn.losses import binary_cross_entropy, softmax_cross_entropy
 from cnnrnn.metrics import best_k, best_threshold, multilabel_metrics
@@ -127,6 +129,19 @@ def predicted_scores(model: IndependentClassifier, split: Split, loss: Loss) -> 
         [model(part.to(device)).float().cpu() for part in split.features.split(4096)]
     )
     return scores.sigmoid() if loss == "bce" else scores.softmax(1)
+
+
+def frozen_features(dataset: Dataset, backbone: Backbone, folder: Path) -> Dataset:
+    """Return a dataset of pictures as one of feature vectors, computed once and kept in `folder`.
+
+    Args:
+        dataset: pictures, all readable.
+        backbone: where its weights are decides the device.
+        folder: holds the feature cache.
+    """
+    device = next(backbone.parameters()).device
+    features = cached_features(backbone, dataset, folder, device=device).values.numpy()
+    return replace(dataset, features=features, image_paths=None, boxes=None)
 
 
 def compare(

@@ -72,9 +72,9 @@ def _search_problems() -> list[str]:
     from cnnrnn.model import Head
     from cnnrnn.search import beam_search
 
-    torch.manual_seed(0)
-    head = Head(num_labels=12, feature_dim=8, hidden_dim=16, chain_term=True).eval()
-    with torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        head = Head(num_labels=12, feature_dim=8, hidden_dim=16, chain_term=True).eval()
         embedding = head.embed(torch.randn(4, 8))
     config = SearchConfig(beam_size=4, max_labels=4)
     native = beam_search(head, embedding, config, "native")

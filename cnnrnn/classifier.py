@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,8 @@ from cnnrnn.model import Head, ImageEmbedding
 
 if TYPE_CHECKING:
     from cnnrnn.predictor import Prediction
+
+T = TypeVar("T")
 
 FORMAT = 1
 WEIGHTS_FILE = "model.safetensors"
@@ -107,25 +111,32 @@ class CNNRNN(nn.Module):
         """
         from safetensors.torch import save_file
 
-        target = Path(path)
+        target = Path(os.path.abspath(path))
+        if target.exists() and not target.is_dir():
+            raise CheckpointError(f"{target} is a file, not a folder for a checkpoint")
         if target.exists() and not (target / CONFIG_FILE).is_file() and any(target.iterdir()):
             raise CheckpointError(f"{target} is not empty and holds no checkpoint; not replaced")
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.parent / f".{target.name}.partial-{os.getpid()}"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        weights = {name: value.contiguous() for name, value in self.state_dict().items()}
-        save_file(weights, partial / WEIGHTS_FILE)
-        (partial / CONFIG_FILE).write_text(
-            json.dumps(self._description(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        for file in partial.iterdir():
-            _flush(file)
-        former = _former(target)
-        shutil.rmtree(former, ignore_errors=True)
-        if target.exists():
-            target.rename(former)
-        partial.rename(target)
+        try:
+            weights = {name: value.contiguous() for name, value in self.state_dict().items()}
+            save_file(weights, partial / WEIGHTS_FILE)
+            (partial / CONFIG_FILE).write_text(
+                json.dumps(self._description(), indent=2, ensure_ascii=False) + "\n",
+                encoding="utf-8",
+            )
+            for file in partial.iterdir():
+                _flush(file)
+            former = _former(target)
+            if target.exists():  # else a process was killed here, and the former is all there is
+                shutil.rmtree(former, ignore_errors=True)
+                target.rename(former)
+            partial.rename(target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         shutil.rmtree(former, ignore_errors=True)
 
     def _description(self) -> dict[str, Any]:
@@ -167,7 +178,7 @@ def load_checkpoint(path: str | Path) -> CNNRNN:
 def _read_config(file: Path) -> dict[str, Any]:
     try:
         description = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not valid JSON: {error}") from error
     expected = {"format", "model", "feature_dim", "labels", "source_index", "preprocessing",
                 "max_labels", "search", "calibration"}  # fmt: skip
@@ -187,17 +198,24 @@ def _build(folder: Path, description: dict[str, Any]) -> CNNRNN:
     from safetensors.torch import load_file
 
     try:
-        config = ModelConfig(**description["model"])
-        labels = LabelSpace(tuple(description["labels"]), tuple(description["source_index"]))
-        search = SearchConfig(**description["search"])
-        calibration = Calibration(**description["calibration"])
-        head = Head.from_config(config, len(labels), description["feature_dim"])
-        head.max_labels = int(description["max_labels"])
+        config = _options(ModelConfig, "model", description["model"])
+        labels = LabelSpace(
+            tuple(_typed("labels", description["labels"], list[str])),
+            tuple(_typed("source_index", description["source_index"], list[int])),
+        )
+        search = _options(SearchConfig, "search", description["search"])
+        calibration = _options(Calibration, "calibration", description["calibration"])
+        feature_dim = _typed("feature_dim", description["feature_dim"], int)
+        head = Head.from_config(config, len(labels), feature_dim)
+        head.max_labels = _typed("max_labels", description["max_labels"], int)
+        if head.max_labels < 0:
+            raise ValueError(f"max_labels must be at least 0, got {head.max_labels}")
         backbone = None
         if description["preprocessing"] is not None:
+            preprocessing = _options(Preprocessing, "preprocessing", description["preprocessing"])
             backbone = make_backbone(config, load_pretrained=False)
-            backbone.preprocessing = _preprocessing(description["preprocessing"])
-    except (TypeError, ValueError) as error:
+            backbone.preprocessing = preprocessing
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a size beyond memory
         raise CheckpointError(
             f"{folder / CONFIG_FILE} does not describe a model: {error}"
         ) from error
@@ -213,14 +231,32 @@ def _build(folder: Path, description: dict[str, Any]) -> CNNRNN:
     return model.eval()
 
 
-def _preprocessing(values: dict[str, Any]) -> Preprocessing:
-    known = replace(Preprocessing(), **values)
-    return replace(known, mean=_triple(known.mean), std=_triple(known.std))
+def _options(kind: type[T], name: str, values: Any) -> T:
+    """Build a config dataclass from JSON values, of which each must be there and of its type."""
+    _typed(name, values, dict)
+    fields = typing.get_type_hints(kind)
+    if values.keys() != fields.keys():
+        odd = sorted(values.keys() ^ fields.keys())
+        raise ValueError(f"{name} has fields missing or unknown: {', '.join(odd)}")
+    return kind(**{key: _typed(f"{name}.{key}", v, fields[key]) for key, v in values.items()})
 
 
-def _triple(values: Sequence[float]) -> tuple[float, float, float]:
-    first, second, third = (float(value) for value in values)
-    return first, second, third
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """Return a JSON value if it is of a type, a list as tuple where that is the type."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple and isinstance(value, list) and len(value) == len(parts):
+        return tuple(_typed(name, v, part) for v, part in zip(value, parts, strict=True))
+    if origin is list and isinstance(value, list):
+        return [_typed(name, item, parts[0]) for item in value]
+    if origin is typing.Literal and value in parts:
+        return value
+    if origin is types.UnionType:
+        accepted = parts
+    else:
+        accepted = (float, int) if kind is float else (kind,)
+    if origin in (None, types.UnionType) and type(value) in accepted:
+        return value
+    raise TypeError(f"{name} must be {getattr(kind, '__name__', kind)}, got {value!r}")
 
 
 def _former(folder: Path) -> Path:

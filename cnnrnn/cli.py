@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import sys
 import warnings
@@ -31,20 +32,26 @@ TABLE_METRICS = ("C-P", "C-R", "C-F1", "O-P", "O-R", "O-F1", "MAP@10", "mAP", "m
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    words = [_underscored(word) for word in (sys.argv[1:] if arguments is None else arguments)]
-    parser = _parser("paper" if _asks_for_paper(words) else "ours")
+    words = _underscored(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser("ours")
     options = parser.parse_args(words)
     command = options.command
     if command is None:
         parser.print_help()
         return 0
+    if command == "train" and options.train.preset == "paper":  # named here or in a config file
+        parser = _parser("paper")
+        options = parser.parse_args(words)
     run: dict[str, Callable[[ArgumentParser, Namespace], int]] = {
         "train": _train, "evaluate": _evaluate, "predict": _predict,
         "scenes": _scenes, "check": _check,
     }  # fmt: skip
-    warnings.showwarning = _show_warning
     try:
-        return run[command](parser, options[command])
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            status = run[command](parser, options[command])
+            sys.stdout.flush()
+            return status
     except BrokenPipeError:  # the reader of our output has gone, as under `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -69,16 +76,16 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"cnnrnn: warning: {message}", file=sys.stderr)
 
 
-def _underscored(word: str) -> str:
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word[2:].partition("=")
-    return f"--{name.replace('-', '_')}{equals}{value}"
-
-
-def _asks_for_paper(words: Sequence[str]) -> bool:
-    pairs = zip(words, [*words[1:], ""], strict=True)
-    return any(w == "--preset=paper" or (w == "--preset" and v == "paper") for w, v in pairs)
+def _underscored(words: Sequence[str]) -> list[str]:
+    """Write option names with underscores; what follows a bare `--` is left as it is."""
+    result = list(words)
+    for position, word in enumerate(result):
+        if word == "--":
+            break
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            result[position] = f"--{name[2:].replace('-', '_')}{equals}{value}"
+    return result
 
 
 def _parser(preset: str) -> ArgumentParser:
@@ -238,9 +245,17 @@ def _evaluate(parser: ArgumentParser, options: Namespace) -> int:
     if options.per_label is not None:
         write_per_label(Path(options.per_label), model, evaluation)
     if options.json is not None:
-        text = json.dumps(evaluation.metrics, indent=2) + "\n"
+        text = json.dumps(_without_nan(evaluation.metrics), indent=2) + "\n"
         Path(options.json).write_text(text, encoding="utf-8")
     return 0
+
+
+def _without_nan(metrics: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
+    """JSON has no NaN: a figure that is not defined becomes null."""
+    return {
+        decision: {name: None if math.isnan(v) else v for name, v in values.items()}
+        for decision, values in metrics.items()
+    }
 
 
 def metrics_table(metrics: dict[str, dict[str, float]], title: str) -> str:

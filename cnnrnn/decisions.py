@@ -10,14 +10,14 @@ from torch import Tensor
 from cnnrnn.config import Calibration, SearchConfig
 from cnnrnn.metrics import best_threshold, multilabel_metrics
 from cnnrnn.model import Head
-from cnnrnn.search import SearchResult, beam_search
+from cnnrnn.search import NonFiniteError, SearchResult, beam_search
 
 MIX_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SEARCH_BATCH = 4096
 _SMALLEST = 1e-7
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Inference:
     """What the head finds in n images.
 
@@ -53,11 +53,18 @@ def infer(head: Head, features: Tensor, search: SearchConfig) -> Inference:
 
     Returns:
         Sets and scores on the CPU.
+
+    Raises:
+        NonFiniteError: for feature vectors that give values that are not finite.
     """
     results, scores = [], []
-    for part in features.split(SEARCH_BATCH) if len(features) else [features]:
+    for slice_, part in enumerate(features.split(SEARCH_BATCH) if len(features) else [features]):
         embedding, label_scores = head.embed_with_label_scores(part)
-        results.append(beam_search(head, embedding, search, marginals=True))
+        try:
+            results.append(beam_search(head, embedding, search, marginals=True))
+        except NonFiniteError as error:
+            first = slice_ * SEARCH_BATCH
+            raise NonFiniteError([first + i for i in error.images], len(features)) from None
         if label_scores is not None:
             scores.append(label_scores.float().cpu())
     return Inference(

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import warnings
-import zipfile
 import zlib
 from dataclasses import asdict
 from pathlib import Path
@@ -142,12 +141,13 @@ def _cache_key(backbone: Backbone, dataset: Dataset) -> str:
     digest.update(weights_digest(backbone.state_dict().items()).encode())
     digest.update(json.dumps(asdict(backbone.preprocessing)).encode())
     for path in dataset.image_paths or ():
+        digest.update(os.fsencode(path))
         try:
             status = os.stat(path)
         except OSError as error:
-            digest.update(f"{path} {error.strerror}\n".encode())
+            digest.update(f" {error.strerror}\n".encode())
         else:
-            digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
+            digest.update(f" {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
@@ -158,17 +158,20 @@ def _checksum(features: Features) -> int:
 def _write(file: Path, key: str, features: Features) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
-    with open(partial, "wb") as handle:
-        np.savez(
-            handle,
-            values=features.values.numpy(),
-            kept=features.kept,
-            key=np.array(key),
-            checksum=np.array(_checksum(features), dtype=np.int64),
-        )
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(partial, file)
+    try:
+        with open(partial, "wb") as handle:
+            np.savez(
+                handle,
+                values=features.values.numpy(),
+                kept=features.kept,
+                key=np.array(key),
+                checksum=np.array(_checksum(features), dtype=np.int64),
+            )
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _read(file: Path, key: str, feature_dim: int, records: int) -> Features | None:
@@ -179,11 +182,13 @@ def _read(file: Path, key: str, feature_dim: int, records: int) -> Features | No
             features = Features(torch.from_numpy(stored["values"]), stored["kept"])
             sound = (
                 str(stored["key"]) == key
+                and features.values.dtype == torch.float32
+                and features.kept.dtype == np.int64
                 and features.values.shape == (len(features.kept), feature_dim)
                 and len(features.kept) <= records
                 and int(stored["checksum"]) == _checksum(features)
             )
-    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+    except Exception as error:  # numpy and zipfile raise nearly anything on broken files
         warnings.warn(f"{file} is damaged ({error}); its features are computed again", stacklevel=3)
         return None
     if not sound:

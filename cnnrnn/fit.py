@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -185,7 +186,12 @@ def run_stage(
     scheduler = None
     if config.schedule == "one_cycle":
         peaks = [group["lr"] for group in optimizer.param_groups]
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps + 1)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            peaks,
+            total_steps=steps + 1,
+            cycle_momentum=config.optimizer == "adamw",  # RMSprop's momentum is an option
+        )
     best: Validation | None = None
     best_epoch, step = 0, 0
     best_state: dict[str, Any] = {}
@@ -234,9 +240,13 @@ def _step(
     step: int,
 ) -> float:
     """Take one optimiser step; return the summed loss of the batch."""
+    # Batch norm's running figures change in the forward pass, before the loss is known.
+    buffers = list(stage.module.buffers()) if split.features is None else []
+    before = [buffer.clone() for buffer in buffers]
     with autocast(batch.inputs.device, config):
         losses = stage.loss(batch)
     if not losses.isfinite().all():
+        _restore(buffers, before)
         at_fault = batch.records[(~losses.isfinite()).cpu()]
         raise _non_finite("the loss", stage, epoch, step, at_fault, split)
     optimizer.zero_grad(set_to_none=True)
@@ -244,9 +254,15 @@ def _step(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm or math.inf)
     if not norm.isfinite():
+        _restore(buffers, before)
         raise _non_finite("the gradient", stage, epoch, step, batch.records, split)
     optimizer.step()
     return float(losses.detach().sum())
+
+
+def _restore(buffers: list[Tensor], before: list[Tensor]) -> None:
+    for buffer, value in zip(buffers, before, strict=True):
+        buffer.copy_(value)
 
 
 def _non_finite(
@@ -284,10 +300,9 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"device {name!r} was asked for, torch sees {torch.cuda.device_count()} CUDA devices"

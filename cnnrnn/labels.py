@@ -66,8 +66,9 @@ class LabelSpace:
             ValueError: when the source's names are not this space's names.
         """
         position = {name: i for i, name in enumerate(source_names)}
+        known = set(self.names)
         missing = [name for name in self.names if name not in position]
-        unknown = [name for name in source_names if name not in set(self.names)]
+        unknown = [name for name in source_names if name not in known]
         if missing or unknown:
             raise ValueError(
                 f"the data's {len(source_names)} labels are not the model's {len(self)}: "

@@ -26,17 +26,17 @@ def sequence_loss(scores: Tensor, paths: Tensor, order: Order) -> Tensor:
     """
     B, T = paths.shape
     end = scores.shape[2] - 1
-    targets = functional.pad(paths, (0, 1), value=PAD).masked_fill(
-        functional.pad(paths, (0, 1), value=PAD) == PAD, end
-    )
-    steps = torch.arange(T + 1, device=paths.device)
+    padded = functional.pad(paths, (0, 1), value=PAD)
+    targets = padded.masked_fill(padded == PAD, end)
     lengths = (paths != PAD).sum(1, keepdim=True)
+    past_end = torch.arange(T + 1, device=paths.device) > lengths
     if order != "free":
         scores = scores.masked_fill(forbidden_labels(paths, end, order), -torch.inf)
+    scores = scores.masked_fill(past_end[:, :, None], 0)  # whatever stands there, NaN included
     losses = functional.cross_entropy(
         scores.reshape(B * (T + 1), end + 1), targets.reshape(-1), reduction="none"
     ).view(B, T + 1)
-    return (losses * (steps <= lengths)).sum(1)
+    return losses.masked_fill(past_end, 0).sum(1)
 
 
 def forbidden_labels(paths: Tensor, num_labels: int, order: Order) -> Tensor:
@@ -48,7 +48,7 @@ def forbidden_labels(paths: Tensor, num_labels: int, order: Order) -> Tensor:
         forbidden = labels <= last[:, :, None]
     else:
         forbidden = torch.zeros(B, T + 1, num_labels + 1, dtype=torch.bool, device=paths.device)
-        for t in range(T):
+        for t in range(T if order == "unique" else 0):
             rows = paths[:, t].clamp(min=0)
             forbidden[:, t + 1 :] |= (labels == rows[:, None])[:, None] & (paths[:, t] != PAD)[
                 :, None, None

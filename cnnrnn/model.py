@@ -306,19 +306,25 @@ class Head(nn.Module):
             independent classifier's scores [B, L], or None without a chain term.
         """
         embedding, label_scores = self.embed_with_label_scores(features)
-        scores = self.score(
-            self.path_outputs(paths), ImageEmbedding(embedding.joint[:, None])
-        ).float()
+        scores = self.score(self.path_outputs(paths), ImageEmbedding(embedding.joint[:, None]))
+        scores = scores if scores.dtype == torch.float64 else scores.float()
         if embedding.label_logits is not None:
             scores = scores + embedding.label_logits[:, None]
         return scores, label_scores
 
     def path_outputs(self, paths: Tensor) -> Tensor:
-        """Return the recurrent output after each prefix: [B, T] paths -> [B, T+1, H]."""
-        rows = paths.masked_fill(paths < 0, self.end)  # past the end: computed, never used
+        """Return the recurrent output after each prefix: [B, T] paths -> [B, T+1, H].
+
+        Past the end of a path stand outputs that are never used; they begin from zero, so that a
+        paper cell cannot run out of range there and spoil the gradient.
+        """
+        rows = paths.masked_fill(paths < 0, self.end)
         state = self.extend(rows.new_full((len(rows),), self.start), self.initial_state(len(rows)))
         outputs = [state[0]]
-        for labels in rows.unbind(1):
-            state = self.extend(labels, state)
+        for labels, past_end in zip(rows.unbind(1), (paths < 0)[:, :, None].unbind(1), strict=True):
+            output, cell = state
+            state = self.extend(
+                labels, (output.masked_fill(past_end, 0), cell.masked_fill(past_end, 0))
+            )
             outputs.append(state[0])
         return torch.stack(outputs, dim=1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,14 @@ from cnnrnn.data.images import decode_image, normalize, to_rgb, to_tensor
 from cnnrnn.decisions import Inference, infer
 from cnnrnn.fit import resolve_device
 from cnnrnn.labels import PAD
+from cnnrnn.search import NonFiniteError
 
 DEMO_MODEL = Path(__file__).parent / "scenes_model"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Prediction:
     """What the model says of one image; a view of its batch, nothing is copied until asked.
 
@@ -44,6 +46,11 @@ class Prediction:
     _names: tuple[str, ...] = ()
     _batch: _Batch | None = None
     _row: int = 0
+
+    def __repr__(self) -> str:
+        if self._batch is None:
+            return f"Prediction({self.source!r}, error={self.error!r})"
+        return f"Prediction({self.source!r}, labels={self.labels}, log_prob={self.log_prob:.4f})"
 
     @property
     def labels(self) -> list[str]:
@@ -96,7 +103,7 @@ class Prediction:
         return result.labels[row], result.log_probs[row]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Batch:
     inference: Inference
     sets: Tensor  # [m, L] bool
@@ -197,6 +204,11 @@ def predict_iter(
             "use model.predict_features(features)"
         )
     search = _search_of(classifier, beam_size, min_labels)
+    if not _is_known(images):
+        raise TypeError(
+            "images must be a path, a folder, a PIL image, an array, a tensor, or a list of "
+            f"these, got {type(images).__name__}"
+        )
     items = _items(images, classifier.backbone.preprocessing, on_bad_image)
     return _stream(items, classifier, search, options, batch_size)
 
@@ -278,6 +290,8 @@ class _Options:
     def __post_init__(self) -> None:
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise ValueError(f"threshold must be a finite number, got {self.threshold}")
         if self.decide not in ("path", "threshold"):
             raise ValueError(f"decide must be path or threshold, got {self.decide!r}")
 
@@ -304,7 +318,15 @@ def _stream(
         if tensors:
             with torch.no_grad():
                 features = model.features(torch.cat(tensors)).float()
-            decided = _decide(model, features, search, options)
+            try:
+                decided = _decide(model, features, search, options)
+            except NonFiniteError as error:
+                names = [item.source for item in group if item.image is not None]
+                named = ", ".join(names[i] for i in error.images[:8])
+                raise ValueError(
+                    f"the model gives values that are not finite for {len(error.images)} images "
+                    f"({named}); check its weights"
+                ) from error
         row = 0
         for item in group:
             if item.image is None:
@@ -333,17 +355,19 @@ def _decide(model: CNNRNN, features: Tensor, search: SearchConfig, options: _Opt
 
 def _items(images: Any, preprocessing: Preprocessing, on_bad_image: OnBadImage) -> Iterator[_Item]:
     for position, image in enumerate(_singles(images)):
-        if isinstance(image, (str, Path)):
+        source = str(image) if isinstance(image, (str, Path)) else str(position)
+        if isinstance(image, (str, Path, Image.Image)):
             try:
-                yield _Item(str(image), to_tensor(decode_image(image), preprocessing))
+                rgb = (
+                    _from_pil(image, position)
+                    if isinstance(image, Image.Image)
+                    else (decode_image(image))
+                )
+                yield _Item(source, to_tensor(rgb, preprocessing))
             except BadImageError as error:
                 if on_bad_image == "error":
                     raise
-                yield _Item(str(image), None, str(error))
-            continue
-        source = str(position)
-        if isinstance(image, Image.Image):
-            yield _Item(source, to_tensor(to_rgb(image), preprocessing))
+                yield _Item(source, None, str(error))
         elif isinstance(image, np.ndarray):
             yield _Item(source, to_tensor(_from_array(image, position), preprocessing))
         elif isinstance(image, Tensor):
@@ -364,14 +388,18 @@ def _singles(images: Any) -> Iterator[Any]:
         yield from images
     elif isinstance(images, (Image.Image, np.ndarray, Tensor)):
         yield images
-    elif isinstance(images, Iterable):
+    elif _is_list(images):
         for image in images:
-            yield from _singles(image)
-    else:
-        raise TypeError(
-            "images must be a path, a folder, a PIL image, an array, a tensor, or a list of "
-            f"these, got {type(images).__name__}"
-        )
+            yield from _singles(image) if _is_known(image) else (image,)
+
+
+def _is_known(images: Any) -> bool:
+    return isinstance(images, (str, Path, Image.Image, np.ndarray, Tensor)) or _is_list(images)
+
+
+def _is_list(images: Any) -> bool:
+    """Whether something is iterated over; the bytes of a file or a mapping's keys are a mistake."""
+    return isinstance(images, Iterable) and not isinstance(images, (bytes, bytearray, Mapping, Set))
 
 
 def folder_images(folder: Path) -> list[Path]:
@@ -388,6 +416,17 @@ def folder_images(folder: Path) -> list[Path]:
     if not found:
         raise DataError(f"{folder} holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
     return found
+
+
+def _from_pil(image: Image.Image, position: int) -> Image.Image:
+    try:
+        if 0 in image.size:
+            raise ValueError(f"{image.width}x{image.height} pixels")
+        return to_rgb(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # a file opened lazily is decoded here; see `decode_image`
+        raise BadImageError(f"image {position}", " ".join(str(error).split())) from error
 
 
 def _from_array(array: np.ndarray[Any, Any], position: int) -> Image.Image:
