@@ -79,8 +79,8 @@ std::tuple<Tensor, Tensor, Tensor, optional<Tensor>, optional<Tensor>, pybind11:
       .num_labels = L,
       .joint_dim = D,
       .hidden_dim = H,
-      .cell = parse<cnnrnn::Cell>(
-          "cell", cell, {{"lstm", cnnrnn::Cell::kLstm}, {"paper", cnnrnn::Cell::kPaper}}),
+      .cell = parse<cnnrnn::Cell>("cell", cell,
+                                  {{"lstm", cnnrnn::Cell::kLstm}, {"paper", cnnrnn::Cell::kPaper}}),
       .activation = parse<cnnrnn::Activation>("activation", activation,
                                               {{"relu", cnnrnn::Activation::kRelu},
                                                {"tanh", cnnrnn::Activation::kTanh},
@@ -101,8 +101,7 @@ std::tuple<Tensor, Tensor, Tensor, optional<Tensor>, optional<Tensor>, pybind11:
                                      {"free", cnnrnn::Order::kFree}}),
       .end_takes_slot = end_takes_slot,
       .stop = parse<cnnrnn::Stop>(
-          "stop", stop,
-          {{"n_best", cnnrnn::Stop::kNBest}, {"literal", cnnrnn::Stop::kLiteral}}),
+          "stop", stop, {{"n_best", cnnrnn::Stop::kNBest}, {"literal", cnnrnn::Stop::kLiteral}}),
   };
   const Tensor labels = at::empty({B, N, T}, at::kLong);
   const Tensor lengths = at::empty({B, N}, at::kLong);

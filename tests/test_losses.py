@@ -89,7 +89,7 @@ def test_forbidden_labels_are_the_definition(order):
 @pytest.mark.parametrize("order", ORDERS)
 def test_steps_past_the_end_contribute_nothing(order, garbage):
     paths = torch.tensor([[1, -1, -1], [0, 1, 2], [-1, -1, -1]])
-    scores = torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(0))
+    scores = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
     past_end = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 1, 1]], dtype=torch.bool)
     spoiled = scores.masked_fill(past_end[:, :, None], garbage).requires_grad_()
     losses = sequence_loss(spoiled, paths, order)

@@ -123,7 +123,7 @@ class PrefixStates {
 
   const HeadTables& head_;
   const int64_t state_width_;
-  std::vector<float> gates_;   // [4H]
+  std::vector<float> gates_;  // [4H]
   std::vector<Node> nodes_;
   std::vector<float> states_;  // per node: output [H], cell [H], U_o o [D]
   std::unordered_map<uint64_t, int32_t> children_;
@@ -331,10 +331,10 @@ class ImageSearch {
   const SearchOptions& options_;
   PrefixStates& prefixes_;
   SearchStats* stats_;
-  std::vector<float> joint_;       // [D]
-  std::vector<float> scores_;      // [L+1]
-  std::vector<char> forbidden_;    // [L+1]
-  std::vector<Path> parents_;      // the live paths that the last step extended
+  std::vector<float> joint_;     // [D]
+  std::vector<float> scores_;    // [L+1]
+  std::vector<char> forbidden_;  // [L+1]
+  std::vector<Path> parents_;    // the live paths that the last step extended
   std::vector<Extension> extensions_;
 };
 

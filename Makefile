@@ -1,0 +1,45 @@
+# Two commands set everything up on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py build_backend.py CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: demo test lint format scenes-model clean
+
+# Train, measure, predict and compare on synthetic scenes; everything lands in demo/.
+demo: $(VENV)/installed
+	$(BIN)/python examples/demo.py --out demo
+
+# Install what the tests need and pass them.
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+# The linters of CI; tests come before.
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+# Train the model that ships in the package anew, and measure it on scenes of another seed.
+scenes-model: $(VENV)/installed
+	$(BIN)/python examples/train_scenes_model.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(SOURCES) | $(VENV)/bin/python
+	$(BIN)/pip install -e ".[vision]"
+	touch $@
+
+$(VENV)/installed-dev: $(SOURCES) | $(VENV)/bin/python
+	$(BIN)/pip install -e ".[dev]"
+	touch $@ $(VENV)/installed
+
+clean:
+	rm -rf build demo *.egg-info cnnrnn/_C*.so cnnrnn/_build_info.py

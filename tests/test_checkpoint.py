@@ -1,0 +1,352 @@
+"""Saving and loading: round trips, every kind of damage, and a process killed while it saves."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from cnnrnn import Head, ModelConfig, SearchConfig
+from cnnrnn.backbones import make_backbone
+from cnnrnn.classifier import CNNRNN, CheckpointError, load_checkpoint, weights_digest
+from cnnrnn.config import Calibration
+from cnnrnn.labels import LabelSpace
+
+NAMES = ("sky", "sea", "bòat", "cow")
+CONFIG = ModelConfig(backbone="small", pretrained=False, image_size=16, trunk_dim=8, joint_dim=4,
+                     hidden_dim=6)  # fmt: skip
+
+
+def make_model(config=CONFIG, names=NAMES, seed=0, feature_dim=None):
+    """A small random model; with `feature_dim` one that reads feature vectors."""
+    torch.manual_seed(seed)
+    backbone = None if feature_dim else make_backbone(config)
+    head = Head.from_config(config, len(names), feature_dim or backbone.feature_dim)
+    head.max_labels = 3
+    space = LabelSpace.by_frequency(names, np.arange(len(names)))
+    search = SearchConfig(beam_size=5, order="unique")
+    return CNNRNN(config, space, head, backbone, search, Calibration(0.3, 0.25)).eval()
+
+
+def pictures(count=5):
+    return np.random.default_rng(0).integers(0, 256, (count, 20, 24, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_model().save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("cell", ["lstm", "paper"])
+def test_round_trip_predicts_the_same(tmp_path, cell):
+    model = make_model(replace(CONFIG, cell=cell, score_bias=cell == "lstm"))
+    model.save(tmp_path / "deep" / "model")
+    loaded = load_checkpoint(tmp_path / "deep" / "model")
+    assert not loaded.training
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], value, rtol=0, atol=0)
+    assert loaded.config == model.config and loaded.label_space == model.label_space
+    assert loaded.search == model.search and loaded.calibration == model.calibration
+    assert loaded.head.max_labels == 3
+    assert loaded.backbone.preprocessing == model.backbone.preprocessing
+    for before, after in zip(
+        model.predict(pictures()), loaded.predict(pictures(), device="cpu"), strict=True
+    ):
+        assert (before.paths, before.scores) == (after.paths, after.scores)
+
+
+def test_round_trip_without_a_backbone(tmp_path):
+    model = make_model(feature_dim=7)
+    model.save(tmp_path / "model")
+    loaded = load_checkpoint(tmp_path / "model")
+    features = torch.randn(3, 7)
+    assert loaded.backbone is None
+    assert [p.paths for p in loaded.predict_features(features)] == [
+        p.paths for p in model.predict_features(features)
+    ]
+
+
+def test_a_run_folder_stands_for_its_best(tmp_path):
+    make_model().save(tmp_path / "best")
+    assert load_checkpoint(tmp_path).labels == make_model().labels
+
+
+def test_the_folder_holds_two_plain_files(folder):
+    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
+    assert os.listdir(folder.parent) == ["model"]
+    json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for file in folder.iterdir():
+        data = file.read_bytes()
+        assert data[:2] not in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05")  # zip, pickle
+    header_length = int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little")
+    json.loads((folder / "model.safetensors").read_bytes()[8 : 8 + header_length])
+
+
+def test_saving_again_replaces(folder):
+    other = make_model(seed=1)
+    other.save(folder)
+    digest = weights_digest(load_checkpoint(folder).state_dict().items())
+    assert digest == weights_digest(other.state_dict().items())
+    assert os.listdir(folder.parent) == ["model"]
+
+
+def test_save_into_an_empty_folder(tmp_path):
+    make_model(feature_dim=2).save(tmp_path)
+    assert load_checkpoint(tmp_path).head.feature_dim == 2
+
+
+def test_save_to_a_relative_path_in_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_model(feature_dim=2).save("model")
+    assert load_checkpoint("model").head.feature_dim == 2
+
+
+def test_save_leaves_a_folder_of_other_files_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(CheckpointError, match="is not empty and holds no checkpoint; not replaced"):
+        make_model().save(tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    with pytest.raises(CheckpointError, match="thesis.tex is a file, not a folder"):
+        make_model().save(tmp_path / "thesis.tex")
+
+
+def test_a_save_that_fails_leaves_no_trace(folder, monkeypatch):
+    import safetensors.torch
+
+    def full_disk(*arguments):
+        raise OSError(28, "No space left on device")
+
+    before = weights_digest(load_checkpoint(folder).state_dict().items())
+    monkeypatch.setattr(safetensors.torch, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        make_model(seed=1).save(folder)
+    assert os.listdir(folder.parent) == ["model"]
+    assert weights_digest(load_checkpoint(folder).state_dict().items()) == before
+
+
+def test_a_save_after_a_kill_between_the_moves_keeps_the_former_until_the_end(folder, monkeypatch):
+    former = folder.parent / ".model.former"
+    folder.rename(former)  # what a process killed between the two moves leaves
+    load_checkpoint(folder)
+
+    def killed(self, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(type(folder), "rename", killed)
+        make_model(seed=1).save(folder)
+    load_checkpoint(folder)
+    make_model(seed=1).save(folder)
+    assert os.listdir(folder.parent) == ["model"]
+
+
+def test_no_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(tmp_path / "nothing")
+    assert f"{tmp_path / 'nothing'} is not a checkpoint" in str(error.value)
+    assert "config.json" in str(error.value)
+
+
+def refuses(folder, file):
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(folder)
+    assert str(folder / file) in str(error.value)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_truncated_config(folder):
+    text = (folder / "config.json").read_bytes()
+    for length in (0, 1, len(text) // 3, len(text) // 2, len(text) - 3):
+        (folder / "config.json").write_bytes(text[:length])
+        assert "is not valid JSON" in refuses(folder, "config.json")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{}", b"[" * 100_000, b"9" * 10_000])
+def test_config_that_is_no_json(folder, content):
+    (folder / "config.json").write_bytes(content)
+    refuses(folder, "config.json")
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '"x"', "null", "{}"])
+def test_config_of_another_kind(folder, content):
+    (folder / "config.json").write_text(content)
+    assert "it is not a checkpoint of cnnrnn" in refuses(folder, "config.json")
+
+
+def changed(folder, *path, value=None, remove=False):
+    description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    *parents, last = path
+    place = description
+    for key in parents:
+        place = place[key]
+    if remove:
+        del place[last]
+    else:
+        place[last] = value
+    (folder / "config.json").write_text(json.dumps(description), encoding="utf-8")
+
+
+def test_every_missing_key_is_named(folder):
+    text = (folder / "config.json").read_text(encoding="utf-8")
+    description = json.loads(text)
+    paths = [(key,) for key in description]
+    for key, value in description.items():
+        paths += [(key, inner) for inner in value] if isinstance(value, dict) else []
+    assert len(paths) > 25
+    for path in paths:
+        changed(folder, *path, remove=True)
+        assert path[-1] in refuses(folder, "config.json")
+        (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def test_every_value_of_another_type_is_refused(folder):
+    text = (folder / "config.json").read_text(encoding="utf-8")
+    description = json.loads(text)
+    paths = [(key,) for key in description]
+    for key, value in description.items():
+        paths += [(key, inner) for inner in value] if isinstance(value, dict) else []
+    for path in paths:
+        for wrong in ("yes", {"a": 1}, [1], 1.5j):
+            good = description[path[0]] if len(path) == 1 else description[path[0]][path[1]]
+            wrong = 1.5 if wrong == 1.5j else wrong
+            fits = isinstance(good, float) and wrong == 1.5
+            if fits or (path == ("model", "backbone")):
+                continue
+            changed(folder, *path, value=wrong)
+            refuses(folder, "config.json")
+            (folder / "config.json").write_text(text, encoding="utf-8")
+    load_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("labels",), "abcd"),
+        (("labels",), ["a", "b", "c", 4]),
+        (("labels",), ["a", "b", "c", "c"]),
+        (("labels",), []),
+        (("source_index",), [0, 1, 2]),
+        (("source_index",), [0, 1, 2, 3.0]),
+        (("max_labels",), -1),
+        (("search", "beam_size"), 17),
+        (("search", "beam_size"), True),
+        (("search", "order"), "sideways"),
+        (("calibration", "threshold"), None),
+        (("model", "score_bias"), "no"),
+        (("model", "joint_dim"), 4.0),
+        (("model", "hidden_dim"), 10**13),
+        (("model", "unheard_of"), 1),
+        (("preprocessing", "mean"), [0.5, 0.5]),
+        (("preprocessing", "image_size"), 0),
+        (("preprocessing", "std"), [0.0, 1.0, 1.0]),
+    ],
+)
+def test_values_that_describe_no_model(folder, path, value):
+    changed(folder, *path, value=value)
+    assert "does not describe a model" in refuses(folder, "config.json")
+
+
+def test_another_format(folder):
+    changed(folder, "format", value=2)
+    assert "has format 2, this release reads 1; upgrade cnnrnn" in refuses(folder, "config.json")
+
+
+def test_damaged_weights(folder):
+    weights = folder / "model.safetensors"
+    data = weights.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    for length in (0, 5, 8, header // 2, header, (header + len(data)) // 2, len(data) - 1):
+        weights.write_bytes(data[:length])
+        refuses(folder, "model.safetensors")
+    weights.write_bytes(b"\xff" * 8 + data[8:])
+    refuses(folder, "model.safetensors")
+    weights.unlink()
+    refuses(folder, "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"names": (*NAMES, "horse")},
+        {"config": replace(CONFIG, hidden_dim=7)},
+        {"config": replace(CONFIG, cell="paper")},
+        {"config": replace(CONFIG, chain_term=False)},
+        {"feature_dim": 256},
+    ],
+    ids=["labels", "hidden_dim", "cell", "chain_term", "backbone"],
+)
+def test_weights_of_another_model(folder, tmp_path, other):
+    make_model(**other).save(tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").replace(folder / "model.safetensors")
+    assert "does not hold the weights of the model" in refuses(folder, "model.safetensors")
+
+
+def test_digest_sees_values_names_shapes_and_types():
+    base = weights_digest([("a", torch.ones(2, 3))])
+    assert base == weights_digest([("a", torch.ones(3, 2).t())])
+    for other in (("b", torch.ones(2, 3)), ("a", torch.ones(3, 2)),
+                  ("a", torch.ones(2, 3).int()), ("a", torch.ones(2, 3) + 1e-7)):  # fmt: skip
+        assert weights_digest([other]) != base
+    assert weights_digest([("a", torch.empty(0)), ("b", torch.tensor(1))])
+
+
+SAVE_FOR_EVER = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from cnnrnn import CNNRNN, Head, ModelConfig
+from cnnrnn.labels import LabelSpace
+config = ModelConfig(backbone="small", trunk_dim=0, joint_dim=8, hidden_dim=8)
+model = CNNRNN(config, LabelSpace.given(("a", "b")), Head.from_config(config, 2, 5), None)
+while True:
+    for value in (1.0, 2.0):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(value)
+        model.save(sys.argv[1])
+        print("saved", flush=True)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
+    # One process imports once and forks a saver per round, so that twenty kills take seconds.
+    rounds = """
+import os, random, signal, subprocess, sys, time
+source = sys.argv[2]
+import cnnrnn, torch, safetensors.torch
+from cnnrnn import CNNRNN
+from cnnrnn.classifier import load_checkpoint
+torch.set_num_threads(1)
+moments = random.Random(0)
+for _ in range(20):
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(writer, 1)
+        sys.stdout = os.fdopen(1, "w")
+        exec(source, {"__name__": "saver"})
+    os.close(writer)
+    os.read(reader, 6)  # the first save is done
+    time.sleep(moments.uniform(0, 0.02))
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    os.close(reader)
+    values = {float(v) for p in load_checkpoint(sys.argv[1]).parameters() for v in p.flatten()}
+    assert values in ({1.0}, {2.0}), values
+print("whole")
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", rounds, str(tmp_path / "model"), SAVE_FOR_EVER],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert run.stdout.strip() == "whole", run.stderr
