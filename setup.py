@@ -64,8 +64,8 @@ class CMakeBuild(build_ext):
                 f"cnnrnn: torch {release} is installed, 2.11 or later is needed; "
                 "run `pip install --upgrade torch` and install again"
             )
-        cmake, ninja = self._tool("cmake"), self._tool("ninja")
         require_compiler()
+        cmake, ninja = self._tool("cmake"), self._tool("ninja")
         from torch.utils.cpp_extension import include_paths, library_paths
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve()

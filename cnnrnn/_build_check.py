@@ -6,10 +6,12 @@ releases before anything loads it, and says what to do.
 
 from __future__ import annotations
 
-import importlib.util
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import torch
+
+BUILT = ("_build_info", "_C")
 
 
 def release(version: str) -> str:
@@ -19,17 +21,18 @@ def release(version: str) -> str:
 
 def problem() -> str | None:
     """Return what is wrong with the build, in one sentence with the cure, or None."""
-    source = Path(__file__).resolve().parents[1]
+    package = Path(__file__).resolve().parent
+    source = package.parent
     in_source_tree = (source / "build_backend.py").is_file()
     rebuild = (
         f'`pip install -e "{source}"`'
         if in_source_tree
         else "`pip install --force-reinstall --no-deps --no-cache-dir .` in cnnrnn's source folder"
     )
-    record = importlib.util.find_spec("cnnrnn._build_info")
-    if record is None or importlib.util.find_spec("cnnrnn._C") is None:
+    # Asked of this folder alone: an editable install of another source tree answers for its own.
+    if any(PathFinder.find_spec(f"cnnrnn.{m}", [str(package)]) is None for m in BUILT):
         return (
-            f"cnnrnn's compiled module for this Python is missing from {source / 'cnnrnn'}; "
+            f"cnnrnn's compiled module for this Python is missing from {package}; "
             + ("this is a source tree that was not installed: " if in_source_tree else "")
             + f"run {rebuild}"
         )

@@ -165,52 +165,42 @@ def compare(
         search_config: of the path model.
         config: the recipe; its seed is replaced by each of `seeds`.
         seeds: one run of every method each.
-        say: gets one line per epoch.
+        say: gets one line per method and seed.
 
     Returns:
         A row per method and seed.
     """
-    rows = []
+    rows: list[Row] = []
     train_data, val_data = training_splits(dataset, config)
-    test_data = dataset.split("test")
-    splits = [
+    train_split, val_split, test_split = (
         Split(data, data.label_matrix(), torch.as_tensor(data.features))
-        for data in (train_data, val_data, test_data)
-    ]
-    train_split, val_split, test_split = splits
+        for data in (train_data, val_data, dataset.split("test"))
+    )
+    assert test_split.features is not None
+
+    def report(method: str, seed: int, own: dict[str, float], at_3: dict[str, float]) -> None:
+        rows.append(Row(method, seed, own, at_3))
+        say(f"seed {seed}, {method}: O-F1 {own['O-F1']:.4f}, exact match {own['exact-match']:.4f}")
+
     for seed in seeds:
         seeded = replace(config, seed=seed)
-        model = train(
-            dataset, out / f"seed-{seed}", model_config, search_config, seeded, say=say
-        ).model
+        model = train(dataset, out / f"seed-{seed}", model_config, search_config, seeded).model
         targets = model.label_space.from_source(test_split.targets, dataset.label_names)
-        assert test_split.features is not None
         inference = infer(model.head, test_split.features.to(model.device), model.search)
         metrics = decision_metrics(inference, targets, model.calibration, k=3)
-        rows.append(Row("CNN-RNN", seed, metrics["path"], metrics["path@3"]))
+        report("CNN-RNN", seed, metrics["path"], metrics["path@3"])
 
-        bce = train_independent(train_split, val_split, "bce", model_config, seeded, say=say)
-        threshold, _ = best_threshold(predicted_scores(bce, val_split, "bce"), val_split.targets)
+        bce = train_independent(train_split, val_split, "bce", model_config, seeded)
+        cut, _ = best_threshold(predicted_scores(bce, val_split, "bce"), val_split.targets)
         scores = predicted_scores(bce, test_split, "bce")
-        rows.append(
-            Row(
-                "binary cross-entropy",
-                seed,
-                multilabel_metrics(scores, test_split.targets, threshold=threshold),
-                multilabel_metrics(scores, test_split.targets, k=3),
-            )
+        own = multilabel_metrics(scores, test_split.targets, threshold=cut)
+        report(
+            "binary cross-entropy", seed, own, multilabel_metrics(scores, test_split.targets, k=3)
         )
-        softmax = train_independent(
-            train_split, val_split, "softmax", model_config, seeded, say=say
-        )
+
+        softmax = train_independent(train_split, val_split, "softmax", model_config, seeded)
         k, _ = best_k(predicted_scores(softmax, val_split, "softmax"), val_split.targets)
         scores = predicted_scores(softmax, test_split, "softmax")
-        rows.append(
-            Row(
-                "softmax",
-                seed,
-                multilabel_metrics(scores, test_split.targets, k=k),
-                multilabel_metrics(scores, test_split.targets, k=3),
-            )
-        )
+        own = multilabel_metrics(scores, test_split.targets, k=k)
+        report("softmax", seed, own, multilabel_metrics(scores, test_split.targets, k=3))
     return rows

@@ -51,7 +51,7 @@ def draw_predictions(scenes: Path, model: Path, file: Path) -> None:
     data = cnnrnn.load_dataset(f"scenes:{scenes}").split("test")
     assert data.image_paths is not None
     paths = data.image_paths[:SHOWN]
-    side, text, columns = 192, 96, 6
+    side, text, columns = 192, 62, 6
     rows = -(-len(paths) // columns)
     sheet = Image.new("RGB", (columns * (side + 12), rows * (side + text)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
@@ -118,7 +118,12 @@ def main() -> None:
         cnnrnn.load_dataset(f"scenes:{scenes}"), classifier.backbone, out / "features"
     )
     rows = compare(
-        features, out / "compare", HEAD, SearchConfig(), TrainConfig(device=options.device)
+        features,
+        out / "compare",
+        HEAD,
+        SearchConfig(),
+        TrainConfig(device=options.device),
+        say=lambda line: print(line, flush=True),
     )
     results = [
         {"method": row.method, "seed": row.seed, "own": row.own, "at_3": row.at_3} for row in rows

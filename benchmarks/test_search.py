@@ -1,0 +1,45 @@
+"""Throughput of the compiled search against the plain-torch specification.
+
+Each benchmark proves equality first. One thread; images per second stand in `extra_info`.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cnnrnn.config import SearchConfig
+from cnnrnn.model import Head, ImageEmbedding
+from cnnrnn.search import beam_search
+
+CONFIG = SearchConfig(beam_size=4, max_labels=5)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def case(batch: int, num_labels: int = 80) -> tuple[Head, ImageEmbedding]:
+    torch.manual_seed(0)
+    head = Head(num_labels, feature_dim=64, hidden_dim=512, chain_term=True).eval()
+    with torch.no_grad():
+        head.label_embedding.mul_(8)
+        assert head.label_classifier is not None
+        head.label_classifier.bias.sub_(3.0)  # a few labels are likely, as after training
+        return head, head.embed(torch.randn(batch, 64))
+
+
+@pytest.mark.parametrize(("implementation", "batch"), [("reference", 16), ("native", 256)])
+def test_search(benchmark, implementation, batch):
+    head, embedding = case(batch)
+    few = ImageEmbedding(embedding.joint[:16], embedding.label_logits[:16])
+    native = beam_search(head, few, CONFIG, "native")
+    expected = beam_search(head, few, CONFIG, "reference")
+    assert torch.equal(native.labels, expected.labels)
+    result = benchmark(beam_search, head, embedding, CONFIG, implementation)
+    benchmark.extra_info["images_per_second"] = batch / benchmark.stats.stats.median
+    benchmark.extra_info["prefix_hit_rate"] = result.stats.hit_rate
