@@ -23,7 +23,7 @@ from cnnrnn.fit import Batch, Log, Split, Stage, Validation, resolve_device, run
 from cnnrnn.losses import binary_cross_entropy, softmax_cross_entropy
 from cnnrnn.metrics import best_k, best_threshold, multilabel_metrics
 from cnnrnn.model import Trunk
-from cnnrnn.train import independent_validation, train, training_splits
+from cnnrnn.train import TrainResult, independent_validation, train, training_splits
 
 Loss = Literal["bce", "softmax"]
 METHODS = ("CNN-RNN", "binary cross-entropy", "softmax")
@@ -52,12 +52,14 @@ class Row:
     Attributes:
         method: one of `METHODS`.
         seed: of initial weights, order and dropout.
+        learning_rate: the one chosen on validation data.
         own: metrics of the sets by the method's own stopping.
         at_3: metrics of the sets of at most (path) or exactly (others) three labels.
     """
 
     method: str
     seed: int
+    learning_rate: float
     own: dict[str, float]
     at_3: dict[str, float]
 
@@ -152,55 +154,80 @@ def compare(
     config: TrainConfig,
     *,
     seeds: Sequence[int] = (0, 1, 2),
+    learning_rates: Sequence[float] = (1e-3, 3e-3),
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
     """Train CNN-RNN, binary cross-entropy and softmax on one set of features; measure on `test`.
 
-    Threshold, k and mixing weight are chosen on the validation split.
+    Each method gets the same grid of learning rates and keeps the one whose own decision has the
+    best O-F1 on the validation split; threshold and k are chosen there too.
 
     Args:
         dataset: feature vectors with `train`, `val` and `test` splits.
         out: folder for the path model's runs.
         model_config: the head; all methods share trunk and dropout.
         search_config: of the path model.
-        config: the recipe; its seed is replaced by each of `seeds`.
-        seeds: one run of every method each.
+        config: the recipe; its seed and learning rate are replaced.
+        seeds: one row of every method each.
+        learning_rates: the grid that every method searches.
         say: gets one line per method and seed.
 
     Returns:
         A row per method and seed.
     """
-    rows: list[Row] = []
     train_data, val_data = training_splits(dataset, config)
-    train_split, val_split, test_split = (
+    splits = tuple(
         Split(data, data.label_matrix(), torch.as_tensor(data.features))
         for data in (train_data, val_data, dataset.split("test"))
     )
-    assert test_split.features is not None
-
-    def report(method: str, seed: int, own: dict[str, float], at_3: dict[str, float]) -> None:
-        rows.append(Row(method, seed, own, at_3))
-        say(f"seed {seed}, {method}: O-F1 {own['O-F1']:.4f}, exact match {own['exact-match']:.4f}")
-
+    rows = []
     for seed in seeds:
-        seeded = replace(config, seed=seed)
-        model = train(dataset, out / f"seed-{seed}", model_config, search_config, seeded).model
-        targets = model.label_space.from_source(test_split.targets, dataset.label_names)
-        inference = infer(model.head, test_split.features.to(model.device), model.search)
-        metrics = decision_metrics(inference, targets, model.calibration, k=3)
-        report("CNN-RNN", seed, metrics["path"], metrics["path@3"])
-
-        bce = train_independent(train_split, val_split, "bce", model_config, seeded)
-        cut, _ = best_threshold(predicted_scores(bce, val_split, "bce"), val_split.targets)
-        scores = predicted_scores(bce, test_split, "bce")
-        own = multilabel_metrics(scores, test_split.targets, threshold=cut)
-        report(
-            "binary cross-entropy", seed, own, multilabel_metrics(scores, test_split.targets, k=3)
-        )
-
-        softmax = train_independent(train_split, val_split, "softmax", model_config, seeded)
-        k, _ = best_k(predicted_scores(softmax, val_split, "softmax"), val_split.targets)
-        scores = predicted_scores(softmax, test_split, "softmax")
-        own = multilabel_metrics(scores, test_split.targets, k=k)
-        report("softmax", seed, own, multilabel_metrics(scores, test_split.targets, k=3))
+        for method in METHODS:
+            tried: list[tuple[float, Row]] = []
+            for rate in learning_rates:
+                tuned = replace(config, seed=seed, learning_rate=rate)
+                if method == "CNN-RNN":
+                    run = out / f"seed-{seed}-rate-{rate:g}"
+                    model = train(dataset, run, model_config, search_config, tuned)
+                    tried.append(_measure_path_model(model, splits[2], seed, rate))
+                else:
+                    tried.append(_measure_independent(method, splits, model_config, tuned))
+            row = max(tried, key=lambda pair: pair[0])[1]
+            rows.append(row)
+            say(
+                f"seed {seed}, {method} (learning rate {row.learning_rate:g}): "
+                f"O-F1 {row.own['O-F1']:.4f}, exact match {row.own['exact-match']:.4f}"
+            )
     return rows
+
+
+def _measure_path_model(
+    trained: TrainResult, test: Split, seed: int, rate: float
+) -> tuple[float, Row]:
+    """Return the O-F1 of the best path on validation data, and the figures on test data."""
+    assert test.features is not None
+    model = trained.model
+    targets = model.label_space.from_source(test.targets, test.dataset.label_names)
+    inference = infer(model.head, test.features.to(model.device), model.search)
+    metrics = decision_metrics(inference, targets, model.calibration, k=3)
+    row = Row("CNN-RNN", seed, rate, metrics["path"], metrics["path@3"])
+    return trained.metrics["path"]["O-F1"], row
+
+
+def _measure_independent(
+    method: str, splits: tuple[Split, ...], model_config: ModelConfig, config: TrainConfig
+) -> tuple[float, Row]:
+    """Train a baseline; its threshold or k is chosen on validation data. Returns as above."""
+    train_split, val_split, test_split = splits
+    loss: Loss = "softmax" if method == "softmax" else "bce"
+    model = train_independent(train_split, val_split, loss, model_config, config)
+    val_scores = predicted_scores(model, val_split, loss)
+    scores = predicted_scores(model, test_split, loss)
+    if loss == "softmax":
+        k, val_of1 = best_k(val_scores, val_split.targets)
+        own = multilabel_metrics(scores, test_split.targets, k=k)
+    else:
+        threshold, val_of1 = best_threshold(val_scores, val_split.targets)
+        own = multilabel_metrics(scores, test_split.targets, threshold=threshold)
+    at_3 = multilabel_metrics(scores, test_split.targets, k=3)
+    return val_of1, Row(method, config.seed, config.learning_rate, own, at_3)

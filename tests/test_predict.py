@@ -28,6 +28,15 @@ NAMES = ("sky", "sea", "boat", "cow", "buoy")
 SIDE = 16
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Such small work is slower on several threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def make_model(chain_term=True, order="increasing", feature_dim=None):
     """A random model whose answers depend on the picture."""
     torch.manual_seed(1)
@@ -450,10 +459,13 @@ def test_features_of_another_width():
 def test_searches_longer_than_a_slice(monkeypatch):
     model = make_model(feature_dim=7)
     features = torch.randn(17, 7, generator=torch.Generator().manual_seed(0))
-    whole = [(p.paths, p.sets, p.scores) for p in model.predict_features(features)]
+    whole = [(answers([p]), p.scores) for p in model.predict_features(features)]
     monkeypatch.setattr("cnnrnn.decisions.SEARCH_BATCH", 5)
     sliced = model.predict_features(features)
-    assert [(p.paths, p.sets, p.scores) for p in sliced] == whole
+    for prediction, (answer, scores) in zip(sliced, whole, strict=True):
+        assert answers([prediction]) == answer
+        assert prediction.scores == pytest.approx(scores, abs=1e-5)
+        assert [path for path, _ in prediction.paths][0] == tuple(prediction.labels)
     features[[6, 16]] = math.inf
     with pytest.raises(NonFiniteError, match=r"1 of 17 images .* \(index 6\)"):
         model.predict_features(features)
