@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cnnrnn.backbones import Backbone
 from cnnrnn.config import ModelConfig, SearchConfig, TrainConfig
 from cnnrnn.data import Dataset
-from cnnrnn.decisions import decision_metrics, infer
+from cnnrnn.decisions import decision_metrics, infer, mean_average_precision
 from cnnrnn.features import cached_features
 from cnnrnn.fit import Batch, Log, Split, Stage, Validation, resolve_device, run_stage
 from cnnrnn.losses import binary_cross_entropy, softmax_cross_entropy
@@ -100,7 +100,7 @@ def train_independent(
             return independent_validation(scores, val_split.targets)
         # Softmax decides by k: judge it by what it will be used for.
         _, of1 = best_k(scores, val_split.targets)
-        mean_ap = multilabel_metrics(scores, val_split.targets)["mAP"]
+        mean_ap = mean_average_precision(scores, val_split.targets)
         return Validation(of1 + mean_ap, {"O-F1": of1, "mAP": mean_ap})
 
     def batch_loss(batch: Batch) -> Tensor:

@@ -7,6 +7,7 @@ overrides on the command line; dashes and underscores in option names mean the s
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -296,10 +297,13 @@ def _predict(parser: ArgumentParser, options: Namespace) -> int:
 
 @contextmanager
 def _output(path: str | None) -> Iterator[IO[str]]:
+    # A file name may be bytes that are no text: they leave as they came.
     if path is None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="surrogateescape")
         yield sys.stdout
         return
-    with open(path, "w", encoding="utf-8", newline="") as stream:
+    with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
         yield stream
 
 

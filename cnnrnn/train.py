@@ -8,7 +8,7 @@ an auxiliary loss. The paper's recipe is the second stage alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cnnrnn.backbones import Backbone, make_backbone
-from cnnrnn.classifier import CNNRNN, load_checkpoint
+from cnnrnn.classifier import CNNRNN, FEATURES_ONLY, load_checkpoint
 from cnnrnn.config import ModelConfig, SearchConfig, TrainConfig
 from cnnrnn.data import DataError, Dataset
 from cnnrnn.decisions import (
@@ -74,8 +74,12 @@ def train(
 
     Raises:
         DataError: the data lacks a usable training split.
+        ValueError: the options leave nothing to train, or do not fit the data.
         NonFiniteLossError: the loss stopped being finite.
     """
+    warms_up = model_config.chain_term and config.warm_epochs > 0
+    if not config.epochs and not warms_up:
+        raise ValueError("epochs is 0 and there is no chain term to warm up: nothing to train")
     torch.manual_seed(config.seed)
     device = resolve_device(config.device)
     train_data, val_data = training_splits(dataset, config)
@@ -85,11 +89,14 @@ def train(
         if config.label_order == "frequency"
         else LabelSpace.given(dataset.label_names)
     )
-    backbone = None if dataset.features is not None else _backbone(model_config, config)
-    feature_dim = dataset.features.shape[1] if dataset.features is not None else 0
-    head = Head.from_config(
-        model_config, len(space), backbone.feature_dim if backbone is not None else feature_dim
-    )
+    backbone: Backbone | None = None
+    if dataset.features is not None:
+        model_config = replace(model_config, backbone=FEATURES_ONLY)
+        feature_dim = dataset.features.shape[1]
+    else:
+        backbone = _backbone(model_config, config)
+        feature_dim = backbone.feature_dim
+    head = Head.from_config(model_config, len(space), feature_dim)
     model = CNNRNN(model_config, space, head, backbone, search_config).to(device)
 
     out.mkdir(parents=True, exist_ok=True)
@@ -120,14 +127,12 @@ def train(
     common: dict[str, Any] = {
         "device": device, "generator": generator, "log": log, "say": say, "progress": progress
     }  # fmt: skip
-    if model_config.chain_term and config.warm_epochs:
+    if warms_up:
         run_stage(_warm_stage(model, val_split, config), train_split, config, **common)
         if not config.epochs:
             save(*_infer(model, val_split, config), best=True)
     if config.epochs:
         run_stage(_path_stage(model, val_split, config, save), train_split, config, **common)
-    if not (out / "best").is_dir():
-        raise DataError("nothing was trained: epochs is 0 and there is no chain term to warm up")
     model = load_checkpoint(out / "best").to(device)
     inference, targets = _infer(model, val_split, config)
     return TrainResult(model, decision_metrics(inference, targets, model.calibration, k=3))

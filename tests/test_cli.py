@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -177,7 +178,7 @@ def test_evaluate_every_split_and_a_missing_one(run, scenes, capsys):
     assert main([*arguments, "--split=all"]) == 0
     assert "56 images" in capsys.readouterr().out
     assert main([*arguments, "--split=holdout"]) == 1
-    assert "has no split 'holdout', expected one of: train, val, test" in capsys.readouterr().err
+    assert "has no split 'holdout', expected one of: test, train, val" in capsys.readouterr().err
 
 
 def test_json_has_null_for_what_is_not_defined(features, tmp_path):
@@ -250,6 +251,23 @@ def test_a_file_name_that_begins_with_dashes(run, scenes, tmp_path, monkeypatch,
     shutil.copy(pictures(scenes)[0], "--my-picture.png")
     assert main(["predict", "--model", str(run), "--device=cpu", "--", "--my-picture.png"]) == 0
     assert "--my-picture.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["table", "csv", "jsonl"])
+def test_a_file_name_that_is_no_text(run, scenes, tmp_path, form):
+    name = os.fsencode(tmp_path) + b"/\xff.png"
+    try:
+        shutil.copy(pictures(scenes)[0], os.fsdecode(name))
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    assert predict(run, os.fsdecode(name), "--format", form, "--out", tmp_path / "out") == 0
+    assert name in (tmp_path / "out").read_bytes()
+    process = subprocess.run(
+        [sys.executable, "-m", "cnnrnn", "predict", name, "--model", run, "--device=cpu",
+         "--format", form],
+        capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+    )  # fmt: skip
+    assert process.returncode == 0 and name in process.stdout, process.stderr
 
 
 def test_scenes_and_data_it_makes(tmp_path, capsys):
@@ -356,9 +374,10 @@ def test_module_in_a_process(run, scenes, features):
 def test_a_reader_that_leaves_ends_quietly(run, scenes, command):
     words = (["predict", *map(str, pictures(scenes) * 3), "--batch-size=1"]
              if command == "predict" else ["evaluate", "--data", f"scenes:{scenes}"])  # fmt: skip
+    buffered = {name: v for name, v in os.environ.items() if name != "PYTHONUNBUFFERED"}
     process = subprocess.Popen(
         [sys.executable, "-m", "cnnrnn", *words, "--model", str(run), "--device=cpu"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=buffered,
     )  # fmt: skip
     if command == "predict":
         assert process.stdout.readline()

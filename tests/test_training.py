@@ -204,7 +204,7 @@ def test_a_source_without_training_images(tmp_path, data):
 
 
 def test_nothing_to_train(tmp_path, data):
-    with pytest.raises(DataError, match="nothing was trained"):
+    with pytest.raises(ValueError, match="no chain term to warm up"):
         train(data, tmp_path / "run", replace(MODEL, chain_term=False), SEARCH,
               replace(QUICK, epochs=0))  # fmt: skip
 
