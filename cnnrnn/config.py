@@ -140,7 +140,8 @@ class SearchConfig:
         beam_size: N, live paths and returned paths per image, 1 to 16.
         max_labels: T, longest path; None takes the longest label set seen in training
             (20 for a head that was not trained).
-        min_labels: END is forbidden on shorter paths.
+        min_labels: END is forbidden on shorter paths, unless nothing else may follow: under
+            `increasing` a path that reached the last label ends there.
         order: `increasing` allows only labels above the last one, `unique` any label not yet on
             the path, `free` every label.
         end_takes_slot: END competes for one of the N places of a step.

@@ -147,7 +147,11 @@ def training_splits(dataset: Dataset, config: TrainConfig) -> tuple[Dataset, Dat
     data = dataset.split("train" if "train" in dataset.splits else "all")
     if config.empty == "drop":
         data = data.select((data.label_matrix().sum(1) > 0).nonzero()[:, 0].numpy())
+    if not len(data):
+        raise DataError(f"{dataset.source} has no training images, of {len(dataset)} in all")
     if "val" in dataset.splits:
+        if not len(dataset.splits["val"]):
+            raise DataError(f"the val split of {dataset.source} is empty; nothing to validate on")
         return data, dataset.split("val")
     held_out = round(len(data) * config.val_fraction)
     if not 0 < held_out < len(data):
@@ -168,6 +172,9 @@ def _backbone(model_config: ModelConfig, config: TrainConfig) -> Backbone:
             f"init_backbone {config.init_backbone} holds backbone "
             f"{None if source is None else source.name}, the model's is {model_config.backbone}"
         )
+    size = model_config.image_size
+    if size is not None:
+        source.preprocessing = replace(source.preprocessing, image_size=size)
     return source
 
 
@@ -220,7 +227,13 @@ def _warm_stage(model: CNNRNN, val: Split, config: TrainConfig) -> Stage:
                 hidden = model.head.trunk(_features(model, batch.inputs))
                 scores.append(classifier(hidden).float().sigmoid().cpu())
             targets.append(batch.targets.cpu())
-        return independent_validation(torch.cat(scores), torch.cat(targets))
+        joined = torch.cat(scores)
+        if not joined.isfinite().all():
+            raise ValueError(
+                "the scores of the validation images are no longer finite in stage warm; "
+                "lower learning_rate"
+            )
+        return independent_validation(joined, torch.cat(targets))
 
     modules = [model.head.trunk, classifier]
     groups = [_group(modules, config.learning_rate)]

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+# Tests are small: more threads only wait for one another, badly so on a busy machine.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> torch.device:
