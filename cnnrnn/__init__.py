@@ -9,11 +9,11 @@ from cnnrnn import _build_check as _build_check
 
 if TYPE_CHECKING:
     from cnnrnn import metrics
-    from cnnrnn.classifier import CNNRNN
+    from cnnrnn.classifier import CNNRNN, CheckpointError
     from cnnrnn.config import ModelConfig, Preprocessing, SearchConfig, TrainConfig
     from cnnrnn.data import BadImageError, DataError, load_dataset
     from cnnrnn.model import Head, ImageEmbedding
-    from cnnrnn.predictor import Prediction, load, predict, predict_iter
+    from cnnrnn.predictor import Prediction, load, predict, predict_features, predict_iter
     from cnnrnn.search import NonFiniteError, SearchResult, beam_search
 
 __version__ = "0.1.0"
@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "BadImageError": "cnnrnn.data",
     "CNNRNN": "cnnrnn.classifier",
+    "CheckpointError": "cnnrnn.classifier",
     "DataError": "cnnrnn.data",
     "Head": "cnnrnn.model",
     "ImageEmbedding": "cnnrnn.model",
@@ -36,12 +37,14 @@ _HOMES = {
     "load": "cnnrnn.predictor",
     "load_dataset": "cnnrnn.data",
     "predict": "cnnrnn.predictor",
+    "predict_features": "cnnrnn.predictor",
     "predict_iter": "cnnrnn.predictor",
 }
 
 __all__ = [
     "BadImageError",
     "CNNRNN",
+    "CheckpointError",
     "DataError",
     "Head",
     "ImageEmbedding",
@@ -58,6 +61,7 @@ __all__ = [
     "load_dataset",
     "metrics",
     "predict",
+    "predict_features",
     "predict_iter",
 ]
 

@@ -23,15 +23,6 @@ CONFIG = ModelConfig(backbone="small", pretrained=False, image_size=16, trunk_di
                      hidden_dim=6)  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Such small work is slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_model(config=CONFIG, names=NAMES, seed=0, feature_dim=None):
     """A small random model; with `feature_dim` one that reads feature vectors."""
     torch.manual_seed(seed)

@@ -25,15 +25,6 @@ TINY = ["--model.backbone=small", "--model.pretrained=false", "--model.image-siz
         "--warm-epochs=1", "--epochs=2", "--batch_size=16"]  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Such small work is slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     pytest.importorskip("pycocotools")

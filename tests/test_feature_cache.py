@@ -20,15 +20,6 @@ from cnnrnn.features import cached_features, compute_features
 COUNT = 5
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Such small work is slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def dataset(tmp_path):
     (tmp_path / "pictures").mkdir()

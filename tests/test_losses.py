@@ -20,15 +20,6 @@ from cnnrnn.model import Head
 ORDERS = ["increasing", "unique", "free"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Such small work is slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def allowed_after(prefix, num_labels, order):
     labels = range(num_labels)
     if order == "increasing" and prefix:

@@ -13,15 +13,6 @@ CELLS = ["lstm", "paper"]
 ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh, "identity": lambda x: x}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Such small work is slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_head(cell="lstm", activation="relu", chain_term=False, **options):
     torch.manual_seed(0)
     head = Head(5, 3, 4, 6, cell, activation, chain_term, **options).double().eval()

@@ -28,15 +28,6 @@ NAMES = ("sky", "sea", "boat", "cow", "buoy")
 SIDE = 16
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Such small work is slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_model(chain_term=True, order="increasing", feature_dim=None):
     """A random model whose answers depend on the picture."""
     torch.manual_seed(1)

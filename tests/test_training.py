@@ -49,15 +49,6 @@ def separable(path, count=300, splits=True):
     return load_dataset(f"features:{path}")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Such small work is slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def data(tmp_path):
     return separable(tmp_path / "data.npz")
