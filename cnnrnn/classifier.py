@@ -127,6 +127,8 @@ class CNNRNN(nn.Module):
                 json.dumps(self._description(), indent=2, ensure_ascii=False) + "\n",
                 encoding="utf-8",
             )
+            # safetensors makes its file for the owner alone; the umask decides, as for the other.
+            shutil.copymode(partial / CONFIG_FILE, partial / WEIGHTS_FILE)
             for file in partial.iterdir():
                 _flush(file)
             former = _former(target)

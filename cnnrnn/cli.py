@@ -265,10 +265,11 @@ def metrics_table(metrics: dict[str, dict[str, float]], title: str) -> str:
     lines = [f"{title}: {first['images']:,.0f} images, "
              f"{first['images-without-labels']:,.0f} without labels, "
              f"{first['labels-without-positives']:.0f} labels without positives"]  # fmt: skip
-    lines.append(" " * 11 + "".join(f"{name:>12}" for name in TABLE_METRICS))
+    widths = {name: max(6, len(name)) + 2 for name in TABLE_METRICS}
+    lines.append(" " * 9 + "".join(f"{name:>{width}}" for name, width in widths.items()))
     for decision, values in metrics.items():
-        cells = "".join(f"{100 * values[name]:12.1f}" for name in TABLE_METRICS)
-        lines.append(f"{decision:<11}{cells}")
+        cells = "".join(f"{100 * values[name]:{width}.1f}" for name, width in widths.items())
+        lines.append(f"{decision:<9}{cells}")
     return "\n".join(lines)
 
 
