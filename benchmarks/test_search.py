@@ -43,3 +43,20 @@ def test_search(benchmark, implementation, batch):
     result = benchmark(beam_search, head, embedding, CONFIG, implementation)
     benchmark.extra_info["images_per_second"] = batch / benchmark.stats.stats.median
     benchmark.extra_info["prefix_hit_rate"] = result.stats.hit_rate
+
+
+@pytest.mark.parametrize("part", ["resnet50", "search"])
+def test_share_of_the_search(benchmark, part):
+    """A ResNet-50 on 16 pictures, and the head with its search on the same features."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    backbone = timm.create_model("resnet50", pretrained=False, num_classes=0).eval()
+    images = torch.randn(16, 3, 224, 224)
+    with torch.no_grad():
+        features = backbone(images)
+        head = Head(80, features.shape[1], hidden_dim=512, chain_term=True).eval()
+        if part == "resnet50":
+            benchmark.pedantic(backbone, args=(images,), rounds=5, warmup_rounds=1)
+        else:
+            benchmark(lambda: beam_search(head, head.embed(features), CONFIG))
+    benchmark.extra_info["images_per_second"] = 16 / benchmark.stats.stats.median

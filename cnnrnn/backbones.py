@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from cnnrnn.config import ModelConfig, Preprocessing
 
 SMALL_IMAGE_SIZE = 64
+SMALLEST_IMAGE_SIZE = 16  # four stages halve it
 SMALL_WIDTHS = (16, 32, 64, 128)
 SMALL_RESIDUAL_FROM = 64  # narrower stages work at a resolution that makes a block dear
 
@@ -102,6 +103,10 @@ def make_backbone(config: ModelConfig, *, load_pretrained: bool = True) -> Backb
     """
     if config.backbone == "small":
         size = config.image_size or SMALL_IMAGE_SIZE
+        if size < SMALLEST_IMAGE_SIZE:
+            raise ValueError(
+                f"image_size must be at least {SMALLEST_IMAGE_SIZE} for backbone small, got {size}"
+            )
         return Backbone("small", small_network(), Preprocessing(image_size=size))
     return _timm_backbone(config, config.pretrained and load_pretrained)
 

@@ -203,12 +203,16 @@ def _train(parser: ArgumentParser, options: Namespace) -> int:
     fields = TrainConfig.__dataclass_fields__
     config = TrainConfig(**{name: options[name] for name in fields})
     dataset = load_dataset(options.data, images=options.images, on_bad_image=config.on_bad_image)
+    if not options.out:
+        raise ValueError("--out must name a folder, got an empty name")
     out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
     resolved = {k: v for k, v in options.as_dict().items() if k not in ("config", "preset")}
-    (out / "config.yaml").write_text(_yaml(resolved), encoding="utf-8")
+
+    def save_options() -> None:
+        (out / "config.yaml").write_text(_yaml(resolved), encoding="utf-8")
+
     result = train(
-        dataset, out, model, search, config,
+        dataset, out, model, search, config, on_start=save_options,
         say=lambda line: print(line, file=sys.stderr, flush=True), progress=terminal_progress,
     )  # fmt: skip
     print(metrics_table(result.metrics, f"validation, {len(result.model.labels)} labels"))
@@ -229,6 +233,9 @@ def _evaluate(parser: ArgumentParser, options: Namespace) -> int:
     from cnnrnn.predictor import resolve_model
     from cnnrnn.progress import terminal_progress
 
+    for name in ("per_label", "json"):
+        if options[name] is not None and not Path(options[name]).absolute().parent.is_dir():
+            raise ValueError(f"--{name} {options[name]} must be in a folder that exists")
     model = resolve_model(options.model, options.device)
     dataset = load_dataset(options.data, images=options.images, on_bad_image=options.on_bad_image)
     if options.split != "all" or "all" in dataset.splits:

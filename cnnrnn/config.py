@@ -17,6 +17,7 @@ Decide = Literal["path", "threshold"]
 OnBadImage = Literal["error", "skip"]
 
 MAX_BEAM_SIZE = 16
+MAX_WIDTH = 65_536
 
 
 def _require(condition: bool, message: str) -> None:
@@ -100,9 +101,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Check sizes, choices and rates."""
-        _require(self.trunk_dim >= 0, f"trunk_dim must be at least 0, got {self.trunk_dim}")
-        _require(self.joint_dim >= 1, f"joint_dim must be at least 1, got {self.joint_dim}")
-        _require(self.hidden_dim >= 1, f"hidden_dim must be at least 1, got {self.hidden_dim}")
+        for name, least in (("trunk_dim", 0), ("joint_dim", 1), ("hidden_dim", 1)):
+            width = getattr(self, name)
+            _require(
+                least <= width <= MAX_WIDTH, f"{name} must be in {least}..{MAX_WIDTH}, got {width}"
+            )
         _require_choice("cell", self.cell, ("lstm", "paper"))
         _require_choice("activation", self.activation, ("relu", "tanh", "identity"))
         for name in ("input_dropout", "hidden_dropout", "joint_dropout"):
@@ -215,7 +218,7 @@ class TrainConfig:
         schedule: `constant`, or `one_cycle`: up to the learning rate and down to 0 in each stage.
         label_order: `frequency` (most frequent first in training) or `given`.
         val_fraction: share of the training split held out where the data has no `val` split.
-        empty: `keep` images without labels (their target is END) or `drop` them.
+        empty: `keep` training images without labels (their target is END) or `drop` them.
         augment: flip and shift training pictures, where the backbone is trained.
         on_bad_image: `error` stops at an unreadable image, `skip` leaves it out and counts it.
         precision: `auto` (bf16 autocast on a GPU that has it), `fp32` or `bf16`.
@@ -263,6 +266,7 @@ class TrainConfig:
         _require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
         _require(self.patience >= 1, f"patience must be at least 1, got {self.patience}")
         _require_fraction("val_fraction", self.val_fraction)
+        _require(0 <= self.seed < 2**63, f"seed must be in 0..2^63-1, got {self.seed}")
         for name in ("warm_scale", "backbone_scale", "momentum", "weight_decay", "warm_epochs",
                      "epochs", "aux_weight", "clip_norm", "workers"):  # fmt: skip
             value = getattr(self, name)

@@ -97,8 +97,8 @@ def mixed_scores(marginals: Tensor, label_scores: Tensor | None, weight: float) 
 def calibrate(inference: Inference, targets: Tensor) -> Calibration:
     """Choose mixing weight and threshold on validation data.
 
-    The weight has the best sum of O-F1 (at its own best threshold) and mAP; 0.5 where the model
-    has no chain term to mix in.
+    The weight has the best sum of O-F1 (at its own best threshold) and mAP; 0 where the model has
+    no chain term to mix in.
 
     Args:
         inference: of the validation images.

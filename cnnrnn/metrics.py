@@ -49,6 +49,20 @@ def top_k_sets(scores: Tensor, k: int) -> Tensor:
     return _first_k_as_sets(_ranking(scores), k)
 
 
+def cut_to_k(sets: Tensor, scores: Tensor, k: int) -> Tensor:
+    """Keep at most the k best-scored members of each set, ties to the lower label index.
+
+    Args:
+        sets: [n, L] bool.
+        scores: [n, L].
+        k: at least 1.
+
+    Returns:
+        [n, L] bool.
+    """
+    return _first_k_members(sets, _ranking(scores), k)
+
+
 def threshold_sets(scores: Tensor, threshold: float | Tensor) -> Tensor:
     """Take the labels whose score is at least the threshold.
 
@@ -251,7 +265,7 @@ def multilabel_metrics(
             scores = _checked_scores(scores, like=predictions)
             ranking = _ranking(scores)
             if k is not None:
-                sets = _cut_down(sets, ranking, k)
+                sets = _first_k_members(sets, ranking, k)
     else:
         if scores is not None:
             raise ValueError(
@@ -408,7 +422,7 @@ def _first_k_as_sets(ranking: Tensor, k: int) -> Tensor:
     return sets.scatter_(1, ranking[:, :k], True)
 
 
-def _cut_down(sets: Tensor, ranking: Tensor, k: int) -> Tensor:
+def _first_k_members(sets: Tensor, ranking: Tensor, k: int) -> Tensor:
     """Keep at most the k best-ranked members of each set."""
     members = sets.gather(1, ranking)
     kept = members & (members.cumsum(1) <= k)

@@ -149,6 +149,7 @@ class Head(nn.Module):
         recurrence: weight_ih [4H, D], weight_hh [4H, H] and, for `lstm`, two biases.
         label_classifier: the chain term's independent classifier, or None.
         max_labels: longest path of a search that names none: the largest training set.
+        cache_generation: counts calls of `clear_cache`.
     """
 
     def __init__(
@@ -184,6 +185,7 @@ class Head(nn.Module):
         self.cell: Cell = cell
         self.activation: Activation = activation
         self.max_labels = UNTRAINED_MAX_LABELS
+        self.cache_generation = 0
 
         bound = 1.0 / math.sqrt(joint_dim)
         self.label_embedding = nn.Parameter(
@@ -211,6 +213,13 @@ class Head(nn.Module):
     def start(self) -> int:
         """Row of the label embedding that begins every path."""
         return self.num_labels + 1
+
+    def clear_cache(self) -> None:
+        """Make searches read the weights anew.
+
+        Needed after edits through `.data`, which torch does not count; all others are seen.
+        """
+        self.cache_generation += 1
 
     @classmethod
     def from_config(cls, config: ModelConfig, num_labels: int, feature_dim: int) -> Head:

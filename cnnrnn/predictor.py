@@ -24,6 +24,7 @@ from cnnrnn.data.images import decode_image, normalize, to_rgb, to_tensor
 from cnnrnn.decisions import Inference, infer
 from cnnrnn.fit import resolve_device
 from cnnrnn.labels import PAD
+from cnnrnn.metrics import cut_to_k, threshold_sets
 from cnnrnn.search import NonFiniteError
 
 DEMO_MODEL = Path(__file__).parent / "scenes_model"
@@ -266,7 +267,8 @@ def _say_once_what_the_demo_model_knows() -> None:
 
 @functools.cache
 def _demo_model() -> CNNRNN:
-    return load()
+    with torch.inference_mode(False):  # it outlives the caller's mode
+        return load()
 
 
 def resolve_model(model: CNNRNN | str | Path | None, device: str | None) -> CNNRNN:
@@ -343,13 +345,11 @@ def _decide(model: CNNRNN, features: Tensor, search: SearchConfig, options: _Opt
     scores = inference.mixed(calibration.mix_weight)
     if options.decide == "threshold":
         cut = calibration.threshold if options.threshold is None else options.threshold
-        sets = scores >= cut
+        sets = threshold_sets(scores, cut)
     else:
         sets = inference.sets
     if options.top_k is not None:
-        ranked = scores.masked_fill(~sets, -torch.inf)
-        best = ranked.argsort(dim=1, descending=True, stable=True)[:, : options.top_k]
-        sets = torch.zeros_like(sets).scatter_(1, best, True) & sets
+        sets = cut_to_k(sets, scores, options.top_k)
     return _Batch(inference, sets, scores)
 
 

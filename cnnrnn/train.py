@@ -7,6 +7,7 @@ an auxiliary loss. The paper's recipe is the second stage alone.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from cnnrnn.losses import binary_cross_entropy, sequence_loss
 from cnnrnn.metrics import best_threshold, multilabel_metrics
 from cnnrnn.model import Head
 from cnnrnn.progress import Progress, no_progress
+from cnnrnn.search.engine import resolve_max_labels
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ def train(
     search_config: SearchConfig,
     config: TrainConfig,
     *,
+    on_start: Callable[[], None] = lambda: None,
     say: Callable[[str], None] = lambda line: None,
     progress: Progress = no_progress,
 ) -> TrainResult:
@@ -69,6 +72,7 @@ def train(
         model_config: the architecture; backbone options do not matter for feature vectors.
         search_config: the search, whose order is also the order of training paths.
         config: the recipe.
+        on_start: called once data and options have proved to fit, before anything is written.
         say: gets a line per epoch and per notable fact.
         progress: shows progress within an epoch.
 
@@ -104,6 +108,8 @@ def train(
         _read_split(part, model, config, device, out, progress) for part in (train_data, val_data)
     )
     head.max_labels = max(int(train_split.targets.sum(1).max()), search_config.min_labels, 1)
+    resolve_max_labels(head, search_config)  # fails now rather than after the first stage
+    on_start()
     log = Log(out / "log.jsonl")
     facts = {
         "train_images": len(train_split),
@@ -145,14 +151,10 @@ def training_splits(dataset: Dataset, config: TrainConfig) -> tuple[Dataset, Dat
             f"{dataset.source} has no split named train, only {', '.join(sorted(dataset.splits))}"
         )
     data = dataset.split("train" if "train" in dataset.splits else "all")
-    if config.empty == "drop":
-        data = data.select((data.label_matrix().sum(1) > 0).nonzero()[:, 0].numpy())
-    if not len(data):
-        raise DataError(f"{dataset.source} has no training images, of {len(dataset)} in all")
     if "val" in dataset.splits:
         if not len(dataset.splits["val"]):
             raise DataError(f"the val split of {dataset.source} is empty; nothing to validate on")
-        return data, dataset.split("val")
+        return _training_records(data, config), dataset.split("val")
     held_out = round(len(data) * config.val_fraction)
     if not 0 < held_out < len(data):
         raise DataError(
@@ -160,11 +162,26 @@ def training_splits(dataset: Dataset, config: TrainConfig) -> tuple[Dataset, Dat
             f"{len(data)} training images leaves nothing to validate on or to train on"
         )
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed)).numpy()
-    return data.select(sorted(order[held_out:])), data.select(sorted(order[:held_out]))
+    training = _training_records(data.select(sorted(order[held_out:])), config)
+    return training, data.select(sorted(order[:held_out]))
+
+
+def _training_records(data: Dataset, config: TrainConfig) -> Dataset:
+    if config.empty == "drop":
+        data = data.select((data.label_matrix().sum(1) > 0).nonzero()[:, 0].numpy())
+    if not len(data):
+        raise DataError(f"{data.source} has no training images (empty: {config.empty})")
+    return data
 
 
 def _backbone(model_config: ModelConfig, config: TrainConfig) -> Backbone:
     if config.init_backbone is None:
+        if model_config.freeze_backbone and not _starts_trained(model_config, config):
+            warnings.warn(
+                f"backbone {model_config.backbone} is frozen with random weights; pass "
+                "--model.freeze_backbone false to train it, or --init_backbone CHECKPOINT",
+                stacklevel=3,
+            )
         return make_backbone(model_config)
     source = load_checkpoint(config.init_backbone).backbone
     if source is None or source.name != model_config.backbone:
@@ -238,7 +255,7 @@ def _warm_stage(model: CNNRNN, val: Split, config: TrainConfig) -> Stage:
     modules = [model.head.trunk, classifier]
     groups = [_group(modules, config.learning_rate)]
     if _trains_backbone(model):
-        scale = config.backbone_scale if _starts_trained(model, config) else 1.0
+        scale = config.backbone_scale if _starts_trained(model.config, config) else 1.0
         groups.append(_group([model.backbone], config.learning_rate * scale))
     return Stage("warm", config.warm_epochs, model, groups, loss, validate)
 
@@ -281,7 +298,7 @@ def _path_stage(
         _group(shared, rate * (config.warm_scale if warm else 1.0)),
     ]
     if _trains_backbone(model):
-        trained = warm or _starts_trained(model, config)
+        trained = warm or _starts_trained(model.config, config)
         groups.append(_group([model.backbone], rate * (config.backbone_scale if trained else 1.0)))
     return Stage(
         "path", config.epochs, model, groups, loss, validate,
@@ -324,6 +341,6 @@ def _trains_backbone(model: CNNRNN) -> bool:
     return model.backbone is not None and not model.config.freeze_backbone
 
 
-def _starts_trained(model: CNNRNN, config: TrainConfig) -> bool:
-    pretrained = model.config.pretrained and model.config.backbone != "small"
+def _starts_trained(model_config: ModelConfig, config: TrainConfig) -> bool:
+    pretrained = model_config.pretrained and model_config.backbone != "small"
     return pretrained or config.init_backbone is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import random
@@ -298,16 +299,89 @@ def test_states_are_shared_and_do_not_depend_on_the_batch():
         assert torch.equal(alone.log_probs[0], together.log_probs[b])
 
 
-def test_changed_weights_are_seen():
+SEARCHED = [
+    "label_embedding", "score_bias", "output_projection.weight", "recurrence.weight_ih",
+    "recurrence.weight_hh", "recurrence.bias_ih", "recurrence.bias_hh",
+]  # fmt: skip
+
+
+def small_case() -> tuple[Head, ImageEmbedding]:
     generator = torch.Generator().manual_seed(8)
     head = random_head(generator, 6, joint_dim=4, hidden_dim=4)
-    embedding = random_embedding(generator, head, 3, False)
+    return head, random_embedding(generator, head, 3, False)
+
+
+@pytest.mark.parametrize("name", SEARCHED)
+@pytest.mark.parametrize("how", ["in place", "new parameter", "through .data"])
+def test_changed_weights_are_seen(name, how):
+    head, embedding = small_case()
     before = beam_search(head, embedding)
+    owner = head.get_submodule(name.rpartition(".")[0])
+    parameter = head.get_parameter(name)
     with torch.no_grad():
-        head.score_bias[2] += 5.0
+        if how == "in place":
+            parameter.mul_(0.5).add_(0.1)
+        elif how == "new parameter":
+            setattr(owner, name.rpartition(".")[2], torch.nn.Parameter(parameter * 0.5 + 0.1))
+        else:
+            parameter.data.mul_(0.5).add_(0.1)
+            head.clear_cache()
     after = beam_search(head, embedding)
     assert not torch.equal(before.log_probs, after.log_probs)
-    assert (after.labels[:, 0] == 2).any(1).all()
+    expected = beam_search(head, embedding, implementation="reference")
+    torch.testing.assert_close(after.log_probs, expected.log_probs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_search_under_autocast_leaves_no_trace():
+    head, embedding = small_case()
+    expected = beam_search(copy.deepcopy(head), embedding)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = beam_search(head, embedding)
+    after = beam_search(head, embedding)
+    assert torch.equal(inside.log_probs, expected.log_probs)
+    assert torch.equal(after.log_probs, expected.log_probs)
+
+
+def test_inference_mode_works_and_leaves_no_trace():
+    head, embedding = small_case()
+    expected = beam_search(copy.deepcopy(head), embedding)
+    with torch.inference_mode():
+        assert torch.equal(beam_search(head, embedding).log_probs, expected.log_probs)
+        made_inside = copy.deepcopy(head)
+        assert torch.equal(beam_search(made_inside, embedding).log_probs, expected.log_probs)
+    assert torch.equal(beam_search(head, embedding).log_probs, expected.log_probs)
+    assert torch.equal(beam_search(made_inside, embedding).log_probs, expected.log_probs)
+
+
+def test_a_head_in_training_mode_with_dropout_is_refused():
+    head = Head(5, 4, joint_dim=3, hidden_dim=2, joint_dropout=0.5)
+    with pytest.raises(ValueError, match="call head.eval"):
+        beam_search(head, ImageEmbedding(torch.zeros(2, 3)))
+
+
+def test_marginals_lose_no_image_whose_paths_are_finite():
+    # Literal ReLU cells with large weights overflow on long, improbable paths.
+    lost = finite = 0
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        head = random_head(generator, 7, joint_dim=8, hidden_dim=16, cell="paper")
+        with torch.no_grad():
+            for parameter in head.recurrence.parameters():
+                parameter.mul_(4)
+        embedding = random_embedding(generator, head, 5, False)
+        config = SearchConfig(4, 20, 0, "free")
+        for implementation in IMPLEMENTATIONS[:1] if seed % 8 else IMPLEMENTATIONS:
+            plain = beam_search(head, embedding, config, implementation, on_nonfinite="mark")
+            summed = beam_search(
+                head, embedding, config, implementation, marginals=True, on_nonfinite="mark"
+            )
+            torch.testing.assert_close(
+                plain.log_probs, summed.log_probs, rtol=0, atol=0, equal_nan=True
+            )
+            assert torch.equal(plain.labels, summed.labels)
+            finite += 5 - len(plain.nonfinite())
+            lost += len(plain.nonfinite())
+    assert finite > 50 and lost > 0  # both kinds were there
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

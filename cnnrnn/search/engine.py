@@ -57,6 +57,8 @@ def beam_search(
     config = config or SearchConfig()
     max_labels = resolve_max_labels(head, config)
     _check_embedding(head, image_embedding)
+    if head.training and head.joint_dropout.p > 0:
+        raise ValueError("head is in training mode, with dropout in its scores; call head.eval()")
     if implementation in ("auto", "native"):
         result = _native(head, image_embedding, config, max_labels, marginals)
     elif implementation == "reference":
@@ -108,34 +110,44 @@ class HeadTables(NamedTuple):
 
 
 # Tables of each head with the state of the parameters that they were made from.
-_tables: weakref.WeakKeyDictionary[Head, tuple[tuple[tuple[int, int], ...], HeadTables]] = (
+_tables: weakref.WeakKeyDictionary[Head, tuple[tuple[Any, ...], HeadTables]] = (
     weakref.WeakKeyDictionary()
 )
 
 
 @torch.no_grad()
 def head_tables(head: Head) -> HeadTables:
-    """Return the head's tables in float32 on the CPU, made anew when a weight has changed."""
-    key = tuple((p.data_ptr(), p._version) for p in head.parameters())
-    cached = _tables.get(head)
-    if cached is not None and cached[0] == key:
-        return cached[1]
+    """Return the head's tables in float32 on the CPU, made anew when a weight has changed.
 
+    A change is seen by where a parameter lies and by torch's count of its in-place edits, which
+    edits through `.data` do not raise: those need `head.clear_cache()`.
+    """
+    if any(parameter.is_inference() for parameter in head.parameters()):
+        return _make_tables(head)  # made under torch.inference_mode(): edits are not counted
+    key = (head.cache_generation, *((p.data_ptr(), p._version) for p in head.parameters()))
+    cached = _tables.get(head)
+    if cached is None or cached[0] != key:
+        with torch.inference_mode(False), torch.no_grad():
+            cached = _tables[head] = (key, _make_tables(head))
+    return cached[1]
+
+
+def _make_tables(head: Head) -> HeadTables:
     def table(tensor: Tensor) -> Tensor:
-        return tensor.detach().to("cpu", torch.float32).contiguous()
+        return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
 
     labels_and_start = torch.cat(
         [head.label_embedding[: head.num_labels], head.label_embedding[head.start :]]
     )
-    tables = HeadTables(
+    with torch.autocast(head.label_embedding.device.type, enabled=False):
+        input_gates = head.recurrence.input_gates(labels_and_start)
+    return HeadTables(
         score_weight=table(head.label_embedding[: head.num_labels + 1].t()),
         score_bias=None if head.score_bias is None else table(head.score_bias),
-        input_gates=table(head.recurrence.input_gates(labels_and_start)),
+        input_gates=table(input_gates),
         hidden_weight=table(head.recurrence.weight_hh.t()),
         output_weight=table(head.output_projection.weight.t()),
     )
-    _tables[head] = (key, tables)
-    return tables
 
 
 def _native(

@@ -97,12 +97,19 @@ def _search_image(
     accepting = True  # False once a literal stop has fixed the result
     while live:
         rows = []
+        # Only in marginal mode are paths live that can no longer change the result.
+        floor = torch.inf if not accepting else _floor(config, done)
         for path in live:
             if len(path.labels) == max_labels:
                 log_probs = joint.new_full((L + 1,), -torch.inf)
                 log_probs[head.end] = 0.0
             else:
-                log_probs = step_log_probs(head, joint, label_logits, config, path)
+                try:
+                    log_probs = step_log_probs(head, joint, label_logits, config, path)
+                except NonFinite:
+                    if path.score > floor:
+                        raise
+                    log_probs = joint.new_full((L + 1,), -torch.inf)
             rows.append(path.score + log_probs)
         extended = torch.stack(rows)  # [paths, L+1]
         if marginals is not None:
@@ -133,16 +140,19 @@ def _search_image(
 
         if config.stop == "literal" and live and done and live[0].score < done[-1].score:
             accepting = False
+        floor = torch.inf if not accepting else _floor(config, done)
         if marginals is None:
-            if not accepting:
-                break
-            if config.stop == "n_best" and len(done) == N:
-                live = [path for path in live if path.score > done[-1].score]
-        elif sum(float(p.score.exp()) for p in live) < LIVE_MASS_FLOOR:
-            beaten = config.stop == "n_best" and len(done) == N
-            if not accepting or not live or (beaten and live[0].score <= done[-1].score):
+            live = [path for path in live if path.score > floor]
+        elif live and live[0].score <= floor:
+            if sum(float(p.score.exp()) for p in live) < LIVE_MASS_FLOOR:
                 break
     return done
+
+
+def _floor(config: SearchConfig, done: list[Path]) -> float:
+    """Return the score at or below which a live path can no longer enter the result."""
+    full = config.stop == "n_best" and len(done) == config.beam_size
+    return float(done[-1].score) if full else -torch.inf
 
 
 def step_log_probs(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cnnrnn.labels import PAD, path_sets
+from cnnrnn.metrics import cut_to_k
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,7 @@ class SearchResult:
         sets = path_sets(self.labels[:, 0], self.num_labels)
         if top_k is None:
             return sets
-        ranked = self.marginals().masked_fill(~sets, -torch.inf)
-        order = ranked.argsort(dim=1, descending=True, stable=True)[:, :top_k]
-        kept = torch.zeros_like(sets)
-        kept.scatter_(1, order, True)
-        return kept & sets
+        return cut_to_k(sets, self.marginals(), top_k)
 
     def label_sets(self, image: int) -> list[tuple[tuple[int, ...], float]]:
         """Merge one image's paths that are orders of one set, adding their probabilities.

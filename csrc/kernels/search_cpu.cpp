@@ -166,13 +166,18 @@ class ImageSearch {
     bool accepting = true;  // false once a literal stop has fixed the result
     for (int64_t step = 0; !live.empty(); ++step) {
       Extensions best(options_.beam_size);
+      // A search without marginals has already dropped paths at or below this score.
+      const float floor = dropped_at(accepting, *done);
       for (int32_t rank = 0; rank < static_cast<int32_t>(live.size()); ++rank) {
         const Path& path = live[rank];
         if (prefixes_.length(path.node) == options_.max_labels) {
           offer_end(path, path.score, rank, accepting, &best, done);
           continue;
         }
-        if (!score_extensions(path, image_joint, label_logits)) return false;
+        if (!score_extensions(path, image_joint, label_logits)) {
+          if (path.score <= floor) continue;  // it is here for its marginals alone
+          return false;
+        }
         if (marginals != nullptr) {
           for (int64_t l = 0; l < L; ++l) marginals[l] += expf(scores_[l]);
         }
@@ -306,18 +311,18 @@ class ImageSearch {
     if (marginals) {
       float mass = 0.0f;
       for (const Path& path : *live) mass += expf(path.score);
-      if (mass < kLiveMassFloor && settled(*live, accepting, done)) live->clear();
-    } else if (!accepting) {
-      live->clear();
-    } else if (options_.stop == Stop::kNBest && done.full()) {
-      while (!live->empty() && live->back().score <= done.worst()) live->pop_back();
+      const bool settled = !live->empty() && live->front().score <= dropped_at(accepting, done);
+      if (mass < kLiveMassFloor && settled) live->clear();
+    } else {
+      const float floor = dropped_at(accepting, done);
+      while (!live->empty() && live->back().score <= floor) live->pop_back();
     }
   }
 
-  // Can no live path change the returned paths any more?
-  bool settled(const std::vector<Path>& live, bool accepting, const FinishedPaths& done) const {
-    if (!accepting || live.empty()) return true;
-    return options_.stop == Stop::kNBest && done.full() && live.front().score <= done.worst();
+  // Live paths at or below this score can no longer change the returned paths.
+  float dropped_at(bool accepting, const FinishedPaths& done) const {
+    if (!accepting) return -kNegInf;
+    return options_.stop == Stop::kNBest && done.full() ? done.worst() : kNegInf;
   }
 
   void write_trace(const std::vector<Path>& live, int32_t* trace) const {

@@ -38,11 +38,6 @@ struct TopN {
     scores[at] = score;
     items[at] = item;
   }
-
-  // Removes the tail of the list whose score is at or below `bound`.
-  CNNRNN_INLINE void drop_at_or_below(float bound) {
-    while (size > 0 && scores[size - 1] <= bound) --size;
-  }
 };
 
 }  // namespace cnnrnn

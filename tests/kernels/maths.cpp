@@ -107,14 +107,6 @@ void check_top_n(int limit, unsigned seed) {
     CHECK(top.full() == (static_cast<int>(sorted.size()) == limit));
     if (!sorted.empty()) CHECK(top.worst() == sorted.back().score);
   }
-  for (float bound : {-4.75f, -4.0f, -2.25f, -2.0f, 0.0f}) {
-    top.drop_at_or_below(bound);
-    std::erase_if(sorted, [bound](const Offer& offer) { return offer.score <= bound; });
-    CHECK(equal(top, sorted));
-  }
-  CHECK(top.size == 0);
-  top.offer(-7.0f, 99);
-  CHECK(equal(top, {{-7.0f, 99}}));
 }
 
 }  // namespace

@@ -34,7 +34,6 @@ CNNRNN_INLINE void evaluate(int row, float* values) {
   values[12] = top.admits(-2.0f) ? 1.0f : 0.0f;
   values[13] = static_cast<float>(top.items[0]);
   values[14] = static_cast<float>(top.items[2]);
-  top.drop_at_or_below(-1.0f);
   values[15] = static_cast<float>(top.size);
 }
 
