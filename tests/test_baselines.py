@@ -64,3 +64,22 @@ def test_a_baseline_is_restored_to_its_best_epoch(separable, loss):
     with torch.no_grad():
         scores = model(val.features)
     assert ((scores[:, 0] > scores[:, 0].median()) == val.targets[:, 0]).float().mean() > 0.8
+
+
+def test_k_and_threshold_are_chosen_on_validation_data(tmp_path):
+    """One label in every training and validation image, three in every test image."""
+    rng = np.random.default_rng(1)
+    one = np.eye(4, dtype=bool)[rng.integers(4, size=300)]
+    labels = np.concatenate([one, ~np.eye(4, dtype=bool)[rng.integers(4, size=60)]])
+    features = np.where(labels, 1.0, -1.0) + 0.1 * rng.normal(size=labels.shape)
+    split = np.array(["train"] * 200 + ["val"] * 100 + ["test"] * 60)
+    file = tmp_path / "features.npz"
+    np.savez(file, features=features.astype(np.float32), labels=labels,
+             label_names=list("abcd"), split=split)  # fmt: skip
+    rows = compare(
+        load_dataset(f"features:{file}"), tmp_path / "runs", HEAD, SearchConfig(beam_size=4),
+        QUICK, seeds=(0,), learning_rates=(1e-2,),
+    )  # fmt: skip
+    softmax = next(row for row in rows if row.method == "softmax")
+    assert softmax.own["mean-labels-predicted"] == 1.0
+    assert softmax.at_3["mean-labels-predicted"] == 3.0

@@ -13,10 +13,11 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from cnnrnn import ModelConfig, SearchConfig, TrainConfig, load_dataset
+from cnnrnn.backbones import make_backbone
 from cnnrnn.classifier import load_checkpoint, weights_digest
 from cnnrnn.data import DataError, Dataset
 from cnnrnn.data.scenes import write_scenes
-from cnnrnn.decisions import infer
+from cnnrnn.decisions import Inference, calibrate, infer
 from cnnrnn.fit import (
     Log,
     NonFiniteLossError,
@@ -27,6 +28,7 @@ from cnnrnn.fit import (
     resolve_device,
     run_stage,
 )
+from cnnrnn.model import Head
 from cnnrnn.train import train, training_splits
 
 MODEL = ModelConfig(trunk_dim=0, joint_dim=16, hidden_dim=16, input_dropout=0.0,
@@ -514,3 +516,93 @@ def test_devices():
         assert str(error.value) == f"device must be auto, cpu, cuda or cuda:N, got {name!r}"
     with pytest.raises(ValueError, match=r"device 'cuda:99' was asked for, torch sees \d+ CUDA"):
         resolve_device("cuda:99")
+
+
+def counted(path, train_counts, test_counts):
+    """A features file whose labels occur as often as asked in each split; val is like train."""
+    rows = []
+    for split, counts in (("train", train_counts), ("val", train_counts), ("test", test_counts)):
+        labels = np.arange(max(counts))[:, None] < np.array(counts)
+        rows.append((labels, np.array([split] * len(labels))))
+    labels = np.concatenate([labels for labels, _ in rows])
+    np.savez(
+        path,
+        features=np.where(labels, 1.0, -1.0).astype(np.float32),
+        labels=labels,
+        label_names=np.array(["a", "b", "c"]),
+        split=np.concatenate([split for _, split in rows]),
+    )
+    return load_dataset(f"features:{path}")
+
+
+def test_label_order_and_path_length_come_from_the_training_split_alone(tmp_path):
+    data = counted(tmp_path / "f.npz", train_counts=[5, 20, 10], test_counts=[400, 100, 200])
+    model = train(data, tmp_path / "run", MODEL, SEARCH, QUICK).model
+    assert model.labels == ("b", "c", "a")
+    assert model.label_space.source_index == (1, 2, 0)
+
+
+def test_each_part_learns_at_its_own_rate(tmp_path):
+    """Groups of every step, as (learning rate, parameters), in the order of the stages."""
+    write_scenes(tmp_path / "scenes", train=8, val=4, test=1, image_size=32)
+    data = load_dataset(f"scenes:{tmp_path / 'scenes'}")
+    seen = []
+
+    def record(optimizer, arguments, options):
+        seen.append([(group["lr"], len(group["params"])) for group in optimizer.param_groups])
+
+    hook = register_optimizer_step_pre_hook(record)
+    config = replace(
+        QUICK, warm_epochs=1, epochs=1, learning_rate=1e-3, warm_scale=0.5, backbone_scale=0.25
+    )
+    try:
+        train(data, tmp_path / "run", replace(SMALL, trunk_dim=8), SEARCH, config)
+    finally:
+        hook.remove()
+    backbone = len(list(make_backbone(SMALL).parameters()))
+    head = Head.from_config(replace(SMALL, trunk_dim=8), 26, 256)
+    shared = 4  # weight and bias of trunk and label classifier
+    assert seen[0] == [(1e-3, shared), (1e-3, backbone)]
+    rest = len(list(head.parameters())) - shared
+    assert seen[-1] == [(1e-3, rest), (0.5e-3, shared), (0.25e-3, backbone)]
+
+
+def test_the_auxiliary_loss_has_its_weight(tmp_path):
+    data = separable(tmp_path / "f.npz")
+    losses = []
+    for weight in (0.0, 1.0, 3.0):
+        out = tmp_path / f"run-{weight}"
+        config = replace(QUICK, warm_epochs=0, epochs=1, learning_rate=1e-12, aux_weight=weight)
+        train(data, out, MODEL, SEARCH, config)
+        records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        losses.append(records[-1]["loss"])
+    auxiliary = losses[1] - losses[0]
+    assert auxiliary > 0.5  # five labels of an untrained classifier, about log 2 each
+    assert losses[2] - losses[0] == pytest.approx(3 * auxiliary, rel=1e-4)
+
+
+def test_calibration_looks_at_every_validation_image():
+    # The first image alone would cut at .9; all together cut between .3 and .2.
+    marginals = torch.tensor([[0.9, 0.3], [0.3, 0.2], [0.2, 0.3], [0.3, 0.3]])
+    targets = torch.tensor([[True, False], [True, False], [False, True], [True, True]])
+    found = calibrate(Inference(targets, marginals, None, ()), targets)
+    assert 0.2 < found.threshold <= 0.3
+    assert found.mix_weight == 0.0
+
+
+def test_options_that_cannot_work_are_refused_before_training(tmp_path):
+    data = separable(tmp_path / "f.npz")
+    out = tmp_path / "run"
+    with pytest.raises(ValueError, match="min_labels \\(100\\) must not exceed max_labels \\(5\\)"):
+        train(data, out, MODEL, replace(SEARCH, min_labels=100), QUICK)
+    with pytest.raises(ValueError, match="nothing to train"):
+        train(data, out, replace(MODEL, chain_term=False), SEARCH, replace(QUICK, epochs=0))
+    assert not (out / "log.jsonl").exists()
+
+
+def test_a_backbone_frozen_with_random_weights_is_warned_about(tmp_path):
+    write_scenes(tmp_path / "scenes", train=8, val=4, test=1, image_size=32)
+    data = load_dataset(f"scenes:{tmp_path / 'scenes'}")
+    frozen = replace(SMALL, freeze_backbone=True)
+    with pytest.warns(UserWarning, match="backbone small is frozen with random weights"):
+        train(data, tmp_path / "run", frozen, SEARCH, replace(QUICK, warm_epochs=0, epochs=1))
