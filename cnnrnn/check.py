@@ -20,6 +20,7 @@ def report() -> tuple[list[str], list[str]]:
     lines = [
         f"cnnrnn {__version__}, Python {platform.python_version()}, {platform.platform()}",
         f"torch {torch.__version__}; compiled search built against torch {TORCH}",
+        f"instruction sets of the search here: {_instruction_sets()}",
         f"CPU threads {torch.get_num_threads()} of {os.cpu_count()}",
         f"GPU: {_gpus()}",
         "CUDA kernels: not in this build; on a GPU the backbone runs there, the search on the CPU",
@@ -37,6 +38,12 @@ def report() -> tuple[list[str], list[str]]:
             )
     problems += _import_problems() + _search_problems()
     return lines, problems
+
+
+def _instruction_sets() -> str:
+    from cnnrnn import _C
+
+    return ", ".join(_C.instruction_sets())
 
 
 def _gpus() -> str:

@@ -1,12 +1,15 @@
 // Python module cnnrnn._C: checks tensors, hands raw pointers to the kernels. No maths here.
 
 #include <ATen/ATen.h>
+#include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
+#include "kernels/cpu_kernels.h"
 #include "kernels/search.h"
 
 namespace {
@@ -53,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor, optional<Tensor>, optional<Tensor>, pybind11:
     const Tensor& output_weight,           // [H, D]
     const std::string& cell, const std::string& activation, int64_t beam_size, int64_t max_labels,
     int64_t min_labels, const std::string& order, bool end_takes_slot, const std::string& stop,
-    bool marginals, bool trace) {
+    bool marginals, bool trace, const std::string& instruction_set) {
   TORCH_CHECK_VALUE(joint.dim() == 2, "joint must be [B, D], got ", joint.sizes());
   TORCH_CHECK_VALUE(score_weight.dim() == 2 && score_weight.size(1) >= 2,
                     "score_weight must be [D, L+1] with L >= 1, got ", score_weight.sizes());
@@ -110,11 +113,17 @@ std::tuple<Tensor, Tensor, Tensor, optional<Tensor>, optional<Tensor>, pybind11:
   if (marginals) marginals_ = at::empty({B, L}, at::kFloat);
   if (trace) trace_ = at::empty({B, T + 1, N, 2}, at::kInt);
 
+  const cnnrnn::CpuKernels* kernels = instruction_set == "auto"
+                                          ? &cnnrnn::best_cpu_kernels()
+                                          : cnnrnn::find_cpu_kernels(instruction_set.c_str());
+  TORCH_CHECK_VALUE(kernels != nullptr, "instruction_set must be auto or one of this build's and ",
+                    "this processor's (see instruction_sets()), got '", instruction_set, "'");
+
   cnnrnn::SearchStats stats;
   {
     pybind11::gil_scoped_release release;
     stats = cnnrnn::beam_search_cpu(
-        head, options, {B, joint_.const_data_ptr<float>(), data_or_null(label_logits_)},
+        *kernels, head, options, {B, joint_.const_data_ptr<float>(), data_or_null(label_logits_)},
         {labels.data_ptr<int64_t>(), lengths.data_ptr<int64_t>(), log_probs.data_ptr<float>(),
          marginals_ ? marginals_->data_ptr<float>() : nullptr,
          trace_ ? trace_->data_ptr<int32_t>() : nullptr});
@@ -138,5 +147,15 @@ PYBIND11_MODULE(_C, m) {
         py::arg("hidden_weight"), py::arg("output_weight"), py::kw_only(), py::arg("cell"),
         py::arg("activation"), py::arg("beam_size"), py::arg("max_labels"), py::arg("min_labels"),
         py::arg("order"), py::arg("end_takes_slot"), py::arg("stop"), py::arg("marginals"),
-        py::arg("trace") = false);
+        py::arg("trace") = false, py::arg("instruction_set") = "auto");
+  m.def(
+      "instruction_sets",
+      [] {
+        std::vector<std::string> names;
+        for (const char* name : {"avx512", "avx2", "portable"}) {
+          if (cnnrnn::find_cpu_kernels(name) != nullptr) names.emplace_back(name);
+        }
+        return names;
+      },
+      "Names of the instruction sets that this build has and this processor runs, fastest first.");
 }

@@ -47,12 +47,16 @@ def random_embedding(
 
 
 def assert_search_equal(
-    head: Head, embedding: ImageEmbedding, config: SearchConfig, marginals: bool = False
+    head: Head,
+    embedding: ImageEmbedding,
+    config: SearchConfig,
+    marginals: bool = False,
+    instruction_set: str = "auto",
 ) -> int:
     """Compare the compiled search with the float64 reference; return how many were excused."""
     T = resolve_max_labels(head, config)
     labels, lengths, log_probs, sums, _, _ = run_compiled(
-        head, embedding, config, T, marginals=marginals
+        head, embedding, config, T, marginals=marginals, instruction_set=instruction_set
     )
     head64 = copy.deepcopy(head).double()
     embedding64 = embedding.to("cpu", torch.float64)
@@ -71,7 +75,9 @@ def assert_search_equal(
                     rtol=1e-5, atol=2e-5, equal_nan=True,
                 )  # fmt: skip
             continue
-        gap = first_differing_gap(head, head64, embedding, embedding64, config, T, b)
+        gap = first_differing_gap(
+            head, head64, embedding, embedding64, config, T, b, instruction_set
+        )
         assert gap < TIE, (
             f"image {b}: paths differ by a decision of gap {gap:.2e} under {config}:\n"
             f"{labels[b].tolist()}\n{expected.labels[b].tolist()}"
@@ -89,9 +95,12 @@ def first_differing_gap(
     config: SearchConfig,
     T: int,
     image: int,
+    instruction_set: str,
 ) -> float:
     """The float64 gap of the first decision in which the compiled search went another way."""
-    labels, lengths, log_probs, _, trace, _ = run_compiled(head, embedding, config, T, trace=True)
+    labels, lengths, log_probs, _, trace, _ = run_compiled(
+        head, embedding, config, T, trace=True, instruction_set=instruction_set
+    )
     joint = embedding64.joint[image]
     logits = None if embedding64.label_logits is None else embedding64.label_logits[image]
     N, L = config.beam_size, head.num_labels

@@ -11,9 +11,11 @@ import pytest
 import torch
 from replay import assert_search_equal, random_embedding, random_head
 
+from cnnrnn import _C
 from cnnrnn.config import SearchConfig
 from cnnrnn.model import Head, ImageEmbedding, chain_logits
 from cnnrnn.search import NonFiniteError, beam_search, reference
+from cnnrnn.search.engine import run_compiled
 
 IMPLEMENTATIONS = ["native", "reference"]
 
@@ -192,19 +194,31 @@ def random_case(seed: int):
     return head, embedding, config
 
 
-def test_random_searches_equal_the_float64_reference():
+@pytest.mark.parametrize("instruction_set", _C.instruction_sets())
+def test_random_searches_equal_the_float64_reference(instruction_set):
     excused = searched = 0
     for seed in range(1000):
         head, embedding, config = random_case(seed)
-        excused += assert_search_equal(head, embedding, config)
+        excused += assert_search_equal(head, embedding, config, instruction_set=instruction_set)
         searched += len(embedding)
     print(f"{searched} images, {excused} excused")
     assert excused <= searched // 50  # small heads tie exactly, and sums of logarithms round apart
 
 
-def test_random_searches_with_marginals_equal_the_float64_reference():
-    excused = sum(assert_search_equal(*random_case(seed), marginals=True) for seed in range(300))
-    assert excused <= 3
+@pytest.mark.parametrize("instruction_set", _C.instruction_sets())
+def test_random_searches_with_marginals_equal_the_float64_reference(instruction_set):
+    excused = sum(
+        assert_search_equal(*random_case(seed), marginals=True, instruction_set=instruction_set)
+        for seed in range(300)
+    )
+    assert excused <= 6  # about 300 images
+
+
+def test_an_instruction_set_that_is_not_there_is_refused():
+    head, embedding = small_case()
+    with pytest.raises(ValueError, match="instruction_set must be auto or one of .* got 'mmx'"):
+        run_compiled(head, embedding, SearchConfig(), 3, instruction_set="mmx")
+    assert "portable" in _C.instruction_sets()
 
 
 @pytest.mark.parametrize("order", ["increasing", "unique", "free"])

@@ -178,8 +178,9 @@ def run_compiled(
     *,
     marginals: bool = False,
     trace: bool = False,
+    instruction_set: str = "auto",
 ) -> tuple[Any, ...]:
-    """Call `_C.beam_search`; with `trace` it also returns every step's decisions."""
+    """Call `_C.beam_search`; tests ask for every step's decisions, or an instruction set."""
     from cnnrnn import _C
 
     search: Callable[..., tuple[Any, ...]] = _C.beam_search
@@ -199,4 +200,5 @@ def run_compiled(
         stop=config.stop,
         marginals=marginals,
         trace=trace,
+        instruction_set=instruction_set,
     )

@@ -62,8 +62,11 @@ struct SearchStats {
   int64_t prefix_bytes = 0;    // memory of those nodes
 };
 
+struct CpuKernels;  // cpu_kernels.h
+
 // Finds the N best label paths of every image, on the calling thread.
-SearchStats beam_search_cpu(const HeadTables& head, const SearchOptions& options,
-                            const ImageEmbeddings& images, const SearchOutput& output);
+SearchStats beam_search_cpu(const CpuKernels& kernels, const HeadTables& head,
+                            const SearchOptions& options, const ImageEmbeddings& images,
+                            const SearchOutput& output);
 
 }  // namespace cnnrnn

@@ -1,8 +1,8 @@
-// Beam search on the CPU, in portable C++: one image after the other, one thread.
+// Beam search on the CPU: one image after the other, one thread.
 //
 // A live path is a node of the prefix tree, so its recurrent state is made once per call however
-// many images reach it. Loops run over contiguous labels or units, one multiply-add each, in a
-// fixed order: the compiler vectorises them and results do not depend on what was computed before.
+// many images reach it. What is arithmetic is behind CpuKernels, compiled per instruction set; here
+// is what decides.
 
 #include <algorithm>
 #include <cmath>
@@ -10,6 +10,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "cpu_kernels.h"
 #include "search.h"
 #include "topn.h"
 
@@ -23,18 +24,14 @@ constexpr int64_t kPrefixByteBudget = int64_t{256} << 20;
 // In marginal mode the search goes on until less probability than this is unfinished.
 constexpr float kLiveMassFloor = 1e-3f;
 
-// y += a * x over n contiguous values.
-inline void add_scaled(float* __restrict y, float a, const float* __restrict x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) y[i] += a * x[i];
-}
-
 // Label prefixes seen in this call and the recurrent state that belongs to each.
 class PrefixStates {
  public:
   static constexpr int32_t kRoot = 0;
 
-  explicit PrefixStates(const HeadTables& head)
+  PrefixStates(const HeadTables& head, const CpuKernels& kernels)
       : head_(head),
+        kernels_(kernels),
         state_width_(2 * head.hidden_dim + head.joint_dim),
         gates_(4 * head.hidden_dim) {
     clear();
@@ -91,37 +88,25 @@ class PrefixStates {
     const int64_t D = head_.joint_dim;
     const bool is_root = node == kRoot;
     const int64_t input_row = is_root ? head_.num_labels : nodes_[node].label;
-    const float* input = head_.input_gates + input_row * 4 * H;
-    std::copy(input, input + 4 * H, gates_.begin());
-
+    const float* gates = head_.input_gates + input_row * 4 * H;
     float* output = state(node);
     float* cell = output + H;
-    float* projected = cell + H;
-    const float* parent_state = is_root ? nullptr : state(nodes_[node].parent);
+    const float* previous_cell = nullptr;
     if (!is_root) {
       // An LSTM feeds its output back, equation 1 its cell.
-      const float* fed_back = parent_state + (head_.cell == Cell::kLstm ? 0 : H);
-      for (int64_t k = 0; k < H; ++k) {
-        add_scaled(gates_.data(), fed_back[k], head_.hidden_weight + k * 4 * H, 4 * H);
-      }
+      const float* parent = state(nodes_[node].parent);
+      const float* fed_back = parent + (head_.cell == Cell::kLstm ? 0 : H);
+      kernels_.affine(fed_back, H, head_.hidden_weight, 4 * H, gates, gates_.data(), 4 * H);
+      gates = gates_.data();
+      previous_cell = parent + H;
     }
-    const float* g = gates_.data();
-    for (int64_t k = 0; k < H; ++k) {
-      const float previous = is_root ? 0.0f : parent_state[H + k];
-      if (head_.cell == Cell::kLstm) {
-        lstm_unit(g[k], g[H + k], g[2 * H + k], g[3 * H + k], previous, output + k, cell + k);
-      } else {
-        paper_unit(g[k], g[H + k], g[2 * H + k], g[3 * H + k], previous, output + k, cell + k);
-      }
-    }
-    std::fill(projected, projected + D, 0.0f);
-    for (int64_t k = 0; k < H; ++k) {
-      add_scaled(projected, output[k], head_.output_weight + k * D, D);
-    }
+    kernels_.cell_step(head_.cell, gates, previous_cell, output, cell, H);
+    kernels_.affine(output, H, head_.output_weight, D, nullptr, cell + H, D);
     nodes_[node].has_state = true;
   }
 
   const HeadTables& head_;
+  const CpuKernels& kernels_;
   const int64_t state_width_;
   std::vector<float> gates_;  // [4H]
   std::vector<Node> nodes_;
@@ -144,15 +129,16 @@ using Extensions = TopN<Extension, kMaxBeamSize>;
 
 class ImageSearch {
  public:
-  ImageSearch(const HeadTables& head, const SearchOptions& options, PrefixStates* prefixes,
-              SearchStats* stats)
+  ImageSearch(const HeadTables& head, const CpuKernels& kernels, const SearchOptions& options,
+              PrefixStates* prefixes, SearchStats* stats)
       : head_(head),
+        kernels_(kernels),
         options_(options),
         prefixes_(*prefixes),
         stats_(stats),
         joint_(head.joint_dim),
         scores_(head.num_labels + 1),
-        forbidden_(head.num_labels + 1) {}
+        shifted_logits_(head.num_labels + 1) {}
 
   // Searches one image; returns false when a value that is not finite turns up.
   // `marginals` [L] and `trace` [T+1, N, 2] may be null.
@@ -179,10 +165,13 @@ class ImageSearch {
           return false;
         }
         if (marginals != nullptr) {
-          for (int64_t l = 0; l < L; ++l) marginals[l] += expf(scores_[l]);
+          kernels_.add_exponentials(marginals, scores_.data(), L);
         }
-        for (int32_t l = 0; l < L; ++l) {
-          if (best.admits(scores_[l])) best.offer(scores_[l], Extension{rank, l});
+        for (int64_t l = first_allowed(path.node) - 1;;) {
+          const float bound = best.full() ? best.worst() : kNegInf;
+          l = kernels_.find_above(scores_.data(), l + 1, L, bound);
+          if (l == L) break;
+          best.offer(scores_[l], Extension{rank, static_cast<int32_t>(l)});
         }
         offer_end(path, scores_[L], rank, accepting, &best, done);
       }
@@ -204,74 +193,50 @@ class ImageSearch {
     const int64_t L = head_.num_labels;
     const int64_t D = head_.joint_dim;
     const float* projected = prefixes_.projected_output(path.node, stats_);
-    for (int64_t d = 0; d < D; ++d) {
-      joint_[d] = activate(head_.activation, projected[d] + image_joint[d]);  // eq. 4
-    }
-    forbid(path.node);
+    kernels_.activate_sum(head_.activation, projected, image_joint, joint_.data(), D);
     const int64_t first = first_allowed(path.node);
-    std::fill(scores_.begin(), scores_.begin() + first, kNegInf);
-    if (head_.score_bias != nullptr) {
-      std::copy(head_.score_bias + first, head_.score_bias + L + 1, scores_.begin() + first);
-    } else {
-      std::fill(scores_.begin() + first, scores_.end(), 0.0f);
-    }
-    for (int64_t d = 0; d < D; ++d) {  // eq. 5
-      add_scaled(scores_.data() + first, joint_[d], head_.score_weight + d * (L + 1) + first,
-                 L + 1 - first);
-    }
+    float* scores = scores_.data();
+    std::fill(scores, scores + first, kNegInf);
+    const float* start = head_.score_bias == nullptr ? nullptr : head_.score_bias + first;
+    kernels_.affine(joint_.data(), D, head_.score_weight + first, L + 1, start, scores + first,
+                    L + 1 - first);  // eq. 5
     if (label_logits != nullptr) {
       // Label logits reach hundreds and only their differences matter: taking off the largest
       // allowed one first keeps the sum precise where probability is.
-      float largest = kNegInf;
-      for (int64_t l = first; l <= L; ++l) {
-        if (!forbidden_[l]) largest = std::max(largest, label_logits[l]);
-      }
-      for (int64_t l = first; l <= L; ++l) scores_[l] += label_logits[l] - largest;
+      float* shifted = shifted_logits_.data();
+      std::copy(label_logits + first, label_logits + L + 1, shifted + first);
+      forbid(path.node, shifted);
+      const float largest = kernels_.largest(shifted + first, L + 1 - first);
+      for (int64_t l = first; l <= L; ++l) scores[l] += shifted[l] - largest;
     }
-    return normalize(path.score, first);
+    forbid(path.node, scores);
+    if (!anything_may_follow(path.node)) {
+      scores[L] = path.score;
+      return true;
+    }
+    return kernels_.log_softmax(scores + first, L + 1 - first, path.score);
   }
 
-  // Marks what may not follow: everything below first_allowed() is forbidden besides.
-  void forbid(int32_t node) {
-    const int64_t L = head_.num_labels;
-    std::fill(forbidden_.begin(), forbidden_.end(), 0);
+  // Writes -inf where `scores` [L+1] belong to what may not follow, from first_allowed() on.
+  void forbid(int32_t node, float* scores) const {
     if (options_.order == Order::kUnique) {
       for (int32_t at = node; at != PrefixStates::kRoot; at = prefixes_.parent(at)) {
-        forbidden_[prefixes_.last_label(at)] = 1;
+        scores[prefixes_.last_label(at)] = kNegInf;
       }
     }
-    forbidden_[L] = prefixes_.length(node) < options_.min_labels;
+    if (!end_allowed(node)) scores[head_.num_labels] = kNegInf;
+  }
+
+  bool end_allowed(int32_t node) const { return prefixes_.length(node) >= options_.min_labels; }
+
+  bool anything_may_follow(int32_t node) const {
+    if (end_allowed(node) || options_.order == Order::kFree) return true;
+    return options_.order == Order::kUnique ? prefixes_.length(node) < head_.num_labels
+                                            : first_allowed(node) < head_.num_labels;
   }
 
   int64_t first_allowed(int32_t node) const {
     return options_.order == Order::kIncreasing ? prefixes_.last_label(node) + 1 : 0;
-  }
-
-  bool normalize(float path_score, int64_t first) {
-    const int64_t L = head_.num_labels;
-    float largest = kNegInf;
-    bool any_allowed = false;
-    for (int64_t l = first; l <= L; ++l) {
-      if (forbidden_[l]) {
-        scores_[l] = kNegInf;
-        continue;
-      }
-      any_allowed = true;
-      if (std::isnan(scores_[l])) return false;
-      largest = std::max(largest, scores_[l]);
-    }
-    if (!any_allowed) {  // nothing may follow but the end
-      scores_[L] = path_score;
-      return true;
-    }
-    if (!std::isfinite(largest)) return false;
-    float sum = 0.0f;
-    for (int64_t l = first; l <= L; ++l) sum += expf(scores_[l] - largest);
-    const float log_sum_exp = largest + logf(sum);
-    for (int64_t l = first; l <= L; ++l) {
-      scores_[l] = path_score + step_log_prob(scores_[l], log_sum_exp);
-    }
-    return true;
   }
 
   void offer_end(const Path& path, float score, int32_t rank, bool accepting, Extensions* best,
@@ -333,13 +298,14 @@ class ImageSearch {
   }
 
   const HeadTables& head_;
+  const CpuKernels& kernels_;
   const SearchOptions& options_;
   PrefixStates& prefixes_;
   SearchStats* stats_;
-  std::vector<float> joint_;     // [D]
-  std::vector<float> scores_;    // [L+1]
-  std::vector<char> forbidden_;  // [L+1]
-  std::vector<Path> parents_;    // the live paths that the last step extended
+  std::vector<float> joint_;           // [D]
+  std::vector<float> scores_;          // [L+1]
+  std::vector<float> shifted_logits_;  // [L+1]
+  std::vector<Path> parents_;          // the live paths that the last step extended
   std::vector<Extension> extensions_;
 };
 
@@ -357,8 +323,9 @@ void write_paths(const FinishedPaths& done, const PrefixStates& prefixes, int64_
 
 }  // namespace
 
-SearchStats beam_search_cpu(const HeadTables& head, const SearchOptions& options,
-                            const ImageEmbeddings& images, const SearchOutput& output) {
+SearchStats beam_search_cpu(const CpuKernels& kernels, const HeadTables& head,
+                            const SearchOptions& options, const ImageEmbeddings& images,
+                            const SearchOutput& output) {
   const int64_t N = options.beam_size;
   const int64_t T = options.max_labels;
   const int64_t L = head.num_labels;
@@ -370,8 +337,8 @@ SearchStats beam_search_cpu(const HeadTables& head, const SearchOptions& options
   if (output.trace != nullptr) std::fill(output.trace, output.trace + B * (T + 1) * N * 2, -1);
 
   SearchStats stats;
-  PrefixStates prefixes(head);
-  ImageSearch search(head, options, &prefixes, &stats);
+  PrefixStates prefixes(head, kernels);
+  ImageSearch search(head, kernels, options, &prefixes, &stats);
   for (int64_t b = 0; b < B; ++b) {
     if (prefixes.bytes() > kPrefixByteBudget) prefixes.clear();
     const float* logits =

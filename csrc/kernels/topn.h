@@ -17,18 +17,18 @@ struct TopN {
   int size = 0;
   int limit;  // N, at most kCapacity
 
-  CNNRNN_INLINE explicit TopN(int n) : limit(n) {}
+  CNNRNN_DEVICE explicit TopN(int n) : limit(n) {}
 
-  CNNRNN_INLINE bool full() const { return size == limit; }
+  CNNRNN_DEVICE bool full() const { return size == limit; }
 
-  CNNRNN_INLINE float worst() const { return scores[size - 1]; }
+  CNNRNN_DEVICE float worst() const { return scores[size - 1]; }
 
   // Would a path of this score enter? A score of -inf never does.
-  CNNRNN_INLINE bool admits(float score) const {
+  CNNRNN_DEVICE bool admits(float score) const {
     return score > -INFINITY && (size < limit || score > scores[limit - 1]);
   }
 
-  CNNRNN_INLINE void offer(float score, const Item& item) {
+  CNNRNN_DEVICE void offer(float score, const Item& item) {
     if (!admits(score)) return;
     int at = size < limit ? size++ : limit - 1;
     for (; at > 0 && scores[at - 1] < score; --at) {

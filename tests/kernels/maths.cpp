@@ -45,6 +45,18 @@ void check_functions_of_one_argument() {
   CHECK(std::isnan(cnnrnn::relu(kNan)) && std::isnan(cnnrnn::sigmoid(kNan)));
 }
 
+void check_exponential() {
+  for (float x = -87.3f; x <= 88.7f; x += 0.00137f) {
+    const double expected = std::exp(static_cast<double>(x));
+    CHECK(std::fabs(cnnrnn::exponential(x) - expected) <= 2.4e-7 * expected);  // 2 ulp at most
+  }
+  CHECK(cnnrnn::exponential(0.0f) == 1.0f);
+  CHECK(cnnrnn::exponential(-87.4f) == 0.0f && cnnrnn::exponential(-kInf) == 0.0f);
+  CHECK(cnnrnn::exponential(88.8f) == kInf && cnnrnn::exponential(kInf) == kInf);
+  CHECK(std::isnan(cnnrnn::exponential(kNan)));
+  CHECK(cnnrnn::hyperbolic_tangent(kInf) == 1.0f && cnnrnn::hyperbolic_tangent(-kInf) == -1.0f);
+}
+
 void check_cells() {
   std::mt19937 random(0);
   std::normal_distribution<float> normal(0.0f, 3.0f);
@@ -113,6 +125,7 @@ void check_top_n(int limit, unsigned seed) {
 
 int main() {
   check_functions_of_one_argument();
+  check_exponential();
   check_cells();
   check_step_log_prob();
   for (unsigned seed = 0; seed < 200; ++seed) {

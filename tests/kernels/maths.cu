@@ -23,7 +23,7 @@ CNNRNN_INLINE void evaluate(int row, float* values) {
   values[4] = cnnrnn::activate(cnnrnn::Activation::kIdentity, x);
   cnnrnn::lstm_unit(x, 1.0f - x, 0.5f * x, -x, 0.3f, &values[5], &values[6]);
   cnnrnn::paper_unit(x, 1.0f - x, 0.5f * x, 1.0f + x, 0.3f, &values[7], &values[8]);
-  values[9] = cnnrnn::step_log_prob(x, 2.0f);
+  values[9] = cnnrnn::step_log_prob(x, 2.0f) + cnnrnn::exponential(x);
 
   cnnrnn::TopN<int, 4> top(3);
   for (int item = 0; item < 12; ++item) {
