@@ -33,14 +33,22 @@ def case(batch: int, num_labels: int = 80) -> tuple[Head, ImageEmbedding]:
         return head, head.embed(torch.randn(batch, 64))
 
 
-@pytest.mark.parametrize(("implementation", "batch"), [("reference", 16), ("native", 256)])
-def test_search(benchmark, implementation, batch):
+@pytest.mark.parametrize(
+    ("implementation", "batch", "prefixes"),
+    [("reference", 16, "none"), ("native", 256, "cold"), ("native", 256, "all there")],
+)
+def test_search(benchmark, implementation, batch, prefixes):
+    """`cold` starts each round with an empty prefix table, `all there` with every state made."""
     head, embedding = case(batch)
     few = ImageEmbedding(embedding.joint[:16], embedding.label_logits[:16])
     native = beam_search(head, few, CONFIG, "native")
     expected = beam_search(head, few, CONFIG, "reference")
     assert torch.equal(native.labels, expected.labels)
-    result = benchmark(beam_search, head, embedding, CONFIG, implementation)
+    arguments = (head, embedding, CONFIG, implementation)
+    if prefixes == "cold":
+        result = benchmark.pedantic(beam_search, arguments, setup=head.clear_cache, rounds=15)
+    else:
+        result = benchmark(beam_search, *arguments)
     benchmark.extra_info["images_per_second"] = batch / benchmark.stats.stats.median
     benchmark.extra_info["prefix_hit_rate"] = result.stats.hit_rate
 

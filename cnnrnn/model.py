@@ -215,7 +215,7 @@ class Head(nn.Module):
         return self.num_labels + 1
 
     def clear_cache(self) -> None:
-        """Make searches read the weights anew.
+        """Make searches read the weights anew and forget kept prefix states.
 
         Needed after edits through `.data`, which torch does not count; all others are seen.
         """

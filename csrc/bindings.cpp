@@ -4,12 +4,14 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <mutex>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "kernels/cpu_kernels.h"
+#include "kernels/prefix_table.h"
 #include "kernels/search.h"
 
 namespace {
@@ -56,7 +58,8 @@ std::tuple<Tensor, Tensor, Tensor, optional<Tensor>, optional<Tensor>, pybind11:
     const Tensor& output_weight,           // [H, D]
     const std::string& cell, const std::string& activation, int64_t beam_size, int64_t max_labels,
     int64_t min_labels, const std::string& order, bool end_takes_slot, const std::string& stop,
-    bool marginals, bool trace, const std::string& instruction_set) {
+    bool marginals, bool trace, cnnrnn::PrefixTable* prefixes, int64_t prefix_bytes,
+    const std::string& instruction_set) {
   TORCH_CHECK_VALUE(joint.dim() == 2, "joint must be [B, D], got ", joint.sizes());
   TORCH_CHECK_VALUE(score_weight.dim() == 2 && score_weight.size(1) >= 2,
                     "score_weight must be [D, L+1] with L >= 1, got ", score_weight.sizes());
@@ -122,8 +125,14 @@ std::tuple<Tensor, Tensor, Tensor, optional<Tensor>, optional<Tensor>, pybind11:
   cnnrnn::SearchStats stats;
   {
     pybind11::gil_scoped_release release;
+    // A table that another thread is using, or none at all, is replaced by one of this call's own.
+    std::unique_lock<std::mutex> held;
+    if (prefixes != nullptr) held = std::unique_lock(prefixes->in_use, std::try_to_lock);
+    std::optional<cnnrnn::PrefixTable> own;
+    if (!held.owns_lock()) prefixes = &own.emplace(prefix_bytes);
     stats = cnnrnn::beam_search_cpu(
         *kernels, head, options, {B, joint_.const_data_ptr<float>(), data_or_null(label_logits_)},
+        prefixes,
         {labels.data_ptr<int64_t>(), lengths.data_ptr<int64_t>(), log_probs.data_ptr<float>(),
          marginals_ ? marginals_->data_ptr<float>() : nullptr,
          trace_ ? trace_->data_ptr<int32_t>() : nullptr});
@@ -142,12 +151,16 @@ PYBIND11_MODULE(_C, m) {
   namespace py = pybind11;
   m.doc() = "The compiled beam search of cnnrnn.";
   m.attr("MAX_BEAM_SIZE") = cnnrnn::kMaxBeamSize;
+  py::class_<cnnrnn::PrefixTable>(m, "PrefixTable",
+                                  "Label prefixes and their recurrent states, kept across calls.")
+      .def(py::init<int64_t>(), py::arg("byte_budget"));
   m.def("beam_search", &beam_search, py::arg("joint"), py::arg("label_logits"),
         py::arg("score_weight"), py::arg("score_bias"), py::arg("input_gates"),
         py::arg("hidden_weight"), py::arg("output_weight"), py::kw_only(), py::arg("cell"),
         py::arg("activation"), py::arg("beam_size"), py::arg("max_labels"), py::arg("min_labels"),
         py::arg("order"), py::arg("end_takes_slot"), py::arg("stop"), py::arg("marginals"),
-        py::arg("trace") = false, py::arg("instruction_set") = "auto");
+        py::arg("trace") = false, py::arg("prefixes") = nullptr,
+        py::arg("prefix_bytes") = int64_t{256} << 20, py::arg("instruction_set") = "auto");
   m.def(
       "instruction_sets",
       [] {

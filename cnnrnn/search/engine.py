@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -109,27 +110,38 @@ class HeadTables(NamedTuple):
     output_weight: Tensor  # [H, D]
 
 
-# Tables of each head with the state of the parameters that they were made from.
-_tables: weakref.WeakKeyDictionary[Head, tuple[tuple[Any, ...], HeadTables]] = (
-    weakref.WeakKeyDictionary()
-)
+class _Kept(NamedTuple):
+    """What is kept of a head: its tables, the prefix states made with them, and their key."""
+
+    key: tuple[Any, ...]
+    tables: HeadTables
+    prefixes: Any  # _C.PrefixTable, or None
+
+
+PREFIX_BYTES = 256 << 20  # a head's prefix states are forgotten when they fill this much memory
+_kept: weakref.WeakKeyDictionary[Head, _Kept] = weakref.WeakKeyDictionary()
+if hasattr(os, "register_at_fork"):  # another thread may have been using a table at the fork
+    os.register_at_fork(after_in_child=_kept.clear)
 
 
 @torch.no_grad()
-def head_tables(head: Head) -> HeadTables:
+def head_tables(head: Head) -> _Kept:
     """Return the head's tables in float32 on the CPU, made anew when a weight has changed.
 
     A change is seen by where a parameter lies and by torch's count of its in-place edits, which
     edits through `.data` do not raise: those need `head.clear_cache()`.
     """
     if any(parameter.is_inference() for parameter in head.parameters()):
-        return _make_tables(head)  # made under torch.inference_mode(): edits are not counted
+        # Made under torch.inference_mode(), where edits are not counted: nothing can be kept.
+        return _Kept((), _make_tables(head), None)
     key = (head.cache_generation, *((p.data_ptr(), p._version) for p in head.parameters()))
-    cached = _tables.get(head)
-    if cached is None or cached[0] != key:
+    kept = _kept.get(head)
+    if kept is None or kept.key != key:
+        from cnnrnn import _C
+
         with torch.inference_mode(False), torch.no_grad():
-            cached = _tables[head] = (key, _make_tables(head))
-    return cached[1]
+            kept = _kept[head] = _Kept(key, _make_tables(head), _C.PrefixTable(PREFIX_BYTES))
+    return kept
 
 
 def _make_tables(head: Head) -> HeadTables:
@@ -186,10 +198,11 @@ def run_compiled(
     search: Callable[..., tuple[Any, ...]] = _C.beam_search
     embedding = embedding.to("cpu", torch.float32)
     logits = embedding.label_logits
+    kept = head_tables(head)
     return search(
         embedding.joint.detach(),
         None if logits is None else logits.detach(),
-        *head_tables(head),
+        *kept.tables,
         cell=head.cell,
         activation=head.activation,
         beam_size=config.beam_size,
@@ -200,5 +213,8 @@ def run_compiled(
         stop=config.stop,
         marginals=marginals,
         trace=trace,
+        # Kept states are those of one instruction set: another's would differ in the last bit.
+        prefixes=kept.prefixes if instruction_set == "auto" else None,
+        prefix_bytes=PREFIX_BYTES,
         instruction_set=instruction_set,
     )

@@ -18,7 +18,7 @@ class SearchStats:
     Attributes:
         prefix_lookups: live paths that needed a recurrent state.
         prefix_hits: of those, states that were already there.
-        prefix_nodes: label prefixes held at the end of the call.
+        prefix_nodes: label prefixes held at the end of the call, those of earlier calls included.
         prefix_bytes: memory of those prefixes, in bytes.
     """
 

@@ -63,10 +63,12 @@ struct SearchStats {
 };
 
 struct CpuKernels;  // cpu_kernels.h
+class PrefixTable;  // prefix_table.h
 
-// Finds the N best label paths of every image, on the calling thread.
+// Finds the N best label paths of every image, on the calling thread, which holds `prefixes`. The
+// table must have been used with these head tables and kernels alone.
 SearchStats beam_search_cpu(const CpuKernels& kernels, const HeadTables& head,
                             const SearchOptions& options, const ImageEmbeddings& images,
-                            const SearchOutput& output);
+                            PrefixTable* prefixes, const SearchOutput& output);
 
 }  // namespace cnnrnn

@@ -1,16 +1,16 @@
 // Beam search on the CPU: one image after the other, one thread.
 //
-// A live path is a node of the prefix tree, so its recurrent state is made once per call however
-// many images reach it. What is arithmetic is behind CpuKernels, compiled per instruction set; here
-// is what decides.
+// A live path is a node of the prefix table, so its recurrent state is made once however many
+// images reach it. What is arithmetic is behind CpuKernels, compiled per instruction set; here is
+// what decides.
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <unordered_map>
 #include <vector>
 
 #include "cpu_kernels.h"
+#include "prefix_table.h"
 #include "search.h"
 #include "topn.h"
 
@@ -19,100 +19,8 @@ namespace {
 
 constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-// Nodes are forgotten between two images once they fill this much memory.
-constexpr int64_t kPrefixByteBudget = int64_t{256} << 20;
 // In marginal mode the search goes on until less probability than this is unfinished.
 constexpr float kLiveMassFloor = 1e-3f;
-
-// Label prefixes seen in this call and the recurrent state that belongs to each.
-class PrefixStates {
- public:
-  static constexpr int32_t kRoot = 0;
-
-  PrefixStates(const HeadTables& head, const CpuKernels& kernels)
-      : head_(head),
-        kernels_(kernels),
-        state_width_(2 * head.hidden_dim + head.joint_dim),
-        gates_(4 * head.hidden_dim) {
-    clear();
-  }
-
-  void clear() {
-    nodes_.assign(1, Node{-1, -1, 0, false});
-    children_.clear();
-    states_.assign(state_width_, 0.0f);
-  }
-
-  int32_t child(int32_t parent, int32_t label) {
-    const uint64_t key = (static_cast<uint64_t>(parent) << 32) | static_cast<uint32_t>(label);
-    const auto [entry, inserted] = children_.try_emplace(key, static_cast<int32_t>(nodes_.size()));
-    if (inserted) {
-      nodes_.push_back(Node{parent, label, nodes_[parent].length + 1, false});
-      states_.resize(states_.size() + state_width_);
-    }
-    return entry->second;
-  }
-
-  int32_t parent(int32_t node) const { return nodes_[node].parent; }
-  int32_t last_label(int32_t node) const { return nodes_[node].label; }
-  int32_t length(int32_t node) const { return nodes_[node].length; }
-
-  // U_o o of the prefix, [D]. Valid until the next call to child().
-  const float* projected_output(int32_t node, SearchStats* stats) {
-    ++stats->prefix_lookups;
-    if (nodes_[node].has_state) {
-      ++stats->prefix_hits;
-    } else {
-      compute_state(node);
-    }
-    return state(node) + 2 * head_.hidden_dim;
-  }
-
-  int64_t size() const { return static_cast<int64_t>(nodes_.size()); }
-  int64_t bytes() const { return size() * (state_width_ * sizeof(float) + sizeof(Node)); }
-
- private:
-  struct Node {
-    int32_t parent;
-    int32_t label;
-    int32_t length;
-    bool has_state;
-  };
-
-  float* state(int32_t node) { return states_.data() + node * state_width_; }
-
-  // Equations 1 and 3, one step from the parent's state. The parent is live before its child is,
-  // so its state is there.
-  void compute_state(int32_t node) {
-    const int64_t H = head_.hidden_dim;
-    const int64_t D = head_.joint_dim;
-    const bool is_root = node == kRoot;
-    const int64_t input_row = is_root ? head_.num_labels : nodes_[node].label;
-    const float* gates = head_.input_gates + input_row * 4 * H;
-    float* output = state(node);
-    float* cell = output + H;
-    const float* previous_cell = nullptr;
-    if (!is_root) {
-      // An LSTM feeds its output back, equation 1 its cell.
-      const float* parent = state(nodes_[node].parent);
-      const float* fed_back = parent + (head_.cell == Cell::kLstm ? 0 : H);
-      kernels_.affine(fed_back, H, head_.hidden_weight, 4 * H, gates, gates_.data(), 4 * H);
-      gates = gates_.data();
-      previous_cell = parent + H;
-    }
-    kernels_.cell_step(head_.cell, gates, previous_cell, output, cell, H);
-    kernels_.affine(output, H, head_.output_weight, D, nullptr, cell + H, D);
-    nodes_[node].has_state = true;
-  }
-
-  const HeadTables& head_;
-  const CpuKernels& kernels_;
-  const int64_t state_width_;
-  std::vector<float> gates_;  // [4H]
-  std::vector<Node> nodes_;
-  std::vector<float> states_;  // per node: output [H], cell [H], U_o o [D]
-  std::unordered_map<uint64_t, int32_t> children_;
-};
 
 struct Extension {
   int32_t parent_rank;
@@ -130,7 +38,7 @@ using Extensions = TopN<Extension, kMaxBeamSize>;
 class ImageSearch {
  public:
   ImageSearch(const HeadTables& head, const CpuKernels& kernels, const SearchOptions& options,
-              PrefixStates* prefixes, SearchStats* stats)
+              PrefixTable* prefixes, SearchStats* stats)
       : head_(head),
         kernels_(kernels),
         options_(options),
@@ -148,7 +56,7 @@ class ImageSearch {
     if (!all_finite(image_joint, head_.joint_dim)) return false;
     if (label_logits != nullptr && !all_finite(label_logits, L + 1)) return false;
 
-    std::vector<Path> live{{0.0f, PrefixStates::kRoot}};
+    std::vector<Path> live{{0.0f, PrefixTable::kRoot}};
     bool accepting = true;  // false once a literal stop has fixed the result
     for (int64_t step = 0; !live.empty(); ++step) {
       Extensions best(options_.beam_size);
@@ -192,7 +100,7 @@ class ImageSearch {
   bool score_extensions(const Path& path, const float* image_joint, const float* label_logits) {
     const int64_t L = head_.num_labels;
     const int64_t D = head_.joint_dim;
-    const float* projected = prefixes_.projected_output(path.node, stats_);
+    const float* projected = prefixes_.projected_output(path.node, head_, kernels_, stats_);
     kernels_.activate_sum(head_.activation, projected, image_joint, joint_.data(), D);
     const int64_t first = first_allowed(path.node);
     float* scores = scores_.data();
@@ -220,7 +128,7 @@ class ImageSearch {
   // Writes -inf where `scores` [L+1] belong to what may not follow, from first_allowed() on.
   void forbid(int32_t node, float* scores) const {
     if (options_.order == Order::kUnique) {
-      for (int32_t at = node; at != PrefixStates::kRoot; at = prefixes_.parent(at)) {
+      for (int32_t at = node; at != PrefixTable::kRoot; at = prefixes_.parent(at)) {
         scores[prefixes_.last_label(at)] = kNegInf;
       }
     }
@@ -300,7 +208,7 @@ class ImageSearch {
   const HeadTables& head_;
   const CpuKernels& kernels_;
   const SearchOptions& options_;
-  PrefixStates& prefixes_;
+  PrefixTable& prefixes_;
   SearchStats* stats_;
   std::vector<float> joint_;           // [D]
   std::vector<float> scores_;          // [L+1]
@@ -309,8 +217,8 @@ class ImageSearch {
   std::vector<Extension> extensions_;
 };
 
-void write_paths(const FinishedPaths& done, const PrefixStates& prefixes, int64_t T,
-                 int64_t* labels, int64_t* lengths, float* log_probs) {
+void write_paths(const FinishedPaths& done, const PrefixTable& prefixes, int64_t T, int64_t* labels,
+                 int64_t* lengths, float* log_probs) {
   for (int i = 0; i < done.size; ++i) {
     int32_t node = done.items[i];
     log_probs[i] = done.scores[i];
@@ -325,7 +233,7 @@ void write_paths(const FinishedPaths& done, const PrefixStates& prefixes, int64_
 
 SearchStats beam_search_cpu(const CpuKernels& kernels, const HeadTables& head,
                             const SearchOptions& options, const ImageEmbeddings& images,
-                            const SearchOutput& output) {
+                            PrefixTable* prefixes, const SearchOutput& output) {
   const int64_t N = options.beam_size;
   const int64_t T = options.max_labels;
   const int64_t L = head.num_labels;
@@ -337,25 +245,24 @@ SearchStats beam_search_cpu(const CpuKernels& kernels, const HeadTables& head,
   if (output.trace != nullptr) std::fill(output.trace, output.trace + B * (T + 1) * N * 2, -1);
 
   SearchStats stats;
-  PrefixStates prefixes(head, kernels);
-  ImageSearch search(head, kernels, options, &prefixes, &stats);
+  ImageSearch search(head, kernels, options, prefixes, &stats);
   for (int64_t b = 0; b < B; ++b) {
-    if (prefixes.bytes() > kPrefixByteBudget) prefixes.clear();
+    if (prefixes->over_budget()) prefixes->clear();
     const float* logits =
         images.label_logits == nullptr ? nullptr : images.label_logits + b * (L + 1);
     float* marginals = output.marginals == nullptr ? nullptr : output.marginals + b * L;
     int32_t* trace = output.trace == nullptr ? nullptr : output.trace + b * (T + 1) * N * 2;
     FinishedPaths done(options.beam_size);
     if (search.run(images.joint + b * head.joint_dim, logits, marginals, trace, &done)) {
-      write_paths(done, prefixes, T, output.labels + b * N * T, output.lengths + b * N,
+      write_paths(done, *prefixes, T, output.labels + b * N * T, output.lengths + b * N,
                   output.log_probs + b * N);
     } else {
       std::fill(output.log_probs + b * N, output.log_probs + (b + 1) * N, kNaN);
       if (marginals != nullptr) std::fill(marginals, marginals + L, kNaN);
     }
   }
-  stats.prefix_nodes = prefixes.size();
-  stats.prefix_bytes = prefixes.bytes();
+  stats.prefix_nodes = prefixes->size();
+  stats.prefix_bytes = prefixes->bytes();
   return stats;
 }
 

@@ -1,0 +1,147 @@
+"""Prefix states kept across calls: exact, bounded, and safe under threads and forks."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+
+import pytest
+import torch
+from replay import assert_search_equal, random_embedding, random_head
+
+from cnnrnn import _C
+from cnnrnn.config import SearchConfig
+from cnnrnn.model import Head, ImageEmbedding
+from cnnrnn.search import SearchResult, beam_search, engine
+
+CONFIG = SearchConfig(beam_size=4, max_labels=5)
+
+
+@pytest.fixture
+def head() -> Head:
+    return random_head(torch.Generator().manual_seed(0), 40, joint_dim=16, hidden_dim=24)
+
+
+def images(head: Head, count: int, seed: int) -> ImageEmbedding:
+    return random_embedding(torch.Generator().manual_seed(seed), head, count, False)
+
+
+def same(first: SearchResult, second: SearchResult) -> bool:
+    return torch.equal(first.labels, second.labels) and torch.equal(
+        first.log_probs, second.log_probs
+    )
+
+
+def test_a_second_search_finds_every_state(head):
+    embedding = images(head, 30, seed=1)
+    first, second = beam_search(head, embedding, CONFIG), beam_search(head, embedding, CONFIG)
+    assert first.stats.hit_rate < 1.0
+    assert second.stats.hit_rate == 1.0
+    assert second.stats.prefix_nodes == first.stats.prefix_nodes
+    assert same(first, second)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "paper"])
+def test_kept_states_are_fresh_states_bit_for_bit(cell):
+    head = random_head(torch.Generator().manual_seed(1), 40, joint_dim=16, hidden_dim=23, cell=cell)
+    wanted = images(head, 20, seed=2)
+    fresh = beam_search(head, wanted, CONFIG)
+    for history in ([3], [4, 5, 6], [2], [7, 2]):
+        head.clear_cache()
+        for seed in history:
+            beam_search(head, images(head, 50, seed), SearchConfig(8, 5, order="unique"))
+        assert same(fresh, beam_search(head, wanted, CONFIG))
+    for b in range(20):
+        alone = beam_search(head, ImageEmbedding(wanted.joint[b : b + 1]), CONFIG)
+        assert torch.equal(alone.log_probs[0], fresh.log_probs[b])
+
+
+def run(head: Head, embedding: ImageEmbedding, prefixes: object) -> tuple[object, ...]:
+    return _C.beam_search(
+        embedding.joint, embedding.label_logits, *engine.head_tables(head).tables,
+        cell=head.cell, activation=head.activation, beam_size=4, max_labels=5, min_labels=0,
+        order="increasing", end_takes_slot=False, stop="n_best", marginals=False,
+        prefixes=prefixes,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("budget", [0, 10_000, 1 << 30])
+def test_a_byte_budget_bounds_memory_and_changes_nothing(head, budget):
+    table = _C.PrefixTable(budget)
+    one_image = 4 * 5 * (16 + 4 * (2 * 24 + 16)) + 4 * 4096  # nodes, states and index it may add
+    for seed in range(5):
+        embedding = images(head, 40, seed)
+        labels, _, log_probs, _, _, stats = run(head, embedding, table)
+        expected = run(head, embedding, _C.PrefixTable(1 << 30))
+        assert torch.equal(labels, expected[0]) and torch.equal(log_probs, expected[2])
+        if budget < 1 << 30:
+            assert stats["prefix_bytes"] <= max(budget, 0) + one_image
+    assert stats["prefix_nodes"] > 1
+
+
+def test_the_index_grows_with_many_prefixes():
+    head = random_head(torch.Generator().manual_seed(3), 1000, joint_dim=8, hidden_dim=8)
+    with torch.no_grad():
+        head.label_embedding.mul_(0.1)  # flat distributions: nothing is shared
+    embedding = images(head, 150, seed=0)
+    config = SearchConfig(16, 4, order="unique", min_labels=3)
+    result = beam_search(head, embedding, config)
+    assert result.stats.prefix_nodes > 3000
+    few = ImageEmbedding(embedding.joint[:3])
+    assert same(
+        beam_search(head, few, config),
+        SearchResult(result.labels[:3], result.lengths[:3], result.log_probs[:3], 1000),
+    )
+    assert assert_search_equal(head, few, config) <= 1
+
+
+def test_clear_cache_forgets(head):
+    embedding = images(head, 10, seed=1)
+    beam_search(head, embedding, CONFIG)
+    head.clear_cache()
+    assert beam_search(head, embedding, CONFIG).stats.hit_rate < 1.0
+
+
+def test_states_go_with_their_head(head):
+    beam_search(head, images(head, 5, seed=1), CONFIG)
+    held = len(engine._kept)
+    other = random_head(torch.Generator().manual_seed(5), 4, joint_dim=4, hidden_dim=4)
+    beam_search(other, images(other, 5, seed=1), CONFIG)
+    assert len(engine._kept) == held + 1
+    del other
+    gc.collect()
+    assert len(engine._kept) == held
+
+
+def test_threads_share_a_head(head):
+    batches = [images(head, 25, seed) for seed in range(8)]
+    expected = [beam_search(head, batch, CONFIG) for batch in batches]
+    head.clear_cache()
+    wrong: list[int] = []
+
+    def work(start: int) -> None:
+        for i in range(40):
+            which = (start + i) % len(batches)
+            if not same(beam_search(head, batches[which], CONFIG), expected[which]):
+                wrong.append(which)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_starts_with_an_empty_table(head):
+    embedding = images(head, 20, seed=1)
+    expected = beam_search(head, embedding, CONFIG)
+    child = os.fork()
+    if child == 0:
+        result = beam_search(head, embedding, CONFIG)
+        ok = same(result, expected) and result.stats == expected.stats
+        os._exit(0 if ok else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
