@@ -98,6 +98,9 @@ def main() -> None:
     parser.add_argument(
         "--trunk-dim", type=int, default=0, help="hidden layer of every compared head; 0 for none"
     )
+    parser.add_argument(
+        "--backbone-trunk-dim", type=int, default=512, help="hidden layer the backbone trains under"
+    )
     options = parser.parse_args()
     out: Path = options.out
     scenes, backbone, model = out / "scenes", out / "backbone", out / "model"
@@ -105,7 +108,8 @@ def main() -> None:
     if not scenes.exists():
         run(f"scenes --out {scenes} --seed {SCENES_SEED} --train 4000 --val 1000 --test 2000")
     common = f"--data scenes:{scenes} --device {options.device}"
-    run(f"train {common} --out {backbone} {BACKBONE_OPTIONS}")
+    trunk = f"--model.trunk_dim {options.backbone_trunk_dim}"
+    run(f"train {common} --out {backbone} {BACKBONE_OPTIONS} {trunk}")
     head_options = " ".join(
         f"--model.{name} {getattr(HEAD, name)}"
         for name in ("backbone", "trunk_dim", "input_dropout", "hidden_dropout", "joint_dropout")

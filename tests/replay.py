@@ -72,7 +72,7 @@ def assert_search_equal(
             if sums is not None:
                 torch.testing.assert_close(
                     sums[b].double(), expected.marginals()[b],
-                    rtol=1e-5, atol=2e-5, equal_nan=True,
+                    rtol=1e-5, atol=1e-5, equal_nan=True,
                 )  # fmt: skip
             continue
         gap = first_differing_gap(

@@ -137,7 +137,7 @@ def test_a_beam_that_holds_everything_finds_every_path(
     for path, log_prob in expected:
         for label in path:
             counts[label] += math.exp(log_prob)
-    torch.testing.assert_close(result.marginals()[0].double(), counts, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(result.marginals()[0].double(), counts, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -160,8 +160,8 @@ def test_without_joint_scores_the_chain_term_is_the_independent_classifier(imple
             chosen = torch.zeros(num_labels, dtype=torch.bool)
             chosen[list(labels)] = True
             independent = torch.where(chosen, p[b], 1 - p[b]).prod()
-            assert probability == pytest.approx(float(independent), rel=1e-4)
-    torch.testing.assert_close(result.marginals().double(), p, rtol=1e-4, atol=1e-3)
+            assert probability == pytest.approx(float(independent), rel=1e-5)
+    torch.testing.assert_close(result.marginals().double(), p, rtol=1e-5, atol=1e-5)
 
 
 def random_case(seed: int):
@@ -202,7 +202,7 @@ def test_random_searches_equal_the_float64_reference(instruction_set):
         excused += assert_search_equal(head, embedding, config, instruction_set=instruction_set)
         searched += len(embedding)
     print(f"{searched} images, {excused} excused")
-    assert excused <= searched // 50  # small heads tie exactly, and sums of logarithms round apart
+    assert excused <= searched // 80  # small heads tie: gaps of exactly 0, or of one rounding
 
 
 @pytest.mark.parametrize("instruction_set", _C.instruction_sets())
