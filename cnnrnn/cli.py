@@ -35,14 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     words = _underscored(sys.argv[1:] if arguments is None else arguments)
     parser = _parser("ours")
-    options = parser.parse_args(words)
+    # Printing the configuration ends the parse, and must wait until the preset is known.
+    quiet = [word for word in words if not word.startswith("--print_config")]
+    options = parser.parse_args(quiet)
     command = options.command
     if command is None:
         parser.print_help()
         return 0
     if command == "train" and options.train.preset == "paper":  # named here or in a config file
         parser = _parser("paper")
-        options = parser.parse_args(words)
+    options = parser.parse_args(words)
     run: dict[str, Callable[[ArgumentParser, Namespace], int]] = {
         "train": _train, "evaluate": _evaluate, "predict": _predict,
         "scenes": _scenes, "check": _check,

@@ -98,6 +98,17 @@ def test_config_file_with_overrides(features, tmp_path):
     assert load_checkpoint(tmp_path / "run").head.joint_dim == 6
 
 
+@pytest.mark.parametrize(("preset", "optimizer"), [("ours", "adamw"), ("paper", "rmsprop")])
+def test_the_printed_configuration_is_the_presets(preset, optimizer, capsys):
+    words = ["--data", "coco:x", "--out", "y", "--preset", preset, "--search.min-labels", "3"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", *words, "--print_config"])
+    assert stopped.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["optimizer"] == optimizer
+    assert config["search"]["min_labels"] == 3
+
+
 @pytest.mark.parametrize("place", ["option", "equals", "config"])
 def test_the_papers_preset_sets_defaults(features, tmp_path, place):
     (tmp_path / "options.yaml").write_text("preset: paper\nmodel:\n  hidden_dim: 9\n")
