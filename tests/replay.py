@@ -8,14 +8,15 @@ scores closer than `TIE`. Everything else is a failure.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cnnrnn.config import SearchConfig
 from cnnrnn.model import Head, ImageEmbedding
-from cnnrnn.search import reference
-from cnnrnn.search.engine import resolve_max_labels, run_compiled
+from cnnrnn.search import SearchStats, reference
+from cnnrnn.search.engine import make_cpu_head, resolve_max_labels
 
 TIE = 1e-5
 
@@ -44,6 +45,41 @@ def random_embedding(
     if label_logits:
         logits = torch.randn(batch, head.num_labels + 1, generator=generator) * 3
     return ImageEmbedding(joint, logits)
+
+
+def run_compiled(
+    head: Head,
+    embedding: ImageEmbedding,
+    config: SearchConfig,
+    max_labels: int,
+    *,
+    marginals: bool = False,
+    trace: bool = False,
+    instruction_set: str = "auto",
+    prefix_bytes: int = 1 << 28,
+) -> tuple[Any, ...]:
+    """Search with a freshly packed head: labels, lengths, log_probs, marginals, trace, stats."""
+    compiled = make_cpu_head(head, prefix_bytes=prefix_bytes, instruction_set=instruction_set)
+    return search_with(compiled, embedding, config, max_labels, marginals=marginals, trace=trace)
+
+
+def search_with(
+    compiled: Any,
+    embedding: ImageEmbedding,
+    config: SearchConfig,
+    max_labels: int,
+    *,
+    marginals: bool = False,
+    trace: bool = False,
+) -> tuple[Any, ...]:
+    """Search with a `_C.CpuHead`; see `run_compiled`."""
+    outputs: tuple[Any, ...] = compiled.beam_search(
+        embedding.joint.detach(),
+        None if embedding.label_logits is None else embedding.label_logits.detach(),
+        config.beam_size, max_labels, config.min_labels, config.order, config.end_takes_slot,
+        config.stop, marginals, trace,
+    )  # fmt: skip
+    return (*outputs[:5], SearchStats(*outputs[5]))
 
 
 def assert_search_equal(

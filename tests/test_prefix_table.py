@@ -8,12 +8,18 @@ import threading
 
 import pytest
 import torch
-from replay import assert_search_equal, random_embedding, random_head
+from replay import (
+    assert_search_equal,
+    random_embedding,
+    random_head,
+    run_compiled,
+    search_with,
+)
 
-from cnnrnn import _C
 from cnnrnn.config import SearchConfig
 from cnnrnn.model import Head, ImageEmbedding
 from cnnrnn.search import SearchResult, beam_search, engine
+from cnnrnn.search.engine import make_cpu_head
 
 CONFIG = SearchConfig(beam_size=4, max_labels=5)
 
@@ -57,27 +63,31 @@ def test_kept_states_are_fresh_states_bit_for_bit(cell):
         assert torch.equal(alone.log_probs[0], fresh.log_probs[b])
 
 
-def run(head: Head, embedding: ImageEmbedding, prefixes: object) -> tuple[object, ...]:
-    return _C.beam_search(
-        embedding.joint, embedding.label_logits, *engine.head_tables(head).tables,
-        cell=head.cell, activation=head.activation, beam_size=4, max_labels=5, min_labels=0,
-        order="increasing", end_takes_slot=False, stop="n_best", marginals=False,
-        prefixes=prefixes,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("budget", [0, 10_000, 1 << 30])
+@pytest.mark.parametrize("budget", [0, 30_000, 1 << 30])
 def test_a_byte_budget_bounds_memory_and_changes_nothing(head, budget):
-    table = _C.PrefixTable(budget)
-    one_image = 4 * 5 * (16 + 4 * (2 * 24 + 16)) + 4 * 4096  # nodes, states and index it may add
+    bounded = make_cpu_head(head, prefix_bytes=budget)
+    node = 4 * (2 * 24 + 16) + 8 + 4 * 16  # state, name and share of the index
+    one_image = 4 * 4 * node + 1024 * 16 + 64 * node  # its states, the smallest index and segment
     for seed in range(5):
         embedding = images(head, 40, seed)
-        labels, _, log_probs, _, _, stats = run(head, embedding, table)
-        expected = run(head, embedding, _C.PrefixTable(1 << 30))
-        assert torch.equal(labels, expected[0]) and torch.equal(log_probs, expected[2])
+        found = search_with(bounded, embedding, CONFIG, 5)
+        expected = run_compiled(head, embedding, CONFIG, 5)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[2], expected[2])
         if budget < 1 << 30:
-            assert stats["prefix_bytes"] <= max(budget, 0) + one_image
-    assert stats["prefix_nodes"] > 1
+            assert found[5].prefix_bytes <= max(budget, one_image)
+    assert found[5].prefix_nodes > 1
+
+
+def test_what_was_used_last_stays(head):
+    often, rare = images(head, 4, seed=1), [images(head, 4, seed) for seed in range(2, 40)]
+    bounded = make_cpu_head(head, prefix_bytes=100_000)
+    search_with(bounded, often, CONFIG, 5)
+    made = 0
+    for embedding in rare:
+        stats = search_with(bounded, embedding, CONFIG, 5)[5]
+        made += stats.prefix_lookups - stats.prefix_hits
+        assert search_with(bounded, often, CONFIG, 5)[5].hit_rate == 1.0
+    assert made * 300 > 2 * 100_000  # so old states had to go
 
 
 def test_the_index_grows_with_many_prefixes():

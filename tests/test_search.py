@@ -9,13 +9,12 @@ import random
 
 import pytest
 import torch
-from replay import assert_search_equal, random_embedding, random_head
+from replay import assert_search_equal, random_embedding, random_head, run_compiled
 
 from cnnrnn import _C
 from cnnrnn.config import SearchConfig
 from cnnrnn.model import Head, ImageEmbedding, chain_logits
 from cnnrnn.search import NonFiniteError, beam_search, reference
-from cnnrnn.search.engine import run_compiled
 
 IMPLEMENTATIONS = ["native", "reference"]
 

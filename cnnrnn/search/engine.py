@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -46,7 +46,8 @@ def beam_search(
         config: search options; `SearchConfig()` by default.
         implementation: `native` is the compiled search, `reference` plain torch; `auto` is native.
         marginals: also return each label's probability, summed over every visited path.
-        on_nonfinite: `raise`, or `mark` such images with log-probability NaN and go on.
+        on_nonfinite: `raise`, or `mark` such images with log-probability NaN and go on. Under
+            torch.compile and torch.export, where values are not known, they are marked.
 
     Returns:
         The paths, best first, on the device of `image_embedding`.
@@ -61,19 +62,20 @@ def beam_search(
     if head.training and head.joint_dropout.p > 0:
         raise ValueError("head is in training mode, with dropout in its scores; call head.eval()")
     if implementation in ("auto", "native"):
-        result = _native(head, image_embedding, config, max_labels, marginals)
+        if torch.compiler.is_compiling():
+            return _traced(head, image_embedding, config, max_labels, marginals)
+        result, nonfinite = _native(head, image_embedding, config, max_labels, marginals)
     elif implementation == "reference":
         result = reference.beam_search(
             head, image_embedding, config, max_labels=max_labels, marginals=marginals
         )
+        nonfinite = len(result.nonfinite())
     else:
         raise ValueError(
             f"implementation must be auto, native or reference, got {implementation!r}"
         )
-    if on_nonfinite == "raise":
-        marked = result.nonfinite().tolist()
-        if marked:
-            raise NonFiniteError(marked, len(result))
+    if nonfinite and on_nonfinite == "raise":
+        raise NonFiniteError(result.nonfinite().tolist(), len(result))
     return result
 
 
@@ -93,73 +95,98 @@ def _check_embedding(head: Head, embedding: ImageEmbedding) -> None:
         raise ValueError(
             f"image_embedding.joint must be [B, {head.joint_dim}], got {list(joint.shape)}"
         )
-    expected = [len(joint), head.num_labels + 1]
-    if logits is not None and list(logits.shape) != expected:
+    expected = (joint.shape[0], head.num_labels + 1)  # not len(): a traced batch has no number
+    if logits is not None and logits.shape != expected:
         raise ValueError(
-            f"image_embedding.label_logits must be {expected}, got {list(logits.shape)}"
+            f"image_embedding.label_logits must be {list(expected)}, got {list(logits.shape)}"
         )
 
 
-class HeadTables(NamedTuple):
-    """A head's weights as the kernels read them (csrc/kernels/search.h)."""
-
-    score_weight: Tensor  # [D, L+1]
-    score_bias: Tensor | None  # [L+1]
-    input_gates: Tensor  # [L+1, 4H]
-    hidden_weight: Tensor  # [H, 4H]
-    output_weight: Tensor  # [H, D]
+PREFIX_BYTES = 256 << 20  # what a head's kept prefix states may take
 
 
 class _Kept(NamedTuple):
-    """What is kept of a head: its tables, the prefix states made with them, and their key."""
+    """A head as the kernels read it, with its kept prefix states, and what it was made from."""
 
+    modules: tuple[tuple[dict[str, Any], str, Any], ...]  # (a module's dict, name, value then)
     key: tuple[Any, ...]
-    tables: HeadTables
-    prefixes: Any  # _C.PrefixTable, or None
+    cpu_head: Any  # _C.CpuHead
 
 
-PREFIX_BYTES = 256 << 20  # a head's prefix states are forgotten when they fill this much memory
 _kept: weakref.WeakKeyDictionary[Head, _Kept] = weakref.WeakKeyDictionary()
-if hasattr(os, "register_at_fork"):  # another thread may have been using a table at the fork
+if hasattr(os, "register_at_fork"):  # another thread may have been using a head at the fork
     os.register_at_fork(after_in_child=_kept.clear)
 
 
-@torch.no_grad()
-def head_tables(head: Head) -> _Kept:
-    """Return the head's tables in float32 on the CPU, made anew when a weight has changed.
+def cpu_head(head: Head) -> Any:
+    """Return the head as the CPU kernels read it, made anew when a weight has changed.
 
-    A change is seen by where a parameter lies and by torch's count of its in-place edits, which
-    edits through `.data` do not raise: those need `head.clear_cache()`.
+    A change is seen by which tensor a parameter is, where it lies, and torch's count of its
+    in-place edits, which edits through `.data` do not raise: those need `head.clear_cache()`.
     """
-    if any(parameter.is_inference() for parameter in head.parameters()):
-        # Made under torch.inference_mode(), where edits are not counted: nothing can be kept.
-        return _Kept((), _make_tables(head), None)
-    key = (head.cache_generation, *((p.data_ptr(), p._version) for p in head.parameters()))
     kept = _kept.get(head)
-    if kept is None or kept.key != key:
-        from cnnrnn import _C
+    if kept is not None:
+        replaced = any(values.get(name) is not value for values, name, value in kept.modules)
+        if not replaced and kept.key == _weights_key(head, kept.modules):
+            return kept.cpu_head
+    made = make_cpu_head(head)
+    # What is made under torch.inference_mode() has no count of edits: nothing can be kept.
+    if not any(tensor is not None and tensor.is_inference() for tensor in _parameters(head)):
+        modules = tuple(_searched(head))
+        _kept[head] = _Kept(modules, _weights_key(head, modules), made)
+    return made
 
-        with torch.inference_mode(False), torch.no_grad():
-            kept = _kept[head] = _Kept(key, _make_tables(head), _C.PrefixTable(PREFIX_BYTES))
-    return kept
 
+def make_cpu_head(
+    head: Head, *, prefix_bytes: int = PREFIX_BYTES, instruction_set: str = "auto"
+) -> Any:
+    """Pack a head's weights into a new `_C.CpuHead`; tests name a budget or instruction set."""
+    from cnnrnn import _C
 
-def _make_tables(head: Head) -> HeadTables:
-    def table(tensor: Tensor) -> Tensor:
-        return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-
-    labels_and_start = torch.cat(
-        [head.label_embedding[: head.num_labels], head.label_embedding[head.start :]]
+    parameters = (
+        None if tensor is None else tensor.detach().to("cpu", torch.float32)
+        for tensor in _parameters(head)
     )
-    with torch.autocast(head.label_embedding.device.type, enabled=False):
-        input_gates = head.recurrence.input_gates(labels_and_start)
-    return HeadTables(
-        score_weight=table(head.label_embedding[: head.num_labels + 1].t()),
-        score_bias=None if head.score_bias is None else table(head.score_bias),
-        input_gates=table(input_gates),
-        hidden_weight=table(head.recurrence.weight_hh.t()),
-        output_weight=table(head.output_projection.weight.t()),
+    return _C.CpuHead(
+        *parameters,
+        cell=head.cell,
+        activation=head.activation,
+        prefix_bytes=prefix_bytes,
+        instruction_set=instruction_set,
     )
+
+
+def _parameters(head: Head) -> tuple[Tensor | None, ...]:
+    """Return what the search reads of a head, in the order of the op's arguments."""
+    recurrence = head.recurrence
+    return (
+        head.label_embedding,
+        head.score_bias,
+        recurrence.weight_ih,
+        recurrence.weight_hh,
+        getattr(recurrence, "bias_ih", None),
+        getattr(recurrence, "bias_hh", None),
+        head.output_projection.weight,
+    )
+
+
+def _searched(head: Head) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """List where the searched parameters stand, so that a replaced one is seen without a walk."""
+    for owner, names in (
+        (head._modules, ("recurrence", "output_projection")),
+        (head._parameters, ("label_embedding", "score_bias")),
+        (head.recurrence._parameters, ("weight_ih", "weight_hh", "bias_ih", "bias_hh")),
+        (head.output_projection._parameters, ("weight",)),
+    ):
+        for name in names:
+            yield owner, name, owner.get(name)
+
+
+def _weights_key(
+    head: Head, modules: tuple[tuple[dict[str, Any], str, Any], ...]
+) -> tuple[Any, ...]:
+    tensors = (value for _, _, value in modules if isinstance(value, Tensor))
+    return (head.cache_generation, *((t.data_ptr(), t._version) for t in tensors))
 
 
 def _native(
@@ -168,53 +195,57 @@ def _native(
     config: SearchConfig,
     max_labels: int,
     marginals: bool,
-) -> SearchResult:
-    outputs = run_compiled(head, embedding, config, max_labels, marginals=marginals)
-    labels, lengths, log_probs, sums, _, stats = outputs
-    device = embedding.joint.device
-    return SearchResult(
-        labels.to(device),
-        lengths.to(device),
-        log_probs.to(device),
-        head.num_labels,
-        SearchStats(**stats),
-        None if sums is None else sums.to(device),
+) -> tuple[SearchResult, int]:
+    """Run the compiled search; return the result and how many images are marked."""
+    joint, logits = embedding.joint, embedding.label_logits
+    device = joint.device
+    if device.type != "cpu" or joint.dtype != torch.float32:
+        embedding = embedding.to("cpu", torch.float32)
+        joint, logits = embedding.joint, embedding.label_logits
+    labels, lengths, log_probs, sums, _, stats, nonfinite = cpu_head(head).beam_search(
+        joint,
+        logits,
+        config.beam_size,
+        max_labels,
+        config.min_labels,
+        config.order,
+        config.end_takes_slot,
+        config.stop,
+        marginals,
     )
+    if device.type != "cpu":
+        labels, lengths, log_probs = labels.to(device), lengths.to(device), log_probs.to(device)
+        sums = None if sums is None else sums.to(device)
+    result = SearchResult(labels, lengths, log_probs, head.num_labels, SearchStats(*stats), sums)
+    return result, nonfinite
 
 
-def run_compiled(
+def _traced(
     head: Head,
     embedding: ImageEmbedding,
     config: SearchConfig,
     max_labels: int,
-    *,
-    marginals: bool = False,
-    trace: bool = False,
-    instruction_set: str = "auto",
-) -> tuple[Any, ...]:
-    """Call `_C.beam_search`; tests ask for every step's decisions, or an instruction set."""
-    from cnnrnn import _C
+    marginals: bool,
+) -> SearchResult:
+    """Put the registered op into the graph that torch.compile or torch.export is making."""
+    from cnnrnn import _C as _C  # registers the op
 
-    search: Callable[..., tuple[Any, ...]] = _C.beam_search
-    embedding = embedding.to("cpu", torch.float32)
     logits = embedding.label_logits
-    kept = head_tables(head)
-    return search(
+    labels, lengths, log_probs, sums = torch.ops.cnnrnn.beam_search(
         embedding.joint.detach(),
         None if logits is None else logits.detach(),
-        *kept.tables,
-        cell=head.cell,
-        activation=head.activation,
-        beam_size=config.beam_size,
-        max_labels=max_labels,
-        min_labels=config.min_labels,
-        order=config.order,
-        end_takes_slot=config.end_takes_slot,
-        stop=config.stop,
-        marginals=marginals,
-        trace=trace,
-        # Kept states are those of one instruction set: another's would differ in the last bit.
-        prefixes=kept.prefixes if instruction_set == "auto" else None,
-        prefix_bytes=PREFIX_BYTES,
-        instruction_set=instruction_set,
+        *(None if tensor is None else tensor.detach() for tensor in _parameters(head)),
+        head.cell,
+        head.activation,
+        config.beam_size,
+        max_labels,
+        config.min_labels,
+        config.order,
+        config.end_takes_slot,
+        config.stop,
+        marginals,
+        head.cache_generation,
+    )
+    return SearchResult(
+        labels, lengths, log_probs, head.num_labels, requested_marginals=sums if marginals else None
     )

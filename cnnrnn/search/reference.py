@@ -96,9 +96,10 @@ def _search_image(
     done: list[Path] = []
     accepting = True  # False once a literal stop has fixed the result
     while live:
-        rows = []
+        rows: list[Tensor] = []
+        not_finite: list[Tensor] = []  # scores of paths that could not be extended
         # Only in marginal mode are paths live that can no longer change the result.
-        floor = torch.inf if not accepting else _floor(config, done)
+        floor_before = torch.inf if not accepting else _floor(config, done)
         for path in live:
             if len(path.labels) == max_labels:
                 log_probs = joint.new_full((L + 1,), -torch.inf)
@@ -107,8 +108,7 @@ def _search_image(
                 try:
                     log_probs = step_log_probs(head, joint, label_logits, config, path)
                 except NonFinite:
-                    if path.score > floor:
-                        raise
+                    not_finite.append(path.score)
                     log_probs = joint.new_full((L + 1,), -torch.inf)
             rows.append(path.score + log_probs)
         extended = torch.stack(rows)  # [paths, L+1]
@@ -137,6 +137,9 @@ def _search_image(
         live = best
         if accepting:
             done = _merge(done, finished, N)
+        floor = torch.inf if not accepting else _floor(config, done)
+        if any(score > floor_before and score >= floor for score in not_finite):
+            raise NonFinite  # it could have changed the result
 
         if config.stop == "literal" and live and done and live[0].score < done[-1].score:
             accepting = False

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +12,7 @@ from cnnrnn.labels import PAD, path_sets
 from cnnrnn.metrics import cut_to_k
 
 
-@dataclass(frozen=True)
-class SearchStats:
+class SearchStats(NamedTuple):
     """How much of the recurrence was shared.
 
     Attributes:
@@ -49,7 +49,7 @@ class SearchResult:
     lengths: Tensor
     log_probs: Tensor
     num_labels: int
-    stats: SearchStats = field(default_factory=SearchStats)
+    stats: SearchStats = SearchStats()
     requested_marginals: Tensor | None = None
 
     def __len__(self) -> int:

@@ -1,43 +1,75 @@
 // The inner loops of the CPU search, once per instruction set, behind function pointers.
 //
 // A file compiled for an instruction set holds these loops and nothing that the linker could share
-// with another file: no standard containers, only static functions. Sums have a fixed order, so a
-// result does not depend on what was computed before or beside it.
+// with another file: no standard containers, only static functions. Every sum has a fixed order,
+// whatever rows stand beside a row, so a result does not depend on the batch it was computed in.
 #pragma once
 
 #include <cstdint>
 
 #include "math.h"
+#include "search.h"
+#include "topn.h"
 
 namespace cnnrnn {
 
+using Extensions = TopN<Extension, kMaxBeamSize>;
+
+// y[r, j] = start[j] + sum over k of x[r][k] w[k, j], in order of k. The columns of w lie in panels
+// of `lanes` columns, zeros and starts past the last one: [vectors, K, lanes].
+struct Product {
+  int64_t rows;
+  int64_t K;
+  int64_t vectors;
+  const float* const* x;  // `rows` pointers to [K]
+  const float* panels;    // [vectors, K, lanes]
+  const float* start;     // [vectors * lanes], or null for zeros
+  float* const* y;        // `rows` pointers to [vectors * lanes]
+  // Row r needs its vectors from first_vector[r] on, ascending in r; null for all of them. Earlier
+  // ones may be left as they were.
+  const int32_t* first_vector;
+};
+
+// One step of the recurrence for `count` prefixes (equations 1 and 3). Units come in tiles of
+// `lanes`, the four gates of a tile side by side; widths are padded to whole tiles.
+struct StateBatch {
+  Cell cell;
+  int64_t count;
+  int64_t hidden_dim;            // H
+  const float* hidden_panels;    // [tiles, H, 4, lanes]
+  const float* const* gates;     // input halves of the gates with biases, [tiles, 4, lanes] each
+  const float* const* fed_back;  // [H] each: what the recurrence reads of the parent
+  const float* const* previous;  // parents' cells, [tiles * lanes] each
+  float* const* output;          // [tiles * lanes] each
+  float* const* next;            // cells, [tiles * lanes] each
+};
+
 struct CpuKernels {
   const char* name;
+  int64_t lanes;  // floats per vector
 
-  // y[j] = start[j] + sum over k of x[k] w[k, j], in order of k. `start` may be null (zeros) or y.
-  void (*affine)(const float* x, int64_t K, const float* w, int64_t row_stride, const float* start,
-                 float* y, int64_t n);
+  void (*product)(const Product& product);
 
   // total[d] = h(projected[d] + image[d]), equation 4.
   void (*activate_sum)(Activation activation, const float* projected, const float* image,
                        float* total, int64_t D);
 
-  // One step of the cell from its four gates [4H]; `previous` is null before the first step.
-  void (*cell_step)(Cell cell, const float* gates, const float* previous, float* output,
-                    float* next, int64_t H);
+  // Makes the units of tiles first_tile..last_tile of every prefix in the batch.
+  void (*extend_states)(const StateBatch& batch, int64_t first_tile, int64_t last_tile);
 
-  // The largest of n values, -inf for none; NaN is passed over.
-  float (*largest)(const float* values, int64_t n);
+  // Adds logits (or null) shifted by the largest that is not forbidden, and returns the logarithm
+  // of the sum of e^scores; NaN where a score is NaN or the largest is not finite. Forbidden scores
+  // are -inf. n is a multiple of lanes.
+  float (*finish_scores)(float* scores, const float* logits, int64_t n);
 
-  // Turns scores, -inf where forbidden, into path_score + log-probabilities. False, with the scores
-  // undefined, where one is NaN or the largest is not finite.
-  bool (*log_softmax)(float* scores, int64_t n, float path_score);
+  // Offers path_score + log-probability of every label from..n to `best`, in order, where it
+  // exceeds `floor`. n - from is a multiple of lanes.
+  void (*select)(const float* scores, int64_t from, int64_t n, float path_score, float log_sum_exp,
+                 float floor, int32_t rank, Extensions* best);
 
-  // sums[j] += e^scores[j].
-  void (*add_exponentials)(float* sums, const float* scores, int64_t n);
-
-  // The first index from `from` on whose value exceeds `bound`; n where there is none.
-  int64_t (*find_above)(const float* values, int64_t from, int64_t n, float bound);
+  // sums[j] += e^(path_score + log-probability of j).
+  void (*add_probabilities)(float* sums, const float* scores, int64_t n, float path_score,
+                            float log_sum_exp);
 };
 
 // `name` is "portable", "avx2" or "avx512". Null where this build or this processor lacks it.

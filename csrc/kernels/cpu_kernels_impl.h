@@ -1,42 +1,134 @@
-// Loops of cpu_kernels.h, written so that compilers turn them into vector code at any width: fixed
-// blocks of kLanes values side by side, no branches inside. Included once by each
-// cpu_kernels_*.cpp, which sets the instruction set by its compiler flags.
+// Loops of cpu_kernels.h, at the vector width of the instruction set that the including file is
+// compiled for. Included once by each cpu_kernels_*.cpp.
 //
-// `affine` is where the time goes: a tile of kTile sums stays in registers (four 512-bit or eight
-// 256-bit ones) while k runs, so each weight is read once and no sum is stored before its last
-// term.
+// The two products are where the arithmetic is. A register tile of kTileRows x kTileVectors sums
+// stays in registers while k runs: 12 of 16 vector registers (24 of 32 with AVX-512), so that 7
+// loads feed 12 multiply-adds (10 feed 24). What is left is written as plain loops over blocks of
+// kLanes values without branches, which compilers turn into vector code.
+
+#if defined(__AVX2__) || defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 #include "cpu_kernels.h"
 
 namespace cnnrnn {
+
+#if defined(__AVX512F__)
+constexpr int64_t kLanes = 16, kTileRows = 4, kTileVectors = 6, kStateRows = 6;
+#elif defined(__AVX2__)
+constexpr int64_t kLanes = 8, kTileRows = 4, kTileVectors = 3, kStateRows = 3;
+#else
+constexpr int64_t kLanes = 4, kTileRows = 4, kTileVectors = 3, kStateRows = 3;
+#endif
+constexpr int64_t kGates = 4, kTileGates = kGates * kLanes;
+constexpr int64_t kCachedPanelBytes = 24 << 10;  // panels that stay in L1 while rows go by
+
+typedef float Vector __attribute__((vector_size(kLanes * 4)));
+typedef float UnalignedVector __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef int32_t Mask __attribute__((vector_size(kLanes * 4)));
+
+template <>
+struct IntegersOf<Vector> {
+  using type = Mask;
+};
+
 namespace {
 
-constexpr int64_t kLanes = 16;
-constexpr int64_t kTile = 64;
+inline Vector load(const float* from) { return *reinterpret_cast<const UnalignedVector*>(from); }
+inline void store(float* to, Vector value) { *reinterpret_cast<UnalignedVector*>(to) = value; }
+inline Vector splat(float value) { return Vector{} + value; }
 
-template <int64_t kWidth>
-inline void affine_tile(const float* __restrict x, int64_t K, const float* __restrict w,
-                        int64_t row_stride, const float* start, float* y) {
-  float sums[kWidth];
-  for (int64_t j = 0; j < kWidth; ++j) sums[j] = start == nullptr ? 0.0f : start[j];
-  for (int64_t k = 0; k < K; ++k) {
-    const float* __restrict row = w + k * row_stride;
-    for (int64_t j = 0; j < kWidth; ++j) sums[j] += x[k] * row[j];
-  }
-  for (int64_t j = 0; j < kWidth; ++j) y[j] = sums[j];
+// Bit i is set where lane i of a comparison holds.
+inline uint32_t bits(Mask mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask));
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(mask)));
+#elif defined(__SSE2__)
+  return static_cast<uint32_t>(_mm_movemask_ps(reinterpret_cast<__m128>(mask)));
+#else
+  uint32_t set = 0;
+  for (int i = 0; i < kLanes; ++i) set |= mask[i] != 0 ? uint32_t{1} << i : 0;
+  return set;
+#endif
 }
 
-void affine(const float* x, int64_t K, const float* w, int64_t row_stride, const float* start,
-            float* y, int64_t n) {
-  int64_t j = 0;
-  for (; j + kTile <= n; j += kTile) {
-    affine_tile<kTile>(x, K, w + j, row_stride, start == nullptr ? nullptr : start + j, y + j);
+template <int kRows, int kVectors>
+inline void product_tile(const Product& p, int64_t row, int64_t vector) {
+  const float* const* x = p.x + row;
+  const float* panel = p.panels + vector * p.K * kLanes;
+  Vector sums[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) {
+    const Vector start = p.start == nullptr ? Vector{} : load(p.start + (vector + v) * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) sums[r][v] = start;
   }
-  for (; j + kLanes <= n; j += kLanes) {
-    affine_tile<kLanes>(x, K, w + j, row_stride, start == nullptr ? nullptr : start + j, y + j);
+  for (int64_t k = 0; k < p.K; ++k) {
+    Vector w[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) w[v] = load(panel + (v * p.K + k) * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const float factor = x[r][k];
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sums[r][v] += factor * w[v];
+    }
   }
-  for (; j < n; ++j) {
-    affine_tile<1>(x, K, w + j, row_stride, start == nullptr ? nullptr : start + j, y + j);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) store(p.y[row + r] + (vector + v) * kLanes, sums[r][v]);
+  }
+}
+
+template <int kRows>
+void product_strip(const Product& p, int64_t row, int64_t vector, int64_t end) {
+  for (; vector + kTileVectors <= end; vector += kTileVectors) {
+    product_tile<kRows, kTileVectors>(p, row, vector);
+  }
+  switch (end - vector) {
+#if defined(__AVX512F__)
+    case 5:
+      return product_tile<kRows, 5>(p, row, vector);
+    case 4:
+      return product_tile<kRows, 4>(p, row, vector);
+    case 3:
+      return product_tile<kRows, 3>(p, row, vector);
+#endif
+    case 2:
+      return product_tile<kRows, 2>(p, row, vector);
+    case 1:
+      return product_tile<kRows, 1>(p, row, vector);
+    default:
+      return;
+  }
+}
+
+void product(const Product& p) {
+  int64_t chunk = kCachedPanelBytes / (p.K * kLanes * static_cast<int64_t>(sizeof(float)));
+  chunk = chunk < kTileVectors ? kTileVectors : chunk;
+  for (int64_t begin = 0; begin < p.vectors; begin += chunk) {
+    const int64_t end = begin + chunk < p.vectors ? begin + chunk : p.vectors;
+    for (int64_t row = 0; row < p.rows; row += kTileRows) {
+      const int64_t first = p.first_vector == nullptr ? 0 : p.first_vector[row];
+      const int64_t from = first > begin ? first : begin;
+      if (from >= end) break;  // so are all later rows
+      switch (p.rows - row) {
+        case 1:
+          product_strip<1>(p, row, from, end);
+          break;
+        case 2:
+          product_strip<2>(p, row, from, end);
+          break;
+        case 3:
+          product_strip<3>(p, row, from, end);
+          break;
+        default:
+          product_strip<kTileRows>(p, row, from, end);
+      }
+    }
   }
 }
 
@@ -58,74 +150,148 @@ void activate_sum(Activation activation, const float* __restrict projected,
   }
 }
 
-void cell_step(Cell cell, const float* __restrict gates, const float* __restrict previous,
-               float* __restrict output, float* __restrict next, int64_t H) {
-  const float *first = gates, *second = gates + H, *third = gates + 2 * H, *fourth = gates + 3 * H;
+// Adds the terms k_begin..k_end of one tile of units to the gates of kRows prefixes. Storing a sum
+// and loading it again changes no bit of it.
+template <int kRows>
+inline void state_tile(const StateBatch& b, int64_t row, int64_t tile, int64_t k_begin,
+                       int64_t k_end, float* gates) {
+  const float* const* x = b.fed_back + row;
+  const float* panel = b.hidden_panels + tile * b.hidden_dim * kTileGates;
+  Vector sums[kRows][kGates];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int g = 0; g < kGates; ++g) sums[r][g] = load(gates + r * kTileGates + g * kLanes);
+  }
+  for (int64_t k = k_begin; k < k_end; ++k) {
+    Vector w[kGates];
+#pragma GCC unroll 4
+    for (int g = 0; g < kGates; ++g) w[g] = load(panel + k * kTileGates + g * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const float factor = x[r][k];
+#pragma GCC unroll 4
+      for (int g = 0; g < kGates; ++g) sums[r][g] += factor * w[g];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int g = 0; g < kGates; ++g) store(gates + r * kTileGates + g * kLanes, sums[r][g]);
+  }
+}
+
+// One tile of units of the cell, from its gates.
+inline void cell_tile(Cell cell, const float* __restrict g, const float* __restrict previous,
+                      float* __restrict output, float* __restrict next) {
   if (cell == Cell::kLstm) {
-    for (int64_t u = 0; u < H; ++u) {
-      const float before = previous == nullptr ? 0.0f : previous[u];
-      lstm_unit(first[u], second[u], third[u], fourth[u], before, output + u, next + u);
+    for (int i = 0; i < kLanes; ++i) {
+      lstm_unit(g[i], g[kLanes + i], g[2 * kLanes + i], g[3 * kLanes + i], previous[i], output + i,
+                next + i);
     }
   } else {
-    for (int64_t u = 0; u < H; ++u) {
-      const float before = previous == nullptr ? 0.0f : previous[u];
-      paper_unit(first[u], second[u], third[u], fourth[u], before, output + u, next + u);
+    for (int i = 0; i < kLanes; ++i) {
+      paper_unit(g[i], g[kLanes + i], g[2 * kLanes + i], g[3 * kLanes + i], previous[i], output + i,
+                 next + i);
     }
   }
 }
 
-float largest(const float* values, int64_t n) {
-  float lanes[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) lanes[i] = -INFINITY;
-  int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) {
-    for (int64_t i = 0; i < kLanes; ++i) {
-      lanes[i] = values[j + i] > lanes[i] ? values[j + i] : lanes[i];
+// A part of a tile's weights stays in L1 while a group of prefixes goes by, and the tile in L2
+// while all groups do.
+void extend_states(const StateBatch& b, int64_t first_tile, int64_t last_tile) {
+  constexpr int64_t kGroup = 16 * kStateRows;
+  constexpr int64_t kPart = 128 * 8 / kLanes;  // 16 KB of weights
+  float gates[kGroup * kTileGates];
+  for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+    const int64_t unit = tile * kLanes;
+    for (int64_t group = 0; group < b.count; group += kGroup) {
+      const int64_t rows = b.count - group < kGroup ? b.count - group : kGroup;
+      for (int64_t r = 0; r < rows; ++r) {
+        const float* start = b.gates[group + r] + tile * kTileGates;
+        for (int64_t i = 0; i < kTileGates; ++i) gates[r * kTileGates + i] = start[i];
+      }
+      for (int64_t k = 0; k < b.hidden_dim; k += kPart) {
+        const int64_t end = k + kPart < b.hidden_dim ? k + kPart : b.hidden_dim;
+        int64_t r = 0;
+        for (; r + kStateRows <= rows; r += kStateRows) {
+          state_tile<kStateRows>(b, group + r, tile, k, end, gates + r * kTileGates);
+        }
+        for (; r < rows; ++r) {
+          state_tile<1>(b, group + r, tile, k, end, gates + r * kTileGates);
+        }
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        cell_tile(b.cell, gates + r * kTileGates, b.previous[group + r] + unit,
+                  b.output[group + r] + unit, b.next[group + r] + unit);
+      }
     }
   }
-  float best = -INFINITY;
-  for (int64_t i = 0; i < kLanes; ++i) best = lanes[i] > best ? lanes[i] : best;
-  for (; j < n; ++j) best = values[j] > best ? values[j] : best;
+}
+
+inline float largest_lane(Vector lanes) {
+  float best = lanes[0];
+  for (int i = 1; i < kLanes; ++i) best = lanes[i] > best ? lanes[i] : best;
   return best;
 }
 
-bool log_softmax(float* scores, int64_t n, float path_score) {
-  const float most = largest(scores, n);
-  if (!(most > -INFINITY && most < INFINITY)) return false;
-  float lanes[kLanes] = {};
+float finish_scores(float* scores, const float* logits, int64_t n) {
+  const Vector none = splat(-INFINITY);
+  Vector most = none;
+  if (logits != nullptr) {
+    Vector allowed_most = none;
+    for (int64_t j = 0; j < n; j += kLanes) {
+      const Vector allowed = load(scores + j) == none ? none : load(logits + j);
+      allowed_most = allowed > allowed_most ? allowed : allowed_most;
+    }
+    const float shift = largest_lane(allowed_most);
+    for (int64_t j = 0; j < n; j += kLanes) {
+      const Vector score = load(scores + j) + (load(logits + j) - shift);
+      store(scores + j, score);
+      most = score > most ? score : most;  // passes over NaN
+    }
+  } else {
+    for (int64_t j = 0; j < n; j += kLanes) {
+      const Vector score = load(scores + j);
+      most = score > most ? score : most;
+    }
+  }
+  const float largest = largest_lane(most);
+  if (!(largest > -INFINITY && largest < INFINITY)) return NAN;
+  Vector sums{};
+  for (int64_t j = 0; j < n; j += kLanes) sums += exponential(load(scores + j) - largest);
+  float sum = 0.0f;
+  for (int i = 0; i < kLanes; ++i) sum += sums[i];
+  return largest + logf(sum);  // NaN where a score is
+}
+
+void select(const float* scores, int64_t from, int64_t n, float path_score, float log_sum_exp,
+            float floor, int32_t rank, Extensions* best) {
+  float bound = best->bound() > floor ? best->bound() : floor;
+  for (int64_t j = from; j < n; j += kLanes) {
+    const Vector score = path_score + step_log_prob(load(scores + j), log_sum_exp);
+    for (uint32_t above = bits(score > bound); above != 0; above &= above - 1) {
+      const int i = __builtin_ctz(above);
+      if (!(score[i] > bound)) continue;  // the bound has risen within this vector
+      best->offer(score[i], Extension{rank, static_cast<int32_t>(j + i)});
+      bound = best->bound() > floor ? best->bound() : floor;
+    }
+  }
+}
+
+void add_probabilities(float* sums, const float* scores, int64_t n, float path_score,
+                       float log_sum_exp) {
   int64_t j = 0;
   for (; j + kLanes <= n; j += kLanes) {
-    for (int64_t i = 0; i < kLanes; ++i) lanes[i] += exponential(scores[j + i] - most);
+    const Vector score = path_score + step_log_prob(load(scores + j), log_sum_exp);
+    store(sums + j, load(sums + j) + exponential(score));
   }
-  float sum = 0.0f;
-  for (int64_t i = 0; i < kLanes; ++i) sum += lanes[i];
-  for (; j < n; ++j) sum += exponential(scores[j] - most);
-  if (!(sum > 0.0f)) return false;  // NaN
-  const float log_sum_exp = most + logf(sum);
-  for (int64_t l = 0; l < n; ++l) scores[l] = path_score + step_log_prob(scores[l], log_sum_exp);
-  return true;
-}
-
-void add_exponentials(float* __restrict sums, const float* __restrict scores, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) sums[j] += exponential(scores[j]);
-}
-
-int64_t find_above(const float* values, int64_t from, int64_t n, float bound) {
-  int64_t j = from;
-  for (; j + kLanes <= n; j += kLanes) {
-    int32_t above = 0;
-    for (int64_t i = 0; i < kLanes; ++i) above |= values[j + i] > bound ? 1 : 0;
-    if (above != 0) break;
-  }
-  for (; j < n; ++j) {
-    if (values[j] > bound) return j;
-  }
-  return n;
+  for (; j < n; ++j) sums[j] += exponential(path_score + step_log_prob(scores[j], log_sum_exp));
 }
 
 constexpr CpuKernels kernels_of(const char* name) {
-  return {name,    affine,      activate_sum,     cell_step,
-          largest, log_softmax, add_exponentials, find_above};
+  return {name,          kLanes,        product, activate_sum,
+          extend_states, finish_scores, select,  add_probabilities};
 }
 
 }  // namespace

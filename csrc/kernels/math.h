@@ -15,6 +15,8 @@
 #define CNNRNN_DEVICE
 #endif
 #define CNNRNN_INLINE CNNRNN_DEVICE static inline
+// A method that leaves no copy behind for the linker to share between instruction sets.
+#define CNNRNN_METHOD CNNRNN_DEVICE inline __attribute__((always_inline))
 
 namespace cnnrnn {
 
@@ -23,17 +25,31 @@ enum class Activation { kRelu, kTanh, kIdentity };
 
 CNNRNN_INLINE float relu(float x) { return x < 0.0f ? 0.0f : x; }  // keeps NaN
 
-// e^x without a branch or a call, so that a loop over it becomes vector code: x = n ln 2 + r, a
-// polynomial in r, and n added to the exponent. Within 2 ulp of e^x; 0 below the smallest normal
-// number, infinity above the largest; keeps NaN.
-CNNRNN_INLINE float exponential(float x) {
-  constexpr float kSmallest = -87.33654f, kLargest = 88.72283f;
+// A float, or a vector of them, and the integers of the same width: what `exponential` is written
+// for. Files for an instruction set add their vector type.
+template <typename F>
+struct IntegersOf;
+template <>
+struct IntegersOf<float> {
+  using type = int32_t;
+};
+
+// e^x without a branch or a call, so that it becomes vector code: x = n ln 2 + r, a polynomial in
+// r, and n added to the exponent. Within 2 ulp of e^x; 0 below the smallest normal number, infinity
+// above the largest; keeps NaN.
+template <typename F>
+CNNRNN_INLINE F exponential(F x) {
+  using I = typename IntegersOf<F>::type;
+  const F zero{};
+  const F smallest = zero - 87.33654f, largest = zero + 88.72283f, infinite = zero + INFINITY;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
-  const float clamped = x < kSmallest ? kSmallest : (x > kLargest ? kLargest : x);
-  const float shifted = clamped * 1.44269504f + kRound;
-  const float n = shifted - kRound;
-  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
+  // What lies outside is replaced below; 0 stands in, since arithmetic on subnormals is slow.
+  const F above = x < smallest ? zero : x;
+  const F clamped = above > largest ? zero : above;
+  const F shifted = clamped * 1.44269504f + kRound;
+  const F n = shifted - kRound;
+  const F r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  F p = zero + 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
@@ -41,16 +57,17 @@ CNNRNN_INLINE float exponential(float x) {
   p = p * r + 5.0000001201e-1f;
   p = (p * r) * r + r + 1.0f;
   // Two halves, since 2^128 is no float but e^88.7 is.
-  int32_t exponent;
+  I exponent;
   memcpy(&exponent, &shifted, sizeof exponent);
   exponent -= 0x4B400000;
-  const int32_t half = exponent >> 1;
-  const int32_t first_bits = (half + 127) << 23, second_bits = (exponent - half + 127) << 23;
-  float first, second;
+  const I half = exponent >> 1;
+  const I first_bits = (half + 127) << 23, second_bits = (exponent - half + 127) << 23;
+  F first, second;
   memcpy(&first, &first_bits, sizeof first);
   memcpy(&second, &second_bits, sizeof second);
-  const float value = p * first * second;
-  return x < kSmallest ? 0.0f : (x > kLargest ? INFINITY : value);
+  const F value = p * first * second;
+  const F not_below = x < smallest ? zero : value;
+  return x > largest ? infinite : not_below;
 }
 
 CNNRNN_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
@@ -89,9 +106,11 @@ CNNRNN_INLINE void paper_unit(float input, float gate_i, float gate_f, float gat
 
 // A step's log-probability. The clamp keeps rounding from lifting it above 0, so that scores of
 // paths only fall: dropping paths by score is exact because of it.
-CNNRNN_INLINE float step_log_prob(float score, float log_sum_exp) {
-  const float log_prob = score - log_sum_exp;
-  return log_prob > 0.0f ? 0.0f : log_prob;  // keeps NaN
+template <typename F>
+CNNRNN_INLINE F step_log_prob(F score, float log_sum_exp) {
+  const F zero{};
+  const F log_prob = score - log_sum_exp;
+  return log_prob > zero ? zero : log_prob;  // keeps NaN
 }
 
 }  // namespace cnnrnn

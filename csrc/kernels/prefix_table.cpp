@@ -1,107 +1,196 @@
 #include "prefix_table.h"
 
+#include <algorithm>
+#include <bit>
+
 namespace cnnrnn {
 namespace {
 
-constexpr size_t kSmallestIndex = 1024;
-
-// Mixes both numbers into all bits (the finaliser of splitmix64).
-uint64_t hash(int32_t parent, int32_t label) {
-  uint64_t x =
-      (static_cast<uint64_t>(static_cast<uint32_t>(parent)) << 32) | static_cast<uint32_t>(label);
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebULL;
-  return x ^ (x >> 31);
-}
+constexpr int64_t kFirstSegment = 64;      // nodes
+constexpr uint64_t kSmallestIndex = 1024;  // entries
 
 }  // namespace
 
-PrefixTable::PrefixTable(int64_t byte_budget)
-    : byte_budget_(byte_budget), index_(kSmallestIndex, -1) {
-  clear();
+PrefixTable::PrefixTable(int64_t hidden_width, int64_t joint_width, int64_t byte_budget)
+    : hidden_width_(hidden_width),
+      joint_width_(joint_width),
+      byte_budget_(byte_budget),
+      index_(std::make_unique<Index>(kSmallestIndex)),
+      current_(index_.get()) {
+  add(1);
+  key(kRoot) = kFreeSlot;
+  size_ = 1;
 }
 
-void PrefixTable::clear() {
-  nodes_.assign(1, Node{-1, -1, 0, -1});
-  index_.assign(index_.size(), -1);
-  states_.clear();
-  state_count_ = 0;
+PrefixTable::Place PrefixTable::place(int32_t node) {
+  const uint64_t at = static_cast<uint64_t>(node) / kFirstSegment + 1;
+  const int segment = std::bit_width(at) - 1;
+  return {segment, node - kFirstSegment * ((int64_t{1} << segment) - 1)};
 }
 
-int64_t PrefixTable::bytes() const {
-  return static_cast<int64_t>(nodes_.size() * sizeof(Node) + index_.size() * sizeof(int32_t) +
-                              states_.size() * sizeof(float));
+int64_t PrefixTable::node_bytes() const {
+  return (2 * hidden_width_ + joint_width_) * static_cast<int64_t>(sizeof(float)) +
+         static_cast<int64_t>(sizeof(uint64_t) + 4 * sizeof(Entry));
 }
 
-size_t PrefixTable::slot_of(int32_t parent, int32_t label) const {
-  const size_t mask = index_.size() - 1;
-  size_t slot = hash(parent, label) & mask;
-  while (index_[slot] >= 0) {
-    const Node& node = nodes_[index_[slot]];
-    if (node.parent == parent && node.label == label) break;
-    slot = (slot + 1) & mask;
+void PrefixTable::count_bytes() {
+  const int64_t node = (2 * hidden_width_ + joint_width_) * sizeof(float) + sizeof(uint64_t);
+  uint64_t entries = index_->mask + 1;
+  for (const auto& index : retired_) entries += index->mask + 1;
+  bytes_ = next_ * node + static_cast<int64_t>(entries * sizeof(Entry));
+}
+
+PrefixTable::Entry& PrefixTable::slot(const Index& index, uint64_t key) {
+  for (uint64_t at = first_slot(key, index.mask);; at = (at + 1) & index.mask) {
+    Entry& entry = index.entries[at];
+    const uint64_t found = entry.key.load(std::memory_order_acquire);
+    if (found == key || found == kFreeSlot) return entry;
   }
-  return slot;
 }
 
-int32_t PrefixTable::child(int32_t parent, int32_t label) {
-  size_t slot = slot_of(parent, label);
-  if (index_[slot] >= 0) return index_[slot];
-  if (2 * nodes_.size() >= index_.size()) {  // at most half full, so that probes stay short
-    grow_index();
-    slot = slot_of(parent, label);
+int32_t PrefixTable::find(int32_t parent, int32_t label, uint32_t stamp) const {
+  const uint64_t key = prefix_key(parent, label);
+  const Entry& entry = slot(*current_.load(std::memory_order_acquire), key);
+  if (entry.key.load(std::memory_order_acquire) != key) return -1;
+  if (entry.last_used.load(std::memory_order_relaxed) != stamp) {
+    entry.last_used.store(stamp, std::memory_order_relaxed);
   }
-  const int32_t node = static_cast<int32_t>(nodes_.size());
-  nodes_.push_back(Node{parent, label, nodes_[parent].length + 1, -1});
-  index_[slot] = node;  // last: running out of memory must not leave it pointing nowhere
-  return node;
+  return entry.node.load(std::memory_order_relaxed);
+}
+
+int32_t PrefixTable::add(int64_t count) {
+  const std::lock_guard lock(adding_);
+  const int32_t first = next_;
+  const int32_t last = static_cast<int32_t>(first + count - 1);
+  for (int segment = place(first).segment; segment <= place(last).segment; ++segment) {
+    allocate(segment);
+  }
+  next_ = last + 1;
+  count_bytes();
+  return first;
+}
+
+void PrefixTable::allocate(int segment) {
+  Segment& s = segments_[segment];
+  const int64_t nodes = kFirstSegment << segment;
+  // Not initialised, so pages of nodes to come take no memory yet.
+  if (s.states == nullptr) s.states.reset(new float[nodes * 2 * hidden_width_]);
+  if (s.projected == nullptr) s.projected.reset(new float[nodes * joint_width_]);
+  if (s.keys == nullptr) s.keys.reset(new uint64_t[nodes]);
+}
+
+void PrefixTable::insert(Index* index, uint64_t key, int32_t node, uint32_t stamp) const {
+  Entry& entry = slot(*index, key);
+  if (entry.key.load(std::memory_order_relaxed) == key) return;
+  entry.node.store(node, std::memory_order_relaxed);
+  entry.last_used.store(stamp, std::memory_order_relaxed);
+  entry.key.store(key, std::memory_order_release);  // last: it makes the node findable
+}
+
+void PrefixTable::publish(const uint64_t* keys, int64_t count, int32_t first, uint32_t stamp) {
+  const std::lock_guard lock(adding_);
+  for (int64_t i = 0; i < count; ++i) {
+    // At most half full, so that probes stay short.
+    if (2 * static_cast<uint64_t>(size_.load()) > index_->mask) grow_index();
+    const int32_t node = static_cast<int32_t>(first + i);
+    key(node) = keys[i];
+    Entry& entry = slot(*index_, keys[i]);
+    if (entry.key.load(std::memory_order_relaxed) == keys[i]) continue;
+    insert(index_.get(), keys[i], node, stamp);
+    ++size_;
+  }
+  count_bytes();
 }
 
 void PrefixTable::grow_index() {
-  index_ = std::vector<int32_t>(2 * index_.size(), -1);
-  for (size_t node = 1; node < nodes_.size(); ++node) {
-    index_[slot_of(nodes_[node].parent, nodes_[node].label)] = static_cast<int32_t>(node);
+  auto larger = std::make_unique<Index>(2 * (index_->mask + 1));
+  for (uint64_t i = 0; i <= index_->mask; ++i) {
+    const Entry& entry = index_->entries[i];
+    const uint64_t key = entry.key.load(std::memory_order_relaxed);
+    if (key != kFreeSlot) insert(larger.get(), key, entry.node, entry.last_used);
   }
+  retired_.push_back(std::move(index_));
+  index_ = std::move(larger);
+  current_.store(index_.get(), std::memory_order_release);
 }
 
-const float* PrefixTable::projected_output(int32_t node, const HeadTables& head,
-                                           const CpuKernels& kernels, SearchStats* stats) {
-  ++stats->prefix_lookups;
-  if (nodes_[node].state >= 0) {
-    ++stats->prefix_hits;
-  } else {
-    make_state(node, head, kernels);
+// Keeps what was used last, as much as fits into `most_bytes`; a prefix stays only with its parent.
+// No search is in the table.
+void PrefixTable::evict(int64_t most_bytes) {
+  const std::lock_guard lock(adding_);
+  std::vector<uint32_t> last_used(next_, 0);
+  std::vector<uint32_t> stamps;
+  for (uint64_t i = 0; i <= index_->mask; ++i) {
+    const Entry& entry = index_->entries[i];
+    if (entry.key.load(std::memory_order_relaxed) == kFreeSlot) continue;
+    last_used[entry.node] = entry.last_used;
+    stamps.push_back(entry.last_used);
   }
-  const int64_t width = 2 * head.hidden_dim + head.joint_dim;
-  return states_.data() + nodes_[node].state * width + 2 * head.hidden_dim;
+  const size_t most = static_cast<size_t>(std::max<int64_t>(most_bytes / node_bytes(), 0));
+  uint32_t threshold = 0;  // nodes last used before or at this stamp go
+  if (most < stamps.size()) {
+    std::nth_element(stamps.begin(), stamps.begin() + most, stamps.end(), std::greater<>());
+    threshold = stamps[most];
+  }
+  // All memory first: running out of it must leave the table as it was.
+  const uint64_t survivors = std::min(most, stamps.size()) + 1;
+  auto index = std::make_unique<Index>(std::max(kSmallestIndex, std::bit_ceil(2 * survivors)));
+  std::vector<int32_t> moved(next_, -1);
+  // Parents come before their children, so one pass keeps a prefix only with its parent.
+  moved[kRoot] = kRoot;
+  int32_t kept = 1;
+  for (int32_t node = 1; node < next_; ++node) {
+    if (last_used[node] <= threshold || moved[parent(node)] < 0) continue;
+    const int32_t to = kept++;
+    moved[node] = to;
+    const uint64_t renamed = prefix_key(moved[parent(node)], last_label(node));
+    if (to != node) {
+      std::copy_n(state(node), 2 * hidden_width_, state(to));
+      std::copy_n(projected_output(node), joint_width_, projected_output(to));
+    }
+    key(to) = renamed;
+    insert(index.get(), renamed, to, last_used[node]);
+  }
+  next_ = kept;
+  for (int segment = place(next_ - 1).segment + 1; segment < kSegments; ++segment) {
+    segments_[segment] = Segment{};
+  }
+  retired_.clear();
+  index_ = std::move(index);
+  current_.store(index_.get(), std::memory_order_release);
+  size_ = kept;
+  count_bytes();
 }
 
-// Equations 1 and 3, one step from the parent's state.
-void PrefixTable::make_state(int32_t node, const HeadTables& head, const CpuKernels& kernels) {
-  const int64_t H = head.hidden_dim;
-  const int64_t D = head.joint_dim;
-  const int64_t width = 2 * H + D;
-  const int64_t index = state_count_++;
-  states_.resize(state_count_ * width);
-  gates_.resize(4 * H);
-
-  const bool is_root = node == kRoot;
-  const int64_t input_row = is_root ? head.num_labels : nodes_[node].label;
-  const float* gates = head.input_gates + input_row * 4 * H;
-  float* output = states_.data() + index * width;
-  float* cell = output + H;
-  const float* previous_cell = nullptr;
-  if (!is_root) {
-    // An LSTM feeds its output back, equation 1 its cell.
-    const float* parent = states_.data() + nodes_[nodes_[node].parent].state * width;
-    const float* fed_back = parent + (head.cell == Cell::kLstm ? 0 : H);
-    kernels.affine(fed_back, H, head.hidden_weight, 4 * H, gates, gates_.data(), 4 * H);
-    gates = gates_.data();
-    previous_cell = parent + H;
+PrefixTable::Stay::Stay(PrefixTable* table, int64_t most_new_nodes)
+    : table_(table), reserved_bytes_(most_new_nodes * table->node_bytes()) {
+  std::unique_lock lock(table->gate_);
+  table->changed_.wait(lock, [table] { return !table->evicting_; });
+  const int64_t room = table->byte_budget_ - table->reserved_bytes_ - reserved_bytes_;
+  if (table->bytes() > room && table->size() > 1) {
+    table->evicting_ = true;
+    table->changed_.wait(lock, [table] { return table->stays_ == 0; });
+    try {
+      // To the half, so that the next time is not soon.
+      table->evict(std::min(table->byte_budget_ / 2, table->byte_budget_ - reserved_bytes_));
+    } catch (...) {
+      table->evicting_ = false;
+      table->changed_.notify_all();
+      throw;
+    }
+    table->evicting_ = false;
+    table->changed_.notify_all();
   }
-  kernels.cell_step(head.cell, gates, previous_cell, output, cell, H);
-  kernels.affine(output, H, head.output_weight, D, nullptr, cell + H, D);
-  nodes_[node].state = static_cast<int32_t>(index);
+  ++table->stays_;
+  table->reserved_bytes_ += reserved_bytes_;
+  stamp_ = ++table->last_stamp_;
+}
+
+PrefixTable::Stay::~Stay() {
+  const std::lock_guard lock(table_->gate_);
+  --table_->stays_;
+  table_->reserved_bytes_ -= reserved_bytes_;
+  table_->changed_.notify_all();
 }
 
 }  // namespace cnnrnn

@@ -1,18 +1,23 @@
 // Label prefixes and the recurrent state that belongs to each: the part of a search that images
-// share.
+// share and that is kept between calls.
 //
-// A node is a prefix, found from its parent and its last label. Its state is made when a path that
-// ends there is first scored, by arithmetic whose order does not depend on what else is in the
-// table, so a kept state and a fresh one are the same bits: results do not depend on the table's
-// history or size. A table belongs to one head's weights and one instruction set.
+// A node is a prefix with its state, found from its parent and its last label. Its state is made by
+// arithmetic whose order does not depend on what else is in the table, so a kept state and a fresh
+// one are the same bits: results do not depend on the table's history or size.
+//
+// Threads: finding is lock-free, since a node's state is written before its key is published and
+// never moves while a search is in the table. Adding takes a lock. What was not used for longest
+// goes when the byte budget is reached, while no search is in the table.
 #pragma once
 
+#include <atomic>
+#include <condition_variable>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <vector>
 
-#include "cpu_kernels.h"
-#include "search.h"
+#include "prefix_key.h"
 
 namespace cnnrnn {
 
@@ -20,49 +25,108 @@ class PrefixTable {
  public:
   static constexpr int32_t kRoot = 0;
 
-  // Nodes are forgotten, all at once and between two images, when they fill `byte_budget`.
-  explicit PrefixTable(int64_t byte_budget);
+  // State widths in floats: output and cell [hidden_width] each, U_o o [joint_width].
+  PrefixTable(int64_t hidden_width, int64_t joint_width, int64_t byte_budget);
 
-  // Forgets everything, keeping the memory of the index.
-  void clear();
+  // A search's stay in the table, during which no node goes. Room for its new nodes is set aside on
+  // entry, so that the table stays within its budget wherever the budget holds one stay at all.
+  class Stay {
+   public:
+    Stay(PrefixTable* table, int64_t most_new_nodes);
+    ~Stay();
+    Stay(const Stay&) = delete;
+    Stay& operator=(const Stay&) = delete;
+    uint32_t stamp() const { return stamp_; }
 
-  // The node of `parent` extended by `label`, made when it is new.
-  int32_t child(int32_t parent, int32_t label);
-
-  int32_t parent(int32_t node) const { return nodes_[node].parent; }
-  int32_t last_label(int32_t node) const { return nodes_[node].label; }
-  int32_t length(int32_t node) const { return nodes_[node].length; }
-
-  // U_o o of the prefix, [D], making its state when it has none. The parent's state is there, since
-  // a path is scored before it is extended. Valid until the next call.
-  const float* projected_output(int32_t node, const HeadTables& head, const CpuKernels& kernels,
-                                SearchStats* stats);
-
-  bool over_budget() const { return bytes() > byte_budget_; }
-  int64_t size() const { return static_cast<int64_t>(nodes_.size()); }
-  int64_t bytes() const;
-
-  // Held by the one search that uses the table; a search that finds it held uses another.
-  std::mutex in_use;
-
- private:
-  struct Node {
-    int32_t parent;
-    int32_t label;
-    int32_t length;
-    int32_t state;  // index of its state, or -1
+   private:
+    PrefixTable* table_;
+    int64_t reserved_bytes_;
+    uint32_t stamp_;
   };
 
-  void grow_index();
-  size_t slot_of(int32_t parent, int32_t label) const;
-  void make_state(int32_t node, const HeadTables& head, const CpuKernels& kernels);
+  // The bytes that one node takes, its share of the index included.
+  int64_t node_bytes() const;
+  int64_t byte_budget() const { return byte_budget_; }
 
-  const int64_t byte_budget_;
-  std::vector<Node> nodes_;
-  std::vector<int32_t> index_;  // open addressing over nodes, a power of two long; -1 is free
-  std::vector<float> states_;   // per state: output [H], cell [H], U_o o [D]
-  std::vector<float> gates_;    // [4H]
-  int32_t state_count_ = 0;
+  // The node of `parent` extended by `label`, or -1. Marks it as used by the stay of this stamp.
+  int32_t find(int32_t parent, int32_t label, uint32_t stamp) const;
+
+  // Adds `count` nodes that nothing finds yet and returns the first; the caller makes their states.
+  int32_t add(int64_t count);
+
+  // Makes nodes first, first + 1, ... findable under these keys. A key that another thread
+  // published meanwhile keeps its node: the states are the same.
+  void publish(const uint64_t* keys, int64_t count, int32_t first, uint32_t stamp);
+
+  float* output(int32_t node) const { return state(node); }
+  float* cell(int32_t node) const { return state(node) + hidden_width_; }
+  float* projected_output(int32_t node) const {
+    const Place at = place(node);
+    return segments_[at.segment].projected.get() + at.offset * joint_width_;
+  }
+  int32_t parent(int32_t node) const { return key_parent(key(node)); }
+  int32_t last_label(int32_t node) const { return key_label(key(node)); }
+
+  int64_t size() const { return size_.load(std::memory_order_relaxed); }
+  int64_t bytes() const { return bytes_.load(std::memory_order_relaxed); }
+
+ private:
+  struct Entry {
+    std::atomic<uint64_t> key{kFreeSlot};
+    std::atomic<int32_t> node{-1};
+    mutable std::atomic<uint32_t> last_used{0};
+  };
+  struct Index {
+    explicit Index(uint64_t size) : mask(size - 1), entries(new Entry[size]) {}
+    uint64_t mask;
+    std::unique_ptr<Entry[]> entries;
+  };
+  // Nodes lie in segments, each twice as long as the one before: none moves when more are added.
+  struct Segment {
+    std::unique_ptr<float[]> states;     // per node: output, cell
+    std::unique_ptr<float[]> projected;  // per node: U_o o
+    std::unique_ptr<uint64_t[]> keys;
+  };
+  struct Place {
+    int segment;
+    int64_t offset;
+  };
+
+  static Place place(int32_t node);
+  float* state(int32_t node) const {
+    const Place at = place(node);
+    return segments_[at.segment].states.get() + at.offset * 2 * hidden_width_;
+  }
+  uint64_t& key(int32_t node) const {
+    const Place at = place(node);
+    return segments_[at.segment].keys[at.offset];
+  }
+  static Entry& slot(const Index& index, uint64_t key);
+  void insert(Index* index, uint64_t key, int32_t node, uint32_t stamp) const;
+  void grow_index();
+  void allocate(int segment);
+  void evict(int64_t most_bytes);
+  void count_bytes();
+
+  static constexpr int kSegments = 26;
+
+  const int64_t hidden_width_, joint_width_, byte_budget_;
+  Segment segments_[kSegments];
+
+  std::mutex adding_;  // guards what follows, and the entries' keys
+  int32_t next_ = 0;   // the first node that was not added yet
+  std::unique_ptr<Index> index_;
+  std::vector<std::unique_ptr<Index>> retired_;  // outgrown, but perhaps being read
+  std::atomic<const Index*> current_;
+  std::atomic<int64_t> size_{0};  // findable nodes, and the root
+  std::atomic<int64_t> bytes_{0};
+
+  std::mutex gate_;  // guards what follows
+  std::condition_variable changed_;
+  int stays_ = 0;
+  bool evicting_ = false;
+  int64_t reserved_bytes_ = 0;
+  uint32_t last_stamp_ = 0;
 };
 
 }  // namespace cnnrnn

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 #include "math.h"
 
@@ -17,17 +18,20 @@ constexpr int kMaxBeamSize = 16;
 enum class Order { kIncreasing, kUnique, kFree };
 enum class Stop { kNBest, kLiteral };
 
-struct HeadTables {
+// A head's parameters as torch lays them out.
+struct HeadWeights {
   int64_t num_labels;  // L
   int64_t joint_dim;   // D
   int64_t hidden_dim;  // H
   Cell cell;
   Activation activation;
-  const float* score_weight;   // [D, L+1]  label embedding, transposed; END is column L
-  const float* score_bias;     // [L+1]     or null
-  const float* input_gates;    // [L+1, 4H] U_w w plus the biases; row L belongs to START
-  const float* hidden_weight;  // [H, 4H]   U_r, transposed
-  const float* output_weight;  // [H, D]    U_o, transposed
+  const float* label_embedding;    // [L+2, D] labels, END, START
+  const float* score_bias;         // [L+1]    or null
+  const float* input_weight;       // [4H, D]  U_w
+  const float* hidden_weight;      // [4H, H]  U_r
+  const float* input_bias;         // [4H]     or null
+  const float* hidden_bias;        // [4H]     or null
+  const float* output_projection;  // [D, H]   U_o
 };
 
 struct SearchOptions {
@@ -56,19 +60,23 @@ struct SearchOutput {
 };
 
 struct SearchStats {
-  int64_t prefix_lookups = 0;  // live paths that needed a recurrent state
-  int64_t prefix_hits = 0;     // of those, states that were already there
-  int64_t prefix_nodes = 0;    // label prefixes held at the end of the call
-  int64_t prefix_bytes = 0;    // memory of those nodes
+  int64_t prefix_lookups = 0;    // scored live paths: each needed a recurrent state
+  int64_t prefix_hits = 0;       // of those, states that this call did not have to make
+  int64_t prefix_nodes = 0;      // label prefixes held at the end of the call
+  int64_t prefix_bytes = 0;      // memory of those nodes
+  int64_t nonfinite_images = 0;  // images that were marked
 };
 
-struct CpuKernels;  // cpu_kernels.h
-class PrefixTable;  // prefix_table.h
+// Calls work(begin, end) on parts of 0..n, perhaps on several threads, and returns when all ended.
+using Work = std::function<void(int64_t begin, int64_t end)>;
+using ParallelFor = std::function<void(int64_t n, const Work& work)>;
 
-// Finds the N best label paths of every image, on the calling thread, which holds `prefixes`. The
-// table must have been used with these head tables and kernels alone.
-SearchStats beam_search_cpu(const CpuKernels& kernels, const HeadTables& head,
-                            const SearchOptions& options, const ImageEmbeddings& images,
-                            PrefixTable* prefixes, const SearchOutput& output);
+class CpuHead;  // cpu_head.h
+
+// Finds the N best label paths of every image. Safe to call from several threads with one head;
+// the result depends on neither the number of threads nor what the head has kept.
+SearchStats beam_search_cpu(CpuHead* head, const SearchOptions& options,
+                            const ImageEmbeddings& images, const SearchOutput& output,
+                            const ParallelFor& parallel_for);
 
 }  // namespace cnnrnn

@@ -1,14 +1,22 @@
-// Beam search on the CPU: one image after the other, one thread.
+// Beam search on the CPU: blocks of images step by step, the prefixes they share made together.
 //
-// A live path is a node of the prefix table, so its recurrent state is made once however many
-// images reach it. What is arithmetic is behind CpuKernels, compiled per instruction set; here is
-// what decides.
+// A live path is a prefix and its last label. An image's step is scored when the states of its live
+// paths are there; an image that needs states which are not there waits. When all images have
+// ended or wait, the missing states of all of them are made at once, each once, and those images go
+// on. What is arithmetic is behind CpuKernels, compiled per instruction set; here is what decides.
+//
+// A waiting image first scores the paths whose states are there: their END raises the score that a
+// result needs, and a path below it can change nothing any more (scores only fall), so its state is
+// not made. Most states that a search could ask for are saved this way.
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <mutex>
 #include <vector>
 
+#include "cpu_head.h"
 #include "cpu_kernels.h"
 #include "prefix_table.h"
 #include "search.h"
@@ -17,252 +25,523 @@
 namespace cnnrnn {
 namespace {
 
-constexpr float kNegInf = -std::numeric_limits<float>::infinity();
+constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 // In marginal mode the search goes on until less probability than this is unfinished.
 constexpr float kLiveMassFloor = 1e-3f;
 
-struct Extension {
-  int32_t parent_rank;
+// A block's scores stay in the second-level cache, and its rows fill register tiles.
+constexpr int64_t kBlockBytes = 128 << 10;
+constexpr int64_t kBlockRows = 64;
+constexpr int64_t kSliceImages = 4096;
+
+// A path of at least one label is its prefix `parent` and its last label; the empty one is {-1,
+// -1}.
+struct LivePath {
+  float score;
+  int32_t parent;
   int32_t label;
 };
 
-struct Path {
-  float score;
-  int32_t node;
+struct FinishedPath {
+  int32_t parent;
+  int32_t label;
+  int32_t length;
 };
 
-using FinishedPaths = TopN<int32_t, kMaxBeamSize>;
-using Extensions = TopN<Extension, kMaxBeamSize>;
+using FinishedPaths = TopN<FinishedPath, kMaxBeamSize>;
 
-class ImageSearch {
+// An image between two steps.
+struct ImageState {
+  ImageState(int64_t image, int beam_size) : image(image), done(beam_size) {
+    live[0] = {0.0f, -1, -1};
+  }
+
+  int64_t image;
+  int64_t step = 0;       // labels on each live path
+  bool accepting = true;  // false once a literal stop has fixed the result
+  int live_count = 1;
+  LivePath live[kMaxBeamSize];
+  FinishedPaths done;
+};
+
+enum class Outcome { kGoesOn, kEnded, kWaits };
+
+// What one thread needs to search blocks of images.
+class BlockSearch {
  public:
-  ImageSearch(const HeadTables& head, const CpuKernels& kernels, const SearchOptions& options,
-              PrefixTable* prefixes, SearchStats* stats)
-      : head_(head),
-        kernels_(kernels),
+  BlockSearch(CpuHead* head, const SearchOptions& options, const ImageEmbeddings& images,
+              const SearchOutput& output, uint32_t stamp, int64_t block_images)
+      : head_(*head),
+        prefixes_(head->prefixes()),
+        kernels_(head->kernels()),
         options_(options),
-        prefixes_(*prefixes),
-        stats_(stats),
-        joint_(head.joint_dim),
-        scores_(head.num_labels + 1),
-        shifted_logits_(head.num_labels + 1) {}
+        images_(images),
+        output_(output),
+        stamp_(stamp),
+        L_(head->num_labels()),
+        D_(head->joint_dim()),
+        N_(options.beam_size),
+        stride_(head->score_vectors() * kernels_.lanes),
+        keep_all_(output.marginals != nullptr),
+        needs_all_(keep_all_ || options.stop == Stop::kLiteral),
+        joint_(block_images * N_ * D_),
+        scores_(block_images * N_ * stride_),
+        logits_(images.label_logits == nullptr ? 0 : block_images * stride_),
+        paths_(block_images * N_) {}
 
-  // Searches one image; returns false when a value that is not finite turns up.
-  // `marginals` [L] and `trace` [T+1, N, 2] may be null.
-  bool run(const float* image_joint, const float* label_logits, float* marginals, int32_t* trace,
-           FinishedPaths* done) {
-    const int64_t L = head_.num_labels;
-    if (!all_finite(image_joint, head_.joint_dim)) return false;
-    if (label_logits != nullptr && !all_finite(label_logits, L + 1)) return false;
-
-    std::vector<Path> live{{0.0f, PrefixTable::kRoot}};
-    bool accepting = true;  // false once a literal stop has fixed the result
-    for (int64_t step = 0; !live.empty(); ++step) {
-      Extensions best(options_.beam_size);
-      // A search without marginals has already dropped paths at or below this score.
-      const float floor = dropped_at(accepting, *done);
-      for (int32_t rank = 0; rank < static_cast<int32_t>(live.size()); ++rank) {
-        const Path& path = live[rank];
-        if (prefixes_.length(path.node) == options_.max_labels) {
-          offer_end(path, path.score, rank, accepting, &best, done);
-          continue;
-        }
-        if (!score_extensions(path, image_joint, label_logits)) {
-          if (path.score <= floor) continue;  // it is here for its marginals alone
-          return false;
-        }
-        if (marginals != nullptr) {
-          kernels_.add_exponentials(marginals, scores_.data(), L);
-        }
-        for (int64_t l = first_allowed(path.node) - 1;;) {
-          const float bound = best.full() ? best.worst() : kNegInf;
-          l = kernels_.find_above(scores_.data(), l + 1, L, bound);
-          if (l == L) break;
-          best.offer(scores_[l], Extension{rank, static_cast<int32_t>(l)});
-        }
-        offer_end(path, scores_[L], rank, accepting, &best, done);
-      }
-      take_extensions(best, &live, accepting, done);
-      accepting = accepting && !literal_stop(live, *done);
-      prune(marginals != nullptr, accepting, *done, &live);
-      if (trace != nullptr) write_trace(live, trace + step * options_.beam_size * 2);
+  // Takes images as far as the states that are there allow.
+  void run(ImageState** images, int64_t count) {
+    active_.clear();
+    slot_images_.resize(count);
+    for (int64_t slot = 0; slot < count; ++slot) {
+      slot_images_[slot] = images[slot]->image;
+      if (begin(*images[slot], slot)) active_.push_back({images[slot], slot});
     }
+    while (!active_.empty()) {
+      rows_.clear();
+      for (const Active& at : active_) look_up(*at.state, at.slot);
+      score_rows();
+      size_t left = 0;
+      for (const Active& at : active_) {
+        const Outcome outcome = finish_step(*at.state, at.slot);
+        if (outcome == Outcome::kGoesOn) active_[left++] = at;
+        if (outcome == Outcome::kWaits) waiting.push_back(at.state);
+      }
+      active_.resize(left);
+    }
+  }
+
+  std::vector<ImageState*> waiting;
+  std::vector<uint64_t> missing;  // keys of the states that they wait for
+  int64_t lookups = 0;
+  int64_t nonfinite_images = 0;
+
+ private:
+  struct Active {
+    ImageState* state;
+    int64_t slot;
+  };
+
+  struct Row {
+    const float* projected;  // U_o o of the path [D]
+    int32_t slot;
+    int32_t path;  // index into paths_
+    int32_t first_vector;
+  };
+
+  // What a step finds out about a live path.
+  struct PathStep {
+    enum class Kind : int8_t { kScored, kOnlyEnds, kMissing, kNotFinite };
+    Kind kind;
+    int32_t node;   // its prefix, where it has a state
+    float* scores;  // [stride], where it is scored
+    float log_sum_exp;
+    float end_score;
+  };
+
+  // Prepares an image; false when it ended because a value is not finite.
+  bool begin(ImageState& s, int64_t slot) {
+    const float* joint = images_.joint + s.image * D_;
+    const float* logits =
+        images_.label_logits == nullptr ? nullptr : images_.label_logits + s.image * (L_ + 1);
+    if (s.step == 0) {
+      if (!all_finite(joint, D_) || (logits != nullptr && !all_finite(logits, L_ + 1))) {
+        mark_nonfinite(s);
+        return false;
+      }
+    }
+    if (logits != nullptr) std::copy_n(logits, L_ + 1, logits_.data() + slot * stride_);
     return true;
   }
 
- private:
   static bool all_finite(const float* values, int64_t n) {
-    return std::all_of(values, values + n, [](float v) { return std::isfinite(v); });
+    constexpr uint32_t kExponent = 0x7f800000;
+    uint32_t bad = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      uint32_t value;
+      std::memcpy(&value, values + i, sizeof value);
+      bad |= (value & kExponent) == kExponent ? 1 : 0;
+    }
+    return bad == 0;
   }
 
-  // Fills scores_ with path.score + log p(label | path), -inf where a label is forbidden.
-  bool score_extensions(const Path& path, const float* image_joint, const float* label_logits) {
-    const int64_t L = head_.num_labels;
-    const int64_t D = head_.joint_dim;
-    const float* projected = prefixes_.projected_output(path.node, head_, kernels_, stats_);
-    kernels_.activate_sum(head_.activation, projected, image_joint, joint_.data(), D);
-    const int64_t first = first_allowed(path.node);
-    float* scores = scores_.data();
-    std::fill(scores, scores + first, kNegInf);
-    const float* start = head_.score_bias == nullptr ? nullptr : head_.score_bias + first;
-    kernels_.affine(joint_.data(), D, head_.score_weight + first, L + 1, start, scores + first,
-                    L + 1 - first);  // eq. 5
-    if (label_logits != nullptr) {
-      // Label logits reach hundreds and only their differences matter: taking off the largest
-      // allowed one first keeps the sum precise where probability is.
-      float* shifted = shifted_logits_.data();
-      std::copy(label_logits + first, label_logits + L + 1, shifted + first);
-      forbid(path.node, shifted);
-      const float largest = kernels_.largest(shifted + first, L + 1 - first);
-      for (int64_t l = first; l <= L; ++l) scores[l] += shifted[l] - largest;
-    }
-    forbid(path.node, scores);
-    if (!anything_may_follow(path.node)) {
-      scores[L] = path.score;
-      return true;
-    }
-    return kernels_.log_softmax(scores + first, L + 1 - first, path.score);
-  }
-
-  // Writes -inf where `scores` [L+1] belong to what may not follow, from first_allowed() on.
-  void forbid(int32_t node, float* scores) const {
-    if (options_.order == Order::kUnique) {
-      for (int32_t at = node; at != PrefixTable::kRoot; at = prefixes_.parent(at)) {
-        scores[prefixes_.last_label(at)] = kNegInf;
+  // Finds the states of an image's live paths and lists the rows to score.
+  void look_up(ImageState& s, int64_t slot) {
+    const size_t rows_before = rows_.size();
+    bool any_missing = false;
+    for (int j = 0; j < s.live_count; ++j) {
+      const LivePath& path = s.live[j];
+      PathStep& step = paths_[slot * N_ + j];
+      step.scores = nullptr;
+      if (s.step == options_.max_labels || !anything_may_follow(path, s.step)) {
+        step.kind = PathStep::Kind::kOnlyEnds;
+        continue;
       }
+      step.node =
+          s.step == 0 ? PrefixTable::kRoot : prefixes_.find(path.parent, path.label, stamp_);
+      if (step.node < 0) {
+        step.kind = PathStep::Kind::kMissing;
+        any_missing = true;
+        continue;
+      }
+      step.kind = PathStep::Kind::kScored;
+      rows_.push_back({prefixes_.projected_output(step.node), static_cast<int32_t>(slot),
+                       static_cast<int32_t>(slot * N_ + j),
+                       static_cast<int32_t>(first_allowed(path) / kernels_.lanes)});
+      __builtin_prefetch(rows_.back().projected);
     }
-    if (!end_allowed(node)) scores[head_.num_labels] = kNegInf;
+    if (any_missing && needs_all_) rows_.resize(rows_before);  // it waits in any case
   }
 
-  bool end_allowed(int32_t node) const { return prefixes_.length(node) >= options_.min_labels; }
-
-  bool anything_may_follow(int32_t node) const {
-    if (end_allowed(node) || options_.order == Order::kFree) return true;
-    return options_.order == Order::kUnique ? prefixes_.length(node) < head_.num_labels
-                                            : first_allowed(node) < head_.num_labels;
+  // Equations 4 and 5 for all rows. Rows that need their labels from nearby on share tiles.
+  void score_rows() {
+    const int64_t rows = static_cast<int64_t>(rows_.size());
+    order_rows();
+    x_.resize(rows);
+    y_.resize(rows);
+    first_vector_.resize(rows);
+    for (int64_t at = 0; at < rows; ++at) {
+      const Row& row = rows_[order_[at]];
+      float* total = joint_.data() + at * D_;
+      const int64_t image = slot_images_[row.slot];
+      kernels_.activate_sum(head_.activation(), row.projected, images_.joint + image * D_, total,
+                            D_);
+      x_[at] = total;
+      y_[at] = scores_.data() + at * stride_;
+      first_vector_[at] = row.first_vector;
+      paths_[row.path].scores = y_[at];
+    }
+    kernels_.product({rows, D_, head_.score_vectors(), x_.data(), head_.score_panels(),
+                      head_.score_start(), y_.data(), first_vector_.data()});
   }
 
-  int64_t first_allowed(int32_t node) const {
-    return options_.order == Order::kIncreasing ? prefixes_.last_label(node) + 1 : 0;
-  }
-
-  void offer_end(const Path& path, float score, int32_t rank, bool accepting, Extensions* best,
-                 FinishedPaths* done) {
-    if (options_.end_takes_slot) {
-      best->offer(score, Extension{rank, static_cast<int32_t>(head_.num_labels)});
-    } else if (accepting) {
-      done->offer(score, path.node);
+  // Sorts rows by their first vector: a counting sort.
+  void order_rows() {
+    const size_t rows = rows_.size();
+    order_.resize(rows);
+    const int64_t vectors = head_.score_vectors();
+    if (options_.order != Order::kIncreasing || vectors == 1) {
+      for (size_t i = 0; i < rows; ++i) order_[i] = static_cast<int32_t>(i);
+      return;
+    }
+    begins_.assign(vectors + 1, 0);
+    for (const Row& row : rows_) ++begins_[row.first_vector + 1];
+    for (int64_t v = 1; v <= vectors; ++v) begins_[v] += begins_[v - 1];
+    for (size_t i = 0; i < rows; ++i) {
+      order_[begins_[rows_[i].first_vector]++] = static_cast<int32_t>(i);
     }
   }
 
-  void take_extensions(const Extensions& best, std::vector<Path>* live, bool accepting,
-                       FinishedPaths* done) {
-    parents_ = *live;
-    live->clear();
-    extensions_.clear();
-    for (int i = 0; i < best.size; ++i) {
-      const Extension& extension = best.items[i];
-      const int32_t node = parents_[extension.parent_rank].node;
-      if (extension.label == head_.num_labels) {
-        if (accepting) done->offer(best.scores[i], node);
+  Outcome finish_step(ImageState& s, int64_t slot) {
+    PathStep* paths = paths_.data() + slot * N_;
+    const float* logits =
+        images_.label_logits == nullptr ? nullptr : logits_.data() + slot * stride_;
+    const auto is_missing = [&](int j) { return paths[j].kind == PathStep::Kind::kMissing; };
+    if (needs_all_) {
+      bool waits = false;
+      for (int j = 0; j < s.live_count; ++j) waits |= is_missing(j) && ask_for(s.live[j]);
+      if (waits) return Outcome::kWaits;
+    }
+
+    // A search without marginals has already dropped paths at or below this score.
+    const float floor_before = dropped_at(s.accepting, s.done);
+    FinishedPaths done = s.done;
+    int scored = 0;
+    for (int j = 0; j < s.live_count; ++j) {
+      if (is_missing(j)) continue;
+      const LivePath& path = s.live[j];
+      PathStep& step = paths[j];
+      if (step.kind == PathStep::Kind::kOnlyEnds) {
+        step.end_score = path.score;
       } else {
-        live->push_back({best.scores[i], prefixes_.child(node, extension.label)});
-        extensions_.push_back(extension);
+        ++scored;
+        const int64_t from = first_scored(path);
+        forbid(path, s.step, step.scores);
+        step.log_sum_exp = kernels_.finish_scores(
+            step.scores + from, logits == nullptr ? nullptr : logits + from, stride_ - from);
+        if (std::isnan(step.log_sum_exp)) {
+          step.kind = PathStep::Kind::kNotFinite;
+          continue;
+        }
+        step.end_score = path.score + step_log_prob(step.scores[L_], step.log_sum_exp);
+        step.scores[L_] = -kInf;  // what is left are labels
+      }
+      if (!options_.end_takes_slot && s.accepting) {
+        done.offer(step.end_score, finished(path, s.step));
       }
     }
-  }
+    if (!options_.end_takes_slot && waits_for_states(s, paths, done)) return Outcome::kWaits;
 
-  // The paper's rule: every intermediate path is less probable than all candidates.
-  bool literal_stop(const std::vector<Path>& live, const FinishedPaths& done) const {
-    return options_.stop == Stop::kLiteral && !live.empty() && done.size > 0 &&
-           live.front().score < done.worst();
-  }
-
-  void prune(bool marginals, bool accepting, const FinishedPaths& done,
-             std::vector<Path>* live) const {
-    if (marginals) {
-      float mass = 0.0f;
-      for (const Path& path : *live) mass += expf(path.score);
-      const bool settled = !live->empty() && live->front().score <= dropped_at(accepting, done);
-      if (mass < kLiveMassFloor && settled) live->clear();
-    } else {
-      const float floor = dropped_at(accepting, done);
-      while (!live->empty() && live->back().score <= floor) live->pop_back();
+    // Of the extensions only those that may live on matter, except for marginals.
+    Extensions best(static_cast<int>(N_));
+    const float floor = keep_all_                 ? -kInf
+                        : options_.end_takes_slot ? floor_before
+                                                  : dropped_at(s.accepting, done);
+    for (int j = 0; j < s.live_count; ++j) {
+      const PathStep& step = paths[j];
+      if (step.kind == PathStep::Kind::kMissing || step.kind == PathStep::Kind::kNotFinite)
+        continue;
+      const LivePath& path = s.live[j];
+      if (step.kind == PathStep::Kind::kScored) {
+        kernels_.select(step.scores, first_scored(path), stride_, path.score, step.log_sum_exp,
+                        floor, j, &best);
+      }
+      if (options_.end_takes_slot) {
+        best.offer(step.end_score, Extension{j, static_cast<int32_t>(L_)});
+      }
     }
+    if (options_.end_takes_slot) {
+      if (s.accepting) {
+        for (int i = 0; i < best.size; ++i) {
+          const Extension& extension = best.items[i];
+          if (extension.label != L_) continue;
+          done.offer(best.scores[i], finished(s.live[extension.parent_rank], s.step));
+        }
+      }
+      if (waits_for_states(s, paths, done)) return Outcome::kWaits;
+    }
+
+    const float floor_after = dropped_at(s.accepting, done);
+    for (int j = 0; j < s.live_count; ++j) {
+      if (paths[j].kind != PathStep::Kind::kNotFinite) continue;
+      // A path that can change nothing may be out of range.
+      if (s.live[j].score <= floor_before || s.live[j].score < floor_after) continue;
+      mark_nonfinite(s);
+      return Outcome::kEnded;
+    }
+    lookups += scored;
+    if (keep_all_) add_marginals(s, paths);
+    s.done = done;
+    take_extensions(best, paths, &s);
+    if (s.live_count > 0) return Outcome::kGoesOn;
+    write_paths(s);
+    return Outcome::kEnded;
+  }
+
+  static FinishedPath finished(const LivePath& path, int64_t length) {
+    return {path.parent, path.label, static_cast<int32_t>(length)};
+  }
+
+  bool ask_for(const LivePath& path) {
+    missing.push_back(prefix_key(path.parent, path.label));
+    return true;
+  }
+
+  // Asks for missing states that can still change the result, given the ends found without them.
+  bool waits_for_states(const ImageState& s, const PathStep* paths, const FinishedPaths& done) {
+    const float floor = dropped_at(s.accepting, done);
+    bool waits = false;
+    for (int j = 0; j < s.live_count; ++j) {
+      // At equal score its end could still go ahead of one of a later path.
+      const bool matters = s.live[j].score >= floor;
+      waits |= paths[j].kind == PathStep::Kind::kMissing && matters && ask_for(s.live[j]);
+    }
+    return waits;
+  }
+
+  // Writes -inf where `scores` belong to what may not follow, in the vectors that are scored.
+  void forbid(const LivePath& path, int64_t length, float* scores) const {
+    if (options_.order == Order::kIncreasing) {
+      std::fill(scores + first_scored(path), scores + first_allowed(path), -kInf);
+    } else if (options_.order == Order::kUnique && length > 0) {
+      scores[path.label] = -kInf;
+      for (int32_t at = path.parent; at != PrefixTable::kRoot; at = prefixes_.parent(at)) {
+        scores[prefixes_.last_label(at)] = -kInf;
+      }
+    }
+    if (!end_allowed(length)) scores[L_] = -kInf;
+  }
+
+  bool end_allowed(int64_t length) const { return length >= options_.min_labels; }
+
+  bool anything_may_follow(const LivePath& path, int64_t length) const {
+    if (end_allowed(length) || options_.order == Order::kFree) return true;
+    return options_.order == Order::kUnique ? length < L_ : first_allowed(path) < L_;
+  }
+
+  int64_t first_allowed(const LivePath& path) const {
+    return options_.order == Order::kIncreasing ? path.label + 1 : 0;
+  }
+
+  // The first label of the first vector that holds an allowed one.
+  int64_t first_scored(const LivePath& path) const {
+    return first_allowed(path) / kernels_.lanes * kernels_.lanes;
   }
 
   // Live paths at or below this score can no longer change the returned paths.
   float dropped_at(bool accepting, const FinishedPaths& done) const {
-    if (!accepting) return -kNegInf;
-    return options_.stop == Stop::kNBest && done.full() ? done.worst() : kNegInf;
+    if (!accepting) return kInf;
+    return options_.stop == Stop::kNBest && done.full() ? done.worst() : -kInf;
   }
 
-  void write_trace(const std::vector<Path>& live, int32_t* trace) const {
-    for (size_t j = 0; j < live.size(); ++j) {
-      trace[2 * j] = extensions_[j].parent_rank;
-      trace[2 * j + 1] = extensions_[j].label;
+  void add_marginals(const ImageState& s, const PathStep* paths) {
+    float* sums = output_.marginals + s.image * L_;
+    for (int j = 0; j < s.live_count; ++j) {
+      if (paths[j].kind != PathStep::Kind::kScored) continue;
+      const int64_t from = first_scored(s.live[j]);
+      kernels_.add_probabilities(sums + from, paths[j].scores + from, L_ - from, s.live[j].score,
+                                 paths[j].log_sum_exp);
     }
   }
 
-  const HeadTables& head_;
+  void take_extensions(const Extensions& best, const PathStep* paths, ImageState* s) {
+    Extension taken[kMaxBeamSize];
+    int count = 0;
+    for (int i = 0; i < best.size; ++i) {
+      const Extension& extension = best.items[i];
+      if (extension.label == L_) continue;
+      s->live[count] = {best.scores[i], paths[extension.parent_rank].node, extension.label};
+      taken[count++] = extension;
+    }
+    // The paper's rule: every intermediate path is less probable than all candidates.
+    if (options_.stop == Stop::kLiteral && count > 0 && s->done.size > 0 &&
+        s->live[0].score < s->done.worst()) {
+      s->accepting = false;
+    }
+    s->live_count = count;
+    prune(s);
+    if (output_.trace != nullptr) {
+      int32_t* trace =
+          output_.trace + (s->image * (options_.max_labels + 1) + s->step) * options_.beam_size * 2;
+      for (int j = 0; j < s->live_count; ++j) {
+        trace[2 * j] = taken[j].parent_rank;
+        trace[2 * j + 1] = taken[j].label;
+      }
+    }
+    ++s->step;
+  }
+
+  void prune(ImageState* s) const {
+    const float floor = dropped_at(s->accepting, s->done);
+    if (keep_all_) {
+      float mass = 0.0f;
+      for (int j = 0; j < s->live_count; ++j) mass += std::exp(s->live[j].score);
+      const bool settled = s->live_count > 0 && s->live[0].score <= floor;
+      if (mass < kLiveMassFloor && settled) s->live_count = 0;
+    } else {
+      while (s->live_count > 0 && s->live[s->live_count - 1].score <= floor) --s->live_count;
+    }
+  }
+
+  void write_paths(const ImageState& s) {
+    const int64_t T = options_.max_labels;
+    for (int i = 0; i < s.done.size; ++i) {
+      const FinishedPath& path = s.done.items[i];
+      const int64_t row = s.image * N_ + i;
+      output_.log_probs[row] = s.done.scores[i];
+      output_.lengths[row] = path.length;
+      int64_t* labels = output_.labels + row * T;
+      if (path.length > 0) labels[path.length - 1] = path.label;
+      int32_t node = path.parent;
+      for (int64_t t = path.length - 2; t >= 0; --t, node = prefixes_.parent(node)) {
+        labels[t] = prefixes_.last_label(node);
+      }
+    }
+  }
+
+  void mark_nonfinite(const ImageState& s) {
+    std::fill_n(output_.log_probs + s.image * N_, N_, kNaN);
+    if (keep_all_) std::fill_n(output_.marginals + s.image * L_, L_, kNaN);
+    ++nonfinite_images;
+  }
+
+  CpuHead& head_;
+  const PrefixTable& prefixes_;
   const CpuKernels& kernels_;
   const SearchOptions& options_;
-  PrefixTable& prefixes_;
-  SearchStats* stats_;
-  std::vector<float> joint_;           // [D]
-  std::vector<float> scores_;          // [L+1]
-  std::vector<float> shifted_logits_;  // [L+1]
-  std::vector<Path> parents_;          // the live paths that the last step extended
-  std::vector<Extension> extensions_;
+  const ImageEmbeddings& images_;
+  const SearchOutput& output_;
+  const uint32_t stamp_;
+  const int64_t L_, D_, N_;
+  const int64_t stride_;         // floats per row of scores
+  const bool keep_all_;          // marginals: no live path is dropped
+  const bool needs_all_;         // every live path's state is needed
+  AlignedFloats joint_;          // [rows, D]
+  AlignedFloats scores_;         // [rows, stride]
+  AlignedFloats logits_;         // [images, stride]
+  std::vector<PathStep> paths_;  // [images, N]
+  std::vector<Active> active_;
+  std::vector<int64_t> slot_images_;
+  std::vector<Row> rows_;
+  std::vector<int32_t> order_, begins_, first_vector_;
+  std::vector<const float*> x_;
+  std::vector<float*> y_;
 };
 
-void write_paths(const FinishedPaths& done, const PrefixTable& prefixes, int64_t T, int64_t* labels,
-                 int64_t* lengths, float* log_probs) {
-  for (int i = 0; i < done.size; ++i) {
-    int32_t node = done.items[i];
-    log_probs[i] = done.scores[i];
-    lengths[i] = prefixes.length(node);
-    for (int64_t t = lengths[i] - 1; t >= 0; --t, node = prefixes.parent(node)) {
-      labels[i * T + t] = prefixes.last_label(node);
-    }
+int64_t images_per_block(const CpuHead& head, const SearchOptions& options) {
+  const int64_t row_bytes =
+      head.score_vectors() * head.kernels().lanes * static_cast<int64_t>(sizeof(float));
+  const int64_t rows = std::min(kBlockRows, kBlockBytes / row_bytes);
+  return std::max<int64_t>(1, rows / options.beam_size);
+}
+
+// Searches images begin..end, whose prefixes fit into the table together.
+void search_slice(CpuHead* head, const SearchOptions& options, const ImageEmbeddings& images,
+                  const SearchOutput& output, const ParallelFor& parallel_for, int64_t begin,
+                  int64_t end, uint32_t stamp, SearchStats* stats) {
+  std::vector<ImageState> states;
+  states.reserve(end - begin);
+  std::vector<ImageState*> pending;
+  pending.reserve(end - begin);
+  for (int64_t image = begin; image < end; ++image) {
+    states.emplace_back(image, options.beam_size);
+    pending.push_back(&states.back());
+  }
+  while (!pending.empty()) {
+    const int64_t count = static_cast<int64_t>(pending.size());
+    const int64_t block = std::min(images_per_block(*head, options), count);
+    std::mutex merging;
+    std::vector<ImageState*> waiting;
+    std::vector<uint64_t> missing;
+    parallel_for((count + block - 1) / block, [&](int64_t first, int64_t last) {
+      BlockSearch search(head, options, images, output, stamp, block);
+      for (int64_t at = first * block; at < std::min(last * block, count); at += block) {
+        search.run(pending.data() + at, std::min(block, count - at));
+      }
+      const std::lock_guard lock(merging);
+      waiting.insert(waiting.end(), search.waiting.begin(), search.waiting.end());
+      missing.insert(missing.end(), search.missing.begin(), search.missing.end());
+      stats->prefix_lookups += search.lookups;
+      stats->nonfinite_images += search.nonfinite_images;
+    });
+    std::sort(missing.begin(), missing.end());
+    missing.erase(std::unique(missing.begin(), missing.end()), missing.end());
+    head->make_states(missing, stamp, parallel_for);
+    stats->prefix_hits -= static_cast<int64_t>(missing.size());
+    pending = std::move(waiting);
   }
 }
 
 }  // namespace
 
-SearchStats beam_search_cpu(const CpuKernels& kernels, const HeadTables& head,
-                            const SearchOptions& options, const ImageEmbeddings& images,
-                            PrefixTable* prefixes, const SearchOutput& output) {
+SearchStats beam_search_cpu(CpuHead* head, const SearchOptions& options,
+                            const ImageEmbeddings& images, const SearchOutput& output,
+                            const ParallelFor& parallel_for) {
   const int64_t N = options.beam_size;
   const int64_t T = options.max_labels;
-  const int64_t L = head.num_labels;
   const int64_t B = images.batch;
-  std::fill(output.labels, output.labels + B * N * T, int64_t{-1});
-  std::fill(output.lengths, output.lengths + B * N, int64_t{0});
-  std::fill(output.log_probs, output.log_probs + B * N, kNegInf);
-  if (output.marginals != nullptr) std::fill(output.marginals, output.marginals + B * L, 0.0f);
-  if (output.trace != nullptr) std::fill(output.trace, output.trace + B * (T + 1) * N * 2, -1);
+  std::fill_n(output.labels, B * N * T, int64_t{-1});
+  std::fill_n(output.lengths, B * N, int64_t{0});
+  std::fill_n(output.log_probs, B * N, -kInf);
+  if (output.marginals != nullptr) std::fill_n(output.marginals, B * head->num_labels(), 0.0f);
+  if (output.trace != nullptr) std::fill_n(output.trace, B * (T + 1) * N * 2, -1);
 
+  PrefixTable& prefixes = head->prefixes();
+  // Paths of length T need no state, nor does the root a new one.
+  const int64_t nodes_per_image = N * std::max<int64_t>(T - 1, 0);
+  const int64_t image_bytes = std::max<int64_t>(1, nodes_per_image * prefixes.node_bytes());
+  const int64_t slice =
+      std::clamp<int64_t>(prefixes.byte_budget() / 2 / image_bytes, 1, kSliceImages);
   SearchStats stats;
-  ImageSearch search(head, kernels, options, prefixes, &stats);
-  for (int64_t b = 0; b < B; ++b) {
-    if (prefixes->over_budget()) prefixes->clear();
-    const float* logits =
-        images.label_logits == nullptr ? nullptr : images.label_logits + b * (L + 1);
-    float* marginals = output.marginals == nullptr ? nullptr : output.marginals + b * L;
-    int32_t* trace = output.trace == nullptr ? nullptr : output.trace + b * (T + 1) * N * 2;
-    FinishedPaths done(options.beam_size);
-    if (search.run(images.joint + b * head.joint_dim, logits, marginals, trace, &done)) {
-      write_paths(done, *prefixes, T, output.labels + b * N * T, output.lengths + b * N,
-                  output.log_probs + b * N);
-    } else {
-      std::fill(output.log_probs + b * N, output.log_probs + (b + 1) * N, kNaN);
-      if (marginals != nullptr) std::fill(marginals, marginals + L, kNaN);
-    }
+  for (int64_t begin = 0; begin < B; begin += slice) {
+    const int64_t end = std::min(begin + slice, B);
+    const PrefixTable::Stay stay(&prefixes, (end - begin) * nodes_per_image);
+    search_slice(head, options, images, output, parallel_for, begin, end, stay.stamp(), &stats);
   }
-  stats.prefix_nodes = prefixes->size();
-  stats.prefix_bytes = prefixes->bytes();
+  stats.prefix_hits += stats.prefix_lookups;
+  stats.prefix_nodes = prefixes.size();
+  stats.prefix_bytes = prefixes.bytes();
   return stats;
 }
 

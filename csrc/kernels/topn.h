@@ -17,18 +17,18 @@ struct TopN {
   int size = 0;
   int limit;  // N, at most kCapacity
 
-  CNNRNN_DEVICE explicit TopN(int n) : limit(n) {}
+  CNNRNN_METHOD explicit TopN(int n) : limit(n) {}
 
-  CNNRNN_DEVICE bool full() const { return size == limit; }
+  CNNRNN_METHOD bool full() const { return size == limit; }
 
-  CNNRNN_DEVICE float worst() const { return scores[size - 1]; }
+  CNNRNN_METHOD float worst() const { return scores[size - 1]; }
 
-  // Would a path of this score enter? A score of -inf never does.
-  CNNRNN_DEVICE bool admits(float score) const {
-    return score > -INFINITY && (size < limit || score > scores[limit - 1]);
-  }
+  // What a score must exceed to enter. A score of -inf never does.
+  CNNRNN_METHOD float bound() const { return full() ? scores[limit - 1] : -INFINITY; }
 
-  CNNRNN_DEVICE void offer(float score, const Item& item) {
+  CNNRNN_METHOD bool admits(float score) const { return score > bound(); }
+
+  CNNRNN_METHOD void offer(float score, const Item& item) {
     if (!admits(score)) return;
     int at = size < limit ? size++ : limit - 1;
     for (; at > 0 && scores[at - 1] < score; --at) {
@@ -38,6 +38,12 @@ struct TopN {
     scores[at] = score;
     items[at] = item;
   }
+};
+
+// A live path's continuation: the rank of the path among its image's live paths, and the label.
+struct Extension {
+  int32_t parent_rank;
+  int32_t label;
 };
 
 }  // namespace cnnrnn

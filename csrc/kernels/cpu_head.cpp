@@ -1,0 +1,152 @@
+#include "cpu_head.h"
+
+#include <algorithm>
+#include <limits>
+#include <new>
+
+namespace cnnrnn {
+namespace {
+
+constexpr size_t kCacheLine = 64;
+constexpr int64_t kGates = 4;
+constexpr int64_t kStateBatch = 1024;  // states made at once: their pointers, not their memory
+
+int64_t vectors_of(int64_t n, int64_t lanes) { return (n + lanes - 1) / lanes; }
+
+// Columns of a matrix [n, K], each column of the product a row here, as panels [vectors, K, lanes].
+AlignedFloats panels(const float* rows, int64_t n, int64_t K, int64_t lanes) {
+  AlignedFloats packed(vectors_of(n, lanes) * K * lanes);
+  for (int64_t j = 0; j < n; ++j) {
+    float* to = packed.data() + j / lanes * K * lanes + j % lanes;
+    for (int64_t k = 0; k < K; ++k) to[k * lanes] = rows[j * K + k];
+  }
+  return packed;
+}
+
+}  // namespace
+
+AlignedFloats::AlignedFloats(int64_t n, float value)
+    : data_(static_cast<float*>(
+          ::operator new[](static_cast<size_t>(n) * sizeof(float), std::align_val_t{kCacheLine}))) {
+  std::fill_n(data_.get(), n, value);
+}
+
+void AlignedFloats::Free::operator()(float* data) const {
+  ::operator delete[](data, std::align_val_t{kCacheLine});
+}
+
+CpuHead::CpuHead(const HeadWeights& weights, const CpuKernels& kernels, int64_t prefix_bytes)
+    : kernels_(kernels),
+      L_(weights.num_labels),
+      D_(weights.joint_dim),
+      H_(weights.hidden_dim),
+      lanes_(kernels.lanes),
+      tiles_(vectors_of(H_, lanes_)),
+      cell_(weights.cell),
+      activation_(weights.activation),
+      score_vectors_(vectors_of(L_ + 1, lanes_)),
+      joint_vectors_(vectors_of(D_, lanes_)),
+      score_panels_(panels(weights.label_embedding, L_ + 1, D_, lanes_)),
+      score_start_(score_vectors_ * lanes_, -std::numeric_limits<float>::infinity()),
+      output_panels_(panels(weights.output_projection, D_, H_, lanes_)),
+      zeros_(tiles_ * lanes_),
+      prefixes_(tiles_ * lanes_, joint_vectors_ * lanes_, prefix_bytes) {
+  pack(weights);
+  const uint64_t no_key = kFreeSlot;
+  make_batch(&no_key, 1, PrefixTable::kRoot, [](int64_t n, const Work& work) { work(0, n); });
+}
+
+void CpuHead::pack(const HeadWeights& weights) {
+  for (int64_t l = 0; l <= L_; ++l) {
+    score_start_.data()[l] = weights.score_bias == nullptr ? 0.0f : weights.score_bias[l];
+  }
+
+  // Unit u of gate g is row g * H + u of torch's weights.
+  hidden_panels_ = AlignedFloats(tiles_ * H_ * kGates * lanes_);
+  for (int64_t g = 0; g < kGates; ++g) {
+    for (int64_t u = 0; u < H_; ++u) {
+      const float* row = weights.hidden_weight + (g * H_ + u) * H_;
+      float* to =
+          hidden_panels_.data() + u / lanes_ * H_ * kGates * lanes_ + g * lanes_ + u % lanes_;
+      for (int64_t k = 0; k < H_; ++k) to[k * kGates * lanes_] = row[k];
+    }
+  }
+
+  // The gates' input half of every label and START, by the same product as everything else.
+  const int64_t rows = L_ + 1;
+  const int64_t columns = kGates * H_;
+  const AlignedFloats input_panels = panels(weights.input_weight, columns, D_, lanes_);
+  const int64_t vectors = vectors_of(columns, lanes_);
+  AlignedFloats bias(vectors * lanes_);
+  for (int64_t j = 0; j < columns; ++j) {
+    bias.data()[j] = (weights.input_bias == nullptr ? 0.0f : weights.input_bias[j]) +
+                     (weights.hidden_bias == nullptr ? 0.0f : weights.hidden_bias[j]);
+  }
+  input_gates_ = AlignedFloats(rows * tiles_ * kGates * lanes_);
+  AlignedFloats gates(vectors * lanes_);
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t embedding = row < L_ ? row : L_ + 1;  // START comes after END
+    const float* x = weights.label_embedding + embedding * D_;
+    float* y = gates.data();
+    kernels_.product({1, D_, vectors, &x, input_panels.data(), bias.data(), &y, nullptr});
+    float* to = input_gates_.data() + row * tiles_ * kGates * lanes_;
+    for (int64_t g = 0; g < kGates; ++g) {
+      for (int64_t u = 0; u < H_; ++u) {
+        to[(u / lanes_ * kGates + g) * lanes_ + u % lanes_] = y[g * H_ + u];
+      }
+    }
+  }
+}
+
+void CpuHead::make_states(const std::vector<uint64_t>& keys, uint32_t stamp,
+                          const ParallelFor& parallel_for) {
+  const int64_t total = static_cast<int64_t>(keys.size());
+  for (int64_t begin = 0; begin < total; begin += kStateBatch) {
+    const int64_t count = std::min(kStateBatch, total - begin);
+    const int32_t first = prefixes_.add(count);
+    make_batch(keys.data() + begin, count, first, parallel_for);
+    prefixes_.publish(keys.data() + begin, count, first, stamp);
+  }
+}
+
+// States of nodes first, first + 1, ...; without a key, that of the root.
+void CpuHead::make_batch(const uint64_t* keys, int64_t count, int32_t first,
+                         const ParallelFor& parallel_for) {
+  std::vector<const float*> gates(count), fed_back(count), previous(count), outputs(count);
+  std::vector<float*> output(count), next(count), projected(count);
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t node = static_cast<int32_t>(first + i);
+    const bool is_root = keys[i] == kFreeSlot;
+    const int64_t input_row = is_root ? L_ : key_label(keys[i]);
+    gates[i] = input_gates_.data() + input_row * tiles_ * kGates * lanes_;
+    if (is_root) {
+      fed_back[i] = previous[i] = zeros_.data();
+    } else {
+      const int32_t parent = key_parent(keys[i]);
+      previous[i] = prefixes_.cell(parent);
+      // An LSTM feeds its output back, equation 1 its cell.
+      fed_back[i] = cell_ == Cell::kLstm ? prefixes_.output(parent) : previous[i];
+    }
+    outputs[i] = output[i] = prefixes_.output(node);
+    next[i] = prefixes_.cell(node);
+    projected[i] = prefixes_.projected_output(node);
+  }
+  const StateBatch batch{cell_,
+                         count,
+                         H_,
+                         hidden_panels_.data(),
+                         gates.data(),
+                         fed_back.data(),
+                         previous.data(),
+                         output.data(),
+                         next.data()};
+  // Each thread takes units, so that every weight is read by one thread alone.
+  parallel_for(tiles_,
+               [&](int64_t begin, int64_t end) { kernels_.extend_states(batch, begin, end); });
+  parallel_for(count, [&](int64_t begin, int64_t end) {
+    kernels_.product({end - begin, H_, joint_vectors_, outputs.data() + begin,
+                      output_panels_.data(), nullptr, projected.data() + begin, nullptr});
+  });
+}
+
+}  // namespace cnnrnn

@@ -1,0 +1,72 @@
+// A head as the CPU search reads it: weights packed for one instruction set, and the prefix states
+// that were made with them.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "cpu_kernels.h"
+#include "prefix_table.h"
+#include "search.h"
+
+namespace cnnrnn {
+
+// Floats that begin on a cache line, so that a vector never lies across two.
+class AlignedFloats {
+ public:
+  AlignedFloats() = default;
+  explicit AlignedFloats(int64_t n, float value = 0.0f);
+  float* data() { return data_.get(); }
+  const float* data() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(float* data) const;
+  };
+  std::unique_ptr<float[], Free> data_;
+};
+
+class CpuHead {
+ public:
+  // Copies the weights. Kept prefix states take at most `prefix_bytes`, but always what one image
+  // needs.
+  CpuHead(const HeadWeights& weights, const CpuKernels& kernels, int64_t prefix_bytes);
+
+  const CpuKernels& kernels() const { return kernels_; }
+  PrefixTable& prefixes() { return prefixes_; }
+  int64_t num_labels() const { return L_; }
+  int64_t joint_dim() const { return D_; }
+  int64_t hidden_dim() const { return H_; }
+  Activation activation() const { return activation_; }
+
+  // Label scores: vectors per row, their weights [vectors, D, lanes] and their bias, which is -inf
+  // past END.
+  int64_t score_vectors() const { return score_vectors_; }
+  const float* score_panels() const { return score_panels_.data(); }
+  const float* score_start() const { return score_start_.data(); }
+
+  // Makes the states of the prefixes under `keys`, whose parents are there.
+  void make_states(const std::vector<uint64_t>& keys, uint32_t stamp,
+                   const ParallelFor& parallel_for);
+
+ private:
+  void pack(const HeadWeights& weights);
+  void make_batch(const uint64_t* keys, int64_t count, int32_t first,
+                  const ParallelFor& parallel_for);
+
+  const CpuKernels& kernels_;
+  const int64_t L_, D_, H_, lanes_, tiles_;  // tiles of `lanes` recurrent units
+  const Cell cell_;
+  const Activation activation_;
+  const int64_t score_vectors_, joint_vectors_;
+  AlignedFloats score_panels_;   // [score vectors, D, lanes]
+  AlignedFloats score_start_;    // [score vectors, lanes]
+  AlignedFloats input_gates_;    // [L+1, tiles, 4, lanes]; U_w w and the biases; row L is START
+  AlignedFloats hidden_panels_;  // [tiles, H, 4, lanes]
+  AlignedFloats output_panels_;  // [joint vectors, H, lanes]
+  AlignedFloats zeros_;          // [tiles, lanes]: the state before START
+  PrefixTable prefixes_;
+};
+
+}  // namespace cnnrnn
