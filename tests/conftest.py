@@ -9,6 +9,13 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a long run search more than the daily one: `pytest --searches 10000`."""
+    parser.addoption(
+        "--searches", type=int, default=1000, help="random searches to hold against float64"
+    )
+
+
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every device that a test should pass on; without a GPU the CUDA half skips."""

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from cnnrnn import _C  # also registers torch.ops.cnnrnn.beam_search
 from cnnrnn.config import SearchConfig
 from cnnrnn.model import Head, ImageEmbedding
 from cnnrnn.search import reference
@@ -141,8 +142,6 @@ def make_cpu_head(
     head: Head, *, prefix_bytes: int = PREFIX_BYTES, instruction_set: str = "auto"
 ) -> Any:
     """Pack a head's weights into a new `_C.CpuHead`; tests name a budget or instruction set."""
-    from cnnrnn import _C
-
     parameters = (
         None if tensor is None else tensor.detach().to("cpu", torch.float32)
         for tensor in _parameters(head)
@@ -228,8 +227,6 @@ def _traced(
     marginals: bool,
 ) -> SearchResult:
     """Put the registered op into the graph that torch.compile or torch.export is making."""
-    from cnnrnn import _C as _C  # registers the op
-
     logits = embedding.label_logits
     labels, lengths, log_probs, sums = torch.ops.cnnrnn.beam_search(
         embedding.joint.detach(),
