@@ -111,7 +111,7 @@ class _Kept(NamedTuple):
 
     modules: tuple[tuple[dict[str, Any], str, Any], ...]  # (a module's dict, name, value then)
     key: tuple[Any, ...]
-    cpu_head: Any  # _C.CpuHead
+    cpu_head: _C.CpuHead
 
 
 _kept: weakref.WeakKeyDictionary[Head, _Kept] = weakref.WeakKeyDictionary()
@@ -119,7 +119,7 @@ if hasattr(os, "register_at_fork"):  # another thread may have been using a head
     os.register_at_fork(after_in_child=_kept.clear)
 
 
-def cpu_head(head: Head) -> Any:
+def cpu_head(head: Head) -> _C.CpuHead:
     """Return the head as the CPU kernels read it, made anew when a weight has changed.
 
     A change is seen by which tensor a parameter is, where it lies, and torch's count of its
@@ -140,14 +140,14 @@ def cpu_head(head: Head) -> Any:
 
 def make_cpu_head(
     head: Head, *, prefix_bytes: int = PREFIX_BYTES, instruction_set: str = "auto"
-) -> Any:
+) -> _C.CpuHead:
     """Pack a head's weights into a new `_C.CpuHead`; tests name a budget or instruction set."""
     parameters = (
         None if tensor is None else tensor.detach().to("cpu", torch.float32)
         for tensor in _parameters(head)
     )
     return _C.CpuHead(
-        *parameters,
+        *parameters,  # type: ignore[arg-type]  # None only where the head may lack one
         cell=head.cell,
         activation=head.activation,
         prefix_bytes=prefix_bytes,
