@@ -22,7 +22,9 @@ from cnnrnn.baselines import METHODS, Row, compare, frozen_features
 from cnnrnn.cli import main as cnnrnn_command
 from cnnrnn.config import ModelConfig, SearchConfig, TrainConfig
 
-SCENES_SEED = 1  # the model that ships was trained on seed 0
+# The set-up below was settled on scenes of seed 1; these were first looked at when nothing was left
+# to choose. The model that ships was trained on seed 0.
+SCENES_SEED = 11
 BACKBONE_OPTIONS = (
     "--model.backbone small --model.freeze_backbone false --model.input_dropout 0 "
     "--model.hidden_dropout 0.1 --warm_epochs 14 --epochs 0 --schedule one_cycle "
