@@ -57,10 +57,15 @@ struct CpuKernels {
   // Makes the units of tiles first_tile..last_tile of every prefix in the batch.
   void (*extend_states)(const StateBatch& batch, int64_t first_tile, int64_t last_tile);
 
+  // Copies an image's logits, -inf after the last up to whole vectors. later_most[v, lanes] are the
+  // largest logits of the vectors after v, lane by lane.
+  void (*take_logits)(const float* from, int64_t count, float* logits, float* later_most);
+
   // Adds logits (or null) shifted by the largest that is not forbidden, and returns the logarithm
   // of the sum of e^scores; NaN where a score is NaN or the largest is not finite. Forbidden scores
-  // are -inf. n is a multiple of lanes.
-  float (*finish_scores)(float* scores, const float* logits, int64_t n);
+  // are -inf. n is a multiple of lanes. later_most [lanes] are the largest logits after the first
+  // vector where none of them is forbidden, or null.
+  float (*finish_scores)(float* scores, const float* logits, const float* later_most, int64_t n);
 
   // Offers path_score + log-probability of every label from..n to `best`, in order, where it
   // exceeds `floor`. n - from is a multiple of lanes.

@@ -229,20 +229,63 @@ void extend_states(const StateBatch& b, int64_t first_tile, int64_t last_tile) {
   }
 }
 
+// Over the lanes, in an order that is fixed: halves against halves.
 inline float largest_lane(Vector lanes) {
-  float best = lanes[0];
-  for (int i = 1; i < kLanes; ++i) best = lanes[i] > best ? lanes[i] : best;
-  return best;
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(reinterpret_cast<__m512>(lanes));
+#elif defined(__AVX2__)
+  const __m256 all = reinterpret_cast<__m256>(lanes);
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+#else
+  const float low = lanes[0] > lanes[2] ? lanes[0] : lanes[2];
+  const float high = lanes[1] > lanes[3] ? lanes[1] : lanes[3];
+  return low > high ? low : high;
+#endif
 }
 
-float finish_scores(float* scores, const float* logits, int64_t n) {
+inline float sum_of_lanes(Vector lanes) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(reinterpret_cast<__m512>(lanes));
+#elif defined(__AVX2__)
+  const __m256 all = reinterpret_cast<__m256>(lanes);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
+  return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+#endif
+}
+
+void take_logits(const float* from, int64_t count, float* logits, float* later_most) {
+  const int64_t n = (count + kLanes - 1) / kLanes * kLanes;
+  for (int64_t j = 0; j < count; ++j) logits[j] = from[j];
+  for (int64_t j = count; j < n; ++j) logits[j] = -INFINITY;
+  Vector most = splat(-INFINITY);
+  for (int64_t j = n - kLanes; j >= 0; j -= kLanes) {
+    store(later_most + j, most);
+    const Vector logit = load(logits + j);
+    most = logit > most ? logit : most;
+  }
+}
+
+float finish_scores(float* scores, const float* logits, const float* later_most, int64_t n) {
   const Vector none = splat(-INFINITY);
   Vector most = none;
   if (logits != nullptr) {
-    Vector allowed_most = none;
-    for (int64_t j = 0; j < n; j += kLanes) {
-      const Vector allowed = load(scores + j) == none ? none : load(logits + j);
-      allowed_most = allowed > allowed_most ? allowed : allowed_most;
+    const auto allowed = [&](int64_t j) {
+      return load(scores + j) == none ? none : load(logits + j);
+    };
+    Vector allowed_most = allowed(0);
+    if (later_most != nullptr) {
+      const Vector later = load(later_most);
+      allowed_most = allowed_most > later ? allowed_most : later;
+    } else {
+      for (int64_t j = kLanes; j < n; j += kLanes) {
+        const Vector logit = allowed(j);
+        allowed_most = logit > allowed_most ? logit : allowed_most;
+      }
     }
     const float shift = largest_lane(allowed_most);
     for (int64_t j = 0; j < n; j += kLanes) {
@@ -259,10 +302,10 @@ float finish_scores(float* scores, const float* logits, int64_t n) {
   const float largest = largest_lane(most);
   if (!(largest > -INFINITY && largest < INFINITY)) return NAN;
   Vector sums{};
-  for (int64_t j = 0; j < n; j += kLanes) sums += exponential(load(scores + j) - largest);
-  float sum = 0.0f;
-  for (int i = 0; i < kLanes; ++i) sum += sums[i];
-  return largest + logf(sum);  // NaN where a score is
+  for (int64_t j = 0; j < n; j += kLanes) {
+    sums += exponential_of_nonpositive(load(scores + j) - largest);
+  }
+  return largest + logf(sum_of_lanes(sums));  // NaN where a score is
 }
 
 void select(const float* scores, int64_t from, int64_t n, float path_score, float log_sum_exp,
@@ -284,14 +327,16 @@ void add_probabilities(float* sums, const float* scores, int64_t n, float path_s
   int64_t j = 0;
   for (; j + kLanes <= n; j += kLanes) {
     const Vector score = path_score + step_log_prob(load(scores + j), log_sum_exp);
-    store(sums + j, load(sums + j) + exponential(score));
+    store(sums + j, load(sums + j) + exponential_of_nonpositive(score));
   }
-  for (; j < n; ++j) sums[j] += exponential(path_score + step_log_prob(scores[j], log_sum_exp));
+  for (; j < n; ++j) {
+    sums[j] += exponential_of_nonpositive(path_score + step_log_prob(scores[j], log_sum_exp));
+  }
 }
 
 constexpr CpuKernels kernels_of(const char* name) {
-  return {name,          kLanes,        product, activate_sum,
-          extend_states, finish_scores, select,  add_probabilities};
+  return {name,        kLanes,        product, activate_sum,     extend_states,
+          take_logits, finish_scores, select,  add_probabilities};
 }
 
 }  // namespace

@@ -34,40 +34,60 @@ struct IntegersOf<float> {
   using type = int32_t;
 };
 
-// e^x without a branch or a call, so that it becomes vector code: x = n ln 2 + r, a polynomial in
-// r, and n added to the exponent. Within 2 ulp of e^x; 0 below the smallest normal number, infinity
-// above the largest; keeps NaN.
+// e^x = 2^n e^r with |r| <= ln 2 / 2: returns e^r, by a polynomial, and n. For x within the range
+// of normal floats. Without a branch or a call, so that it becomes vector code.
 template <typename F>
-CNNRNN_INLINE F exponential(F x) {
-  using I = typename IntegersOf<F>::type;
-  const F zero{};
-  const F smallest = zero - 87.33654f, largest = zero + 88.72283f, infinite = zero + INFINITY;
+CNNRNN_INLINE F reduced_exponential(F x, typename IntegersOf<F>::type* n) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
-  // What lies outside is replaced below; 0 stands in, since arithmetic on subnormals is slow.
-  const F above = x < smallest ? zero : x;
-  const F clamped = above > largest ? zero : above;
-  const F shifted = clamped * 1.44269504f + kRound;
-  const F n = shifted - kRound;
-  const F r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  F p = zero + 1.9875691500e-4f;
+  const F shifted = x * 1.44269504f + kRound;
+  const F whole = shifted - kRound;
+  const F r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  memcpy(n, &shifted, sizeof shifted);
+  *n -= 0x4B400000;
+  F p = F{} + 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = (p * r) * r + r + 1.0f;
+  return (p * r) * r + r + 1.0f;
+}
+
+// 2^n for n in -126..127.
+template <typename F>
+CNNRNN_INLINE F power_of_two(typename IntegersOf<F>::type n) {
+  const typename IntegersOf<F>::type bits = (n + 127) << 23;
+  F power;
+  memcpy(&power, &bits, sizeof power);
+  return power;
+}
+
+constexpr float kSmallestExponent = -87.33654f;  // below it e^x is subnormal, and taken for 0
+
+// e^x within 2 ulp; 0 where it would be subnormal, infinity above the largest float; keeps NaN.
+template <typename F>
+CNNRNN_INLINE F exponential(F x) {
+  const F zero{}, smallest = zero + kSmallestExponent, largest = zero + 88.72283f;
+  // What lies outside is replaced below; 0 stands in, since arithmetic on subnormals is slow.
+  const F above = x < smallest ? zero : x;
+  const F clamped = above > largest ? zero : above;
+  typename IntegersOf<F>::type n;
+  const F e_r = reduced_exponential(clamped, &n);
   // Two halves, since 2^128 is no float but e^88.7 is.
-  I exponent;
-  memcpy(&exponent, &shifted, sizeof exponent);
-  exponent -= 0x4B400000;
-  const I half = exponent >> 1;
-  const I first_bits = (half + 127) << 23, second_bits = (exponent - half + 127) << 23;
-  F first, second;
-  memcpy(&first, &first_bits, sizeof first);
-  memcpy(&second, &second_bits, sizeof second);
-  const F value = p * first * second;
+  const F value = e_r * power_of_two<F>(n >> 1) * power_of_two<F>(n - (n >> 1));
   const F not_below = x < smallest ? zero : value;
-  return x > largest ? infinite : not_below;
+  return x > largest ? zero + INFINITY : not_below;
+}
+
+// The same bits for x <= 0, in fewer instructions.
+template <typename F>
+CNNRNN_INLINE F exponential_of_nonpositive(F x) {
+  const F zero{}, smallest = zero + kSmallestExponent;
+  const F above = x < smallest ? zero : x;
+  typename IntegersOf<F>::type n;
+  const F e_r = reduced_exponential(above, &n);
+  const F value = e_r * power_of_two<F>(n);
+  return x < smallest ? zero : value;
 }
 
 CNNRNN_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }

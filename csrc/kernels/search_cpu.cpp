@@ -88,6 +88,7 @@ class BlockSearch {
         joint_(block_images * N_ * D_),
         scores_(block_images * N_ * stride_),
         logits_(images.label_logits == nullptr ? 0 : block_images * stride_),
+        later_most_(images.label_logits == nullptr ? 0 : block_images * stride_),
         paths_(block_images * N_) {}
 
   // Takes images as far as the states that are there allow.
@@ -151,7 +152,10 @@ class BlockSearch {
         return false;
       }
     }
-    if (logits != nullptr) std::copy_n(logits, L_ + 1, logits_.data() + slot * stride_);
+    if (logits != nullptr) {
+      kernels_.take_logits(logits, L_ + 1, logits_.data() + slot * stride_,
+                           later_most_.data() + slot * stride_);
+    }
     return true;
   }
 
@@ -237,6 +241,11 @@ class BlockSearch {
     PathStep* paths = paths_.data() + slot * N_;
     const float* logits =
         images_.label_logits == nullptr ? nullptr : logits_.data() + slot * stride_;
+    // What is forbidden lies in a row's first vector alone.
+    const bool later_allowed =
+        end_allowed(s.step) && (options_.order != Order::kUnique || s.step == 0);
+    const float* later_most =
+        logits == nullptr || !later_allowed ? nullptr : later_most_.data() + slot * stride_;
     const auto is_missing = [&](int j) { return paths[j].kind == PathStep::Kind::kMissing; };
     if (needs_all_) {
       bool waits = false;
@@ -259,7 +268,8 @@ class BlockSearch {
         const int64_t from = first_scored(path);
         forbid(path, s.step, step.scores);
         step.log_sum_exp = kernels_.finish_scores(
-            step.scores + from, logits == nullptr ? nullptr : logits + from, stride_ - from);
+            step.scores + from, logits == nullptr ? nullptr : logits + from,
+            later_most == nullptr ? nullptr : later_most + from, stride_ - from);
         if (std::isnan(step.log_sum_exp)) {
           step.kind = PathStep::Kind::kNotFinite;
           continue;
@@ -460,6 +470,7 @@ class BlockSearch {
   AlignedFloats joint_;          // [rows, D]
   AlignedFloats scores_;         // [rows, stride]
   AlignedFloats logits_;         // [images, stride]
+  AlignedFloats later_most_;     // [images, stride]
   std::vector<PathStep> paths_;  // [images, N]
   std::vector<Active> active_;
   std::vector<int64_t> slot_images_;

@@ -49,7 +49,12 @@ void check_exponential() {
   for (float x = -87.3f; x <= 88.7f; x += 0.00137f) {
     const double expected = std::exp(static_cast<double>(x));
     CHECK(std::fabs(cnnrnn::exponential(x) - expected) <= 2.4e-7 * expected);  // 2 ulp at most
+    if (x <= 0.0f) CHECK(cnnrnn::exponential_of_nonpositive(x) == cnnrnn::exponential(x));
   }
+  for (float x : {0.0f, -0.0f, -1e-40f, -87.4f, -500.0f, -kInf}) {
+    CHECK(cnnrnn::exponential_of_nonpositive(x) == cnnrnn::exponential(x));
+  }
+  CHECK(std::isnan(cnnrnn::exponential_of_nonpositive(kNan)));
   CHECK(cnnrnn::exponential(0.0f) == 1.0f);
   CHECK(cnnrnn::exponential(-87.4f) == 0.0f && cnnrnn::exponential(-kInf) == 0.0f);
   CHECK(cnnrnn::exponential(88.8f) == kInf && cnnrnn::exponential(kInf) == kInf);
