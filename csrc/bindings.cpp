@@ -192,7 +192,7 @@ class HeadRegistry {
 
  private:
   static constexpr size_t kMostHeads = 4;
-  static constexpr int64_t kPrefixBytes = int64_t{256} << 20;
+  static constexpr int64_t kPrefixBytes = int64_t{512} << 20;
 
   struct TensorKey {
     c10::weak_intrusive_ptr<c10::StorageImpl> storage;
@@ -323,7 +323,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("label_embedding"), py::arg("score_bias"), py::arg("input_weight"),
            py::arg("hidden_weight"), py::arg("input_bias"), py::arg("hidden_bias"),
            py::arg("output_projection"), py::kw_only(), py::arg("cell"), py::arg("activation"),
-           py::arg("prefix_bytes") = int64_t{256} << 20, py::arg("instruction_set") = "auto",
+           py::arg("prefix_bytes") = int64_t{512} << 20, py::arg("instruction_set") = "auto",
            py::call_guard<py::gil_scoped_release>())
       .def(
           "beam_search",

@@ -103,7 +103,7 @@ def _check_embedding(head: Head, embedding: ImageEmbedding) -> None:
         )
 
 
-PREFIX_BYTES = 256 << 20  # what a head's kept prefix states may take
+PREFIX_BYTES = 512 << 20  # what a head's kept prefix states may take
 
 
 class _Kept(NamedTuple):

@@ -49,7 +49,7 @@ CpuHead::CpuHead(const HeadWeights& weights, const CpuKernels& kernels, int64_t 
       score_panels_(panels(weights.label_embedding, L_ + 1, D_, lanes_)),
       score_start_(score_vectors_ * lanes_, -std::numeric_limits<float>::infinity()),
       output_panels_(panels(weights.output_projection, D_, H_, lanes_)),
-      zeros_(tiles_ * lanes_),
+      zeros_(tiles_ * kGates * lanes_),
       prefixes_(tiles_ * lanes_, joint_vectors_ * lanes_, prefix_bytes) {
   pack(weights);
   const uint64_t no_key = kFreeSlot;
@@ -103,47 +103,59 @@ void CpuHead::make_states(const std::vector<uint64_t>& keys, uint32_t stamp,
   const int64_t total = static_cast<int64_t>(keys.size());
   for (int64_t begin = 0; begin < total; begin += kStateBatch) {
     const int64_t count = std::min(kStateBatch, total - begin);
+    make_recurrent_gates(keys.data() + begin, count, parallel_for);
     const int32_t first = prefixes_.add(count);
     make_batch(keys.data() + begin, count, first, parallel_for);
     prefixes_.publish(keys.data() + begin, count, first, stamp);
   }
 }
 
+// Of the parents that have none yet.
+void CpuHead::make_recurrent_gates(const uint64_t* keys, int64_t count,
+                                   const ParallelFor& parallel_for) {
+  std::vector<int32_t> parents;
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t parent = key_parent(keys[i]);
+    if (!parents.empty() && parents.back() == parent) continue;
+    if (prefixes_.recurrent_gates(parent) == nullptr) parents.push_back(parent);
+  }
+  if (parents.empty()) return;
+  const int64_t made = static_cast<int64_t>(parents.size());
+  const int32_t first = prefixes_.add_recurrent_gates(made);
+  std::vector<const float*> fed_back(made);
+  std::vector<float*> gates(made);
+  for (int64_t i = 0; i < made; ++i) {
+    // An LSTM feeds its output back, equation 1 its cell.
+    fed_back[i] = cell_ == Cell::kLstm ? prefixes_.output(parents[i]) : prefixes_.cell(parents[i]);
+    gates[i] = prefixes_.unpublished_gates(static_cast<int32_t>(first + i));
+  }
+  const RecurrentGates batch{made, H_, hidden_panels_.data(), fed_back.data(), gates.data()};
+  // Each thread takes units, so that every weight is read by one thread alone.
+  parallel_for(tiles_,
+               [&](int64_t begin, int64_t end) { kernels_.multiply_states(batch, begin, end); });
+  prefixes_.publish_recurrent_gates(parents.data(), made, first);
+}
+
 // States of nodes first, first + 1, ...; without a key, that of the root.
 void CpuHead::make_batch(const uint64_t* keys, int64_t count, int32_t first,
                          const ParallelFor& parallel_for) {
-  std::vector<const float*> gates(count), fed_back(count), previous(count), outputs(count);
+  std::vector<const float*> input(count), recurrent(count), previous(count), outputs(count);
   std::vector<float*> output(count), next(count), projected(count);
   for (int64_t i = 0; i < count; ++i) {
     const int32_t node = static_cast<int32_t>(first + i);
     const bool is_root = keys[i] == kFreeSlot;
     const int64_t input_row = is_root ? L_ : key_label(keys[i]);
-    gates[i] = input_gates_.data() + input_row * tiles_ * kGates * lanes_;
-    if (is_root) {
-      fed_back[i] = previous[i] = zeros_.data();
-    } else {
-      const int32_t parent = key_parent(keys[i]);
-      previous[i] = prefixes_.cell(parent);
-      // An LSTM feeds its output back, equation 1 its cell.
-      fed_back[i] = cell_ == Cell::kLstm ? prefixes_.output(parent) : previous[i];
-    }
+    input[i] = input_gates_.data() + input_row * tiles_ * kGates * lanes_;
+    recurrent[i] = is_root ? zeros_.data() : prefixes_.recurrent_gates(key_parent(keys[i]));
+    previous[i] = is_root ? zeros_.data() : prefixes_.cell(key_parent(keys[i]));
     outputs[i] = output[i] = prefixes_.output(node);
     next[i] = prefixes_.cell(node);
     projected[i] = prefixes_.projected_output(node);
   }
-  const StateBatch batch{cell_,
-                         count,
-                         H_,
-                         hidden_panels_.data(),
-                         gates.data(),
-                         fed_back.data(),
-                         previous.data(),
-                         output.data(),
-                         next.data()};
-  // Each thread takes units, so that every weight is read by one thread alone.
-  parallel_for(tiles_,
-               [&](int64_t begin, int64_t end) { kernels_.extend_states(batch, begin, end); });
+  const CellSteps steps{cell_,           tiles_,        input.data(), recurrent.data(),
+                        previous.data(), output.data(), next.data()};
   parallel_for(count, [&](int64_t begin, int64_t end) {
+    kernels_.step_cells(steps, begin, end);
     kernels_.product({end - begin, H_, joint_vectors_, outputs.data() + begin,
                       output_panels_.data(), nullptr, projected.data() + begin, nullptr});
   });

@@ -46,12 +46,15 @@ class CpuHead {
   const float* score_panels() const { return score_panels_.data(); }
   const float* score_start() const { return score_start_.data(); }
 
-  // Makes the states of the prefixes under `keys`, whose parents are there.
+  // Makes the states of the prefixes under `keys`, ascending, whose parents are there. The product
+  // with the recurrent weights, which is nearly all of the work, depends on the parent alone: it is
+  // made when the first child is, and kept for the others.
   void make_states(const std::vector<uint64_t>& keys, uint32_t stamp,
                    const ParallelFor& parallel_for);
 
  private:
   void pack(const HeadWeights& weights);
+  void make_recurrent_gates(const uint64_t* keys, int64_t count, const ParallelFor& parallel_for);
   void make_batch(const uint64_t* keys, int64_t count, int32_t first,
                   const ParallelFor& parallel_for);
 
@@ -65,7 +68,7 @@ class CpuHead {
   AlignedFloats input_gates_;    // [L+1, tiles, 4, lanes]; U_w w and the biases; row L is START
   AlignedFloats hidden_panels_;  // [tiles, H, 4, lanes]
   AlignedFloats output_panels_;  // [joint vectors, H, lanes]
-  AlignedFloats zeros_;          // [tiles, lanes]: the state before START
+  AlignedFloats zeros_;          // [tiles, 4, lanes]: gates and state before START
   PrefixTable prefixes_;
 };
 

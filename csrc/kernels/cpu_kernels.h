@@ -30,18 +30,26 @@ struct Product {
   const int32_t* first_vector;
 };
 
-// One step of the recurrence for `count` prefixes (equations 1 and 3). Units come in tiles of
-// `lanes`, the four gates of a tile side by side; widths are padded to whole tiles.
-struct StateBatch {
-  Cell cell;
+// The recurrent half of the gates of whatever follows `count` prefixes: the product of their states
+// with the recurrent weights. Units come in tiles of `lanes`, the four gates of a tile side by
+// side; widths are padded to whole tiles.
+struct RecurrentGates {
   int64_t count;
   int64_t hidden_dim;            // H
   const float* hidden_panels;    // [tiles, H, 4, lanes]
-  const float* const* gates;     // input halves of the gates with biases, [tiles, 4, lanes] each
-  const float* const* fed_back;  // [H] each: what the recurrence reads of the parent
-  const float* const* previous;  // parents' cells, [tiles * lanes] each
-  float* const* output;          // [tiles * lanes] each
-  float* const* next;            // cells, [tiles * lanes] each
+  const float* const* fed_back;  // [H] each: what the recurrence reads of the prefix
+  float* const* gates;           // [tiles, 4, lanes] each
+};
+
+// One step of the cell (equations 1 and 3) for new prefixes.
+struct CellSteps {
+  Cell cell;
+  int64_t tiles;
+  const float* const* input_gates;      // of the last label, biases included, [tiles, 4, lanes]
+  const float* const* recurrent_gates;  // of the parent, [tiles, 4, lanes]
+  const float* const* previous;         // the parent's cell, [tiles * lanes]
+  float* const* output;                 // [tiles * lanes]
+  float* const* next;                   // the cell, [tiles * lanes]
 };
 
 struct CpuKernels {
@@ -54,8 +62,11 @@ struct CpuKernels {
   void (*activate_sum)(Activation activation, const float* projected, const float* image,
                        float* total, int64_t D);
 
-  // Makes the units of tiles first_tile..last_tile of every prefix in the batch.
-  void (*extend_states)(const StateBatch& batch, int64_t first_tile, int64_t last_tile);
+  // Makes tiles first_tile..last_tile of every prefix's gates.
+  void (*multiply_states)(const RecurrentGates& batch, int64_t first_tile, int64_t last_tile);
+
+  // Makes the states first..last.
+  void (*step_cells)(const CellSteps& steps, int64_t first, int64_t last);
 
   // Copies an image's logits, -inf after the last up to whole vectors. later_most[v, lanes] are the
   // largest logits of the vectors after v, lane by lane.

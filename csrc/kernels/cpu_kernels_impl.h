@@ -153,15 +153,18 @@ void activate_sum(Activation activation, const float* __restrict projected,
 // Adds the terms k_begin..k_end of one tile of units to the gates of kRows prefixes. Storing a sum
 // and loading it again changes no bit of it.
 template <int kRows>
-inline void state_tile(const StateBatch& b, int64_t row, int64_t tile, int64_t k_begin,
-                       int64_t k_end, float* gates) {
+inline void gates_tile(const RecurrentGates& b, int64_t row, int64_t tile, int64_t k_begin,
+                       int64_t k_end) {
   const float* const* x = b.fed_back + row;
+  float* const* y = b.gates + row;
   const float* panel = b.hidden_panels + tile * b.hidden_dim * kTileGates;
   Vector sums[kRows][kGates];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int g = 0; g < kGates; ++g) sums[r][g] = load(gates + r * kTileGates + g * kLanes);
+    for (int g = 0; g < kGates; ++g) {
+      sums[r][g] = k_begin == 0 ? Vector{} : load(y[r] + tile * kTileGates + g * kLanes);
+    }
   }
   for (int64_t k = k_begin; k < k_end; ++k) {
     Vector w[kGates];
@@ -177,13 +180,36 @@ inline void state_tile(const StateBatch& b, int64_t row, int64_t tile, int64_t k
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int g = 0; g < kGates; ++g) store(gates + r * kTileGates + g * kLanes, sums[r][g]);
+    for (int g = 0; g < kGates; ++g) store(y[r] + tile * kTileGates + g * kLanes, sums[r][g]);
   }
 }
 
-// One tile of units of the cell, from its gates.
-inline void cell_tile(Cell cell, const float* __restrict g, const float* __restrict previous,
-                      float* __restrict output, float* __restrict next) {
+// A part of a tile's weights stays in L1 while a group of prefixes goes by, and the tile in L2
+// while all groups do.
+void multiply_states(const RecurrentGates& b, int64_t first_tile, int64_t last_tile) {
+  constexpr int64_t kGroup = 16 * kStateRows;
+  constexpr int64_t kPart = 128 * 8 / kLanes;  // 16 KB of weights
+  for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+    for (int64_t group = 0; group < b.count; group += kGroup) {
+      const int64_t end = b.count < group + kGroup ? b.count : group + kGroup;
+      for (int64_t k = 0; k < b.hidden_dim; k += kPart) {
+        const int64_t k_end = k + kPart < b.hidden_dim ? k + kPart : b.hidden_dim;
+        int64_t row = group;
+        for (; row + kStateRows <= end; row += kStateRows) {
+          gates_tile<kStateRows>(b, row, tile, k, k_end);
+        }
+        for (; row < end; ++row) gates_tile<1>(b, row, tile, k, k_end);
+      }
+    }
+  }
+}
+
+// One tile of units of the cell.
+inline void cell_tile(Cell cell, const float* __restrict input, const float* __restrict recurrent,
+                      const float* __restrict previous, float* __restrict output,
+                      float* __restrict next) {
+  float g[kTileGates];
+  for (int i = 0; i < kTileGates; ++i) g[i] = input[i] + recurrent[i];
   if (cell == Cell::kLstm) {
     for (int i = 0; i < kLanes; ++i) {
       lstm_unit(g[i], g[kLanes + i], g[2 * kLanes + i], g[3 * kLanes + i], previous[i], output + i,
@@ -197,34 +223,13 @@ inline void cell_tile(Cell cell, const float* __restrict g, const float* __restr
   }
 }
 
-// A part of a tile's weights stays in L1 while a group of prefixes goes by, and the tile in L2
-// while all groups do.
-void extend_states(const StateBatch& b, int64_t first_tile, int64_t last_tile) {
-  constexpr int64_t kGroup = 16 * kStateRows;
-  constexpr int64_t kPart = 128 * 8 / kLanes;  // 16 KB of weights
-  float gates[kGroup * kTileGates];
-  for (int64_t tile = first_tile; tile < last_tile; ++tile) {
-    const int64_t unit = tile * kLanes;
-    for (int64_t group = 0; group < b.count; group += kGroup) {
-      const int64_t rows = b.count - group < kGroup ? b.count - group : kGroup;
-      for (int64_t r = 0; r < rows; ++r) {
-        const float* start = b.gates[group + r] + tile * kTileGates;
-        for (int64_t i = 0; i < kTileGates; ++i) gates[r * kTileGates + i] = start[i];
-      }
-      for (int64_t k = 0; k < b.hidden_dim; k += kPart) {
-        const int64_t end = k + kPart < b.hidden_dim ? k + kPart : b.hidden_dim;
-        int64_t r = 0;
-        for (; r + kStateRows <= rows; r += kStateRows) {
-          state_tile<kStateRows>(b, group + r, tile, k, end, gates + r * kTileGates);
-        }
-        for (; r < rows; ++r) {
-          state_tile<1>(b, group + r, tile, k, end, gates + r * kTileGates);
-        }
-      }
-      for (int64_t r = 0; r < rows; ++r) {
-        cell_tile(b.cell, gates + r * kTileGates, b.previous[group + r] + unit,
-                  b.output[group + r] + unit, b.next[group + r] + unit);
-      }
+void step_cells(const CellSteps& s, int64_t first, int64_t last) {
+  for (int64_t r = first; r < last; ++r) {
+    for (int64_t tile = 0; tile < s.tiles; ++tile) {
+      const int64_t unit = tile * kLanes;
+      cell_tile(s.cell, s.input_gates[r] + tile * kTileGates,
+                s.recurrent_gates[r] + tile * kTileGates, s.previous[r] + unit, s.output[r] + unit,
+                s.next[r] + unit);
     }
   }
 }
@@ -335,8 +340,8 @@ void add_probabilities(float* sums, const float* scores, int64_t n, float path_s
 }
 
 constexpr CpuKernels kernels_of(const char* name) {
-  return {name,        kLanes,        product, activate_sum,     extend_states,
-          take_logits, finish_scores, select,  add_probabilities};
+  return {name,       kLanes,      product,       activate_sum, multiply_states,
+          step_cells, take_logits, finish_scores, select,       add_probabilities};
 }
 
 }  // namespace

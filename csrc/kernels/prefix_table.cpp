@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <utility>
 
 namespace cnnrnn {
 namespace {
@@ -28,16 +29,17 @@ PrefixTable::Place PrefixTable::place(int32_t node) {
   return {segment, node - kFirstSegment * ((int64_t{1} << segment) - 1)};
 }
 
-int64_t PrefixTable::node_bytes() const {
+int64_t PrefixTable::own_bytes() const {
   return (2 * hidden_width_ + joint_width_) * static_cast<int64_t>(sizeof(float)) +
-         static_cast<int64_t>(sizeof(uint64_t) + 4 * sizeof(Entry));
+         static_cast<int64_t>(sizeof(uint64_t) + sizeof(int32_t) + 4 * sizeof(Entry));
 }
 
 void PrefixTable::count_bytes() {
-  const int64_t node = (2 * hidden_width_ + joint_width_) * sizeof(float) + sizeof(uint64_t);
+  const int64_t node = own_bytes() - static_cast<int64_t>(4 * sizeof(Entry));
   uint64_t entries = index_->mask + 1;
   for (const auto& index : retired_) entries += index->mask + 1;
-  bytes_ = next_ * node + static_cast<int64_t>(entries * sizeof(Entry));
+  bytes_ =
+      next_ * node + next_gates_ * gates_bytes() + static_cast<int64_t>(entries * sizeof(Entry));
 }
 
 PrefixTable::Entry& PrefixTable::slot(const Index& index, uint64_t key) {
@@ -65,9 +67,35 @@ int32_t PrefixTable::add(int64_t count) {
   for (int segment = place(first).segment; segment <= place(last).segment; ++segment) {
     allocate(segment);
   }
+  for (int32_t node = first; node <= last; ++node) {
+    const Place at = place(node);
+    segments_[at.segment].gates[at.offset].store(-1, std::memory_order_relaxed);
+  }
   next_ = last + 1;
   count_bytes();
   return first;
+}
+
+int32_t PrefixTable::add_recurrent_gates(int64_t count) {
+  const std::lock_guard lock(adding_);
+  const int32_t first = next_gates_;
+  const int32_t last = static_cast<int32_t>(first + count - 1);
+  for (int segment = place(first).segment; segment <= place(last).segment; ++segment) {
+    if (gates_[segment] != nullptr) continue;
+    gates_[segment].reset(new float[(kFirstSegment << segment) * 4 * hidden_width_]);
+  }
+  next_gates_ = last + 1;
+  count_bytes();
+  return first;
+}
+
+void PrefixTable::publish_recurrent_gates(const int32_t* nodes, int64_t count, int32_t first) {
+  for (int64_t i = 0; i < count; ++i) {
+    const Place at = place(nodes[i]);
+    int32_t none = -1;
+    segments_[at.segment].gates[at.offset].compare_exchange_strong(
+        none, static_cast<int32_t>(first + i), std::memory_order_release);
+  }
 }
 
 void PrefixTable::allocate(int segment) {
@@ -77,6 +105,7 @@ void PrefixTable::allocate(int segment) {
   if (s.states == nullptr) s.states.reset(new float[nodes * 2 * hidden_width_]);
   if (s.projected == nullptr) s.projected.reset(new float[nodes * joint_width_]);
   if (s.keys == nullptr) s.keys.reset(new uint64_t[nodes]);
+  if (s.gates == nullptr) s.gates.reset(new std::atomic<int32_t>[nodes]);
 }
 
 void PrefixTable::insert(Index* index, uint64_t key, int32_t node, uint32_t stamp) const {
@@ -118,31 +147,46 @@ void PrefixTable::grow_index() {
 // No search is in the table.
 void PrefixTable::evict(int64_t most_bytes) {
   const std::lock_guard lock(adding_);
+  struct Use {
+    uint32_t stamp;
+    int32_t node;
+  };
   std::vector<uint32_t> last_used(next_, 0);
-  std::vector<uint32_t> stamps;
+  std::vector<Use> uses;
   for (uint64_t i = 0; i <= index_->mask; ++i) {
     const Entry& entry = index_->entries[i];
     if (entry.key.load(std::memory_order_relaxed) == kFreeSlot) continue;
     last_used[entry.node] = entry.last_used;
-    stamps.push_back(entry.last_used);
+    uses.push_back({entry.last_used, entry.node});
   }
-  const size_t most = static_cast<size_t>(std::max<int64_t>(most_bytes / node_bytes(), 0));
+  std::sort(uses.begin(), uses.end(), [](const Use& a, const Use& b) { return a.stamp > b.stamp; });
   uint32_t threshold = 0;  // nodes last used before or at this stamp go
-  if (most < stamps.size()) {
-    std::nth_element(stamps.begin(), stamps.begin() + most, stamps.end(), std::greater<>());
-    threshold = stamps[most];
+  uint64_t survivors = 1;
+  int64_t bytes = node_bytes();  // the root's
+  for (const Use& use : uses) {
+    bytes += own_bytes() + (recurrent_gates(use.node) == nullptr ? 0 : gates_bytes());
+    if (bytes > most_bytes) {
+      threshold = use.stamp;
+      break;
+    }
+    ++survivors;
   }
   // All memory first: running out of it must leave the table as it was.
-  const uint64_t survivors = std::min(most, stamps.size()) + 1;
   auto index = std::make_unique<Index>(std::max(kSmallestIndex, std::bit_ceil(2 * survivors)));
   std::vector<int32_t> moved(next_, -1);
+  std::vector<std::pair<int32_t, int32_t>> kept_gates;  // slot, the node's new number
+  kept_gates.reserve(next_gates_);
   // Parents come before their children, so one pass keeps a prefix only with its parent.
-  moved[kRoot] = kRoot;
-  int32_t kept = 1;
-  for (int32_t node = 1; node < next_; ++node) {
-    if (last_used[node] <= threshold || moved[parent(node)] < 0) continue;
-    const int32_t to = kept++;
-    moved[node] = to;
+  int32_t kept = 0;
+  for (int32_t node = kRoot; node < next_; ++node) {
+    const bool stays = node == kRoot || (last_used[node] > threshold && moved[parent(node)] >= 0);
+    if (!stays) continue;
+    const int32_t to = moved[node] = kept++;
+    const Place from_place = place(node), to_place = place(to);
+    const int32_t slot = segments_[from_place.segment].gates[from_place.offset];
+    if (slot >= 0) kept_gates.emplace_back(slot, to);
+    segments_[to_place.segment].gates[to_place.offset] = -1;
+    if (node == kRoot) continue;
     const uint64_t renamed = prefix_key(moved[parent(node)], last_label(node));
     if (to != node) {
       std::copy_n(state(node), 2 * hidden_width_, state(to));
@@ -152,8 +196,20 @@ void PrefixTable::evict(int64_t most_bytes) {
     insert(index.get(), renamed, to, last_used[node]);
   }
   next_ = kept;
+  // In the order of slots, so that none is overwritten before it has moved.
+  std::sort(kept_gates.begin(), kept_gates.end());
+  next_gates_ = 0;
+  for (const auto& [slot, node] : kept_gates) {
+    const int32_t to = next_gates_++;
+    if (to != slot) std::copy_n(unpublished_gates(slot), 4 * hidden_width_, unpublished_gates(to));
+    const Place at = place(node);
+    segments_[at.segment].gates[at.offset] = to;
+  }
   for (int segment = place(next_ - 1).segment + 1; segment < kSegments; ++segment) {
     segments_[segment] = Segment{};
+  }
+  for (int segment = place(next_gates_).segment + 1; segment < kSegments; ++segment) {
+    gates_[segment].reset();
   }
   retired_.clear();
   index_ = std::move(index);

@@ -1,9 +1,10 @@
 // Label prefixes and the recurrent state that belongs to each: the part of a search that images
 // share and that is kept between calls.
 //
-// A node is a prefix with its state, found from its parent and its last label. Its state is made by
-// arithmetic whose order does not depend on what else is in the table, so a kept state and a fresh
-// one are the same bits: results do not depend on the table's history or size.
+// A node is a prefix with its state, found from its parent and its last label. What its children
+// have in common, the recurrent half of their gates, is kept with it once it has a child. Its state
+// is made by arithmetic whose order does not depend on what else is in the table, so a kept state
+// and a fresh one are the same bits: results do not depend on the table's history or size.
 //
 // Threads: finding is lock-free, since a node's state is written before its key is published and
 // never moves while a search is in the table. Adding takes a lock. What was not used for longest
@@ -44,8 +45,9 @@ class PrefixTable {
     uint32_t stamp_;
   };
 
-  // The bytes that one node takes, its share of the index included.
-  int64_t node_bytes() const;
+  // The most bytes that one new node takes: its share of the index included, and the recurrent
+  // gates of its parent.
+  int64_t node_bytes() const { return own_bytes() + gates_bytes(); }
   int64_t byte_budget() const { return byte_budget_; }
 
   // The node of `parent` extended by `label`, or -1. Marks it as used by the stay of this stamp.
@@ -57,6 +59,23 @@ class PrefixTable {
   // Makes nodes first, first + 1, ... findable under these keys. A key that another thread
   // published meanwhile keeps its node: the states are the same.
   void publish(const uint64_t* keys, int64_t count, int32_t first, uint32_t stamp);
+
+  // The recurrent half of the gates of a node's children [4 * hidden_width], or null until the
+  // first of them is made.
+  const float* recurrent_gates(int32_t node) const {
+    const Place at = place(node);
+    const int32_t slot = segments_[at.segment].gates[at.offset].load(std::memory_order_acquire);
+    return slot < 0 ? nullptr : unpublished_gates(slot);
+  }
+
+  // Like `add` and `publish`, for the gates of nodes that have none. Gates that another thread
+  // published meanwhile stay.
+  int32_t add_recurrent_gates(int64_t count);
+  float* unpublished_gates(int32_t slot) const {
+    const Place at = place(slot);
+    return gates_[at.segment].get() + at.offset * 4 * hidden_width_;
+  }
+  void publish_recurrent_gates(const int32_t* nodes, int64_t count, int32_t first);
 
   float* output(int32_t node) const { return state(node); }
   float* cell(int32_t node) const { return state(node) + hidden_width_; }
@@ -86,6 +105,7 @@ class PrefixTable {
     std::unique_ptr<float[]> states;     // per node: output, cell
     std::unique_ptr<float[]> projected;  // per node: U_o o
     std::unique_ptr<uint64_t[]> keys;
+    std::unique_ptr<std::atomic<int32_t>[]> gates;  // slot of the recurrent gates, or -1
   };
   struct Place {
     int segment;
@@ -105,6 +125,8 @@ class PrefixTable {
   void insert(Index* index, uint64_t key, int32_t node, uint32_t stamp) const;
   void grow_index();
   void allocate(int segment);
+  int64_t own_bytes() const;
+  int64_t gates_bytes() const { return 4 * hidden_width_ * static_cast<int64_t>(sizeof(float)); }
   void evict(int64_t most_bytes);
   void count_bytes();
 
@@ -112,9 +134,11 @@ class PrefixTable {
 
   const int64_t hidden_width_, joint_width_, byte_budget_;
   Segment segments_[kSegments];
+  std::unique_ptr<float[]> gates_[kSegments];  // recurrent gates, in segments as the nodes are
 
-  std::mutex adding_;  // guards what follows, and the entries' keys
-  int32_t next_ = 0;   // the first node that was not added yet
+  std::mutex adding_;       // guards what follows, and the entries' keys
+  int32_t next_ = 0;        // the first node that was not added yet
+  int32_t next_gates_ = 0;  // the first slot of recurrent gates that was not added yet
   std::unique_ptr<Index> index_;
   std::vector<std::unique_ptr<Index>> retired_;  // outgrown, but perhaps being read
   std::atomic<const Index*> current_;

@@ -34,6 +34,8 @@ constexpr float kLiveMassFloor = 1e-3f;
 constexpr int64_t kBlockBytes = 128 << 10;
 constexpr int64_t kBlockRows = 64;
 constexpr int64_t kSliceImages = 4096;
+// States of so few images are bound by reading the weights: better all at once.
+constexpr int64_t kPatientImages = 16;
 
 // A path of at least one label is its prefix `parent` and its last label; the empty one is {-1,
 // -1}.
@@ -71,7 +73,7 @@ enum class Outcome { kGoesOn, kEnded, kWaits };
 class BlockSearch {
  public:
   BlockSearch(CpuHead* head, const SearchOptions& options, const ImageEmbeddings& images,
-              const SearchOutput& output, uint32_t stamp, int64_t block_images)
+              const SearchOutput& output, uint32_t stamp, int64_t block_images, bool patient)
       : head_(*head),
         prefixes_(head->prefixes()),
         kernels_(head->kernels()),
@@ -85,6 +87,7 @@ class BlockSearch {
         stride_(head->score_vectors() * kernels_.lanes),
         keep_all_(output.marginals != nullptr),
         needs_all_(keep_all_ || options.stop == Stop::kLiteral),
+        patient_(patient),
         joint_(block_images * N_ * D_),
         scores_(block_images * N_ * stride_),
         logits_(images.label_logits == nullptr ? 0 : block_images * stride_),
@@ -339,13 +342,19 @@ class BlockSearch {
   }
 
   // Asks for missing states that can still change the result, given the ends found without them.
+  // While many images wait, only for those that will be needed whatever the others turn out to be:
+  // with each state an end comes that may make the next one needless, and asking again is cheap.
   bool waits_for_states(const ImageState& s, const PathStep* paths, const FinishedPaths& done) {
     const float floor = dropped_at(s.accepting, done);
+    FinishedPaths best_case = done;  // as if every state asked for ended its path for nothing
     bool waits = false;
     for (int j = 0; j < s.live_count; ++j) {
+      if (paths[j].kind != PathStep::Kind::kMissing) continue;
+      const float score = s.live[j].score;
       // At equal score its end could still go ahead of one of a later path.
-      const bool matters = s.live[j].score >= floor;
-      waits |= paths[j].kind == PathStep::Kind::kMissing && matters && ask_for(s.live[j]);
+      if (score < (patient_ ? dropped_at(s.accepting, best_case) : floor)) continue;
+      waits |= ask_for(s.live[j]);
+      best_case.offer(score, FinishedPath{});
     }
     return waits;
   }
@@ -467,6 +476,7 @@ class BlockSearch {
   const int64_t stride_;         // floats per row of scores
   const bool keep_all_;          // marginals: no live path is dropped
   const bool needs_all_;         // every live path's state is needed
+  const bool patient_;           // ask only for states that are needed in any case
   AlignedFloats joint_;          // [rows, D]
   AlignedFloats scores_;         // [rows, stride]
   AlignedFloats logits_;         // [images, stride]
@@ -502,11 +512,12 @@ void search_slice(CpuHead* head, const SearchOptions& options, const ImageEmbedd
   while (!pending.empty()) {
     const int64_t count = static_cast<int64_t>(pending.size());
     const int64_t block = std::min(images_per_block(*head, options), count);
+    const bool patient = count >= kPatientImages;
     std::mutex merging;
     std::vector<ImageState*> waiting;
     std::vector<uint64_t> missing;
     parallel_for((count + block - 1) / block, [&](int64_t first, int64_t last) {
-      BlockSearch search(head, options, images, output, stamp, block);
+      BlockSearch search(head, options, images, output, stamp, block, patient);
       for (int64_t at = first * block; at < std::min(last * block, count); at += block) {
         search.run(pending.data() + at, std::min(block, count - at));
       }

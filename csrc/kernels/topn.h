@@ -18,6 +18,16 @@ struct TopN {
   int limit;  // N, at most kCapacity
 
   CNNRNN_METHOD explicit TopN(int n) : limit(n) {}
+  CNNRNN_METHOD TopN(const TopN& other) { *this = other; }
+  CNNRNN_METHOD TopN& operator=(const TopN& other) {  // of what is there, not of the capacity
+    size = other.size;
+    limit = other.limit;
+    for (int i = 0; i < size; ++i) {
+      scores[i] = other.scores[i];
+      items[i] = other.items[i];
+    }
+    return *this;
+  }
 
   CNNRNN_METHOD bool full() const { return size == limit; }
 
