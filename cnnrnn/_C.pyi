@@ -40,7 +40,7 @@ class CpuHead:
         Tensor,  # log_probs [B, N]
         Tensor | None,  # marginals [B, L]
         Tensor | None,  # trace [B, T+1, N, 2]: parent rank and label of each step's live paths
-        tuple[int, int, int, int],  # the fields of SearchStats
+        tuple[int, int, int, int, int],  # the fields of SearchStats
         int,  # images that were marked
     ]: ...
 

@@ -337,16 +337,16 @@ PYBIND11_MODULE(_C, m) {
                            end_takes_slot, stop, marginals, trace);
             }
             const cnnrnn::SearchStats& s = out.stats;
-            return py::make_tuple(
-                out.labels, out.lengths, out.log_probs, out.marginals, out.trace,
-                py::make_tuple(s.prefix_lookups, s.prefix_hits, s.prefix_nodes, s.prefix_bytes),
-                s.nonfinite_images);
+            return py::make_tuple(out.labels, out.lengths, out.log_probs, out.marginals, out.trace,
+                                  py::make_tuple(s.prefix_lookups, s.prefix_hits, s.prefix_nodes,
+                                                 s.prefix_parents, s.prefix_bytes),
+                                  s.nonfinite_images);
           },
           py::arg("joint"), py::arg("label_logits"), py::arg("beam_size"), py::arg("max_labels"),
           py::arg("min_labels"), py::arg("order"), py::arg("end_takes_slot"), py::arg("stop"),
           py::arg("marginals"), py::arg("trace") = false,
           "Search B images; returns labels, lengths, log_probs, marginals or None, every step's "
-          "decisions or None, the four figures of SearchStats, and how many images were marked.");
+          "decisions or None, the figures of SearchStats, and how many images were marked.");
   m.def(
       "instruction_sets",
       [] {

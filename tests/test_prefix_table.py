@@ -45,6 +45,9 @@ def test_a_second_search_finds_every_state(head):
     assert first.stats.hit_rate < 1.0
     assert second.stats.hit_rate == 1.0
     assert second.stats.prefix_nodes == first.stats.prefix_nodes
+    made = first.stats.prefix_lookups - first.stats.prefix_hits
+    assert 1 < first.stats.prefix_parents < made  # siblings share a product
+    assert second.stats.prefix_parents == first.stats.prefix_parents
     assert same(first, second)
 
 

@@ -2,12 +2,10 @@
 
 #include <algorithm>
 #include <limits>
-#include <new>
 
 namespace cnnrnn {
 namespace {
 
-constexpr size_t kCacheLine = 64;
 constexpr int64_t kGates = 4;
 constexpr int64_t kStateBatch = 1024;  // states made at once: their pointers, not their memory
 
@@ -24,16 +22,6 @@ AlignedFloats panels(const float* rows, int64_t n, int64_t K, int64_t lanes) {
 }
 
 }  // namespace
-
-AlignedFloats::AlignedFloats(int64_t n, float value)
-    : data_(static_cast<float*>(
-          ::operator new[](static_cast<size_t>(n) * sizeof(float), std::align_val_t{kCacheLine}))) {
-  std::fill_n(data_.get(), n, value);
-}
-
-void AlignedFloats::Free::operator()(float* data) const {
-  ::operator delete[](data, std::align_val_t{kCacheLine});
-}
 
 CpuHead::CpuHead(const HeadWeights& weights, const CpuKernels& kernels, int64_t prefix_bytes)
     : kernels_(kernels),

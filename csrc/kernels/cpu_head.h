@@ -3,29 +3,14 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <vector>
 
+#include "aligned_floats.h"
 #include "cpu_kernels.h"
 #include "prefix_table.h"
 #include "search.h"
 
 namespace cnnrnn {
-
-// Floats that begin on a cache line, so that a vector never lies across two.
-class AlignedFloats {
- public:
-  AlignedFloats() = default;
-  explicit AlignedFloats(int64_t n, float value = 0.0f);
-  float* data() { return data_.get(); }
-  const float* data() const { return data_.get(); }
-
- private:
-  struct Free {
-    void operator()(float* data) const;
-  };
-  std::unique_ptr<float[], Free> data_;
-};
 
 class CpuHead {
  public:

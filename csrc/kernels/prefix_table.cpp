@@ -38,6 +38,7 @@ void PrefixTable::count_bytes() {
   const int64_t node = own_bytes() - static_cast<int64_t>(4 * sizeof(Entry));
   uint64_t entries = index_->mask + 1;
   for (const auto& index : retired_) entries += index->mask + 1;
+  parents_ = next_gates_;
   bytes_ =
       next_ * node + next_gates_ * gates_bytes() + static_cast<int64_t>(entries * sizeof(Entry));
 }
@@ -81,8 +82,8 @@ int32_t PrefixTable::add_recurrent_gates(int64_t count) {
   const int32_t first = next_gates_;
   const int32_t last = static_cast<int32_t>(first + count - 1);
   for (int segment = place(first).segment; segment <= place(last).segment; ++segment) {
-    if (gates_[segment] != nullptr) continue;
-    gates_[segment].reset(new float[(kFirstSegment << segment) * 4 * hidden_width_]);
+    if (gates_[segment].data() != nullptr) continue;
+    gates_[segment] = AlignedFloats::unfilled((kFirstSegment << segment) * 4 * hidden_width_);
   }
   next_gates_ = last + 1;
   count_bytes();
@@ -101,9 +102,8 @@ void PrefixTable::publish_recurrent_gates(const int32_t* nodes, int64_t count, i
 void PrefixTable::allocate(int segment) {
   Segment& s = segments_[segment];
   const int64_t nodes = kFirstSegment << segment;
-  // Not initialised, so pages of nodes to come take no memory yet.
-  if (s.states == nullptr) s.states.reset(new float[nodes * 2 * hidden_width_]);
-  if (s.projected == nullptr) s.projected.reset(new float[nodes * joint_width_]);
+  if (s.states.data() == nullptr) s.states = AlignedFloats::unfilled(nodes * 2 * hidden_width_);
+  if (s.projected.data() == nullptr) s.projected = AlignedFloats::unfilled(nodes * joint_width_);
   if (s.keys == nullptr) s.keys.reset(new uint64_t[nodes]);
   if (s.gates == nullptr) s.gates.reset(new std::atomic<int32_t>[nodes]);
 }
@@ -209,7 +209,7 @@ void PrefixTable::evict(int64_t most_bytes) {
     segments_[segment] = Segment{};
   }
   for (int segment = place(next_gates_).segment + 1; segment < kSegments; ++segment) {
-    gates_[segment].reset();
+    gates_[segment] = AlignedFloats();
   }
   retired_.clear();
   index_ = std::move(index);

@@ -18,6 +18,7 @@
 #include <mutex>
 #include <vector>
 
+#include "aligned_floats.h"
 #include "prefix_key.h"
 
 namespace cnnrnn {
@@ -73,7 +74,7 @@ class PrefixTable {
   int32_t add_recurrent_gates(int64_t count);
   float* unpublished_gates(int32_t slot) const {
     const Place at = place(slot);
-    return gates_[at.segment].get() + at.offset * 4 * hidden_width_;
+    return gates_[at.segment].data() + at.offset * 4 * hidden_width_;
   }
   void publish_recurrent_gates(const int32_t* nodes, int64_t count, int32_t first);
 
@@ -81,13 +82,14 @@ class PrefixTable {
   float* cell(int32_t node) const { return state(node) + hidden_width_; }
   float* projected_output(int32_t node) const {
     const Place at = place(node);
-    return segments_[at.segment].projected.get() + at.offset * joint_width_;
+    return segments_[at.segment].projected.data() + at.offset * joint_width_;
   }
   int32_t parent(int32_t node) const { return key_parent(key(node)); }
   int32_t last_label(int32_t node) const { return key_label(key(node)); }
 
   int64_t size() const { return size_.load(std::memory_order_relaxed); }
   int64_t bytes() const { return bytes_.load(std::memory_order_relaxed); }
+  int64_t parents() const { return parents_.load(std::memory_order_relaxed); }
 
  private:
   struct Entry {
@@ -102,8 +104,8 @@ class PrefixTable {
   };
   // Nodes lie in segments, each twice as long as the one before: none moves when more are added.
   struct Segment {
-    std::unique_ptr<float[]> states;     // per node: output, cell
-    std::unique_ptr<float[]> projected;  // per node: U_o o
+    AlignedFloats states;     // per node: output, cell
+    AlignedFloats projected;  // per node: U_o o
     std::unique_ptr<uint64_t[]> keys;
     std::unique_ptr<std::atomic<int32_t>[]> gates;  // slot of the recurrent gates, or -1
   };
@@ -115,7 +117,7 @@ class PrefixTable {
   static Place place(int32_t node);
   float* state(int32_t node) const {
     const Place at = place(node);
-    return segments_[at.segment].states.get() + at.offset * 2 * hidden_width_;
+    return segments_[at.segment].states.data() + at.offset * 2 * hidden_width_;
   }
   uint64_t& key(int32_t node) const {
     const Place at = place(node);
@@ -134,7 +136,7 @@ class PrefixTable {
 
   const int64_t hidden_width_, joint_width_, byte_budget_;
   Segment segments_[kSegments];
-  std::unique_ptr<float[]> gates_[kSegments];  // recurrent gates, in segments as the nodes are
+  AlignedFloats gates_[kSegments];  // recurrent gates, in segments as the nodes are
 
   std::mutex adding_;       // guards what follows, and the entries' keys
   int32_t next_ = 0;        // the first node that was not added yet
@@ -144,6 +146,7 @@ class PrefixTable {
   std::atomic<const Index*> current_;
   std::atomic<int64_t> size_{0};  // findable nodes, and the root
   std::atomic<int64_t> bytes_{0};
+  std::atomic<int64_t> parents_{0};  // nodes with recurrent gates
 
   std::mutex gate_;  // guards what follows
   std::condition_variable changed_;

@@ -63,7 +63,8 @@ struct SearchStats {
   int64_t prefix_lookups = 0;    // scored live paths: each needed a recurrent state
   int64_t prefix_hits = 0;       // of those, states that this call did not have to make
   int64_t prefix_nodes = 0;      // label prefixes held at the end of the call
-  int64_t prefix_bytes = 0;      // memory of those nodes
+  int64_t prefix_parents = 0;    // of those, prefixes that were extended
+  int64_t prefix_bytes = 0;      // memory of all that is held
   int64_t nonfinite_images = 0;  // images that were marked
 };
 

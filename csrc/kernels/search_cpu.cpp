@@ -563,6 +563,7 @@ SearchStats beam_search_cpu(CpuHead* head, const SearchOptions& options,
   }
   stats.prefix_hits += stats.prefix_lookups;
   stats.prefix_nodes = prefixes.size();
+  stats.prefix_parents = prefixes.parents();
   stats.prefix_bytes = prefixes.bytes();
   return stats;
 }
