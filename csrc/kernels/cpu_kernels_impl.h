@@ -316,6 +316,7 @@ float finish_scores(float* scores, const float* logits, const float* later_most,
 void select(const float* scores, int64_t from, int64_t n, float path_score, float log_sum_exp,
             float floor, int32_t rank, Extensions* best) {
   float bound = best->bound() > floor ? best->bound() : floor;
+  if (path_score <= bound) return;  // scores only fall
   for (int64_t j = from; j < n; j += kLanes) {
     const Vector score = path_score + step_log_prob(load(scores + j), log_sum_exp);
     for (uint32_t above = bits(score > bound); above != 0; above &= above - 1) {
