@@ -5,7 +5,8 @@ What is counted are vector instructions of the widest instruction set, as csrc/k
 - per row (a live path that is scored): the joint projection's sum and activation, 2 D / lanes;
 - per vector of label scores: D multiply-adds for U_l x, and for softmax and selection
   `SOFTMAX_INSTRUCTIONS`: adding the label logits 3, largest 1, e^x 22 with its sum, threshold 4;
-- per prefix state that had to be made: 4 H (H + 4) + D H multiply-adds and gates, over lanes.
+- per prefix that was extended for the first time: 4 H H multiply-adds, over lanes;
+- per prefix state that was made: 4 H additions, the cell, counted below, and D H multiply-adds.
 
 With increasing paths a row needs the vectors from its last label on. The peak is the measured rate
 of multiply-adds (peak.cpp): the floor takes every instruction for one of those and nothing for
@@ -34,6 +35,7 @@ FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
     "portable": [],
 }
+CELL_FUNCTION_INSTRUCTIONS = 30  # a sigmoid or tanh: e^x 25, a division and its sums
 SOFTMAX_INSTRUCTIONS = {True: 30, False: 27}  # with label logits, without
 
 
@@ -83,7 +85,8 @@ def work(head: Head, embedding: ImageEmbedding, config: SearchConfig, max_labels
     return Work(rows / B, vectors / B, instructions / B, moved / B)
 
 
-def state_instructions(head: Head) -> float:
-    """Count the vector instructions of one prefix state."""
+def state_instructions(head: Head, states: float, parents: float) -> float:
+    """Count the vector instructions of making states, and the products of their parents."""
     H, D = head.hidden_dim, head.joint_dim
-    return (4 * H * (H + 4) + D * H) / LANES[_C.instruction_sets()[0]]
+    per_unit = 4 + 5 * CELL_FUNCTION_INSTRUCTIONS + 4
+    return (states * H * (per_unit + D) + parents * 4 * H * H) / LANES[_C.instruction_sets()[0]]

@@ -1,0 +1,229 @@
+"""Make the tables in README.md and docs/performance.md from a benchmark run's JSON.
+
+    pytest benchmarks/ --benchmark-json=run.json
+    python benchmarks/table.py run.json benchmarks/results/cpu.json   # keeps what the tables need
+    python benchmarks/table.py benchmarks/results/cpu.json            # rewrites the tables
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+Figures = dict[tuple[Any, ...], dict[str, Any]]
+SIZES = [(80, True), (80, False), (1000, True), (1000, False)]
+OPPONENTS = {
+    "state per path": "torch, LSTM per path",
+    "state per path, compiled": "the same, torch.compile",
+    "shared states": "torch, states shared and kept",
+    "shared states, compiled": "the same, torch.compile",
+}
+
+
+def reduce(run: dict[str, Any]) -> dict[str, Any]:
+    """Keep of a run the machine and, per benchmark, its parameters, its median and its facts."""
+    return {
+        "machine": run["machine_info"],
+        "commit": run["commit_info"]["id"],
+        "date": run["datetime"][:10],
+        "benchmarks": [
+            {
+                "name": one["name"].split("[")[0],
+                "params": one["params"] or {},
+                "median_s": _short(one["stats"]["median"]),
+                "rounds": one["stats"]["rounds"],
+                "facts": {key: _short(value) for key, value in one["extra_info"].items()},
+            }
+            for one in run["benchmarks"]
+        ],
+    }
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def figures(results: dict[str, Any]) -> Figures:
+    """Index facts by test name and parameter values."""
+    return {
+        (one["name"], *one["params"].values()): {**one["facts"], "median_s": one["median_s"]}
+        for one in results["benchmarks"]
+    }
+
+
+def _figure(all_figures: Figures, name: str, *values: Any) -> dict[str, Any]:
+    """Find one figure by its test's name and parameters, in whatever order pytest lists them."""
+    for key, facts in all_figures.items():
+        if key[0] == name and sorted(map(repr, key[1:])) == sorted(map(repr, values)):
+            return facts
+    raise KeyError(f"no benchmark {name} with {values} in the results")
+
+
+def _number(value: float) -> str:
+    if value >= 10_000:
+        return f"{round(value, -2):,.0f}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def _size(num_labels: int, chain_term: bool) -> str:
+    return f"{num_labels:,} labels, {'chain term' if chain_term else 'no chain term'}"
+
+
+def throughput(results: dict[str, Any]) -> str:
+    """Images per second of the compiled search, and of each opponent with the ratio to it."""
+    all_figures = figures(results)
+    header = ["", "table", "compiled search", *OPPONENTS.values()]
+    rows = []
+    for size in SIZES:
+        for table, test in (("warm", "test_warm"), ("full hit", "test_full_hit"),
+                            ("cold", "test_cold")):  # fmt: skip
+            mine = _figure(all_figures, test, "native", *size)["images_per_second"]
+            row = [_size(*size), table, f"**{_number(mine)}**"]
+            for opponent in OPPONENTS:
+                # Without kept states the table makes no difference: the warm run stands for all.
+                of = "test_warm" if opponent.startswith("state per path") else test
+                theirs = _figure(all_figures, of, opponent, *size)["images_per_second"]
+                row.append(f"{_number(theirs)} ({mine / theirs:.3g}x)")
+            rows.append(row)
+    mine = _figure(all_figures, "test_adversarial", "native")["images_per_second"]
+    row = ["1,000 labels, flat", "adversarial", f"**{_number(mine)}**"]
+    for opponent in OPPONENTS:
+        theirs = _figure(all_figures, "test_adversarial", opponent)["images_per_second"]
+        row.append(f"{_number(theirs)} ({mine / theirs:.3g}x)")
+    return _table(header, [*rows, row])
+
+
+def work(results: dict[str, Any]) -> str:
+    """Operations, bytes and floor beside each figure of the compiled search."""
+    all_figures = figures(results)
+    header = ["", "table", "paths scored", "vectors scored", "states made", "parents extended",
+              "hit rate", "vector instructions", "KB moved", "floor, images/s", "reached"]  # fmt: skip
+    cases = [
+        (_size(*size), table, _figure(all_figures, test, "native", *size))
+        for size in SIZES
+        for table, test in (
+            ("warm", "test_warm"),
+            ("full hit", "test_full_hit"),
+            ("cold", "test_cold"),
+        )  # fmt: skip
+    ]
+    cases.append(
+        ("1,000 labels, flat", "adversarial", _figure(all_figures, "test_adversarial", "native"))
+    )
+    rows = [
+        [
+            name, table, f"{f['rows']:.1f}", f"{f['vectors']:.1f}", f"{f['states_made']:.3g}",
+            f"{f['parents_extended']:.3g}", f"{f['hit_rate']:.3f}", _number(f["vector_instructions"]),
+            f"{f['bytes'] / 1000:.1f}", _number(f["floor_images_per_second"]),
+            f"{100 * f['share_of_floor']:.0f} %",
+        ]
+        for name, table, f in cases
+    ]  # fmt: skip
+    return _table(header, rows)
+
+
+def kept(results: dict[str, Any]) -> str:
+    """What the prefix table holds at the end of a warm run."""
+    all_figures = figures(results)
+    rows = []
+    for size in SIZES:
+        facts = _figure(all_figures, "test_warm", "native", *size)
+        rows.append([_size(*size), f"{facts['prefix_nodes']:,}",
+                     f"{facts['prefix_bytes'] / 1e6:.0f} MB"])  # fmt: skip
+    return _table(["", "prefixes", "memory"], rows)
+
+
+def one_image(results: dict[str, Any]) -> str:
+    """Microseconds of the public call with one image."""
+    all_figures = figures(results)
+    rows = []
+    for size in SIZES:
+        row = [_size(*size)]
+        for images in ("seen", "unseen"):
+            facts = _figure(all_figures, "test_one_image", images, *size)
+            row += [f"{facts['p50_us']:.0f}", f"{facts['p99_us']:.0f}"]
+        rows.append(row)
+    return _table(["", "full hit, p50", "p99", "unseen image, p50", "p99"], rows)
+
+
+def threads(results: dict[str, Any]) -> str:
+    """Two threads against one."""
+    all_figures = figures(results)
+    rows = []
+    for chain_term in (True, False):
+        for table in ("full hit", "cold"):
+            one, two = (
+                _figure(all_figures, "test_threads", table, n, chain_term)["images_per_second"]
+                for n in (1, 2)
+            )
+            rows.append([_size(80, chain_term), table, _number(one), _number(two),
+                         f"{two / one:.2f}x"])  # fmt: skip
+    return _table(["", "table", "one thread", "two threads", ""], rows)
+
+
+def summary(results: dict[str, Any]) -> str:
+    """The README's table: 80 labels with the chain term."""
+    all_figures = figures(results)
+    slowest = _figure(all_figures, "test_warm", "state per path", 80, True)["images_per_second"]
+    rows = [["torch, LSTM per path", _number(slowest), "1"]]
+    for name, test, implementation in (
+        ("torch, states shared and kept, warm", "test_warm", "shared states"),
+        ("the same, torch.compile", "test_warm", "shared states, compiled"),
+        ("compiled search, cold", "test_cold", "native"),
+        ("compiled search, warm", "test_warm", "native"),
+        ("compiled search, full hit", "test_full_hit", "native"),
+    ):
+        rate = _figure(all_figures, test, implementation, 80, True)["images_per_second"]
+        rows.append([name, _number(rate), f"{rate / slowest:.3g}"])
+    return _table(["", "images/s", "ratio"], rows)
+
+
+def machine(results: dict[str, Any]) -> str:
+    """Say where and when the figures were measured."""
+    about = results["machine"]
+    return (
+        f"{about['cpu']}, {about['instruction_sets'][0]}, torch {about['torch']}, "
+        f"{results['date']}, commit {results['commit'][:7]}.\n"
+    )
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "machine": machine, "throughput": throughput, "work": work, "kept": kept,
+    "one-image": one_image, "threads": threads, "summary": summary,
+}  # fmt: skip
+
+
+def filled(page: str, results: dict[str, Any]) -> str:
+    """Return a page's text with every table made from `results`."""
+    return BLOCK.sub(lambda m: m[1] + TABLES[m[2]](results) + m[3], page)
+
+
+def main() -> None:
+    """Reduce a run's JSON, or rewrite the tables."""
+    source = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    if len(sys.argv) == 3:
+        target = Path(sys.argv[2])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(reduce(source), indent=1) + "\n", encoding="utf-8")
+        return
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8"), source), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
