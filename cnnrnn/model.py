@@ -17,6 +17,7 @@ from torch.nn import functional
 from cnnrnn.config import Activation, Cell, ModelConfig
 
 UNTRAINED_MAX_LABELS = 20
+PREFIX_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,8 @@ class Head(nn.Module):
         recurrence: weight_ih [4H, D], weight_hh [4H, H] and, for `lstm`, two biases.
         label_classifier: the chain term's independent classifier, or None.
         max_labels: longest path of a search that names none: the largest training set.
+        prefix_bytes: memory that kept prefix states may take, 512 MB by default; the least recently
+            used go. A search of one batch can need more, and takes it.
         cache_generation: counts calls of `clear_cache`.
     """
 
@@ -185,6 +188,7 @@ class Head(nn.Module):
         self.cell: Cell = cell
         self.activation: Activation = activation
         self.max_labels = UNTRAINED_MAX_LABELS
+        self.prefix_bytes = PREFIX_BYTES
         self.cache_generation = 0
 
         bound = 1.0 / math.sqrt(joint_dim)

@@ -172,8 +172,9 @@ Outputs search(CpuHead* head, const Tensor& joint, const optional<Tensor>& label
 class HeadRegistry {
  public:
   std::shared_ptr<CpuHead> find_or_make(const Parameters& parameters, std::string_view cell,
-                                        std::string_view activation, int64_t cache_generation) {
-    const optional<Key> key = key_of(parameters, cell, activation, cache_generation);
+                                        std::string_view activation, int64_t cache_generation,
+                                        int64_t prefix_bytes) {
+    const optional<Key> key = key_of(parameters, cell, activation, cache_generation, prefix_bytes);
     const std::lock_guard lock(mutex_);
     if (key) {
       for (auto at = heads_.begin(); at != heads_.end(); ++at) {
@@ -182,7 +183,7 @@ class HeadRegistry {
         return at->head;
       }
     }
-    auto head = make_head(parameters, cell, activation, kPrefixBytes, "auto");
+    auto head = make_head(parameters, cell, activation, prefix_bytes, "auto");
     if (key) {
       heads_.push_front({*key, head});
       if (heads_.size() > kMostHeads) heads_.pop_back();
@@ -192,7 +193,6 @@ class HeadRegistry {
 
  private:
   static constexpr size_t kMostHeads = 4;
-  static constexpr int64_t kPrefixBytes = int64_t{512} << 20;
 
   struct TensorKey {
     c10::weak_intrusive_ptr<c10::StorageImpl> storage;
@@ -203,7 +203,7 @@ class HeadRegistry {
   struct Key {
     std::vector<optional<TensorKey>> tensors;
     std::string cell, activation;
-    int64_t cache_generation;
+    int64_t cache_generation, prefix_bytes;
   };
   struct Entry {
     Key key;
@@ -211,8 +211,9 @@ class HeadRegistry {
   };
 
   static optional<Key> key_of(const Parameters& p, std::string_view cell,
-                              std::string_view activation, int64_t cache_generation) {
-    Key key{{}, std::string(cell), std::string(activation), cache_generation};
+                              std::string_view activation, int64_t cache_generation,
+                              int64_t prefix_bytes) {
+    Key key{{}, std::string(cell), std::string(activation), cache_generation, prefix_bytes};
     for (const optional<Tensor>& tensor :
          {optional<Tensor>(p.label_embedding), p.score_bias, optional<Tensor>(p.input_weight),
           optional<Tensor>(p.hidden_weight), p.input_bias, p.hidden_bias,
@@ -239,7 +240,7 @@ class HeadRegistry {
       }
     }
     return a.cell == b.cell && a.activation == b.activation &&
-           a.cache_generation == b.cache_generation;
+           a.cache_generation == b.cache_generation && a.prefix_bytes == b.prefix_bytes;
   }
 
   std::mutex mutex_;
@@ -260,11 +261,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_search_op(
     const optional<Tensor>& input_bias, const optional<Tensor>& hidden_bias,
     const Tensor& output_projection, c10::string_view cell, c10::string_view activation,
     int64_t beam_size, int64_t max_labels, int64_t min_labels, c10::string_view order,
-    bool end_takes_slot, c10::string_view stop, bool marginals, int64_t cache_generation) {
+    bool end_takes_slot, c10::string_view stop, bool marginals, int64_t cache_generation,
+    int64_t prefix_bytes) {
   const std::shared_ptr<CpuHead> head =
       registry->find_or_make({label_embedding, score_bias, input_weight, hidden_weight, input_bias,
                               hidden_bias, output_projection},
-                             cell, activation, cache_generation);
+                             cell, activation, cache_generation, prefix_bytes);
   Outputs out = search(head.get(), joint, label_logits, beam_size, max_labels, min_labels, order,
                        end_takes_slot, stop, marginals, false);
   return {out.labels, out.lengths, out.log_probs,
@@ -276,7 +278,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_search_meta(
     const Tensor& joint, const optional<Tensor>&, const Tensor& label_embedding,
     const optional<Tensor>&, const Tensor&, const Tensor&, const optional<Tensor>&,
     const optional<Tensor>&, const Tensor&, c10::string_view, c10::string_view, int64_t beam_size,
-    int64_t max_labels, int64_t, c10::string_view, bool, c10::string_view, bool marginals,
+    int64_t max_labels, int64_t, c10::string_view, bool, c10::string_view, bool marginals, int64_t,
     int64_t) {
   const c10::SymInt B = joint.sym_size(0);
   const c10::SymInt L = label_embedding.sym_size(0) - 2;
@@ -294,8 +296,8 @@ TORCH_LIBRARY(cnnrnn, m) {
       "Tensor? score_bias, Tensor input_weight, Tensor hidden_weight, Tensor? input_bias, "
       "Tensor? hidden_bias, Tensor output_projection, str cell, str activation, int beam_size, "
       "int max_labels, int min_labels, str order, bool end_takes_slot, str stop, bool marginals, "
-      "int cache_generation=0) -> (Tensor labels, Tensor lengths, Tensor log_probs, "
-      "Tensor marginals)",
+      "int cache_generation=0, int prefix_bytes=536870912) "
+      "-> (Tensor labels, Tensor lengths, Tensor log_probs, Tensor marginals)",
       {at::Tag::pt2_compliant_tag});
 }
 TORCH_LIBRARY_IMPL(cnnrnn, CPU, m) { m.impl("beam_search", &beam_search_op); }

@@ -28,7 +28,7 @@ def arguments(head: Head, embedding: ImageEmbedding, marginals: bool = False) ->
         embedding.joint, embedding.label_logits,
         *(None if tensor is None else tensor.detach() for tensor in _parameters(head)),
         head.cell, head.activation, CONFIG.beam_size, 4, CONFIG.min_labels, CONFIG.order,
-        CONFIG.end_takes_slot, CONFIG.stop, marginals, head.cache_generation,
+        CONFIG.end_takes_slot, CONFIG.stop, marginals, head.cache_generation, head.prefix_bytes,
     )  # fmt: skip
 
 

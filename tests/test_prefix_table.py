@@ -82,6 +82,15 @@ def test_a_byte_budget_bounds_memory_and_changes_nothing(head, budget):
     assert found[5].prefix_nodes > 1
 
 
+def test_a_head_names_its_budget(head):
+    embedding = images(head, 40, seed=1)
+    free = beam_search(head, embedding, CONFIG)
+    head.prefix_bytes = 0
+    bounded = beam_search(head, embedding, CONFIG)
+    assert bounded.stats.prefix_bytes < free.stats.prefix_bytes
+    assert same(free, bounded)
+
+
 def test_what_was_used_last_stays(head):
     often, rare = images(head, 4, seed=1), [images(head, 4, seed) for seed in range(2, 90)]
     bounded = make_cpu_head(head, prefix_bytes=250_000)

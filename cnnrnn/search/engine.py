@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cnnrnn import _C  # also registers torch.ops.cnnrnn.beam_search
 from cnnrnn.config import SearchConfig
-from cnnrnn.model import Head, ImageEmbedding
+from cnnrnn.model import PREFIX_BYTES, Head, ImageEmbedding
 from cnnrnn.search import reference
 from cnnrnn.search.result import SearchResult, SearchStats
 
@@ -103,9 +103,6 @@ def _check_embedding(head: Head, embedding: ImageEmbedding) -> None:
         )
 
 
-PREFIX_BYTES = 512 << 20  # what a head's kept prefix states may take
-
-
 class _Kept(NamedTuple):
     """A head as the kernels read it, with its kept prefix states, and what it was made from."""
 
@@ -130,7 +127,7 @@ def cpu_head(head: Head) -> _C.CpuHead:
         replaced = any(values.get(name) is not value for values, name, value in kept.modules)
         if not replaced and kept.key == _weights_key(head, kept.modules):
             return kept.cpu_head
-    made = make_cpu_head(head)
+    made = make_cpu_head(head, prefix_bytes=head.prefix_bytes)
     # What is made under torch.inference_mode() has no count of edits: nothing can be kept.
     if not any(tensor is not None and tensor.is_inference() for tensor in _parameters(head)):
         modules = tuple(_searched(head))
@@ -185,7 +182,8 @@ def _weights_key(
     head: Head, modules: tuple[tuple[dict[str, Any], str, Any], ...]
 ) -> tuple[Any, ...]:
     tensors = (value for _, _, value in modules if isinstance(value, Tensor))
-    return (head.cache_generation, *((t.data_ptr(), t._version) for t in tensors))
+    edits = ((tensor.data_ptr(), tensor._version) for tensor in tensors)
+    return (head.cache_generation, head.prefix_bytes, *edits)
 
 
 def _native(
@@ -242,6 +240,7 @@ def _traced(
         config.stop,
         marginals,
         head.cache_generation,
+        head.prefix_bytes,
     )
     return SearchResult(
         labels, lengths, log_probs, head.num_labels, requested_marginals=sums if marginals else None
