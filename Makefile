@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py build_backend.py CMakeLists.txt $(shell find csrc -type f)
 CPP_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: demo test lint format scenes-model clean
+.PHONY: demo test lint format sanitize bench scenes-model clean
 
 # Train, measure, predict and compare on synthetic scenes; everything lands in demo/.
 demo: $(VENV)/installed
@@ -26,6 +26,17 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_SOURCES)
+
+# The search under AddressSanitizer, UBSan and ThreadSanitizer, built in build/sanitize.
+sanitize: $(VENV)/installed-dev
+	$(BIN)/python tests/sanitizers/run.py
+
+# Time the search against its opponents, and make the documentation's tables from the figures.
+bench: $(VENV)/installed-dev
+	$(BIN)/python benchmarks/heads.py  # trains them where they are not there yet
+	$(BIN)/python -m pytest benchmarks --benchmark-json=build/benchmarks.json
+	$(BIN)/python benchmarks/table.py build/benchmarks.json benchmarks/results/cpu.json
+	$(BIN)/python benchmarks/table.py benchmarks/results/cpu.json
 
 # Train the model that ships in the package anew, and measure it on scenes of another seed.
 scenes-model: $(VENV)/installed

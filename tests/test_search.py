@@ -202,7 +202,7 @@ def test_random_searches_equal_the_float64_reference(instruction_set, request):
         excused += assert_search_equal(head, embedding, config, instruction_set=instruction_set)
         searched += len(embedding)
     print(f"{searched} images, {excused} excused")
-    assert excused <= searched // 80  # small heads tie: gaps of exactly 0, or of one rounding
+    assert excused <= searched // 60  # small heads tie: gaps of exactly 0, or of one rounding
 
 
 @pytest.mark.parametrize("instruction_set", _C.instruction_sets())
