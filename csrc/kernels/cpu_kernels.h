@@ -52,6 +52,16 @@ struct CellSteps {
   float* const* next;                   // the cell, [tiles * lanes]
 };
 
+// Label scores of one path, from the first vector on that holds an allowed label. What is forbidden
+// is -inf.
+struct RowScores {
+  float* scores;            // [n]
+  const float* logits;      // [n] or null; shifted by the largest that is not forbidden when added
+  const float* later_most;  // [lanes] largest logits after the first vector, or null where some of
+                            // them are forbidden
+  int64_t n;                // a multiple of lanes
+};
+
 struct CpuKernels {
   const char* name;
   int64_t lanes;  // floats per vector
@@ -72,11 +82,9 @@ struct CpuKernels {
   // largest logits of the vectors after v, lane by lane.
   void (*take_logits)(const float* from, int64_t count, float* logits, float* later_most);
 
-  // Adds logits (or null) shifted by the largest that is not forbidden, and returns the logarithm
-  // of the sum of e^scores; NaN where a score is NaN or the largest is not finite. Forbidden scores
-  // are -inf. n is a multiple of lanes. later_most [lanes] are the largest logits after the first
-  // vector where none of them is forbidden, or null.
-  float (*finish_scores)(float* scores, const float* logits, const float* later_most, int64_t n);
+  // Adds the logits to each row and makes the logarithm of the sum of its e^scores; NaN where a
+  // score is NaN or the largest is not finite.
+  void (*finish_scores)(const RowScores* rows, int64_t count, float* log_sum_exp);
 
   // Offers path_score + log-probability of every label from..n to `best`, in order, where it
   // exceeds `floor`. n - from is a multiple of lanes.

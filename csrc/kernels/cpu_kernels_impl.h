@@ -39,17 +39,17 @@ inline Vector load(const float* from) { return *reinterpret_cast<const Unaligned
 inline void store(float* to, Vector value) { *reinterpret_cast<UnalignedVector*>(to) = value; }
 inline Vector splat(float value) { return Vector{} + value; }
 
-// Bit i is set where lane i of a comparison holds.
-inline uint32_t bits(Mask mask) {
+// Bit i is set where lane i is above `bound`.
+inline uint32_t lanes_above(Vector value, float bound) {
 #if defined(__AVX512F__)
-  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask));
+  return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(value), _mm512_set1_ps(bound), _CMP_GT_OQ);
 #elif defined(__AVX2__)
-  return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(mask)));
+  return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(value > bound)));
 #elif defined(__SSE2__)
-  return static_cast<uint32_t>(_mm_movemask_ps(reinterpret_cast<__m128>(mask)));
+  return static_cast<uint32_t>(_mm_movemask_ps(reinterpret_cast<__m128>(value > bound)));
 #else
   uint32_t set = 0;
-  for (int i = 0; i < kLanes; ++i) set |= mask[i] != 0 ? uint32_t{1} << i : 0;
+  for (int i = 0; i < kLanes; ++i) set |= value[i] > bound ? uint32_t{1} << i : 0;
   return set;
 #endif
 }
@@ -275,42 +275,75 @@ void take_logits(const float* from, int64_t count, float* logits, float* later_m
   }
 }
 
-float finish_scores(float* scores, const float* logits, const float* later_most, int64_t n) {
+// The largest logit of what is not forbidden.
+inline float largest_logit(const RowScores& row) {
   const Vector none = splat(-INFINITY);
-  Vector most = none;
-  if (logits != nullptr) {
-    const auto allowed = [&](int64_t j) {
-      return load(scores + j) == none ? none : load(logits + j);
-    };
-    Vector allowed_most = allowed(0);
-    if (later_most != nullptr) {
-      const Vector later = load(later_most);
-      allowed_most = allowed_most > later ? allowed_most : later;
-    } else {
-      for (int64_t j = kLanes; j < n; j += kLanes) {
-        const Vector logit = allowed(j);
-        allowed_most = logit > allowed_most ? logit : allowed_most;
-      }
-    }
-    const float shift = largest_lane(allowed_most);
-    for (int64_t j = 0; j < n; j += kLanes) {
-      const Vector score = load(scores + j) + (load(logits + j) - shift);
-      store(scores + j, score);
-      most = score > most ? score : most;  // passes over NaN
-    }
+  const auto allowed = [&](int64_t j) {
+    return load(row.scores + j) == none ? none : load(row.logits + j);
+  };
+  Vector most = allowed(0);
+  if (row.later_most != nullptr) {
+    const Vector later = load(row.later_most);
+    most = most > later ? most : later;
   } else {
-    for (int64_t j = 0; j < n; j += kLanes) {
-      const Vector score = load(scores + j);
-      most = score > most ? score : most;
+    for (int64_t j = kLanes; j < row.n; j += kLanes) {
+      const Vector logit = allowed(j);
+      most = logit > most ? logit : most;
     }
   }
-  const float largest = largest_lane(most);
-  if (!(largest > -INFINITY && largest < INFINITY)) return NAN;
-  Vector sums{};
-  for (int64_t j = 0; j < n; j += kLanes) {
-    sums += exponential_of_nonpositive(load(scores + j) - largest);
+  return largest_lane(most);
+}
+
+// Adds the logits, shifted, and returns the largest score, passing over NaN.
+inline float add_logits(const RowScores& row, float shift) {
+  Vector most = splat(-INFINITY);
+  for (int64_t j = 0; j < row.n; j += kLanes) {
+    const Vector score = load(row.scores + j) + (load(row.logits + j) - shift);
+    store(row.scores + j, score);
+    most = score > most ? score : most;
   }
-  return largest + logf(sum_of_lanes(sums));  // NaN where a score is
+  return largest_lane(most);
+}
+
+inline float largest_score(const RowScores& row) {
+  Vector most = splat(-INFINITY);
+  for (int64_t j = 0; j < row.n; j += kLanes) {
+    const Vector score = load(row.scores + j);
+    most = score > most ? score : most;
+  }
+  return largest_lane(most);
+}
+
+inline float sum_of_exponentials(const RowScores& row, float largest) {
+  Vector sums{};
+  for (int64_t j = 0; j < row.n; j += kLanes) {
+    sums += exponential_of_nonpositive(load(row.scores + j) - largest);
+  }
+  return sum_of_lanes(sums);
+}
+
+// Each step of a row waits for a sum or maximum over all lanes; several rows wait together.
+void finish_scores(const RowScores* rows, int64_t count, float* log_sum_exp) {
+  constexpr int64_t kTogether = 4;
+  for (int64_t begin = 0; begin < count; begin += kTogether) {
+    const int64_t end = begin + kTogether < count ? begin + kTogether : count;
+    float shift[kTogether], largest[kTogether], sum[kTogether];
+    for (int64_t r = begin; r < end; ++r) {
+      shift[r - begin] = rows[r].logits == nullptr ? 0.0f : largest_logit(rows[r]);
+    }
+    for (int64_t r = begin; r < end; ++r) {
+      largest[r - begin] = rows[r].logits == nullptr ? largest_score(rows[r])
+                                                     : add_logits(rows[r], shift[r - begin]);
+    }
+    for (int64_t r = begin; r < end; ++r) {
+      sum[r - begin] = sum_of_exponentials(rows[r], largest[r - begin]);
+    }
+    for (int64_t r = begin; r < end; ++r) {
+      const float most = largest[r - begin];
+      const bool finite = most > -INFINITY && most < INFINITY;
+      log_sum_exp[r] = finite ? most + logf(sum[r - begin]) : NAN;  // NaN where a score is
+    }
+  }
 }
 
 void select(const float* scores, int64_t from, int64_t n, float path_score, float log_sum_exp,
@@ -318,11 +351,12 @@ void select(const float* scores, int64_t from, int64_t n, float path_score, floa
   float bound = best->bound() > floor ? best->bound() : floor;
   if (path_score <= bound) return;  // scores only fall
   for (int64_t j = from; j < n; j += kLanes) {
-    const Vector score = path_score + step_log_prob(load(scores + j), log_sum_exp);
-    for (uint32_t above = bits(score > bound); above != 0; above &= above - 1) {
-      const int i = __builtin_ctz(above);
-      if (!(score[i] > bound)) continue;  // the bound has risen within this vector
-      best->offer(score[i], Extension{rank, static_cast<int32_t>(j + i)});
+    const Vector lanes = path_score + step_log_prob(load(scores + j), log_sum_exp);
+    for (uint32_t above = lanes_above(lanes, bound); above != 0; above &= above - 1) {
+      const int64_t label = j + __builtin_ctz(above);
+      const float score = path_score + step_log_prob(scores[label], log_sum_exp);
+      if (!(score > bound)) continue;  // it has risen within this vector
+      best->offer(score, Extension{rank, static_cast<int32_t>(label)});
       bound = best->bound() > floor ? best->bound() : floor;
     }
   }

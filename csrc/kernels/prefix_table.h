@@ -54,6 +54,12 @@ class PrefixTable {
   // The node of `parent` extended by `label`, or -1. Marks it as used by the stay of this stamp.
   int32_t find(int32_t parent, int32_t label, uint32_t stamp) const;
 
+  // Brings what `find` will read into the cache.
+  void prefetch(int32_t parent, int32_t label) const {
+    const Index& index = *current_.load(std::memory_order_acquire);
+    __builtin_prefetch(&index.entries[first_slot(prefix_key(parent, label), index.mask)]);
+  }
+
   // Adds `count` nodes that nothing finds yet and returns the first; the caller makes their states.
   int32_t add(int64_t count);
 

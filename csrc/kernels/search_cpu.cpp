@@ -34,6 +34,7 @@ constexpr float kLiveMassFloor = 1e-3f;
 constexpr int64_t kBlockBytes = 128 << 10;
 constexpr int64_t kBlockRows = 64;
 constexpr int64_t kSliceImages = 4096;
+constexpr int64_t kCacheLineFloats = 16;
 // States of so few images are bound by reading the weights: better all at once.
 constexpr int64_t kPatientImages = 16;
 
@@ -97,9 +98,8 @@ class BlockSearch {
   // Takes images as far as the states that are there allow.
   void run(ImageState** images, int64_t count) {
     active_.clear();
-    slot_images_.resize(count);
+    slot_states_.assign(images, images + count);
     for (int64_t slot = 0; slot < count; ++slot) {
-      slot_images_[slot] = images[slot]->image;
       if (begin(*images[slot], slot)) active_.push_back({images[slot], slot});
     }
     while (!active_.empty()) {
@@ -196,12 +196,15 @@ class BlockSearch {
       rows_.push_back({prefixes_.projected_output(step.node), static_cast<int32_t>(slot),
                        static_cast<int32_t>(slot * N_ + j),
                        static_cast<int32_t>(first_allowed(path) / kernels_.lanes)});
-      __builtin_prefetch(rows_.back().projected);
+      for (int64_t d = 0; d < D_; d += kCacheLineFloats) {
+        __builtin_prefetch(rows_.back().projected + d);
+      }
     }
     if (any_missing && needs_all_) rows_.resize(rows_before);  // it waits in any case
   }
 
-  // Equations 4 and 5 for all rows. Rows that need their labels from nearby on share tiles.
+  // Equations 4 and 5 and the softmax's denominator for all rows. Rows that need their labels from
+  // nearby on share tiles.
   void score_rows() {
     const int64_t rows = static_cast<int64_t>(rows_.size());
     order_rows();
@@ -211,7 +214,7 @@ class BlockSearch {
     for (int64_t at = 0; at < rows; ++at) {
       const Row& row = rows_[order_[at]];
       float* total = joint_.data() + at * D_;
-      const int64_t image = slot_images_[row.slot];
+      const int64_t image = slot_states_[row.slot]->image;
       kernels_.activate_sum(head_.activation(), row.projected, images_.joint + image * D_, total,
                             D_);
       x_[at] = total;
@@ -221,6 +224,26 @@ class BlockSearch {
     }
     kernels_.product({rows, D_, head_.score_vectors(), x_.data(), head_.score_panels(),
                       head_.score_start(), y_.data(), first_vector_.data()});
+    row_scores_.resize(rows);
+    log_sum_exp_.resize(rows);
+    for (int64_t at = 0; at < rows; ++at) {
+      const Row& row = rows_[order_[at]];
+      const ImageState& s = *slot_states_[row.slot];
+      const LivePath& path = s.live[row.path - row.slot * N_];
+      forbid(path, s.step, y_[at]);
+      const int64_t from = first_scored(path);
+      row_scores_[at] = {y_[at] + from, nullptr, nullptr, stride_ - from};
+      if (images_.label_logits == nullptr) continue;
+      row_scores_[at].logits = logits_.data() + row.slot * stride_ + from;
+      // What is forbidden lies in the first vector alone.
+      if (end_allowed(s.step) && (options_.order != Order::kUnique || s.step == 0)) {
+        row_scores_[at].later_most = later_most_.data() + row.slot * stride_ + from;
+      }
+    }
+    kernels_.finish_scores(row_scores_.data(), rows, log_sum_exp_.data());
+    for (int64_t at = 0; at < rows; ++at) {
+      paths_[rows_[order_[at]].path].log_sum_exp = log_sum_exp_[at];
+    }
   }
 
   // Sorts rows by their first vector: a counting sort.
@@ -242,13 +265,6 @@ class BlockSearch {
 
   Outcome finish_step(ImageState& s, int64_t slot) {
     PathStep* paths = paths_.data() + slot * N_;
-    const float* logits =
-        images_.label_logits == nullptr ? nullptr : logits_.data() + slot * stride_;
-    // What is forbidden lies in a row's first vector alone.
-    const bool later_allowed =
-        end_allowed(s.step) && (options_.order != Order::kUnique || s.step == 0);
-    const float* later_most =
-        logits == nullptr || !later_allowed ? nullptr : later_most_.data() + slot * stride_;
     const auto is_missing = [&](int j) { return paths[j].kind == PathStep::Kind::kMissing; };
     if (needs_all_) {
       bool waits = false;
@@ -268,11 +284,6 @@ class BlockSearch {
         step.end_score = path.score;
       } else {
         ++scored;
-        const int64_t from = first_scored(path);
-        forbid(path, s.step, step.scores);
-        step.log_sum_exp = kernels_.finish_scores(
-            step.scores + from, logits == nullptr ? nullptr : logits + from,
-            later_most == nullptr ? nullptr : later_most + from, stride_ - from);
         if (std::isnan(step.log_sum_exp)) {
           step.kind = PathStep::Kind::kNotFinite;
           continue;
@@ -411,6 +422,7 @@ class BlockSearch {
       const Extension& extension = best.items[i];
       if (extension.label == L_) continue;
       s->live[count] = {best.scores[i], paths[extension.parent_rank].node, extension.label};
+      prefixes_.prefetch(s->live[count].parent, extension.label);  // for the next step
       taken[count++] = extension;
     }
     // The paper's rule: every intermediate path is less probable than all candidates.
@@ -483,11 +495,13 @@ class BlockSearch {
   AlignedFloats later_most_;     // [images, stride]
   std::vector<PathStep> paths_;  // [images, N]
   std::vector<Active> active_;
-  std::vector<int64_t> slot_images_;
+  std::vector<ImageState*> slot_states_;
   std::vector<Row> rows_;
   std::vector<int32_t> order_, begins_, first_vector_;
   std::vector<const float*> x_;
   std::vector<float*> y_;
+  std::vector<RowScores> row_scores_;
+  std::vector<float> log_sum_exp_;
 };
 
 int64_t images_per_block(const CpuHead& head, const SearchOptions& options) {
