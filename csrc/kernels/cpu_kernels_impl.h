@@ -184,6 +184,27 @@ inline void gates_tile(const RecurrentGates& b, int64_t row, int64_t tile, int64
   }
 }
 
+// Up to kStateRows prefixes from `row` on.
+inline void gates_strip(const RecurrentGates& b, int64_t row, int64_t end, int64_t tile,
+                        int64_t k_begin, int64_t k_end) {
+  switch (end - row) {
+    case 1:
+      return gates_tile<1>(b, row, tile, k_begin, k_end);
+    case 2:
+      return gates_tile<2>(b, row, tile, k_begin, k_end);
+#if defined(__AVX512F__)
+    case 3:
+      return gates_tile<3>(b, row, tile, k_begin, k_end);
+    case 4:
+      return gates_tile<4>(b, row, tile, k_begin, k_end);
+    case 5:
+      return gates_tile<5>(b, row, tile, k_begin, k_end);
+#endif
+    default:
+      return gates_tile<kStateRows>(b, row, tile, k_begin, k_end);
+  }
+}
+
 // A part of a tile's weights stays in L1 while a group of prefixes goes by, and the tile in L2
 // while all groups do.
 void multiply_states(const RecurrentGates& b, int64_t first_tile, int64_t last_tile) {
@@ -194,11 +215,9 @@ void multiply_states(const RecurrentGates& b, int64_t first_tile, int64_t last_t
       const int64_t end = b.count < group + kGroup ? b.count : group + kGroup;
       for (int64_t k = 0; k < b.hidden_dim; k += kPart) {
         const int64_t k_end = k + kPart < b.hidden_dim ? k + kPart : b.hidden_dim;
-        int64_t row = group;
-        for (; row + kStateRows <= end; row += kStateRows) {
-          gates_tile<kStateRows>(b, row, tile, k, k_end);
+        for (int64_t row = group; row < end; row += kStateRows) {
+          gates_strip(b, row, end, tile, k, k_end);
         }
-        for (; row < end; ++row) gates_tile<1>(b, row, tile, k, k_end);
       }
     }
   }
