@@ -8,7 +8,8 @@ tensor operations, as one would write them for speed in torch:
   compiled search does, and makes the missing ones of a step together.
 
 `compiled=True` passes the arithmetic of a step through torch.compile. Rows of paths that were
-dropped, and of images that have ended, are left out of the recurrence.
+dropped, and of images that have ended, are left out of the recurrence, except with
+`every_slot=True`, the loop as one writes it first.
 """
 
 from __future__ import annotations
@@ -139,8 +140,16 @@ def _rows(values: Tensor, index: Tensor) -> Tensor:
 class PathStates(_TorchSearch):
     """The recurrence runs for every live path: nothing is shared between paths or images."""
 
-    def __init__(self, head: Head, beam_size: int, max_labels: int, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        head: Head,
+        beam_size: int,
+        max_labels: int,
+        compiled: bool = False,
+        every_slot: bool = False,
+    ) -> None:
         super().__init__(head, beam_size, max_labels, compiled)
+        self._every_slot = every_slot
 
     def start(self, batch: int) -> None:
         labels = torch.full((batch,), self.head.start)
@@ -152,7 +161,8 @@ class PathStates(_TorchSearch):
         return self._root
 
     def advance(self, parents: Tensor, labels: Tensor, live: Tensor) -> Tensor:
-        image, path = live.nonzero(as_tuple=True)
+        rows = torch.ones_like(live) if self._every_slot else live
+        image, path = rows.nonzero(as_tuple=True)
         parent = parents[image, path]
         output, cell, projected = self._extend(
             labels[image, path], self._output[image, parent], self._cell[image, parent]

@@ -80,7 +80,8 @@ def searcher(implementation: str, head: Head) -> Searcher:
     if implementation.startswith("shared states"):
         opponent = PrefixStates(head, N, T, compiled)
         return Searcher(opponent.search, opponent.clear, True)
-    return Searcher(PathStates(head, N, T, compiled).search, lambda: None, False)
+    every_slot = implementation == "state per slot"
+    return Searcher(PathStates(head, N, T, compiled, every_slot).search, lambda: None, False)
 
 
 def few(embedding: ImageEmbedding, count: int) -> ImageEmbedding:
@@ -139,7 +140,7 @@ ALL = [*SHARING, "state per path", "state per path, compiled"]
 
 @LABELS
 @CHAIN
-@pytest.mark.parametrize("implementation", [*ALL, "reference"])
+@pytest.mark.parametrize("implementation", [*ALL, "state per slot", "reference"])
 def test_warm(benchmark, num_labels, chain_term, implementation):
     c = case(num_labels, chain_term)
     under_test = searcher(implementation, c.head)
