@@ -181,6 +181,17 @@ def threads(results: dict[str, Any]) -> str:
     return _table(["", "table", "one thread", "two threads", ""], rows)
 
 
+def share(results: dict[str, Any]) -> str:
+    """A backbone and the search on its features."""
+    all_figures = figures(results)
+    backbone, search = (
+        1e3 * _figure(all_figures, "test_share_of_the_search", part)["median_s"]
+        for part in ("resnet50", "search")
+    )
+    row = [f"{backbone:,.0f}", f"{search:.2f}", f"{100 * search / backbone:.3f} %"]
+    return _table(["ResNet-50", "head and search", "share"], [row])
+
+
 def summary(results: dict[str, Any]) -> str:
     """The README's table: 80 labels with the chain term."""
     all_figures = figures(results)
@@ -210,7 +221,7 @@ def machine(results: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "machine": machine, "throughput": throughput, "work": work, "kept": kept,
-    "one-image": one_image, "threads": threads, "summary": summary,
+    "one-image": one_image, "threads": threads, "share": share, "summary": summary,
 }  # fmt: skip
 
 
