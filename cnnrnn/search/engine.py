@@ -186,6 +186,18 @@ def _weights_key(
     return (head.cache_generation, head.prefix_bytes, *edits)
 
 
+def _options(config: SearchConfig, max_labels: int) -> tuple[int, int, int, str, bool, str]:
+    """Return the options in the order of the compiled search's arguments."""
+    return (
+        config.beam_size,
+        max_labels,
+        config.min_labels,
+        config.order,
+        config.end_takes_slot,
+        config.stop,
+    )
+
+
 def _native(
     head: Head,
     embedding: ImageEmbedding,
@@ -200,15 +212,7 @@ def _native(
         embedding = embedding.to("cpu", torch.float32)
         joint, logits = embedding.joint, embedding.label_logits
     labels, lengths, log_probs, sums, _, stats, nonfinite = cpu_head(head).beam_search(
-        joint,
-        logits,
-        config.beam_size,
-        max_labels,
-        config.min_labels,
-        config.order,
-        config.end_takes_slot,
-        config.stop,
-        marginals,
+        joint, logits, *_options(config, max_labels), marginals
     )
     if device.type != "cpu":
         labels, lengths, log_probs = labels.to(device), lengths.to(device), log_probs.to(device)
@@ -232,12 +236,7 @@ def _traced(
         *(None if tensor is None else tensor.detach() for tensor in _parameters(head)),
         head.cell,
         head.activation,
-        config.beam_size,
-        max_labels,
-        config.min_labels,
-        config.order,
-        config.end_takes_slot,
-        config.stop,
+        *_options(config, max_labels),
         marginals,
         head.cache_generation,
         head.prefix_bytes,
