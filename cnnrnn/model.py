@@ -151,7 +151,7 @@ class Head(nn.Module):
         label_classifier: the chain term's independent classifier, or None.
         max_labels: longest path of a search that names none: the largest training set.
         prefix_bytes: memory that kept prefix states may take, 512 MB by default; the least recently
-            used go. A search of one batch can need more, and takes it.
+            used go. What one image needs is made in any case. The packed weights come on top.
         cache_generation: counts calls of `clear_cache`.
     """
 

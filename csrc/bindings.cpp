@@ -6,6 +6,8 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
+
+#include <algorithm>
 #if !defined(_WIN32)
 #include <pthread.h>
 #endif
@@ -183,6 +185,7 @@ class HeadRegistry {
         return at->head;
       }
     }
+    heads_.remove_if([](const Entry& entry) { return is_gone(entry.key); });
     auto head = make_head(parameters, cell, activation, prefix_bytes, "auto");
     if (key) {
       heads_.push_front({*key, head});
@@ -228,6 +231,12 @@ class HeadRegistry {
                                       tensor->sizes().vec(), tensor->strides().vec()});
     }
     return key;
+  }
+
+  // Whether a tensor that it was made of is no more.
+  static bool is_gone(const Key& key) {
+    return std::any_of(key.tensors.begin(), key.tensors.end(),
+                       [](const auto& tensor) { return tensor && tensor->storage.expired(); });
   }
 
   static bool same(const Key& a, const Key& b) {

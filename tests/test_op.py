@@ -87,6 +87,18 @@ def test_compiled_as_one_graph():
 
 
 @torch.no_grad()
+def test_compiled_in_other_precisions():
+    head = head_of(3).double()
+    embedding = images(head, 4).to("cpu", torch.float64)
+    search = torch.compile(
+        lambda joint: beam_search(head, ImageEmbedding(joint), CONFIG).log_probs,
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    assert torch.equal(search(embedding.joint), beam_search(head, embedding, CONFIG).log_probs)
+
+
+@torch.no_grad()
 def test_exported_with_a_free_batch():
     class Tensors(FeaturesToPaths):
         def forward(self, features: Tensor) -> tuple[Tensor, ...]:

@@ -157,6 +157,26 @@ def test_threads_share_a_head(head):
     assert not wrong
 
 
+def test_large_batches_of_two_threads_share_a_bounded_table(head):
+    """Room that one search sets aside must not make the other forget everything."""
+    head.prefix_bytes = 4 << 20
+    batch = images(head, 2000, seed=1)
+    beam_search(head, batch, CONFIG)
+    made: list[int] = []
+
+    def work() -> None:
+        for _ in range(5):
+            stats = beam_search(head, batch, CONFIG).stats
+            made.append(stats.prefix_lookups - stats.prefix_hits)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(made) == 0
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_starts_with_an_empty_table(head):

@@ -14,7 +14,7 @@ from replay import assert_search_equal, random_embedding, random_head, run_compi
 from cnnrnn import _C
 from cnnrnn.config import SearchConfig
 from cnnrnn.model import Head, ImageEmbedding, chain_logits
-from cnnrnn.search import NonFiniteError, beam_search, reference
+from cnnrnn.search import NonFiniteError, beam_search, engine, reference
 
 IMPLEMENTATIONS = ["native", "reference"]
 
@@ -382,6 +382,51 @@ def test_changed_weights_are_seen(name, how):
     torch.testing.assert_close(after.log_probs, expected.log_probs, rtol=1e-5, atol=1e-5)
 
 
+def assert_weights_are_read_anew(head, embedding):
+    expected = beam_search(head, embedding, implementation="reference")
+    found = beam_search(head, embedding)
+    torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=1e-5, atol=1e-5)
+
+
+def test_an_edit_while_the_head_is_packed_is_seen(monkeypatch):
+    head, embedding = small_case()
+    pack = engine.make_cpu_head
+
+    def pack_and_edit(*arguments, **options):
+        packed = pack(*arguments, **options)
+        with torch.no_grad():  # as another thread may, which the packing does not hold up
+            head.recurrence.weight_hh.mul_(-1.0)
+        return packed
+
+    monkeypatch.setattr(engine, "make_cpu_head", pack_and_edit)
+    beam_search(head, embedding)
+    monkeypatch.undo()
+    assert_weights_are_read_anew(head, embedding)
+
+
+def test_weights_moved_to_an_address_used_before_are_seen():
+    for seed in range(40):  # freed memory is handed out again
+        head, embedding = small_case()
+        with torch.no_grad():
+            head.output_projection.weight.normal_(generator=torch.Generator().manual_seed(seed))
+        beam_search(head, embedding)
+        head.output_projection.to(torch.bfloat16).to(torch.float32)
+        assert_weights_are_read_anew(head, embedding)
+
+
+def test_computed_weights_and_changed_attributes_are_seen():
+    head, embedding = small_case()
+    beam_search(head, embedding)
+    head.activation = "tanh"
+    assert_weights_are_read_anew(head, embedding)
+    weight_norm = torch.nn.utils.parametrizations.weight_norm
+    weight_norm(head.output_projection)
+    assert_weights_are_read_anew(head, embedding)
+    with torch.no_grad():
+        head.output_projection.parametrizations.weight.original0.mul_(-3.0)
+    assert_weights_are_read_anew(head, embedding)
+
+
 def test_a_search_under_autocast_leaves_no_trace():
     head, embedding = small_case()
     expected = beam_search(copy.deepcopy(head), embedding)
@@ -465,6 +510,22 @@ def test_overflowing_recurrence_is_marked(implementation):
     embedding = ImageEmbedding(torch.ones(1, 4))
     result = beam_search(head, embedding, implementation=implementation, on_nonfinite="mark")
     assert result.log_probs.isnan().all()
+    assert 0 <= result.stats.prefix_hits <= result.stats.prefix_lookups
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_recurrence_that_overflows_later_is_marked(implementation):
+    head = Head(5, 4, joint_dim=4, hidden_dim=4, cell="paper").eval()
+    with torch.no_grad():
+        head.recurrence.weight_hh.fill_(1e20)
+        head.recurrence.weight_ih.fill_(1.0)
+        head.label_embedding.uniform_(0.5, 1.0, generator=torch.Generator().manual_seed(0))
+        head.output_projection.weight.fill_(0.1)
+        head.score_bias[-1] = -50.0
+    embedding = ImageEmbedding(torch.zeros(3, 4))
+    result = beam_search(head, embedding, SearchConfig(4, 4), implementation, on_nonfinite="mark")
+    assert result.log_probs.isnan().all()
+    assert 0 <= result.stats.prefix_hits <= result.stats.prefix_lookups
 
 
 def test_arguments_are_checked_with_both_sides_named():

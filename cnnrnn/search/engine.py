@@ -106,7 +106,8 @@ def _check_embedding(head: Head, embedding: ImageEmbedding) -> None:
 class _Kept(NamedTuple):
     """A head as the kernels read it, with its kept prefix states, and what it was made from."""
 
-    modules: tuple[tuple[dict[str, Any], str, Any], ...]  # (a module's dict, name, value then)
+    places: tuple[tuple[dict[str, Any], str, Any], ...]  # (a module's dict, name, value then)
+    storages: tuple[Tensor, ...]  # held, so that no other weights come to lie at their addresses
     key: tuple[Any, ...]
     cpu_head: _C.CpuHead
 
@@ -124,15 +125,29 @@ def cpu_head(head: Head) -> _C.CpuHead:
     """
     kept = _kept.get(head)
     if kept is not None:
-        replaced = any(values.get(name) is not value for values, name, value in kept.modules)
-        if not replaced and kept.key == _weights_key(head, kept.modules):
+        replaced = any(values.get(name) is not value for values, name, value in kept.places)
+        if not replaced and kept.key == _weights_key(head, kept.places):
             return kept.cpu_head
+    places = tuple(_searched(head))
+    tensors = [tensor for tensor in _parameters(head) if tensor is not None]
+    if not _edits_are_seen(tensors, places):
+        return make_cpu_head(head, prefix_bytes=head.prefix_bytes)
+    # The key first: another thread may edit a weight while the head is packed.
+    key = _weights_key(head, places)
     made = make_cpu_head(head, prefix_bytes=head.prefix_bytes)
-    # What is made under torch.inference_mode() has no count of edits: nothing can be kept.
-    if not any(tensor is not None and tensor.is_inference() for tensor in _parameters(head)):
-        modules = tuple(_searched(head))
-        _kept[head] = _Kept(modules, _weights_key(head, modules), made)
+    _kept[head] = _Kept(places, tuple(tensor.detach() for tensor in tensors), key, made)
     return made
+
+
+def _edits_are_seen(
+    tensors: list[Tensor], places: tuple[tuple[dict[str, Any], str, Any], ...]
+) -> bool:
+    """Whether every weight stands at its place (a pruned or reparametrised one is computed).
+
+    What is made under torch.inference_mode() has no count of edits.
+    """
+    in_place = {id(value) for _, _, value in places}
+    return all(id(tensor) in in_place and not tensor.is_inference() for tensor in tensors)
 
 
 def make_cpu_head(
@@ -179,11 +194,11 @@ def _searched(head: Head) -> Iterator[tuple[dict[str, Any], str, Any]]:
 
 
 def _weights_key(
-    head: Head, modules: tuple[tuple[dict[str, Any], str, Any], ...]
+    head: Head, places: tuple[tuple[dict[str, Any], str, Any], ...]
 ) -> tuple[Any, ...]:
-    tensors = (value for _, _, value in modules if isinstance(value, Tensor))
+    tensors = (value for _, _, value in places if isinstance(value, Tensor))
     edits = ((tensor.data_ptr(), tensor._version) for tensor in tensors)
-    return (head.cache_generation, head.prefix_bytes, *edits)
+    return (head.cache_generation, head.prefix_bytes, head.cell, head.activation, *edits)
 
 
 def _options(config: SearchConfig, max_labels: int) -> tuple[int, int, int, str, bool, str]:
@@ -229,11 +244,10 @@ def _traced(
     marginals: bool,
 ) -> SearchResult:
     """Put the registered op into the graph that torch.compile or torch.export is making."""
-    logits = embedding.label_logits
+    device = embedding.joint.device
+    tensors = (embedding.joint, embedding.label_logits, *_parameters(head))
     labels, lengths, log_probs, sums = torch.ops.cnnrnn.beam_search(
-        embedding.joint.detach(),
-        None if logits is None else logits.detach(),
-        *(None if tensor is None else tensor.detach() for tensor in _parameters(head)),
+        *(None if t is None else t.detach().to("cpu", torch.float32) for t in tensors),
         head.cell,
         head.activation,
         *_options(config, max_labels),
@@ -242,5 +256,9 @@ def _traced(
         head.prefix_bytes,
     )
     return SearchResult(
-        labels, lengths, log_probs, head.num_labels, requested_marginals=sums if marginals else None
+        labels.to(device),
+        lengths.to(device),
+        log_probs.to(device),
+        head.num_labels,
+        requested_marginals=sums.to(device) if marginals else None,
     )

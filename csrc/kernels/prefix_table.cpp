@@ -227,8 +227,7 @@ PrefixTable::Stay::Stay(PrefixTable* table, int64_t most_new_nodes)
     table->evicting_ = true;
     table->changed_.wait(lock, [table] { return table->stays_ == 0; });
     try {
-      // To the half, so that the next time is not soon.
-      table->evict(std::min(table->byte_budget_ / 2, table->byte_budget_ - reserved_bytes_));
+      table->evict(room / 4 * 3);  // not just to `room`, so that the next time is not soon
     } catch (...) {
       table->evicting_ = false;
       table->changed_.notify_all();

@@ -326,6 +326,7 @@ class BlockSearch {
       if (waits_for_states(s, paths, done)) return Outcome::kWaits;
     }
 
+    lookups += scored;
     const float floor_after = dropped_at(s.accepting, done);
     for (int j = 0; j < s.live_count; ++j) {
       if (paths[j].kind != PathStep::Kind::kNotFinite) continue;
@@ -334,7 +335,6 @@ class BlockSearch {
       mark_nonfinite(s);
       return Outcome::kEnded;
     }
-    lookups += scored;
     if (keep_all_) add_marginals(s, paths);
     s.done = done;
     take_extensions(best, paths, &s);
@@ -568,7 +568,7 @@ SearchStats beam_search_cpu(CpuHead* head, const SearchOptions& options,
   const int64_t nodes_per_image = N * std::max<int64_t>(T - 1, 0);
   const int64_t image_bytes = std::max<int64_t>(1, nodes_per_image * prefixes.node_bytes());
   const int64_t slice =
-      std::clamp<int64_t>(prefixes.byte_budget() / 2 / image_bytes, 1, kSliceImages);
+      std::clamp<int64_t>(prefixes.byte_budget() / 4 / image_bytes, 1, kSliceImages);
   SearchStats stats;
   for (int64_t begin = 0; begin < B; begin += slice) {
     const int64_t end = std::min(begin + slice, B);
