@@ -1,15 +1,15 @@
 """Batched beam searches in plain torch: what the compiled search is measured against.
 
-Both do the same work under the default options (increasing order, n_best stop) in whole-batch
-tensor operations, as one would write them for speed in torch:
+Both do the same work under the default options (increasing order, n_best stop), as one would write
+them for speed in torch: images that have ended and paths that were dropped are left out, the gates'
+input half is a lookup, the largest allowed logit is a running maximum, and in-place operations save
+memory traffic.
 
 - `PathStates` advances the recurrence for every live path of every image;
 - `PrefixStates` keeps one state per label prefix in a table, across steps, images and calls, as the
   compiled search does, and makes the missing ones of a step together.
 
-`compiled=True` passes the arithmetic of a step through torch.compile. Rows of paths that were
-dropped, and of images that have ended, are left out of the recurrence, except with
-`every_slot=True`, the loop as one writes it first.
+`compiled=True` passes the arithmetic of a step through torch.compile.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cnnrnn.model import Head, ImageEmbedding
+from cnnrnn.model import Head, ImageEmbedding, LSTMRecurrence
 
 
 class Paths(NamedTuple):
@@ -30,105 +30,143 @@ class Paths(NamedTuple):
     log_probs: Tensor  # [B, N]
 
 
-def step_scores(
+def step_log_probs(
     projected: Tensor,
     joint: Tensor,
-    label_logits: Tensor | None,
+    offsets: Tensor,
     label_embedding: Tensor,
-    score_bias: Tensor | None,
-    last: Tensor,
-    live_scores: Tensor,
 ) -> Tensor:
-    """Equations 4 and 5 and the step's log-probabilities for all live paths at once.
+    """Equations 4 and 5 and the softmax, for the rows that are live.
 
     Args:
-        projected: [B, n, D] U_o o of each live path.
-        joint: [B, D].
-        label_logits: [B, L+1] or None.
-        label_embedding: [L+1, D].
-        score_bias: [L+1] or None.
-        last: [B, n] last label of each live path, -1 at the root.
-        live_scores: [B, n], -inf where no path lives.
+        projected: [R, D] U_o o of each row's path.
+        joint: [R, D] of each row's image.
+        offsets: [R, L+1] bias and label logits, -inf where a label may not follow.
+        label_embedding: [D, L+1].
 
     Returns:
-        [B, n, L+1] scores of the paths so continued.
+        [R, L+1] log-probabilities.
     """
-    total = (projected + joint[:, None]).relu()
-    scores = torch.nn.functional.linear(total, label_embedding, score_bias)
-    forbidden = torch.arange(scores.shape[2], device=scores.device) <= last[:, :, None]
-    if label_logits is not None:
-        logits = label_logits[:, None].masked_fill(forbidden, -torch.inf)
-        scores = scores + (logits - logits.amax(2, keepdim=True))
-    else:
-        scores = scores.masked_fill(forbidden, -torch.inf)
-    return live_scores[:, :, None] + scores.log_softmax(2).clamp(max=0)
+    total = (projected + joint).relu()
+    return torch.addmm(offsets, total, label_embedding).log_softmax(1).clamp(max=0)
+
+
+def lstm_step(
+    gates: Tensor, output: Tensor, cell: Tensor, hidden_weight: Tensor, output_projection: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step for M prefixes: output [M, H], cell [M, H] and U_o o [M, D] after it.
+
+    Args:
+        gates: [M, 4H] input half of the gates, with biases.
+        output: [M, H] before the step.
+        cell: [M, H] before the step.
+        hidden_weight: [H, 4H].
+        output_projection: [H, D].
+    """
+    i, f, g, o = torch.addmm(gates, output, hidden_weight).chunk(4, 1)
+    cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+    output = o.sigmoid() * cell.tanh()
+    return output, cell, output @ output_projection
 
 
 class _TorchSearch:
     """The beams, which both searches share; subclasses keep the recurrent states."""
 
-    def __init__(self, head: Head, beam_size: int, max_labels: int, compiled: bool) -> None:
-        if head.activation != "relu":
-            raise ValueError(f"the opponents know relu, got {head.activation}")
+    def __init__(self, head: Head, beam_size: int, max_labels: int, compiled: bool = False) -> None:
+        if head.activation != "relu" or not isinstance(head.recurrence, LSTMRecurrence):
+            raise ValueError(
+                f"the opponents know relu and lstm, got {head.activation}, {head.cell}"
+            )
         self.head, self.beam_size, self.max_labels = head, beam_size, max_labels
-        self._step_scores: Callable[..., Tensor] = (
-            torch.compile(step_scores, dynamic=False) if compiled else step_scores
-        )
-        self._extend: Callable[..., tuple[Tensor, Tensor, Tensor]] = (
-            torch.compile(self._extend_states, dynamic=True) if compiled else self._extend_states
-        )
+        L = head.num_labels
+        with torch.no_grad():
+            self._gates = head.recurrence.input_gates(head.label_embedding)
+            self._hidden_weight = head.recurrence.weight_hh.t().contiguous()
+            self._output_projection = head.output_projection.weight.t().contiguous()
+            self._label_embedding = head.label_embedding[: L + 1].t().contiguous()
+            # Row k + 1 is the bias of what may follow label k, row 0 of what may follow the root.
+            forbidden = torch.ones(L + 1, L + 1).triu().t().tril(-1).bool()
+            bias = torch.zeros(L + 1) if head.score_bias is None else head.score_bias
+            self._bias = bias.repeat(L + 1, 1).masked_fill(forbidden, -torch.inf)
+        self._step: Callable[..., Tensor] = step_log_probs
+        self._lstm: Callable[..., tuple[Tensor, Tensor, Tensor]] = lstm_step
+        if compiled:
+            self._step = torch.compile(step_log_probs, dynamic=True)
+            self._lstm = torch.compile(lstm_step, dynamic=True)
+        zeros = torch.zeros(1, head.hidden_dim)
+        self._root = self._extend(torch.tensor([head.start]), zeros, zeros)
 
-    def _extend_states(
+    @torch.no_grad()
+    def _extend(
         self, labels: Tensor, output: Tensor, cell: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        output, cell = self.head.extend(labels, (output, cell))
-        return output, cell, self.head.output_projection(output)
+        return self._lstm(
+            self._gates[labels], output, cell, self._hidden_weight, self._output_projection
+        )
 
-    def start(self, batch: int) -> None:
+    def start(self, rows: int) -> Tensor:
+        """Begin with `rows` empty paths; return their U_o o [rows, D]."""
         raise NotImplementedError
 
-    def advance(self, parents: Tensor, labels: Tensor, live: Tensor) -> Tensor:
-        """Give U_o o [B, N, D] of the live paths `parents` [B, N] extended by `labels` [B, N]."""
-        raise NotImplementedError
-
-    def root(self) -> Tensor:
-        """Give U_o o [D] of the empty path."""
+    def advance(self, parents: Tensor, labels: Tensor) -> Tensor:
+        """Extend rows `parents` [R] by `labels` [R]; return the new rows' U_o o [R, D]."""
         raise NotImplementedError
 
     @torch.no_grad()
     def search(self, embedding: ImageEmbedding) -> Paths:
         """Find the N best label paths of each image."""
-        head, N, T = self.head, self.beam_size, self.max_labels
-        L, B = head.num_labels, len(embedding)
-        rows = head.label_embedding[: L + 1].detach()
-        bias = None if head.score_bias is None else head.score_bias.detach()
+        N, T, L, B = self.beam_size, self.max_labels, self.head.num_labels, len(embedding)
         joint, logits = embedding.joint, embedding.label_logits
+        most = None if logits is None else logits.flip(1).cummax(1).values.flip(1)
         done_scores = joint.new_full((B, N), -torch.inf)
         done_paths = torch.full((B, N, T), -1)
-        live_scores, last = joint.new_zeros(B, 1), torch.full((B, 1), -1)
-        paths = torch.full((B, 1, T), -1)
-        self.start(B)
-        projected = self.root().expand(B, 1, -1)
+        images = torch.arange(B)  # that have not ended
+        paths = torch.full((B, 1, T), -1)  # [images, n, T]
+        # Rows are the live paths: the place of their image, their rank there, score and last label.
+        at, rank = torch.arange(B), torch.zeros(B, dtype=torch.int64)
+        scores, last = torch.zeros(B), torch.full((B,), -1)
+        projected = self.start(B)
         for step in range(T + 1):
+            n = paths.shape[1]
+            ended = scores.new_full((len(images), n), -torch.inf)
             if step < T:
-                scores = self._step_scores(projected, joint, logits, rows, bias, last, live_scores)
-                ended = scores[:, :, L]
+                offsets = self._bias[last + 1]
+                if logits is not None and most is not None:
+                    offsets += logits[images[at]] - most[images[at], last + 1, None]
+                log_probs = self._step(projected, joint[images[at]], offsets, self._label_embedding)
+                ended[at, rank] = scores + log_probs[:, L]
+                best, labels = log_probs[:, :L].topk(min(N, L))
+                best += scores[:, None]
             else:
-                ended = live_scores
-            done_scores, kept = torch.cat([done_scores, ended], 1).topk(N)
-            done_paths = _rows(torch.cat([done_paths, paths], 1), kept)
+                ended[at, rank] = scores
+            found, kept = torch.cat([done_scores[images], ended], 1).topk(N)
+            done_scores[images] = found
+            done_paths[images] = _rows(torch.cat([done_paths[images], paths], 1), kept)
             if step == T:
                 break
-            live_scores, kept = scores[:, :, :L].flatten(1).topk(min(N, scores.shape[1] * L))
-            parents, last = kept // L, kept % L
-            live_scores = live_scores.masked_fill(live_scores <= done_scores[:, -1:], -torch.inf)
-            live = live_scores > -torch.inf
-            if not live.any():
+            K = best.shape[1]
+            extended = scores.new_full((len(images), n, K), -torch.inf)
+            extended[at, rank] = best
+            candidates = labels.new_zeros(len(images), n, K)
+            candidates[at, rank] = labels
+            row_of = at.new_zeros(len(images), n)
+            row_of[at, rank] = torch.arange(len(at))
+            live_scores, kept = extended.flatten(1).topk(min(N, n * K))
+            live = (live_scores > found[:, -1:]) & (live_scores > -torch.inf)
+            alive = live.any(1).nonzero()[:, 0]
+            if len(alive) == 0:
                 break
-            paths = _rows(paths, parents)
-            paths[:, :, step] = last
+            labels = candidates.flatten(1).gather(1, kept)
+            paths = _rows(paths, kept // K)
+            paths[:, :, step] = labels
+            row_of = row_of.gather(1, kept // K)
+            if len(alive) < len(images):
+                images, paths, live = images[alive], paths[alive], live[alive]
+                live_scores, labels, row_of = live_scores[alive], labels[alive], row_of[alive]
+            at, rank = live.nonzero(as_tuple=True)
+            scores, last = live_scores[at, rank], labels[at, rank]
             if step + 1 < T:
-                projected = self.advance(parents, last, live)
+                projected = self.advance(row_of[at, rank], last)
         return Paths(done_paths, done_scores)
 
 
@@ -140,45 +178,22 @@ def _rows(values: Tensor, index: Tensor) -> Tensor:
 class PathStates(_TorchSearch):
     """The recurrence runs for every live path: nothing is shared between paths or images."""
 
-    def __init__(
-        self,
-        head: Head,
-        beam_size: int,
-        max_labels: int,
-        compiled: bool = False,
-        every_slot: bool = False,
-    ) -> None:
-        super().__init__(head, beam_size, max_labels, compiled)
-        self._every_slot = every_slot
+    def start(self, rows: int) -> Tensor:
+        output, cell, projected = self._root
+        self._output, self._cell = output.expand(rows, -1), cell.expand(rows, -1)
+        return projected.expand(rows, -1)
 
-    def start(self, batch: int) -> None:
-        labels = torch.full((batch,), self.head.start)
-        output, cell, projected = self._extend(labels, *self.head.initial_state(batch))
-        self._output, self._cell = output[:, None], cell[:, None]
-        self._root = projected[:, None]
-
-    def root(self) -> Tensor:
-        return self._root
-
-    def advance(self, parents: Tensor, labels: Tensor, live: Tensor) -> Tensor:
-        rows = torch.ones_like(live) if self._every_slot else live
-        image, path = rows.nonzero(as_tuple=True)
-        parent = parents[image, path]
-        output, cell, projected = self._extend(
-            labels[image, path], self._output[image, parent], self._cell[image, parent]
+    def advance(self, parents: Tensor, labels: Tensor) -> Tensor:
+        self._output, self._cell, projected = self._extend(
+            labels, self._output[parents], self._cell[parents]
         )
-        self._output = output.new_zeros(*live.shape, output.shape[1])
-        self._cell = torch.zeros_like(self._output)
-        self._output[image, path], self._cell[image, path] = output, cell
-        all_projected = projected.new_zeros(*live.shape, projected.shape[1])
-        all_projected[image, path] = projected
-        return all_projected
+        return projected
 
 
 class PrefixStates(_TorchSearch):
     """One state per label prefix, kept across calls in tables that double when they are full.
 
-    `children` [nodes, L] holds the node of each prefix extended by each label, or -1: the fastest
+    `children` [nodes * L] holds the node of each prefix extended by each label, or -1: the fastest
     table that torch can look into, at 4 L bytes per prefix.
     """
 
@@ -186,55 +201,48 @@ class PrefixStates(_TorchSearch):
         super().__init__(head, beam_size, max_labels, compiled)
         self.clear()
 
-    @torch.no_grad()
     def clear(self) -> None:
         """Forget every state but the root's."""
-        head, capacity = self.head, 1024
-        self._children = torch.full((capacity, head.num_labels), -1, dtype=torch.int32)
-        self._outputs = torch.empty(capacity, head.hidden_dim)
-        self._cells = torch.empty(capacity, head.hidden_dim)
-        self._projected = torch.empty(capacity, head.joint_dim)
-        self._append(torch.tensor([head.start]), *head.initial_state(1), first=0)
+        capacity = 1024
+        self._children = torch.full((capacity * self.head.num_labels,), -1, dtype=torch.int32)
+        self._states = [values.new_empty(capacity, values.shape[1]) for values in self._root]
+        for states, root in zip(self._states, self._root, strict=True):
+            states[:1] = root
         self.size = 1
 
-    def start(self, batch: int) -> None:
-        self._nodes = torch.zeros(batch, 1, dtype=torch.int64)
+    def start(self, rows: int) -> Tensor:
+        self._nodes = torch.zeros(rows, dtype=torch.int64)
+        return self._root[2].expand(rows, -1)
 
-    def root(self) -> Tensor:
-        return self._projected[0]
-
-    def advance(self, parents: Tensor, labels: Tensor, live: Tensor) -> Tensor:
-        parents = self._nodes.gather(1, parents)
-        nodes = self._children[parents, labels]
-        missing = live & (nodes < 0)
+    def advance(self, parents: Tensor, labels: Tensor) -> Tensor:
+        L = self.head.num_labels
+        keys = self._nodes[parents] * L + labels
+        self._nodes = self._children[keys].long()
+        missing = self._nodes < 0
         if missing.any():
-            L = self.head.num_labels
-            keys = torch.unique(parents[missing] * L + labels[missing])
-            parent, label = keys // L, keys % L
-            self._reserve(self.size + len(keys))
-            self._append(label, self._outputs[parent], self._cells[parent], first=self.size)
-            self._children[parent, label] = torch.arange(
-                self.size, self.size + len(keys), dtype=torch.int32
-            )
-            self.size += len(keys)
-            nodes = self._children[parents, labels]
-        self._nodes = nodes.clamp(min=0).to(torch.int64)  # a dropped path may have no node
-        return self._projected[self._nodes]
+            made = torch.unique(keys[missing])
+            first, self.size = self.size, self.size + len(made)
+            self._reserve()
+            nodes = made // L
+            output, cell, _ = self._states
+            for states, new in zip(
+                self._states, self._extend(made % L, output[nodes], cell[nodes]), strict=True
+            ):
+                states[first : self.size] = new
+            self._children[made] = torch.arange(first, self.size, dtype=torch.int32)
+            self._nodes = self._children[keys].long()
+        return self._states[2][self._nodes]
 
-    def _append(self, labels: Tensor, output: Tensor, cell: Tensor, first: int) -> None:
-        output, cell, projected = self._extend(labels, output, cell)
-        end = first + len(labels)
-        self._outputs[first:end], self._cells[first:end] = output, cell
-        self._projected[first:end] = projected
-
-    def _reserve(self, size: int) -> None:
-        capacity = len(self._children)
-        if size <= capacity:
+    def _reserve(self) -> None:
+        capacity = len(self._states[0])
+        if self.size <= capacity:
             return
-        while capacity < size:
+        while capacity < self.size:
             capacity *= 2
-        for name, filling in (("_children", -1), ("_outputs", 0), ("_cells", 0), ("_projected", 0)):
-            old = getattr(self, name)
-            new = old.new_full((capacity, old.shape[1]), filling)
-            new[: len(old)] = old
-            setattr(self, name, new)
+        for i, states in enumerate(self._states):
+            larger = states.new_empty(capacity, states.shape[1])
+            larger[: len(states)] = states
+            self._states[i] = larger
+        children = self._children.new_full((capacity * self.head.num_labels,), -1)
+        children[: len(self._children)] = self._children
+        self._children = children

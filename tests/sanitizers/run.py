@@ -209,7 +209,7 @@ def run_tests(compiler: str) -> None:
     announce("address: tests of the search")
     # Reports go to the standard error of the process, which only `sys` leaves alone.
     options = ["-q", "--capture=sys", "-p", "no:cacheprovider"]
-    tests = [str(TESTS / name) for name in ("test_search.py", "test_prefix_table.py")]
+    tests = [str(TESTS / name) for name in ("test_search.py", "test_prefix_table.py", "test_op.py")]
     run([sys.executable, "-c", RUN_TESTS, module, *options, *tests], **environment)
 
 
