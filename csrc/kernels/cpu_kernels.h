@@ -7,13 +7,10 @@
 
 #include <cstdint>
 
+#include "beam.h"
 #include "math.h"
-#include "search.h"
-#include "topn.h"
 
 namespace cnnrnn {
-
-using Extensions = TopN<Extension, kMaxBeamSize>;
 
 // y[r, j] = start[j] + sum over k of x[r][k] w[k, j], in order of k. The columns of w lie in panels
 // of `lanes` columns, zeros and starts past the last one: [vectors, K, lanes].

@@ -1,0 +1,199 @@
+// What decides in a search: one image's beam between two steps. Host and device.
+//
+// Scoring labels and choosing among them is for each implementation to do in its own way; which
+// paths end, live on, are dropped or need a state is here, once.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "math.h"
+#include "search.h"
+#include "topn.h"
+
+namespace cnnrnn {
+
+// In marginal mode the search goes on until less probability than this is unfinished.
+constexpr float kLiveMassFloor = 1e-3f;
+
+// A path of at least one label is its prefix `parent` and its last label; the empty one is {-1,
+// -1}.
+struct LivePath {
+  float score;
+  int32_t parent;
+  int32_t label;
+};
+
+struct FinishedPath {
+  int32_t parent;
+  int32_t label;
+  int32_t length;
+};
+
+using FinishedPaths = TopN<FinishedPath, kMaxBeamSize>;
+using Extensions = TopN<Extension, kMaxBeamSize>;
+
+// The live paths of an image, best first, and its finished ones.
+struct Beam {
+  CNNRNN_METHOD explicit Beam(int beam_size) : done(beam_size) { live[0] = {0.0f, -1, -1}; }
+
+  int64_t step = 0;       // labels on each live path
+  bool accepting = true;  // false once a literal stop has fixed the result
+  int live_count = 1;
+  LivePath live[kMaxBeamSize];
+  FinishedPaths done;
+};
+
+// What a step finds out about a live path.
+struct PathStep {
+  enum class Kind : int8_t { kScored, kOnlyEnds, kMissing, kNotFinite };
+  Kind kind;
+  int32_t node;  // its prefix, where that has a state
+  float log_sum_exp;
+  float end_score;
+};
+
+struct BeamRules {
+  SearchOptions options;
+  int64_t num_labels;  // L
+  bool keep_all;       // marginals: no live path is dropped
+};
+
+CNNRNN_INLINE bool end_allowed(const BeamRules& rules, int64_t length) {
+  return length >= rules.options.min_labels;
+}
+
+CNNRNN_INLINE int64_t first_allowed(const BeamRules& rules, const LivePath& path) {
+  return rules.options.order == Order::kIncreasing ? path.label + 1 : 0;
+}
+
+// Whether a live path of this length is scored; END follows one that is not, at log-probability 0.
+CNNRNN_INLINE bool is_scored(const BeamRules& rules, const LivePath& path, int64_t length) {
+  if (length == rules.options.max_labels) return false;
+  if (end_allowed(rules, length) || rules.options.order == Order::kFree) return true;
+  return rules.options.order == Order::kUnique ? length < rules.num_labels
+                                               : first_allowed(rules, path) < rules.num_labels;
+}
+
+// Live paths at or below this score can no longer change the returned paths.
+CNNRNN_INLINE float dropped_at(const BeamRules& rules, bool accepting, const FinishedPaths& done) {
+  if (!accepting) return INFINITY;
+  return rules.options.stop == Stop::kNBest && done.full() ? done.worst() : -INFINITY;
+}
+
+// Offers the ends of a step's paths, where END takes no slot of the beam.
+CNNRNN_INLINE void offer_ends(const BeamRules& rules, const Beam& beam, const PathStep* steps,
+                              FinishedPaths* done) {
+  if (rules.options.end_takes_slot || !beam.accepting) return;
+  for (int j = 0; j < beam.live_count; ++j) {
+    if (steps[j].kind != PathStep::Kind::kScored && steps[j].kind != PathStep::Kind::kOnlyEnds) {
+      continue;
+    }
+    const LivePath& path = beam.live[j];
+    done->offer(steps[j].end_score,
+                FinishedPath{path.parent, path.label, static_cast<int32_t>(beam.step)});
+  }
+}
+
+// Offers the ends among the N best continuations, where END takes a slot.
+CNNRNN_INLINE void offer_chosen_ends(const BeamRules& rules, const Beam& beam,
+                                     const Extensions& best, FinishedPaths* done) {
+  if (!rules.options.end_takes_slot || !beam.accepting) return;
+  for (int i = 0; i < best.size; ++i) {
+    const Extension& extension = best.items[i];
+    if (extension.label != rules.num_labels) continue;
+    const LivePath& path = beam.live[extension.parent_rank];
+    done->offer(best.scores[i],
+                FinishedPath{path.parent, path.label, static_cast<int32_t>(beam.step)});
+  }
+}
+
+// Whether no step may be taken before all its states are there.
+CNNRNN_INLINE bool needs_all_states(const BeamRules& rules) {
+  return rules.keep_all || rules.options.stop == Stop::kLiteral;
+}
+
+// Which missing states can still change the result, given the ends found without them: bit j for
+// live path j. A patient search asks only for those that are needed whatever the others turn out to
+// be: with each state an end comes that may make the next one needless.
+CNNRNN_INLINE uint32_t states_needed(const BeamRules& rules, const Beam& beam,
+                                     const PathStep* steps, const FinishedPaths& done,
+                                     bool patient) {
+  uint32_t needed = 0;
+  const float floor = needs_all_states(rules) ? -INFINITY : dropped_at(rules, beam.accepting, done);
+  FinishedPaths best_case = done;  // as if every state asked for ended its path for nothing
+  for (int j = 0; j < beam.live_count; ++j) {
+    if (steps[j].kind != PathStep::Kind::kMissing) continue;
+    const float score = beam.live[j].score;
+    const bool bounded = patient && !needs_all_states(rules);
+    // At equal score its end could still go ahead of one of a later path.
+    if (score < (bounded ? dropped_at(rules, beam.accepting, best_case) : floor)) continue;
+    needed |= uint32_t{1} << j;
+    best_case.offer(score, FinishedPath{});
+  }
+  return needed;
+}
+
+// What a continuation must exceed to matter.
+CNNRNN_INLINE float selection_floor(const BeamRules& rules, const Beam& beam,
+                                    const FinishedPaths& done) {
+  if (rules.keep_all) return -INFINITY;
+  return dropped_at(rules, beam.accepting, rules.options.end_takes_slot ? beam.done : done);
+}
+
+// Whether a path whose scores are not finite could have changed the result.
+CNNRNN_INLINE bool is_nonfinite(const BeamRules& rules, const Beam& beam, const PathStep* steps,
+                                const FinishedPaths& done) {
+  const float before = dropped_at(rules, beam.accepting, beam.done);
+  const float after = dropped_at(rules, beam.accepting, done);
+  for (int j = 0; j < beam.live_count; ++j) {
+    if (steps[j].kind != PathStep::Kind::kNotFinite) continue;
+    if (beam.live[j].score > before && beam.live[j].score >= after) return true;
+  }
+  return false;
+}
+
+CNNRNN_INLINE void drop_live_paths(const BeamRules& rules, Beam* beam) {
+  const float floor = dropped_at(rules, beam->accepting, beam->done);
+  if (rules.keep_all) {
+    float mass = 0.0f;
+    for (int j = 0; j < beam->live_count; ++j) mass += expf(beam->live[j].score);
+    const bool settled = beam->live_count > 0 && beam->live[0].score <= floor;
+    if (mass < kLiveMassFloor && settled) beam->live_count = 0;
+  } else {
+    while (beam->live_count > 0 && beam->live[beam->live_count - 1].score <= floor) {
+      --beam->live_count;
+    }
+  }
+}
+
+// Ends a step: `done` holds the paths finished so far, `best` the continuations that live on.
+// `trace` [N, 2], or null, takes the parent's rank and the label of each.
+CNNRNN_INLINE void take_step(const BeamRules& rules, const Extensions& best, const PathStep* steps,
+                             const FinishedPaths& done, Beam* beam, int32_t* trace) {
+  beam->done = done;
+  Extension taken[kMaxBeamSize];
+  int count = 0;
+  for (int i = 0; i < best.size; ++i) {
+    const Extension& extension = best.items[i];
+    if (extension.label == rules.num_labels) continue;
+    beam->live[count] = {best.scores[i], steps[extension.parent_rank].node, extension.label};
+    taken[count++] = extension;
+  }
+  // The paper's rule: every intermediate path is less probable than all candidates.
+  if (rules.options.stop == Stop::kLiteral && count > 0 && done.size > 0 &&
+      beam->live[0].score < done.worst()) {
+    beam->accepting = false;
+  }
+  beam->live_count = count;
+  drop_live_paths(rules, beam);
+  if (trace != nullptr) {
+    for (int j = 0; j < beam->live_count; ++j) {
+      trace[2 * j] = taken[j].parent_rank;
+      trace[2 * j + 1] = taken[j].label;
+    }
+  }
+  ++beam->step;
+}
+
+}  // namespace cnnrnn
