@@ -1,4 +1,5 @@
-// Checks csrc/kernels/math.h against libm in double, and TopN against a stable sort.
+// Checks csrc/kernels/math.h against libm in double, TopN against a stable sort, and what beam.h
+// decides against cases worked by hand.
 // Exit status 1 and the failing lines on standard error where one does not hold.
 
 #include <algorithm>
@@ -8,6 +9,7 @@
 #include <random>
 #include <vector>
 
+#include "kernels/beam.h"
 #include "kernels/math.h"
 #include "kernels/topn.h"
 
@@ -126,9 +128,90 @@ void check_top_n(int limit, unsigned seed) {
   }
 }
 
+using cnnrnn::Beam;
+using cnnrnn::BeamRules;
+using cnnrnn::Extension;
+using cnnrnn::FinishedPath;
+using cnnrnn::FinishedPaths;
+using cnnrnn::PathStep;
+using cnnrnn::Stop;
+
+BeamRules rules_of(Stop stop, bool keep_all = false) {
+  return {{2, 3, 0, cnnrnn::Order::kIncreasing, false, stop}, 5, keep_all};
+}
+
+// Two live paths without states, scores -1 and `second`, and one finished path, -1.5.
+uint32_t needed(const BeamRules& rules, float second, bool patient) {
+  Beam beam(2);
+  beam.live_count = 2;
+  beam.live[0] = {-1.0f, 0, 0};
+  beam.live[1] = {second, 0, 1};
+  beam.done.offer(-1.5f, FinishedPath{-1, -1, 0});
+  PathStep steps[2] = {};
+  steps[0].kind = steps[1].kind = PathStep::Kind::kMissing;
+  return cnnrnn::states_needed(rules, beam, steps, beam.done, patient);
+}
+
+void check_states_needed() {
+  const BeamRules n_best = rules_of(Stop::kNBest);
+  CHECK(needed(n_best, -2.0f, false) == 3);
+  CHECK(needed(n_best, -2.0f, true) ==
+        1);  // an end of the first at -1 would leave -1.5 second best
+  CHECK(needed(n_best, -1.5f, true) == 3);  // at equal score it could go ahead of a later end
+  CHECK(needed(n_best, -1.2f, true) == 3);
+  CHECK(needed(rules_of(Stop::kLiteral), -2.0f, true) == 3);
+  CHECK(needed(rules_of(Stop::kNBest, true), -2.0f, true) == 3);
+}
+
+// The beam after a step whose only continuation has this score, with ends of -1 and -3.
+Beam after_step(const BeamRules& rules, float score) {
+  Beam beam(2);
+  PathStep step{};
+  step.node = 7;
+  FinishedPaths done(2);
+  done.offer(-1.0f, FinishedPath{-1, -1, 0});
+  done.offer(-3.0f, FinishedPath{-1, -1, 0});
+  cnnrnn::Extensions best(2);
+  best.offer(score, Extension{0, 4});
+  cnnrnn::take_step(rules, best, &step, done, &beam, nullptr);
+  return beam;
+}
+
+void check_take_step() {
+  const Beam lives = after_step(rules_of(Stop::kNBest), -2.5f);
+  CHECK(lives.live_count == 1 && lives.step == 1 && lives.done.size == 2);
+  CHECK(lives.live[0].parent == 7 && lives.live[0].label == 4 && lives.live[0].score == -2.5f);
+  CHECK(after_step(rules_of(Stop::kNBest), -3.0f).live_count == 0);  // at the N-th best
+  const Beam literal = after_step(rules_of(Stop::kLiteral), -2.5f);
+  CHECK(literal.live_count == 1 && literal.accepting);
+  const Beam stopped = after_step(rules_of(Stop::kLiteral), -3.5f);
+  CHECK(stopped.live_count == 0 && !stopped.accepting);
+  // Marginals go on while 0.001 is unfinished, or a path could still enter.
+  CHECK(after_step(rules_of(Stop::kNBest, true), -3.5f).live_count == 1);
+  CHECK(after_step(rules_of(Stop::kNBest, true), -7.5f).live_count == 0);
+}
+
+void check_nonfinite() {
+  const BeamRules rules = rules_of(Stop::kNBest);
+  Beam beam(2);
+  beam.live[0] = {-2.0f, 0, 0};
+  PathStep step{};
+  step.kind = PathStep::Kind::kNotFinite;
+  FinishedPaths done(2);
+  CHECK(cnnrnn::is_nonfinite(rules, beam, &step, done));
+  done.offer(-1.0f, FinishedPath{});
+  done.offer(-2.0f, FinishedPath{});
+  CHECK(cnnrnn::is_nonfinite(rules, beam, &step, done));  // it could have ended at -2 before
+  done.offer(-1.5f, FinishedPath{});
+  CHECK(!cnnrnn::is_nonfinite(rules, beam, &step, done));
+}
+
 }  // namespace
 
 int main() {
+  check_states_needed();
+  check_take_step();
+  check_nonfinite();
   check_functions_of_one_argument();
   check_exponential();
   check_cells();

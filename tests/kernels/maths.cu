@@ -1,17 +1,63 @@
-// Uses every function of csrc/kernels/math.h and topn.h in a kernel and on the host; run where
-// there is a GPU, it compares the two.
+// Uses every function of csrc/kernels/math.h, topn.h, prefix_key.h and beam.h in a kernel and on
+// the host; run where there is a GPU, it compares the two.
 
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <vector>
 
+#include "kernels/beam.h"
 #include "kernels/math.h"
+#include "kernels/prefix_key.h"
 #include "kernels/topn.h"
 
 namespace {
 
 constexpr int kRows = 257;
-constexpr int kValues = 16;  // written per row
+constexpr int kValues = 24;  // written per row
+
+// A search of three steps over four labels whose scores come from `row`; values [6].
+CNNRNN_INLINE void search(int row, float* values) {
+  using namespace cnnrnn;
+  const Stop stop = row % 2 == 0 ? Stop::kNBest : Stop::kLiteral;
+  const BeamRules rules{
+      {2, 3, row % 3 == 0 ? 1 : 0, Order::kIncreasing, row % 5 == 0, stop}, 4, row % 7 == 0};
+  Beam beam(2);
+  std::uint32_t needed = 0;
+  float floors = 0.0f;
+  bool nonfinite = false;
+  while (beam.live_count > 0) {
+    PathStep steps[kMaxBeamSize];
+    Extensions best(2);
+    FinishedPaths done = beam.done;
+    for (int j = 0; j < beam.live_count; ++j) {
+      const LivePath& path = beam.live[j];
+      steps[j] = {PathStep::Kind::kScored, 10 * j, 0.0f, path.score};
+      if (!is_scored(rules, path, beam.step)) {
+        steps[j].kind = PathStep::Kind::kOnlyEnds;
+        continue;
+      }
+      if (end_allowed(rules, beam.step)) steps[j].end_score -= 0.1f * ((row + j) % 11);
+      for (int l = static_cast<int>(first_allowed(rules, path)); l < 4; ++l) {
+        best.offer(path.score - 0.1f * ((3 * row + 5 * l + j) % 13), Extension{j, l});
+      }
+    }
+    offer_ends(rules, beam, steps, &done);
+    offer_chosen_ends(rules, beam, best, &done);
+    const float floor = selection_floor(rules, beam, done);
+    floors += floor > -100.0f && floor < 100.0f ? floor : 1.0f;
+    nonfinite |= is_nonfinite(rules, beam, steps, done);
+    take_step(rules, best, steps, done, &beam, nullptr);
+    for (int j = 0; j < beam.live_count; ++j) steps[j].kind = PathStep::Kind::kMissing;
+    needed = 4 * needed + states_needed(rules, beam, steps, beam.done, row % 2 == 0);
+  }
+  values[0] = static_cast<float>(needed);
+  values[1] = floors;
+  values[2] = beam.done.size > 0 ? beam.done.scores[0] : 1.0f;
+  values[3] = beam.done.size > 1 ? beam.done.worst() : 1.0f;
+  values[4] = static_cast<float>(beam.step);
+  values[5] = nonfinite ? 1.0f : 0.0f;
+}
 
 // The same calls for both sides; `values` [kValues].
 CNNRNN_INLINE void evaluate(int row, float* values) {
@@ -35,6 +81,11 @@ CNNRNN_INLINE void evaluate(int row, float* values) {
   values[13] = static_cast<float>(top.items[0]);
   values[14] = static_cast<float>(top.items[2]);
   values[15] = static_cast<float>(top.size);
+
+  const std::uint64_t key = cnnrnn::prefix_key(row, 3 * row);
+  values[16] = static_cast<float>(cnnrnn::first_slot(key, 1023));
+  values[17] = static_cast<float>(cnnrnn::key_parent(key) - cnnrnn::key_label(key));
+  search(row, values + 18);
 }
 
 __global__ void evaluate_rows(float* values) {  // [kRows, kValues]
