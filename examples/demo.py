@@ -97,6 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--scenes-seed", type=int, default=SCENES_SEED, help="draws the pictures")
     parser.add_argument(
         "--trunk-dim", type=int, default=0, help="hidden layer of every compared head; 0 for none"
     )
@@ -108,7 +109,7 @@ def main() -> None:
     scenes, backbone, model = out / "scenes", out / "backbone", out / "model"
     began = time.perf_counter()
     if not scenes.exists():
-        run(f"scenes --out {scenes} --seed {SCENES_SEED} --train 4000 --val 1000 --test 2000")
+        run(f"scenes --out {scenes} --seed {options.scenes_seed} --train 4000 --val 1000 --test 2000")
     common = f"--data scenes:{scenes} --device {options.device}"
     trunk = f"--model.trunk_dim {options.backbone_trunk_dim}"
     run(f"train {common} --out {backbone} {BACKBONE_OPTIONS} {trunk}")

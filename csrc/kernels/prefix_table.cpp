@@ -108,12 +108,13 @@ void PrefixTable::allocate(int segment) {
   if (s.gates == nullptr) s.gates.reset(new std::atomic<int32_t>[nodes]);
 }
 
-void PrefixTable::insert(Index* index, uint64_t key, int32_t node, uint32_t stamp) const {
+bool PrefixTable::insert(Index* index, uint64_t key, int32_t node, uint32_t stamp) {
   Entry& entry = slot(*index, key);
-  if (entry.key.load(std::memory_order_relaxed) == key) return;
+  if (entry.key.load(std::memory_order_relaxed) == key) return false;
   entry.node.store(node, std::memory_order_relaxed);
   entry.last_used.store(stamp, std::memory_order_relaxed);
   entry.key.store(key, std::memory_order_release);  // last: it makes the node findable
+  return true;
 }
 
 void PrefixTable::publish(const uint64_t* keys, int64_t count, int32_t first, uint32_t stamp) {
@@ -123,10 +124,7 @@ void PrefixTable::publish(const uint64_t* keys, int64_t count, int32_t first, ui
     if (2 * static_cast<uint64_t>(size_.load()) > index_->mask) grow_index();
     const int32_t node = static_cast<int32_t>(first + i);
     key(node) = keys[i];
-    Entry& entry = slot(*index_, keys[i]);
-    if (entry.key.load(std::memory_order_relaxed) == keys[i]) continue;
-    insert(index_.get(), keys[i], node, stamp);
-    ++size_;
+    if (insert(index_.get(), keys[i], node, stamp)) ++size_;
   }
   count_bytes();
 }

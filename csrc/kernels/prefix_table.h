@@ -130,7 +130,7 @@ class PrefixTable {
     return segments_[at.segment].keys[at.offset];
   }
   static Entry& slot(const Index& index, uint64_t key);
-  void insert(Index* index, uint64_t key, int32_t node, uint32_t stamp) const;
+  static bool insert(Index* index, uint64_t key, int32_t node, uint32_t stamp);
   void grow_index();
   void allocate(int segment);
   int64_t own_bytes() const;
