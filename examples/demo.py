@@ -109,9 +109,8 @@ def main() -> None:
     scenes, backbone, model = out / "scenes", out / "backbone", out / "model"
     began = time.perf_counter()
     if not scenes.exists():
-        run(
-            f"scenes --out {scenes} --seed {options.scenes_seed} --train 4000 --val 1000 --test 2000"
-        )
+        sizes = "--train 4000 --val 1000 --test 2000"
+        run(f"scenes --out {scenes} --seed {options.scenes_seed} {sizes}")
     common = f"--data scenes:{scenes} --device {options.device}"
     trunk = f"--model.trunk_dim {options.backbone_trunk_dim}"
     run(f"train {common} --out {backbone} {BACKBONE_OPTIONS} {trunk}")
