@@ -1,4 +1,4 @@
-"""The registered op: what torch.library, torch.compile and torch.export ask of it."""
+"""The registered op under opcheck, torch.compile and torch.export."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 from replay import random_embedding, random_head, run_compiled
-from torch import Tensor
+from torch import Tensor, library
 
 from cnnrnn.config import SearchConfig
 from cnnrnn.model import Head, ImageEmbedding
@@ -49,7 +49,7 @@ def assert_same(outputs: tuple[Tensor, ...], expected: SearchResult) -> None:
 def test_the_op_is_what_torch_takes_it_for(options, label_logits, marginals, batch):
     head = head_of(1, **options)
     inputs = arguments(head, images(head, batch, label_logits=label_logits), marginals)
-    torch.library.opcheck(torch.ops.cnnrnn.beam_search.default, inputs)
+    library.opcheck(torch.ops.cnnrnn.beam_search.default, inputs)
 
 
 @pytest.mark.parametrize("marginals", [False, True])
@@ -130,12 +130,23 @@ def test_changed_weights_are_seen():
 
 
 def test_weights_at_an_address_that_others_had_are_not_mistaken_for_them():
-    for seed in range(30):  # freed memory is handed out again
-        head = head_of(seed)
-        embedding = images(head, 3)
-        outputs = torch.ops.cnnrnn.beam_search(*arguments(head, embedding))
+    head = head_of(8)
+    embedding = images(head, 3)
+    memory = [None if t is None else t.detach().numpy().copy() for t in _parameters(head)]
+    options = arguments(head, embedding)[2 + len(memory) :]
+    for _ in range(2):
+        weights = [None if values is None else torch.from_numpy(values) for values in memory]
+        outputs = torch.ops.cnnrnn.beam_search(
+            embedding.joint, embedding.label_logits, *weights, *options
+        )
+        with torch.no_grad():
+            for parameter, values in zip(_parameters(head), weights, strict=True):
+                if parameter is not None and values is not None:
+                    parameter.copy_(values)
         assert torch.equal(outputs[2], run_compiled(head, embedding, CONFIG, 4)[2])
-        del head
+        del weights
+        assert memory[0] is not None
+        memory[0] *= -2.0  # other tensors will lie here, with a count of no edits as well
 
 
 def test_weights_made_in_inference_mode_are_never_kept():

@@ -202,20 +202,20 @@ def test_random_searches_equal_the_float64_reference(instruction_set, request):
         excused += assert_search_equal(head, embedding, config, instruction_set=instruction_set)
         searched += len(embedding)
     print(f"{searched} images, {excused} excused")
-    assert excused <= searched // 60  # small heads tie: gaps of exactly 0, or of one rounding
+    assert excused <= searched // 80  # small heads tie: gaps of exactly 0, or of one rounding
 
 
 @pytest.mark.parametrize("instruction_set", _C.instruction_sets())
 def test_random_searches_with_marginals_equal_the_float64_reference(instruction_set, request):
-    excused = searched = 0
-    for seed in range(request.config.getoption("--searches") // 3):
+    searches = request.config.getoption("--searches") // 3
+    excused = 0  # searches: a head that ties does so for every image of its batch
+    for seed in range(searches):
         head, embedding, config = random_case(seed)
-        excused += assert_search_equal(
+        excused += 0 < assert_search_equal(
             head, embedding, config, marginals=True, instruction_set=instruction_set
         )
-        searched += len(embedding)
-    print(f"{searched} images, {excused} excused")
-    assert excused <= searched // 40  # no live path is dropped: more decisions, more ties
+    print(f"{searches} searches, {excused} with an excused image")
+    assert excused <= searches // 50
 
 
 @pytest.mark.parametrize("instruction_set", _C.instruction_sets())
@@ -404,13 +404,18 @@ def test_an_edit_while_the_head_is_packed_is_seen(monkeypatch):
     assert_weights_are_read_anew(head, embedding)
 
 
-def test_weights_moved_to_an_address_used_before_are_seen():
-    for seed in range(40):  # freed memory is handed out again
-        head, embedding = small_case()
-        with torch.no_grad():
-            head.output_projection.weight.normal_(generator=torch.Generator().manual_seed(seed))
+def test_no_weights_come_to_lie_where_searched_ones_were():
+    """Or they would be taken for them: a conversion swaps memory and counts no edit."""
+    generator = torch.Generator().manual_seed(9)
+    for joint_dim, hidden_dim in itertools.product([4, 16, 64], [24, 64, 200]):
+        head = random_head(generator, 6, joint_dim=joint_dim, hidden_dim=hidden_dim)
+        embedding = random_embedding(generator, head, 3, False)
         beam_search(head, embedding)
-        head.output_projection.to(torch.bfloat16).to(torch.float32)
+        before = head.output_projection.weight.data_ptr()
+        head.output_projection.to(torch.bfloat16)
+        others = [torch.empty(joint_dim, hidden_dim) for _ in range(300)]  # may take freed memory
+        assert before not in [other.data_ptr() for other in others]
+        head.output_projection.to(torch.float32)
         assert_weights_are_read_anew(head, embedding)
 
 
