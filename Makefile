@@ -5,6 +5,13 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py build_backend.py CMakeLists.txt $(shell find csrc -type f)
 CPP_SOURCES = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
+# One architecture of the CUDA search, the GPU's where one is here: all six take five times as long.
+ifndef CNNRNN_CUDA_ARCHITECTURES
+CNNRNN_CUDA_ARCHITECTURES := $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader \
+  2>/dev/null | head -1 | tr -d .),80)
+endif
+export CNNRNN_CUDA_ARCHITECTURES
+
 .PHONY: demo test lint format sanitize bench scenes-model clean
 
 # Train, measure, predict and compare on synthetic scenes; everything lands in demo/.

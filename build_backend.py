@@ -30,6 +30,7 @@ if int(setuptools.__version__.split(".")[0]) < 77:
     )
 
 COMPILERS = ("c++", "g++", "clang++")
+CUDA_HOME = "/usr/local/cuda"
 
 # The path goes out last and as bytes: a .pth file may print, and a path may be in any encoding.
 _FIND_TORCH = """
@@ -45,7 +46,8 @@ _ISOLATION = ("PYTHONPATH", "PYTHONHOME", "PYTHONNOUSERSITE")
 
 
 def require_compiler() -> None:
-    """Exit with a sentence where a C++ compiler or Python's headers are missing."""
+    """Exit with a sentence where a compiler that is needed or Python's headers are missing."""
+    find_nvcc()
     if os.name == "nt":
         return  # CMake finds Visual Studio's compiler by other means than PATH
     named = os.environ.get("CXX", "").split()
@@ -65,6 +67,33 @@ def require_compiler() -> None:
             f"cnnrnn: Python's C headers were not found ({header} is missing); install them, on "
             "Debian or Ubuntu with `sudo apt install python3-dev`, and install again"
         )
+
+
+def find_nvcc() -> str | None:
+    """Return CUDA's compiler, or None to build for the CPU alone; exit where it must be there.
+
+    The environment's CNNRNN_CUDA decides: 0 builds for the CPU alone, 1 with CUDA or not at all;
+    where it is not set, CUDA is built where nvcc is found.
+    """
+    wanted = os.environ.get("CNNRNN_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        sys.exit(
+            "cnnrnn: CNNRNN_CUDA must be 0 (build for the CPU alone) or 1 (with CUDA), or not be "
+            f"set (with CUDA where nvcc is found), got {wanted!r}"
+        )
+    if wanted == "0":
+        return None
+    named = os.environ.get("CUDACXX")
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + [CUDA_HOME]
+    places = [named or "nvcc", *(str(Path(home, "bin", "nvcc")) for home in homes if home)]
+    found = next((path for place in places if (path := shutil.which(place))), None)
+    if found is None and wanted == "1":
+        sys.exit(
+            "cnnrnn: CNNRNN_CUDA=1 asks for the CUDA search, and nvcc was not found (looked for "
+            f"{', '.join(places)}); install the CUDA toolkit, name its nvcc in CUDACXX, or unset "
+            "CNNRNN_CUDA"
+        )
+    return found
 
 
 def _users_torch() -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from setuptools import Extension, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
-from build_backend import require_compiler
+from build_backend import find_nvcc, require_compiler
 
 ROOT = Path(__file__).resolve().parent
 
@@ -36,6 +37,18 @@ def torch_requirement() -> str:
     """Return the torch requirement of the distribution."""
     release = torch_release()
     return f"torch=={release}" if release else "torch>=2.11"
+
+
+def cuda_options() -> list[str]:
+    """Return CMake's options for the CUDA search: built where nvcc is found."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        return ["-DCNNRNN_CUDA=OFF"]
+    options = ["-DCNNRNN_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
+    architectures = os.environ.get("CNNRNN_CUDA_ARCHITECTURES")
+    if architectures:
+        options.append(f"-DCNNRNN_CUDA_ARCHITECTURES={architectures}")
+    return options
 
 
 class EmptyFolderBuild(build):
@@ -79,6 +92,7 @@ class CMakeBuild(build_ext):
             f"-DCNNRNN_TORCH_INCLUDE_DIRS={';'.join(include_paths())}",
             f"-DCNNRNN_TORCH_LIBRARY_DIRS={';'.join(library_paths())}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output.parent}",
+            *cuda_options(),
         ]  # fmt: skip
         self._run(configure)
         self._run([cmake, "--build", str(build_folder)])
@@ -107,7 +121,8 @@ class CMakeBuild(build_ext):
         except subprocess.CalledProcessError as error:
             sys.exit(
                 f"cnnrnn: building the extension failed (exit status {error.returncode}); the "
-                f"compiler's own message stands above. Command: {' '.join(command)}"
+                "compiler's own message stands above; where it is nvcc's, CNNRNN_CUDA=0 builds for "
+                f"the CPU alone. Command: {' '.join(command)}"
             )
 
 

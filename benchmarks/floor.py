@@ -27,7 +27,7 @@ import torch
 from cnnrnn import _C
 from cnnrnn.config import SearchConfig
 from cnnrnn.model import Head, ImageEmbedding
-from cnnrnn.search.engine import cpu_head
+from cnnrnn.search.engine import packed_head
 
 LANES = {"avx512": 16, "avx2": 8, "portable": 4}
 FLAGS = {
@@ -67,7 +67,7 @@ def work(head: Head, embedding: ImageEmbedding, config: SearchConfig, max_labels
     N = config.beam_size
     lanes = LANES[_C.instruction_sets()[0]]
     with torch.no_grad():
-        trace = cpu_head(head).beam_search(
+        trace = packed_head(head).beam_search(
             embedding.joint, embedding.label_logits, N, T, config.min_labels, config.order,
             config.end_takes_slot, config.stop, False, True,
         )[4]  # fmt: skip

@@ -23,7 +23,7 @@ def report() -> tuple[list[str], list[str]]:
         f"instruction sets of the search here: {_instruction_sets()}",
         f"CPU threads {torch.get_num_threads()} of {os.cpu_count()}",
         f"GPU: {_gpus()}",
-        "CUDA kernels: not in this build; on a GPU the backbone runs there, the search on the CPU",
+        f"CUDA search: {_cuda_search()}",
     ]
     problems = []
     for extra, packages in EXTRAS.items():
@@ -44,6 +44,14 @@ def _instruction_sets() -> str:
     from cnnrnn import _C
 
     return ", ".join(_C.instruction_sets())
+
+
+def _cuda_search() -> str:
+    from cnnrnn import _C
+
+    if _C.WITH_CUDA:
+        return "in this build"
+    return "not in this build; on a GPU the backbone runs there, the search on the CPU"
 
 
 def _gpus() -> str:
@@ -74,7 +82,8 @@ def _import_problems() -> list[str]:
 
 
 def _search_problems() -> list[str]:
-    """Run a small search with both implementations."""
+    """Run a small search with both implementations, on each device that the compiled one has."""
+    from cnnrnn import _C
     from cnnrnn.config import SearchConfig
     from cnnrnn.model import Head
     from cnnrnn.search import beam_search
@@ -84,8 +93,13 @@ def _search_problems() -> list[str]:
         head = Head(num_labels=12, feature_dim=8, hidden_dim=16, chain_term=True).eval()
         embedding = head.embed(torch.randn(4, 8))
     config = SearchConfig(beam_size=4, max_labels=4)
-    native = beam_search(head, embedding, config, "native")
     expected = beam_search(head, embedding, config, "reference")
-    if torch.equal(native.labels, expected.labels):
-        return []
-    return ["the compiled search disagrees with the reference: build cnnrnn again"]
+    problems = []
+    on_gpu = _C.WITH_CUDA and torch.cuda.is_available()
+    for device in ["cpu", "cuda"] if on_gpu else ["cpu"]:
+        native = beam_search(head, embedding.to(device, torch.float32), config, "native")
+        if not torch.equal(native.labels.cpu(), expected.labels):
+            problems.append(
+                f"the compiled search on {device} disagrees with the reference: build cnnrnn again"
+            )
+    return problems

@@ -2,32 +2,36 @@
 // kernels. No maths here.
 
 #include <ATen/ATen.h>
+#include <ATen/DeviceAccelerator.h>
 #include <ATen/Parallel.h>
+#include <c10/core/DeviceGuard.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #if !defined(_WIN32)
 #include <pthread.h>
 #endif
 
-#include <list>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "head_registry.h"
 #include "kernels/cpu_head.h"
 #include "kernels/cpu_kernels.h"
 #include "kernels/search.h"
+#if defined(CNNRNN_WITH_CUDA)
+#include "kernels/cuda_head.h"
+#endif
 
 namespace {
 
 using at::Tensor;
 using cnnrnn::CpuHead;
+using cnnrnn::Parameters;
 using std::optional;
 
 template <typename Enum>
@@ -41,17 +45,21 @@ Enum parse(const char* name, std::string_view value,
   TORCH_CHECK_VALUE(false, name, " must be one of ", known, ", got '", value, "'");
 }
 
-// A dense fp32 CPU tensor of exactly this shape; returns a contiguous view or copy.
-Tensor checked(const char* name, const Tensor& tensor, at::IntArrayRef shape) {
+// A dense fp32 tensor of exactly this shape on this device; returns a contiguous view or copy,
+// whose values begin at a multiple of 16 bytes.
+Tensor checked(const char* name, const Tensor& tensor, at::IntArrayRef shape, at::Device device) {
   TORCH_CHECK_VALUE(tensor.sizes() == shape, name, " must be ", shape, ", got ", tensor.sizes());
   TORCH_CHECK_VALUE(tensor.scalar_type() == at::kFloat, name, " must be float32, got ",
                     tensor.scalar_type());
-  TORCH_CHECK_VALUE(tensor.device().is_cpu(), name, " must be on the CPU, got ", tensor.device());
-  return tensor.contiguous();
+  TORCH_CHECK_VALUE(tensor.device() == device, name, " must be on ", device, ", got ",
+                    tensor.device());
+  const Tensor dense = tensor.contiguous();
+  return reinterpret_cast<uintptr_t>(dense.data_ptr()) % 16 == 0 ? dense : dense.clone();
 }
 
-optional<Tensor> checked(const char* name, const optional<Tensor>& tensor, at::IntArrayRef shape) {
-  return tensor ? optional<Tensor>(checked(name, *tensor, shape)) : std::nullopt;
+optional<Tensor> checked(const char* name, const optional<Tensor>& tensor, at::IntArrayRef shape,
+                         at::Device device) {
+  return tensor ? optional<Tensor>(checked(name, *tensor, shape, device)) : std::nullopt;
 }
 
 const float* data_or_null(const optional<Tensor>& tensor) {
@@ -66,20 +74,15 @@ void parallel_for(int64_t n, const cnnrnn::Work& work) {
   at::parallel_for(0, n, 1, work);
 }
 
-// A head's parameters, shapes as in kernels/search.h.
-struct Parameters {
-  const Tensor& label_embedding;        // [L+2, D]
-  const optional<Tensor>& score_bias;   // [L+1]
-  const Tensor& input_weight;           // [4H, D]
-  const Tensor& hidden_weight;          // [4H, H]
-  const optional<Tensor>& input_bias;   // [4H]
-  const optional<Tensor>& hidden_bias;  // [4H]
-  const Tensor& output_projection;      // [D, H]
+// Parameters that have been checked, dense, and what the kernels are told of them.
+struct CheckedWeights {
+  Tensor label_embedding, input_weight, hidden_weight, output_projection;
+  optional<Tensor> score_bias, input_bias, hidden_bias;
+  cnnrnn::HeadWeights pointers;
 };
 
-std::shared_ptr<CpuHead> make_head(const Parameters& p, std::string_view cell,
-                                   std::string_view activation, int64_t prefix_bytes,
-                                   const std::string& instruction_set) {
+CheckedWeights check_weights(const Parameters& p, std::string_view cell,
+                             std::string_view activation) {
   TORCH_CHECK_VALUE(p.label_embedding.dim() == 2 && p.label_embedding.size(0) >= 3,
                     "label_embedding must be [L+2, D] with L >= 1, got ",
                     p.label_embedding.sizes());
@@ -87,19 +90,18 @@ std::shared_ptr<CpuHead> make_head(const Parameters& p, std::string_view cell,
                     p.output_projection.sizes());
   const int64_t L = p.label_embedding.size(0) - 2, D = p.label_embedding.size(1);
   const int64_t H = p.output_projection.size(1);
-  const Tensor label_embedding = checked("label_embedding", p.label_embedding, {L + 2, D});
-  const optional<Tensor> score_bias = checked("score_bias", p.score_bias, {L + 1});
-  const Tensor input_weight = checked("input_weight", p.input_weight, {4 * H, D});
-  const Tensor hidden_weight = checked("hidden_weight", p.hidden_weight, {4 * H, H});
-  const optional<Tensor> input_bias = checked("input_bias", p.input_bias, {4 * H});
-  const optional<Tensor> hidden_bias = checked("hidden_bias", p.hidden_bias, {4 * H});
-  const Tensor output_projection = checked("output_projection", p.output_projection, {D, H});
-  const cnnrnn::CpuKernels* kernels = instruction_set == "auto"
-                                          ? &cnnrnn::best_cpu_kernels()
-                                          : cnnrnn::find_cpu_kernels(instruction_set.c_str());
-  TORCH_CHECK_VALUE(kernels != nullptr, "instruction_set must be auto or one of this build's and ",
-                    "this processor's (see instruction_sets()), got '", instruction_set, "'");
-  const cnnrnn::HeadWeights weights{
+  const at::Device device = p.label_embedding.device();
+  CheckedWeights w{
+      .label_embedding = checked("label_embedding", p.label_embedding, {L + 2, D}, device),
+      .input_weight = checked("input_weight", p.input_weight, {4 * H, D}, device),
+      .hidden_weight = checked("hidden_weight", p.hidden_weight, {4 * H, H}, device),
+      .output_projection = checked("output_projection", p.output_projection, {D, H}, device),
+      .score_bias = checked("score_bias", p.score_bias, {L + 1}, device),
+      .input_bias = checked("input_bias", p.input_bias, {4 * H}, device),
+      .hidden_bias = checked("hidden_bias", p.hidden_bias, {4 * H}, device),
+      .pointers = {},
+  };
+  w.pointers = {
       .num_labels = L,
       .joint_dim = D,
       .hidden_dim = H,
@@ -109,15 +111,29 @@ std::shared_ptr<CpuHead> make_head(const Parameters& p, std::string_view cell,
                                               {{"relu", cnnrnn::Activation::kRelu},
                                                {"tanh", cnnrnn::Activation::kTanh},
                                                {"identity", cnnrnn::Activation::kIdentity}}),
-      .label_embedding = label_embedding.const_data_ptr<float>(),
-      .score_bias = data_or_null(score_bias),
-      .input_weight = input_weight.const_data_ptr<float>(),
-      .hidden_weight = hidden_weight.const_data_ptr<float>(),
-      .input_bias = data_or_null(input_bias),
-      .hidden_bias = data_or_null(hidden_bias),
-      .output_projection = output_projection.const_data_ptr<float>(),
+      .label_embedding = w.label_embedding.const_data_ptr<float>(),
+      .score_bias = data_or_null(w.score_bias),
+      .input_weight = w.input_weight.const_data_ptr<float>(),
+      .hidden_weight = w.hidden_weight.const_data_ptr<float>(),
+      .input_bias = data_or_null(w.input_bias),
+      .hidden_bias = data_or_null(w.hidden_bias),
+      .output_projection = w.output_projection.const_data_ptr<float>(),
   };
-  return std::make_shared<CpuHead>(weights, *kernels, prefix_bytes);
+  return w;
+}
+
+std::shared_ptr<CpuHead> make_cpu_head(const Parameters& p, std::string_view cell,
+                                       std::string_view activation, int64_t prefix_bytes,
+                                       const std::string& instruction_set) {
+  TORCH_CHECK_VALUE(p.label_embedding.device().is_cpu(), "label_embedding must be on cpu, got ",
+                    p.label_embedding.device());
+  const CheckedWeights weights = check_weights(p, cell, activation);
+  const cnnrnn::CpuKernels* kernels = instruction_set == "auto"
+                                          ? &cnnrnn::best_cpu_kernels()
+                                          : cnnrnn::find_cpu_kernels(instruction_set.c_str());
+  TORCH_CHECK_VALUE(kernels != nullptr, "instruction_set must be auto or one of this build's and ",
+                    "this processor's (see instruction_sets()), got '", instruction_set, "'");
+  return std::make_shared<CpuHead>(weights.pointers, *kernels, prefix_bytes);
 }
 
 struct Outputs {
@@ -128,140 +144,170 @@ struct Outputs {
   cnnrnn::SearchStats stats;
 };
 
-Outputs search(CpuHead* head, const Tensor& joint, const optional<Tensor>& label_logits,
-               int64_t beam_size, int64_t max_labels, int64_t min_labels, std::string_view order,
-               bool end_takes_slot, std::string_view stop, bool marginals, bool trace) {
-  TORCH_CHECK_VALUE(joint.dim() == 2, "joint must be [B, D], got ", joint.sizes());
-  TORCH_CHECK_VALUE(beam_size >= 1 && beam_size <= cnnrnn::kMaxBeamSize, "beam_size must be in 1..",
-                    cnnrnn::kMaxBeamSize, ", got ", beam_size);
-  TORCH_CHECK_VALUE(0 <= min_labels && min_labels <= max_labels, "min_labels (", min_labels,
-                    ") must be in 0..max_labels (", max_labels, ")");
-  const int64_t B = joint.size(0), L = head->num_labels(), N = beam_size, T = max_labels;
-  const Tensor joint_ = checked("joint", joint, {B, head->joint_dim()});
-  const optional<Tensor> label_logits_ = checked("label_logits", label_logits, {B, L + 1});
-  const cnnrnn::SearchOptions options{
-      .beam_size = static_cast<int>(beam_size),
-      .max_labels = max_labels,
-      .min_labels = min_labels,
-      .order = parse<cnnrnn::Order>("order", order,
-                                    {{"increasing", cnnrnn::Order::kIncreasing},
-                                     {"unique", cnnrnn::Order::kUnique},
-                                     {"free", cnnrnn::Order::kFree}}),
-      .end_takes_slot = end_takes_slot,
-      .stop = parse<cnnrnn::Stop>(
-          "stop", stop, {{"n_best", cnnrnn::Stop::kNBest}, {"literal", cnnrnn::Stop::kLiteral}}),
+// A call of the search whose arguments have been checked.
+struct Query {
+  cnnrnn::SearchOptions options;
+  Tensor joint;                   // [B, D]
+  optional<Tensor> label_logits;  // [B, L+1]
+  Outputs out;
+
+  cnnrnn::ImageEmbeddings images() const {
+    return {joint.size(0), joint.const_data_ptr<float>(), data_or_null(label_logits)};
+  }
+  cnnrnn::SearchOutput output() const {
+    return {out.labels.data_ptr<int64_t>(), out.lengths.data_ptr<int64_t>(),
+            out.log_probs.data_ptr<float>(),
+            out.marginals ? out.marginals->data_ptr<float>() : nullptr,
+            out.trace ? out.trace->data_ptr<int32_t>() : nullptr};
+  }
+};
+
+// The options of a call, as they come from Python.
+struct Request {
+  const Tensor& joint;
+  const optional<Tensor>& label_logits;
+  int64_t beam_size, max_labels, min_labels;
+  std::string_view order;
+  bool end_takes_slot;
+  std::string_view stop;
+  bool marginals, trace;
+};
+
+Query check_request(const Request& r, int64_t L, int64_t D, at::Device device) {
+  TORCH_CHECK_VALUE(r.joint.dim() == 2, "joint must be [B, D], got ", r.joint.sizes());
+  TORCH_CHECK_VALUE(r.beam_size >= 1 && r.beam_size <= cnnrnn::kMaxBeamSize,
+                    "beam_size must be in 1..", cnnrnn::kMaxBeamSize, ", got ", r.beam_size);
+  TORCH_CHECK_VALUE(0 <= r.min_labels && r.min_labels <= r.max_labels, "min_labels (", r.min_labels,
+                    ") must be in 0..max_labels (", r.max_labels, ")");
+  const int64_t B = r.joint.size(0), N = r.beam_size, T = r.max_labels;
+  const auto on_device = at::TensorOptions().device(device);
+  Query query{
+      .options =
+          {
+              .beam_size = static_cast<int>(N),
+              .max_labels = T,
+              .min_labels = r.min_labels,
+              .order = parse<cnnrnn::Order>("order", r.order,
+                                            {{"increasing", cnnrnn::Order::kIncreasing},
+                                             {"unique", cnnrnn::Order::kUnique},
+                                             {"free", cnnrnn::Order::kFree}}),
+              .end_takes_slot = r.end_takes_slot,
+              .stop = parse<cnnrnn::Stop>(
+                  "stop", r.stop,
+                  {{"n_best", cnnrnn::Stop::kNBest}, {"literal", cnnrnn::Stop::kLiteral}}),
+          },
+      .joint = checked("joint", r.joint, {B, D}, device),
+      .label_logits = checked("label_logits", r.label_logits, {B, L + 1}, device),
+      .out = {.labels = at::empty({B, N, T}, on_device.dtype(at::kLong)),
+              .lengths = at::empty({B, N}, on_device.dtype(at::kLong)),
+              .log_probs = at::empty({B, N}, on_device.dtype(at::kFloat)),
+              .marginals = {},
+              .trace = {},
+              .stats = {}},
   };
-  Outputs out{at::empty({B, N, T}, at::kLong),
-              at::empty({B, N}, at::kLong),
-              at::empty({B, N}, at::kFloat),
-              {},
-              {},
-              {}};
-  if (marginals) out.marginals = at::empty({B, L}, at::kFloat);
-  if (trace) out.trace = at::empty({B, T + 1, N, 2}, at::kInt);
-  out.stats = cnnrnn::beam_search_cpu(
-      head, options, {B, joint_.const_data_ptr<float>(), data_or_null(label_logits_)},
-      {out.labels.data_ptr<int64_t>(), out.lengths.data_ptr<int64_t>(),
-       out.log_probs.data_ptr<float>(), out.marginals ? out.marginals->data_ptr<float>() : nullptr,
-       out.trace ? out.trace->data_ptr<int32_t>() : nullptr},
-      parallel_for);
-  return out;
+  if (r.marginals) query.out.marginals = at::empty({B, L}, on_device.dtype(at::kFloat));
+  if (r.trace) query.out.trace = at::empty({B, T + 1, N, 2}, on_device.dtype(at::kInt));
+  return query;
 }
 
-// The heads of the op's callers. An op takes tensors and keeps nothing, so its packed weights and
-// prefix states are found by what the tensors are: their storages, which are held weakly so that
-// another tensor cannot take their place unseen, and torch's counts of in-place edits.
-class HeadRegistry {
+Outputs search(CpuHead* head, const Request& request) {
+  Query query = check_request(request, head->num_labels(), head->joint_dim(), at::kCPU);
+  query.out.stats =
+      cnnrnn::beam_search_cpu(head, query.options, query.images(), query.output(), parallel_for);
+  return query.out;
+}
+
+#if defined(CNNRNN_WITH_CUDA)
+
+// Memory of torch's allocator, which frees it in the order of the stream it was asked for on.
+class TorchMemory : public cnnrnn::DeviceMemory {
  public:
-  std::shared_ptr<CpuHead> find_or_make(const Parameters& parameters, std::string_view cell,
-                                        std::string_view activation, int64_t cache_generation,
-                                        int64_t prefix_bytes) {
-    const optional<Key> key = key_of(parameters, cell, activation, cache_generation, prefix_bytes);
-    const std::lock_guard lock(mutex_);
-    if (key) {
-      for (auto at = heads_.begin(); at != heads_.end(); ++at) {
-        if (!same(at->key, *key)) continue;
-        heads_.splice(heads_.begin(), heads_, at);
-        return at->head;
-      }
+  explicit TorchMemory(at::Device device) : device_(device) {}
+
+  void* allocate(int64_t bytes) override {
+    blocks_.push_back(at::empty({bytes}, at::TensorOptions().device(device_).dtype(at::kByte)));
+    bytes_ += bytes;
+    return blocks_.back().data_ptr();
+  }
+
+  // Freed memory waits for what has been asked of this stream.
+  void used_on(const c10::Stream& stream) {
+    for (const Tensor& block : blocks_) block.record_stream(stream);
+  }
+
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  at::Device device_;
+  std::vector<Tensor> blocks_;
+  int64_t bytes_ = 0;
+};
+
+cudaStream_t handle(const c10::Stream& stream) {
+  return static_cast<cudaStream_t>(stream.native_handle());
+}
+
+// A head on one GPU and the memory it lives in.
+class TorchCudaHead {
+ public:
+  TorchCudaHead(const Parameters& parameters, std::string_view cell, std::string_view activation,
+                int64_t prefix_bytes)
+      : device_(parameters.label_embedding.device()), memory_(device_) {
+    TORCH_CHECK_VALUE(device_.is_cuda(), "label_embedding must be on a GPU, got ", device_);
+    const c10::DeviceGuard guard(device_);
+    const CheckedWeights weights = check_weights(parameters, cell, activation);
+    const c10::Stream stream = at::accelerator::getCurrentStream(device_.index());
+    try {
+      head_.emplace(weights.pointers, prefix_bytes, device_.index(), &memory_, handle(stream));
+    } catch (const c10::OutOfMemoryError& error) {
+      TORCH_CHECK_WITH(OutOfMemoryError, false, "no memory on ", device_, " for a head of ",
+                       weights.pointers.num_labels, " labels and ", prefix_bytes,
+                       " bytes of prefix states (head.prefix_bytes) after ", memory_.bytes(),
+                       " bytes: ", error.what_without_backtrace());
     }
-    heads_.remove_if([](const Entry& entry) { return is_gone(entry.key); });
-    auto head = make_head(parameters, cell, activation, prefix_bytes, "auto");
-    if (key) {
-      heads_.push_front({*key, head});
-      if (heads_.size() > kMostHeads) heads_.pop_back();
+  }
+
+  Outputs search(const Request& request) {
+    const c10::DeviceGuard guard(device_);
+    const c10::Stream stream = at::accelerator::getCurrentStream(device_.index());
+    TorchMemory scratch(device_);
+    try {
+      Query query = check_request(request, head_->num_labels(), head_->joint_dim(), device_);
+      query.out.stats =
+          head_->search(query.options, query.images(), query.output(), &scratch, handle(stream));
+      memory_.used_on(stream);
+      return query.out;
+    } catch (const c10::OutOfMemoryError& error) {
+      TORCH_CHECK_WITH(OutOfMemoryError, false, "no memory on ", device_, " to search ",
+                       request.joint.size(0), " images at once (beam_size ", request.beam_size,
+                       ", max_labels ", request.max_labels, ") after ", scratch.bytes(),
+                       " bytes beside the result: ", error.what_without_backtrace());
     }
-    return head;
   }
 
  private:
-  static constexpr size_t kMostHeads = 4;
-
-  struct TensorKey {
-    c10::weak_intrusive_ptr<c10::StorageImpl> storage;
-    const void* data;
-    uint32_t version;
-    std::vector<int64_t> sizes, strides;
-  };
-  struct Key {
-    std::vector<optional<TensorKey>> tensors;
-    std::string cell, activation;
-    int64_t cache_generation, prefix_bytes;
-  };
-  struct Entry {
-    Key key;
-    std::shared_ptr<CpuHead> head;
-  };
-
-  static optional<Key> key_of(const Parameters& p, std::string_view cell,
-                              std::string_view activation, int64_t cache_generation,
-                              int64_t prefix_bytes) {
-    Key key{{}, std::string(cell), std::string(activation), cache_generation, prefix_bytes};
-    for (const optional<Tensor>& tensor :
-         {optional<Tensor>(p.label_embedding), p.score_bias, optional<Tensor>(p.input_weight),
-          optional<Tensor>(p.hidden_weight), p.input_bias, p.hidden_bias,
-          optional<Tensor>(p.output_projection)}) {
-      if (!tensor) {
-        key.tensors.emplace_back();
-        continue;
-      }
-      if (tensor->is_inference()) return std::nullopt;  // its edits are not counted
-      key.tensors.push_back(TensorKey{tensor->storage().getWeakStorageImpl(), tensor->data_ptr(),
-                                      static_cast<uint32_t>(tensor->_version()),
-                                      tensor->sizes().vec(), tensor->strides().vec()});
-    }
-    return key;
-  }
-
-  // Whether a tensor that it was made of is no more.
-  static bool is_gone(const Key& key) {
-    return std::any_of(key.tensors.begin(), key.tensors.end(),
-                       [](const auto& tensor) { return tensor && tensor->storage.expired(); });
-  }
-
-  static bool same(const Key& a, const Key& b) {
-    for (size_t i = 0; i < a.tensors.size(); ++i) {
-      const auto &s = a.tensors[i], &t = b.tensors[i];
-      if (s.has_value() != t.has_value()) return false;
-      if (s && !(s->storage == t->storage && s->data == t->data && s->version == t->version &&
-                 s->sizes == t->sizes && s->strides == t->strides)) {
-        return false;
-      }
-    }
-    return a.cell == b.cell && a.activation == b.activation &&
-           a.cache_generation == b.cache_generation && a.prefix_bytes == b.prefix_bytes;
-  }
-
-  std::mutex mutex_;
-  std::list<Entry> heads_;  // the one used last comes first
+  const at::Device device_;
+  TorchMemory memory_;
+  optional<cnnrnn::CudaHead> head_;
 };
 
+#endif  // CNNRNN_WITH_CUDA
+
 // Not destroyed: a thread may be searching while the process ends.
-HeadRegistry* registry = new HeadRegistry;
+auto* cpu_registry = new cnnrnn::HeadRegistry<CpuHead>;
+#if defined(CNNRNN_WITH_CUDA)
+auto* cuda_registry = new cnnrnn::HeadRegistry<TorchCudaHead>;
+#endif
 
 void after_fork_in_child() {
   forked = true;
-  registry = new HeadRegistry;  // another thread may have held the old one's lock
+  cpu_registry = new cnnrnn::HeadRegistry<CpuHead>;  // a thread may have held the old one's lock
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> op_result(const Outputs& out) {
+  return {
+      out.labels, out.lengths, out.log_probs,
+      out.marginals ? *out.marginals : at::empty({out.labels.size(0), 0}, out.log_probs.options())};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> beam_search_op(
@@ -272,14 +318,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_search_op(
     int64_t beam_size, int64_t max_labels, int64_t min_labels, c10::string_view order,
     bool end_takes_slot, c10::string_view stop, bool marginals, int64_t cache_generation,
     int64_t prefix_bytes) {
-  const std::shared_ptr<CpuHead> head =
-      registry->find_or_make({label_embedding, score_bias, input_weight, hidden_weight, input_bias,
-                              hidden_bias, output_projection},
-                             cell, activation, cache_generation, prefix_bytes);
-  Outputs out = search(head.get(), joint, label_logits, beam_size, max_labels, min_labels, order,
-                       end_takes_slot, stop, marginals, false);
-  return {out.labels, out.lengths, out.log_probs,
-          out.marginals ? *out.marginals : at::empty({joint.size(0), 0}, at::kFloat)};
+  const Parameters parameters{label_embedding, score_bias,  input_weight,     hidden_weight,
+                              input_bias,      hidden_bias, output_projection};
+  const Request request{joint, label_logits,   beam_size, max_labels, min_labels,
+                        order, end_takes_slot, stop,      marginals,  /*trace=*/false};
+#if defined(CNNRNN_WITH_CUDA)
+  if (label_embedding.is_cuda()) {
+    const auto head = cuda_registry->find_or_make(
+        parameters, cell, activation, cache_generation, prefix_bytes, [&] {
+          return std::make_shared<TorchCudaHead>(parameters, cell, activation, prefix_bytes);
+        });
+    return op_result(head->search(request));
+  }
+#endif
+  const auto head = cpu_registry->find_or_make(
+      parameters, cell, activation, cache_generation, prefix_bytes,
+      [&] { return make_cpu_head(parameters, cell, activation, prefix_bytes, "auto"); });
+  return op_result(search(head.get(), request));
 }
 
 // Shapes alone, for fake tensors: torch.compile, torch.export.
@@ -310,54 +365,95 @@ TORCH_LIBRARY(cnnrnn, m) {
       {at::Tag::pt2_compliant_tag});
 }
 TORCH_LIBRARY_IMPL(cnnrnn, CPU, m) { m.impl("beam_search", &beam_search_op); }
+#if defined(CNNRNN_WITH_CUDA)
+TORCH_LIBRARY_IMPL(cnnrnn, CUDA, m) { m.impl("beam_search", &beam_search_op); }
+#endif
 TORCH_LIBRARY_IMPL(cnnrnn, Meta, m) { m.impl("beam_search", &beam_search_meta); }
 
+namespace {
+
+namespace py = pybind11;
+
+// The method beam_search, the same for every kind of head.
+template <typename Class, typename Search>
+void define_search(Class* head_class, const Search& search) {
+  head_class->def(
+      "beam_search",
+      [search](typename Class::type& head, const Tensor& joint,
+               const optional<Tensor>& label_logits, int64_t beam_size, int64_t max_labels,
+               int64_t min_labels, const std::string& order, bool end_takes_slot,
+               const std::string& stop, bool marginals, bool trace) {
+        Outputs out;
+        {
+          const py::gil_scoped_release release;
+          out = search(&head, {joint, label_logits, beam_size, max_labels, min_labels, order,
+                               end_takes_slot, stop, marginals, trace});
+        }
+        const cnnrnn::SearchStats& s = out.stats;
+        return py::make_tuple(out.labels, out.lengths, out.log_probs, out.marginals, out.trace,
+                              py::make_tuple(s.prefix_lookups, s.prefix_hits, s.prefix_nodes,
+                                             s.prefix_parents, s.prefix_bytes),
+                              s.nonfinite_images);
+      },
+      py::arg("joint"), py::arg("label_logits"), py::arg("beam_size"), py::arg("max_labels"),
+      py::arg("min_labels"), py::arg("order"), py::arg("end_takes_slot"), py::arg("stop"),
+      py::arg("marginals"), py::arg("trace") = false,
+      "Search B images; returns labels, lengths, log_probs, marginals or None, every step's "
+      "decisions or None, the figures of SearchStats, and how many images were marked.");
+}
+
+constexpr int64_t kPrefixBytes = int64_t{512} << 20;
+
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
-  namespace py = pybind11;
   m.doc() = "The compiled beam search of cnnrnn.";
   m.attr("MAX_BEAM_SIZE") = cnnrnn::kMaxBeamSize;
 #if !defined(_WIN32)
   pthread_atfork(nullptr, nullptr, after_fork_in_child);
 #endif
-  py::class_<CpuHead, std::shared_ptr<CpuHead>>(
-      m, "CpuHead", "A head's weights packed for the CPU search, and its kept prefix states.")
-      .def(py::init([](const Tensor& label_embedding, const optional<Tensor>& score_bias,
-                       const Tensor& input_weight, const Tensor& hidden_weight,
-                       const optional<Tensor>& input_bias, const optional<Tensor>& hidden_bias,
-                       const Tensor& output_projection, const std::string& cell,
-                       const std::string& activation, int64_t prefix_bytes,
-                       const std::string& instruction_set) {
-             return make_head({label_embedding, score_bias, input_weight, hidden_weight, input_bias,
-                               hidden_bias, output_projection},
-                              cell, activation, prefix_bytes, instruction_set);
-           }),
-           py::arg("label_embedding"), py::arg("score_bias"), py::arg("input_weight"),
-           py::arg("hidden_weight"), py::arg("input_bias"), py::arg("hidden_bias"),
-           py::arg("output_projection"), py::kw_only(), py::arg("cell"), py::arg("activation"),
-           py::arg("prefix_bytes") = int64_t{512} << 20, py::arg("instruction_set") = "auto",
-           py::call_guard<py::gil_scoped_release>())
-      .def(
-          "beam_search",
-          [](CpuHead& head, const Tensor& joint, const optional<Tensor>& label_logits,
-             int64_t beam_size, int64_t max_labels, int64_t min_labels, const std::string& order,
-             bool end_takes_slot, const std::string& stop, bool marginals, bool trace) {
-            Outputs out;
-            {
-              const py::gil_scoped_release release;
-              out = search(&head, joint, label_logits, beam_size, max_labels, min_labels, order,
-                           end_takes_slot, stop, marginals, trace);
-            }
-            const cnnrnn::SearchStats& s = out.stats;
-            return py::make_tuple(out.labels, out.lengths, out.log_probs, out.marginals, out.trace,
-                                  py::make_tuple(s.prefix_lookups, s.prefix_hits, s.prefix_nodes,
-                                                 s.prefix_parents, s.prefix_bytes),
-                                  s.nonfinite_images);
-          },
-          py::arg("joint"), py::arg("label_logits"), py::arg("beam_size"), py::arg("max_labels"),
-          py::arg("min_labels"), py::arg("order"), py::arg("end_takes_slot"), py::arg("stop"),
-          py::arg("marginals"), py::arg("trace") = false,
-          "Search B images; returns labels, lengths, log_probs, marginals or None, every step's "
-          "decisions or None, the figures of SearchStats, and how many images were marked.");
+  py::class_<CpuHead, std::shared_ptr<CpuHead>> cpu_head(
+      m, "CpuHead", "A head's weights packed for the CPU search, and its kept prefix states.");
+  cpu_head.def(py::init([](const Tensor& label_embedding, const optional<Tensor>& score_bias,
+                           const Tensor& input_weight, const Tensor& hidden_weight,
+                           const optional<Tensor>& input_bias, const optional<Tensor>& hidden_bias,
+                           const Tensor& output_projection, const std::string& cell,
+                           const std::string& activation, int64_t prefix_bytes,
+                           const std::string& instruction_set) {
+                 return make_cpu_head({label_embedding, score_bias, input_weight, hidden_weight,
+                                       input_bias, hidden_bias, output_projection},
+                                      cell, activation, prefix_bytes, instruction_set);
+               }),
+               py::arg("label_embedding"), py::arg("score_bias"), py::arg("input_weight"),
+               py::arg("hidden_weight"), py::arg("input_bias"), py::arg("hidden_bias"),
+               py::arg("output_projection"), py::kw_only(), py::arg("cell"), py::arg("activation"),
+               py::arg("prefix_bytes") = kPrefixBytes, py::arg("instruction_set") = "auto",
+               py::call_guard<py::gil_scoped_release>());
+  define_search(&cpu_head,
+                [](CpuHead* head, const Request& request) { return search(head, request); });
+#if defined(CNNRNN_WITH_CUDA)
+  m.attr("WITH_CUDA") = true;
+  py::class_<TorchCudaHead, std::shared_ptr<TorchCudaHead>> cuda_head(
+      m, "CudaHead", "A head's weights packed on its GPU, and its kept prefix states.");
+  cuda_head.def(
+      py::init([](const Tensor& label_embedding, const optional<Tensor>& score_bias,
+                  const Tensor& input_weight, const Tensor& hidden_weight,
+                  const optional<Tensor>& input_bias, const optional<Tensor>& hidden_bias,
+                  const Tensor& output_projection, const std::string& cell,
+                  const std::string& activation, int64_t prefix_bytes) {
+        const Parameters parameters{label_embedding, score_bias,  input_weight,     hidden_weight,
+                                    input_bias,      hidden_bias, output_projection};
+        return std::make_shared<TorchCudaHead>(parameters, cell, activation, prefix_bytes);
+      }),
+      py::arg("label_embedding"), py::arg("score_bias"), py::arg("input_weight"),
+      py::arg("hidden_weight"), py::arg("input_bias"), py::arg("hidden_bias"),
+      py::arg("output_projection"), py::kw_only(), py::arg("cell"), py::arg("activation"),
+      py::arg("prefix_bytes") = kPrefixBytes, py::call_guard<py::gil_scoped_release>());
+  define_search(&cuda_head,
+                [](TorchCudaHead* head, const Request& request) { return head->search(request); });
+#else
+  m.attr("WITH_CUDA") = false;
+#endif
   m.def(
       "instruction_sets",
       [] {

@@ -8,6 +8,8 @@ scores closer than `TIE`. Everything else is a failure.
 from __future__ import annotations
 
 import copy
+import random
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +21,9 @@ from cnnrnn.search import SearchStats, reference
 from cnnrnn.search.engine import make_cpu_head, resolve_max_labels
 
 TIE = 1e-5
+
+# Makes what searches a head: `_C.CpuHead` or its like, with the same `beam_search`.
+Pack = Callable[[Head], Any]
 
 
 def random_head(generator: torch.Generator, num_labels: int, **options: object) -> Head:
@@ -47,6 +52,41 @@ def random_embedding(
     return ImageEmbedding(joint, logits)
 
 
+def random_case(
+    seed: int,
+    label_counts: Sequence[int] = (1, 2, 3, 5, 7, 17, 80, 81),
+    joint_dims: Sequence[int] = (1, 3, 16),
+) -> tuple[Head, ImageEmbedding, SearchConfig]:
+    """One random search: sizes, options, weights and images all drawn from the seed."""
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    num_labels = rng.choice(label_counts)
+    head = random_head(
+        generator,
+        num_labels,
+        joint_dim=rng.choice(joint_dims),
+        hidden_dim=rng.choice([1, 5, 16]),
+        cell=rng.choice(["lstm", "lstm", "paper"]),
+        activation=rng.choice(["relu", "tanh", "identity"]),
+        score_bias=rng.random() < 0.7,
+        projection_bias=False,
+    )
+    longest = rng.choice([0, 1, 2, 4, 6])
+    order = rng.choice(["increasing", "unique", "free"])
+    most = longest if order == "free" else min(longest, num_labels)
+    config = SearchConfig(
+        beam_size=rng.randint(1, 16),
+        max_labels=longest,
+        min_labels=rng.choice([0, 0, 0, rng.randint(0, most)]),
+        order=order,
+        end_takes_slot=rng.random() < 0.3,
+        stop=rng.choice(["n_best", "n_best", "literal"]),
+    )
+    batch = rng.choice([0, 1, 1, 2, 2, 2, 17])  # 17 need several blocks, and share states
+    embedding = random_embedding(generator, head, batch, rng.random() < 0.5)
+    return head, embedding, config
+
+
 def run_compiled(
     head: Head,
     embedding: ImageEmbedding,
@@ -55,12 +95,10 @@ def run_compiled(
     *,
     marginals: bool = False,
     trace: bool = False,
-    instruction_set: str = "auto",
-    prefix_bytes: int = 1 << 28,
+    pack: Pack = make_cpu_head,
 ) -> tuple[Any, ...]:
     """Search with a freshly packed head: labels, lengths, log_probs, marginals, trace, stats."""
-    compiled = make_cpu_head(head, prefix_bytes=prefix_bytes, instruction_set=instruction_set)
-    return search_with(compiled, embedding, config, max_labels, marginals=marginals, trace=trace)
+    return search_with(pack(head), embedding, config, max_labels, marginals=marginals, trace=trace)
 
 
 def search_with(
@@ -72,7 +110,7 @@ def search_with(
     marginals: bool = False,
     trace: bool = False,
 ) -> tuple[Any, ...]:
-    """Search with a `_C.CpuHead`; see `run_compiled`."""
+    """Search with what `Pack` made; see `run_compiled`."""
     outputs: tuple[Any, ...] = compiled.beam_search(
         embedding.joint.detach(),
         None if embedding.label_logits is None else embedding.label_logits.detach(),
@@ -87,12 +125,12 @@ def assert_search_equal(
     embedding: ImageEmbedding,
     config: SearchConfig,
     marginals: bool = False,
-    instruction_set: str = "auto",
+    pack: Pack = make_cpu_head,
 ) -> int:
     """Compare the compiled search with the float64 reference; return how many were excused."""
     T = resolve_max_labels(head, config)
     labels, lengths, log_probs, sums, _, _ = run_compiled(
-        head, embedding, config, T, marginals=marginals, instruction_set=instruction_set
+        head, embedding, config, T, marginals=marginals, pack=pack
     )
     head64 = copy.deepcopy(head).double()
     embedding64 = embedding.to("cpu", torch.float64)
@@ -111,9 +149,7 @@ def assert_search_equal(
                     rtol=1e-5, atol=1e-5, equal_nan=True,
                 )  # fmt: skip
             continue
-        gap = first_differing_gap(
-            head, head64, embedding, embedding64, config, T, b, instruction_set
-        )
+        gap = first_differing_gap(head, head64, embedding, embedding64, config, T, b, pack)
         assert gap < TIE, (
             f"image {b}: paths differ by a decision of gap {gap:.2e} under {config}:\n"
             f"{labels[b].tolist()}\n{expected.labels[b].tolist()}"
@@ -131,11 +167,11 @@ def first_differing_gap(
     config: SearchConfig,
     T: int,
     image: int,
-    instruction_set: str,
+    pack: Pack,
 ) -> float:
     """The float64 gap of the first decision in which the compiled search went another way."""
     labels, lengths, log_probs, _, trace, _ = run_compiled(
-        head, embedding, config, T, trace=True, instruction_set=instruction_set
+        head, embedding, config, T, trace=True, pack=pack
     )
     joint = embedding64.joint[image]
     logits = None if embedding64.label_logits is None else embedding64.label_logits[image]

@@ -26,7 +26,7 @@ def test_maths_and_top_n_on_the_host(tmp_path: Path) -> None:
         pytest.skip("no C++ compiler")
     program = str(tmp_path / "maths")
     source = str(TESTS / "kernels" / "maths.cpp")
-    run([*compiler, "-std=c++20", "-O2", f"-I{CSRC}", source, "-o", program])
+    run([*compiler, "-std=c++20", "-O2", "-pthread", f"-I{CSRC}", source, "-o", program])
     run([program])
 
 

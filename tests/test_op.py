@@ -12,7 +12,7 @@ from torch import Tensor, library
 from cnnrnn.config import SearchConfig
 from cnnrnn.model import Head, ImageEmbedding
 from cnnrnn.search import SearchResult, beam_search
-from cnnrnn.search.engine import _parameters
+from cnnrnn.search.engine import head_parameters
 
 CONFIG = SearchConfig(beam_size=3, max_labels=4)
 
@@ -26,7 +26,7 @@ def head_of(seed: int, **options: object) -> Head:
 def arguments(head: Head, embedding: ImageEmbedding, marginals: bool = False) -> tuple[object, ...]:
     return (
         embedding.joint, embedding.label_logits,
-        *(None if tensor is None else tensor.detach() for tensor in _parameters(head)),
+        *(None if tensor is None else tensor.detach() for tensor in head_parameters(head)),
         head.cell, head.activation, CONFIG.beam_size, 4, CONFIG.min_labels, CONFIG.order,
         CONFIG.end_takes_slot, CONFIG.stop, marginals, head.cache_generation, head.prefix_bytes,
     )  # fmt: skip
@@ -132,7 +132,7 @@ def test_changed_weights_are_seen():
 def test_weights_at_an_address_that_others_had_are_not_mistaken_for_them():
     head = head_of(8)
     embedding = images(head, 3)
-    memory = [None if t is None else t.detach().numpy().copy() for t in _parameters(head)]
+    memory = [None if t is None else t.detach().numpy().copy() for t in head_parameters(head)]
     options = arguments(head, embedding)[2 + len(memory) :]
     for _ in range(2):
         weights = [None if values is None else torch.from_numpy(values) for values in memory]
@@ -140,7 +140,7 @@ def test_weights_at_an_address_that_others_had_are_not_mistaken_for_them():
             embedding.joint, embedding.label_logits, *weights, *options
         )
         with torch.no_grad():
-            for parameter, values in zip(_parameters(head), weights, strict=True):
+            for parameter, values in zip(head_parameters(head), weights, strict=True):
                 if parameter is not None and values is not None:
                     parameter.copy_(values)
         assert torch.equal(outputs[2], run_compiled(head, embedding, CONFIG, 4)[2])

@@ -25,11 +25,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("setup.py", "build_backend.py", "CMakeLists.txt", "MANIFEST.in", "pyproject.toml",
            "README.md", "LICENSE", "csrc", "cnnrnn")  # fmt: skip
 BUILD = ("setup.py", "-q", "build_ext")
+UNSET = ("CXX", "PYTHONPATH", "CNNRNN_CUDA", "CUDACXX")
 
 
 def python(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run this interpreter in a folder, with changes to the environment."""
-    unset = {k: v for k, v in os.environ.items() if k not in ("CXX", "PYTHONPATH")}
+    unset = {k: v for k, v in os.environ.items() if k not in UNSET}
     command = [sys.executable, *arguments]
     return subprocess.run(
         command, cwd=cwd, env=unset | environment, capture_output=True, text=True, timeout=120
@@ -180,6 +181,48 @@ def test_no_cmake(source: Path, tmp_path: Path) -> None:
     put_command(tmp_path / "bin", "c++")
     said = refusal(python(*BUILD, cwd=source, PATH=str(tmp_path / "bin")))
     assert said.startswith("cnnrnn: cmake was not found; run `pip install cmake ninja`")
+
+
+def test_a_cuda_build_that_was_asked_for_needs_nvcc(
+    backend: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "CUDA_HOME", str(tmp_path / "nothing"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CNNRNN_CUDA", "1")
+    monkeypatch.setenv("CUDACXX", "no-nvcc")
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SystemExit, match="CNNRNN_CUDA=1 asks for the CUDA search, and nvcc was "
+                                         "not found .*no-nvcc.* unset CNNRNN_CUDA"):  # fmt: skip
+        backend.get_requires_for_build_wheel()
+
+
+def test_cnnrnn_cuda_is_0_or_1(source: Path) -> None:
+    put_torch(source, "2.13.0+cpu")
+    said = refusal(python(*BUILD, cwd=source, CNNRNN_CUDA="yes"))
+    assert said.startswith("cnnrnn: CNNRNN_CUDA must be 0 ") and said.endswith("got 'yes'")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the stand-in compiler is a shell script")
+@pytest.mark.parametrize(
+    ("environment", "found"),
+    [({}, "nvcc"), ({"CNNRNN_CUDA": "1"}, "nvcc"), ({"CNNRNN_CUDA": "0"}, None),
+     ({"CUDACXX": "other-nvcc"}, "other-nvcc"), ({"PATH": ""}, None)],
+)  # fmt: skip
+def test_cuda_is_built_where_nvcc_is_found(
+    environment: dict[str, str], found: str | None, backend: ModuleType, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    put_command(tmp_path / "bin", "nvcc")
+    put_command(tmp_path / "bin", "other-nvcc")
+    monkeypatch.setattr(backend, "CUDA_HOME", str(tmp_path / "nothing"))
+    for name in ("CNNRNN_CUDA", "CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    path = backend.find_nvcc()
+    assert path == (None if found is None else str(tmp_path / "bin" / found))
 
 
 def test_no_torch(source: Path) -> None:

@@ -5,16 +5,23 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import random
+from functools import partial
 
 import pytest
 import torch
-from replay import assert_search_equal, random_embedding, random_head, run_compiled
+from replay import (
+    assert_search_equal,
+    random_case,
+    random_embedding,
+    random_head,
+    run_compiled,
+)
 
 from cnnrnn import _C
 from cnnrnn.config import SearchConfig
 from cnnrnn.model import Head, ImageEmbedding, chain_logits
 from cnnrnn.search import NonFiniteError, beam_search, engine, reference
+from cnnrnn.search.engine import make_cpu_head
 
 IMPLEMENTATIONS = ["native", "reference"]
 
@@ -163,43 +170,14 @@ def test_without_joint_scores_the_chain_term_is_the_independent_classifier(imple
     torch.testing.assert_close(result.marginals().double(), p, rtol=1e-5, atol=1e-5)
 
 
-def random_case(seed: int):
-    """One random search: sizes, options, weights and images all drawn from the seed."""
-    rng = random.Random(seed)
-    generator = torch.Generator().manual_seed(seed)
-    num_labels = rng.choice([1, 2, 3, 5, 7, 17, 80, 81])
-    head = random_head(
-        generator,
-        num_labels,
-        joint_dim=rng.choice([1, 3, 16]),
-        hidden_dim=rng.choice([1, 5, 16]),
-        cell=rng.choice(["lstm", "lstm", "paper"]),
-        activation=rng.choice(["relu", "tanh", "identity"]),
-        score_bias=rng.random() < 0.7,
-        projection_bias=False,
-    )
-    longest = rng.choice([0, 1, 2, 4, 6])
-    order = rng.choice(["increasing", "unique", "free"])
-    most = longest if order == "free" else min(longest, num_labels)
-    config = SearchConfig(
-        beam_size=rng.randint(1, 16),
-        max_labels=longest,
-        min_labels=rng.choice([0, 0, 0, rng.randint(0, most)]),
-        order=order,
-        end_takes_slot=rng.random() < 0.3,
-        stop=rng.choice(["n_best", "n_best", "literal"]),
-    )
-    batch = rng.choice([0, 1, 1, 2, 2, 2, 17])  # 17 need several blocks, and share states
-    embedding = random_embedding(generator, head, batch, rng.random() < 0.5)
-    return head, embedding, config
-
-
 @pytest.mark.parametrize("instruction_set", _C.instruction_sets())
 def test_random_searches_equal_the_float64_reference(instruction_set, request):
     excused = searched = 0
     for seed in range(request.config.getoption("--searches")):
         head, embedding, config = random_case(seed)
-        excused += assert_search_equal(head, embedding, config, instruction_set=instruction_set)
+        excused += assert_search_equal(
+            head, embedding, config, pack=partial(make_cpu_head, instruction_set=instruction_set)
+        )
         searched += len(embedding)
     print(f"{searched} images, {excused} excused")
     assert excused <= searched // 80  # small heads tie: gaps of exactly 0, or of one rounding
@@ -212,7 +190,11 @@ def test_random_searches_with_marginals_equal_the_float64_reference(instruction_
     for seed in range(searches):
         head, embedding, config = random_case(seed)
         excused += 0 < assert_search_equal(
-            head, embedding, config, marginals=True, instruction_set=instruction_set
+            head,
+            embedding,
+            config,
+            marginals=True,
+            pack=partial(make_cpu_head, instruction_set=instruction_set),
         )
     print(f"{searches} searches, {excused} with an excused image")
     assert excused <= searches // 50
@@ -226,7 +208,12 @@ def test_a_hundred_thousand_labels(order, instruction_set):
     embedding = random_embedding(generator, head, 3, label_logits=True)
     config = SearchConfig(beam_size=5, max_labels=3, order=order)
     # So many scores lie close to one another: one image may be a tie.
-    assert assert_search_equal(head, embedding, config, instruction_set=instruction_set) <= 1
+    assert (
+        assert_search_equal(
+            head, embedding, config, pack=partial(make_cpu_head, instruction_set=instruction_set)
+        )
+        <= 1
+    )
 
 
 @pytest.mark.parametrize("order", ["increasing", "unique", "free"])
@@ -253,7 +240,9 @@ def test_threads_change_no_bit(order, marginals):
 def test_an_instruction_set_that_is_not_there_is_refused():
     head, embedding = small_case()
     with pytest.raises(ValueError, match="instruction_set must be auto or one of .* got 'mmx'"):
-        run_compiled(head, embedding, SearchConfig(), 3, instruction_set="mmx")
+        run_compiled(
+            head, embedding, SearchConfig(), 3, pack=partial(make_cpu_head, instruction_set="mmx")
+        )
     assert "portable" in _C.instruction_sets()
 
 

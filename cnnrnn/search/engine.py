@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from cnnrnn.search import reference
 from cnnrnn.search.result import SearchResult, SearchStats
 
 Implementation = Literal["auto", "native", "reference"]
+PackedHead: TypeAlias = "_C.CpuHead | _C.CudaHead"
+
+_CPU = torch.device("cpu")
 
 
 class NonFiniteError(ValueError):
@@ -45,7 +48,8 @@ def beam_search(
         head: the trained head.
         image_embedding: `head.embed(features)` of B images, float32; B may be 0.
         config: search options; `SearchConfig()` by default.
-        implementation: `native` is the compiled search, `reference` plain torch; `auto` is native.
+        implementation: `native` is the compiled search, on the GPU for tensors that are there where
+            this build has CUDA, else on the CPU; `reference` is plain torch; `auto` is native.
         marginals: also return each label's probability, summed over every visited path.
         on_nonfinite: `raise`, or `mark` such images with log-probability NaN and go on. Under
             torch.compile and torch.export, where values are not known, they are marked.
@@ -104,39 +108,51 @@ def _check_embedding(head: Head, embedding: ImageEmbedding) -> None:
 
 
 class _Kept(NamedTuple):
-    """A head as the kernels read it, with its kept prefix states, and what it was made from."""
+    """A head as one device's kernels read it, with its kept prefix states, and what of."""
 
     places: tuple[tuple[dict[str, Any], str, Any], ...]  # (a module's dict, name, value then)
     storages: tuple[Tensor, ...]  # held, so that no other weights come to lie at their addresses
     key: tuple[Any, ...]
-    cpu_head: _C.CpuHead
+    packed: PackedHead
 
 
-_kept: weakref.WeakKeyDictionary[Head, _Kept] = weakref.WeakKeyDictionary()
+_kept: weakref.WeakKeyDictionary[Head, dict[torch.device, _Kept]] = weakref.WeakKeyDictionary()
 if hasattr(os, "register_at_fork"):  # another thread may have been using a head at the fork
     os.register_at_fork(after_in_child=_kept.clear)
 
 
-def cpu_head(head: Head) -> _C.CpuHead:
-    """Return the head as the CPU kernels read it, made anew when a weight has changed.
+def search_device(tensor: Tensor) -> torch.device:
+    """Return where the compiled search runs for a tensor: its GPU, where this build has CUDA."""
+    return tensor.device if tensor.is_cuda and _C.WITH_CUDA else _CPU
+
+
+def packed_head(head: Head, device: torch.device = _CPU) -> PackedHead:
+    """Return the head as the kernels of a device read it, made anew when a weight has changed.
 
     A change is seen by which tensor a parameter is, where it lies, and torch's count of its
     in-place edits, which edits through `.data` do not raise: those need `head.clear_cache()`.
     """
-    kept = _kept.get(head)
+    kept = _kept.get(head, {}).get(device)
     if kept is not None:
         replaced = any(values.get(name) is not value for values, name, value in kept.places)
         if not replaced and kept.key == _weights_key(head, kept.places):
-            return kept.cpu_head
+            return kept.packed
     places = tuple(_searched(head))
-    tensors = [tensor for tensor in _parameters(head) if tensor is not None]
+    tensors = [tensor for tensor in head_parameters(head) if tensor is not None]
     if not _edits_are_seen(tensors, places):
-        return make_cpu_head(head, prefix_bytes=head.prefix_bytes)
+        return _pack(head, device)
     # The key first: another thread may edit a weight while the head is packed.
     key = _weights_key(head, places)
-    made = make_cpu_head(head, prefix_bytes=head.prefix_bytes)
-    _kept[head] = _Kept(places, tuple(tensor.detach() for tensor in tensors), key, made)
-    return made
+    packed = _pack(head, device)
+    of_devices = _kept.setdefault(head, {})
+    of_devices[device] = _Kept(places, tuple(tensor.detach() for tensor in tensors), key, packed)
+    return packed
+
+
+def _pack(head: Head, device: torch.device) -> PackedHead:
+    if device.type == "cuda":
+        return make_cuda_head(head, device, prefix_bytes=head.prefix_bytes)
+    return make_cpu_head(head, prefix_bytes=head.prefix_bytes)
 
 
 def _edits_are_seen(
@@ -154,12 +170,8 @@ def make_cpu_head(
     head: Head, *, prefix_bytes: int = PREFIX_BYTES, instruction_set: str = "auto"
 ) -> _C.CpuHead:
     """Pack a head's weights into a new `_C.CpuHead`; tests name a budget or instruction set."""
-    parameters = (
-        None if tensor is None else tensor.detach().to("cpu", torch.float32)
-        for tensor in _parameters(head)
-    )
     return _C.CpuHead(
-        *parameters,  # type: ignore[arg-type]  # None only where the head may lack one
+        *_detached(head_parameters(head), _CPU),  # type: ignore[arg-type]  # see _detached
         cell=head.cell,
         activation=head.activation,
         prefix_bytes=prefix_bytes,
@@ -167,7 +179,26 @@ def make_cpu_head(
     )
 
 
-def _parameters(head: Head) -> tuple[Tensor | None, ...]:
+def make_cuda_head(
+    head: Head, device: torch.device, *, prefix_bytes: int = PREFIX_BYTES
+) -> _C.CudaHead:
+    """Pack a head's weights into a new `_C.CudaHead` on a GPU; tests name a budget."""
+    return _C.CudaHead(
+        *_detached(head_parameters(head), device),  # type: ignore[arg-type]  # see _detached
+        cell=head.cell,
+        activation=head.activation,
+        prefix_bytes=prefix_bytes,
+    )
+
+
+def _detached(
+    tensors: tuple[Tensor | None, ...], device: torch.device
+) -> tuple[Tensor | None, ...]:
+    """Return what the kernels take; None only where a head may lack a parameter."""
+    return tuple(None if t is None else t.detach().to(device, torch.float32) for t in tensors)
+
+
+def head_parameters(head: Head) -> tuple[Tensor | None, ...]:
     """Return what the search reads of a head, in the order of the op's arguments."""
     recurrence = head.recurrence
     return (
@@ -222,16 +253,17 @@ def _native(
 ) -> tuple[SearchResult, int]:
     """Run the compiled search; return the result and how many images are marked."""
     joint, logits = embedding.joint, embedding.label_logits
-    device = joint.device
-    if device.type != "cpu" or joint.dtype != torch.float32:
-        embedding = embedding.to("cpu", torch.float32)
+    given = joint.device
+    device = search_device(joint)
+    if device != given or joint.dtype != torch.float32:
+        embedding = embedding.to(device, torch.float32)
         joint, logits = embedding.joint, embedding.label_logits
-    labels, lengths, log_probs, sums, _, stats, nonfinite = cpu_head(head).beam_search(
+    labels, lengths, log_probs, sums, _, stats, nonfinite = packed_head(head, device).beam_search(
         joint, logits, *_options(config, max_labels), marginals
     )
-    if device.type != "cpu":
-        labels, lengths, log_probs = labels.to(device), lengths.to(device), log_probs.to(device)
-        sums = None if sums is None else sums.to(device)
+    if device != given:
+        labels, lengths, log_probs = labels.to(given), lengths.to(given), log_probs.to(given)
+        sums = None if sums is None else sums.to(given)
     result = SearchResult(labels, lengths, log_probs, head.num_labels, SearchStats(*stats), sums)
     return result, nonfinite
 
@@ -244,10 +276,10 @@ def _traced(
     marginals: bool,
 ) -> SearchResult:
     """Put the registered op into the graph that torch.compile or torch.export is making."""
-    device = embedding.joint.device
-    tensors = (embedding.joint, embedding.label_logits, *_parameters(head))
+    given = embedding.joint.device
+    tensors = (embedding.joint, embedding.label_logits, *head_parameters(head))
     labels, lengths, log_probs, sums = torch.ops.cnnrnn.beam_search(
-        *(None if t is None else t.detach().to("cpu", torch.float32) for t in tensors),
+        *_detached(tensors, search_device(embedding.joint)),
         head.cell,
         head.activation,
         *_options(config, max_labels),
@@ -256,9 +288,9 @@ def _traced(
         head.prefix_bytes,
     )
     return SearchResult(
-        labels.to(device),
-        lengths.to(device),
-        log_probs.to(device),
+        labels.to(given),
+        lengths.to(given),
+        log_probs.to(given),
         head.num_labels,
-        requested_marginals=sums.to(device) if marginals else None,
+        requested_marginals=sums.to(given) if marginals else None,
     )

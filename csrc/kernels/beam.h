@@ -30,18 +30,21 @@ struct FinishedPath {
   int32_t length;
 };
 
-using FinishedPaths = TopN<FinishedPath, kMaxBeamSize>;
-using Extensions = TopN<Extension, kMaxBeamSize>;
+template <int kCapacity>
+using FinishedPaths = TopN<FinishedPath, kCapacity>;
+template <int kCapacity>
+using Extensions = TopN<Extension, kCapacity>;
 
-// The live paths of an image, best first, and its finished ones.
+// The live paths of an image, best first, and its finished ones; room for a beam of kCapacity.
+template <int kCapacity>
 struct Beam {
   CNNRNN_METHOD explicit Beam(int beam_size) : done(beam_size) { live[0] = {0.0f, -1, -1}; }
 
   int64_t step = 0;       // labels on each live path
   bool accepting = true;  // false once a literal stop has fixed the result
   int live_count = 1;
-  LivePath live[kMaxBeamSize];
-  FinishedPaths done;
+  LivePath live[kCapacity];
+  FinishedPaths<kCapacity> done;
 };
 
 // What a step finds out about a live path.
@@ -76,14 +79,17 @@ CNNRNN_INLINE bool is_scored(const BeamRules& rules, const LivePath& path, int64
 }
 
 // Live paths at or below this score can no longer change the returned paths.
-CNNRNN_INLINE float dropped_at(const BeamRules& rules, bool accepting, const FinishedPaths& done) {
+template <int kCapacity>
+CNNRNN_INLINE float dropped_at(const BeamRules& rules, bool accepting,
+                               const FinishedPaths<kCapacity>& done) {
   if (!accepting) return INFINITY;
   return rules.options.stop == Stop::kNBest && done.full() ? done.worst() : -INFINITY;
 }
 
 // Offers the ends of a step's paths, where END takes no slot of the beam.
-CNNRNN_INLINE void offer_ends(const BeamRules& rules, const Beam& beam, const PathStep* steps,
-                              FinishedPaths* done) {
+template <int kCapacity>
+CNNRNN_INLINE void offer_ends(const BeamRules& rules, const Beam<kCapacity>& beam,
+                              const PathStep* steps, FinishedPaths<kCapacity>* done) {
   if (rules.options.end_takes_slot || !beam.accepting) return;
   for (int j = 0; j < beam.live_count; ++j) {
     if (steps[j].kind != PathStep::Kind::kScored && steps[j].kind != PathStep::Kind::kOnlyEnds) {
@@ -96,8 +102,10 @@ CNNRNN_INLINE void offer_ends(const BeamRules& rules, const Beam& beam, const Pa
 }
 
 // Offers the ends among the N best continuations, where END takes a slot.
-CNNRNN_INLINE void offer_chosen_ends(const BeamRules& rules, const Beam& beam,
-                                     const Extensions& best, FinishedPaths* done) {
+template <int kCapacity>
+CNNRNN_INLINE void offer_chosen_ends(const BeamRules& rules, const Beam<kCapacity>& beam,
+                                     const Extensions<kCapacity>& best,
+                                     FinishedPaths<kCapacity>* done) {
   if (!rules.options.end_takes_slot || !beam.accepting) return;
   for (int i = 0; i < best.size; ++i) {
     const Extension& extension = best.items[i];
@@ -115,35 +123,38 @@ CNNRNN_INLINE bool needs_all_states(const BeamRules& rules) {
 
 // Which missing states can still change the result, given the ends found without them: bit j for
 // live path j. A patient search asks only for those that are needed whatever the others turn out to
-// be: with each state an end comes that may make the next one needless.
-CNNRNN_INLINE uint32_t states_needed(const BeamRules& rules, const Beam& beam,
-                                     const PathStep* steps, const FinishedPaths& done,
-                                     bool patient) {
+// be: with each state an end comes that may make the next one needless. `best_case` is scratch.
+template <int kCapacity>
+CNNRNN_INLINE uint32_t states_needed(const BeamRules& rules, const Beam<kCapacity>& beam,
+                                     const PathStep* steps, const FinishedPaths<kCapacity>& done,
+                                     bool patient, FinishedPaths<kCapacity>* best_case) {
   uint32_t needed = 0;
   const float floor = needs_all_states(rules) ? -INFINITY : dropped_at(rules, beam.accepting, done);
-  FinishedPaths best_case = done;  // as if every state asked for ended its path for nothing
+  if (patient) *best_case = done;  // as if every state asked for ended its path for nothing
   for (int j = 0; j < beam.live_count; ++j) {
     if (steps[j].kind != PathStep::Kind::kMissing) continue;
     const float score = beam.live[j].score;
     const bool bounded = patient && !needs_all_states(rules);
     // At equal score its end could still go ahead of one of a later path.
-    if (score < (bounded ? dropped_at(rules, beam.accepting, best_case) : floor)) continue;
+    if (score < (bounded ? dropped_at(rules, beam.accepting, *best_case) : floor)) continue;
     needed |= uint32_t{1} << j;
-    best_case.offer(score, FinishedPath{});
+    if (bounded) best_case->offer(score, FinishedPath{});
   }
   return needed;
 }
 
 // What a continuation must exceed to matter.
-CNNRNN_INLINE float selection_floor(const BeamRules& rules, const Beam& beam,
-                                    const FinishedPaths& done) {
+template <int kCapacity>
+CNNRNN_INLINE float selection_floor(const BeamRules& rules, const Beam<kCapacity>& beam,
+                                    const FinishedPaths<kCapacity>& done) {
   if (rules.keep_all) return -INFINITY;
   return dropped_at(rules, beam.accepting, rules.options.end_takes_slot ? beam.done : done);
 }
 
 // Whether a path whose scores are not finite could have changed the result.
-CNNRNN_INLINE bool is_nonfinite(const BeamRules& rules, const Beam& beam, const PathStep* steps,
-                                const FinishedPaths& done) {
+template <int kCapacity>
+CNNRNN_INLINE bool is_nonfinite(const BeamRules& rules, const Beam<kCapacity>& beam,
+                                const PathStep* steps, const FinishedPaths<kCapacity>& done) {
   const float before = dropped_at(rules, beam.accepting, beam.done);
   const float after = dropped_at(rules, beam.accepting, done);
   for (int j = 0; j < beam.live_count; ++j) {
@@ -153,7 +164,8 @@ CNNRNN_INLINE bool is_nonfinite(const BeamRules& rules, const Beam& beam, const 
   return false;
 }
 
-CNNRNN_INLINE void drop_live_paths(const BeamRules& rules, Beam* beam) {
+template <int kCapacity>
+CNNRNN_INLINE void drop_live_paths(const BeamRules& rules, Beam<kCapacity>* beam) {
   const float floor = dropped_at(rules, beam->accepting, beam->done);
   if (rules.keep_all) {
     float mass = 0.0f;
@@ -169,16 +181,16 @@ CNNRNN_INLINE void drop_live_paths(const BeamRules& rules, Beam* beam) {
 
 // Ends a step: `done` holds the paths finished so far, `best` the continuations that live on.
 // `trace` [N, 2], or null, takes the parent's rank and the label of each.
-CNNRNN_INLINE void take_step(const BeamRules& rules, const Extensions& best, const PathStep* steps,
-                             const FinishedPaths& done, Beam* beam, int32_t* trace) {
+template <int kCapacity>
+CNNRNN_INLINE void take_step(const BeamRules& rules, const Extensions<kCapacity>& best,
+                             const PathStep* steps, const FinishedPaths<kCapacity>& done,
+                             Beam<kCapacity>* beam, int32_t* trace) {
   beam->done = done;
-  Extension taken[kMaxBeamSize];
   int count = 0;
   for (int i = 0; i < best.size; ++i) {
     const Extension& extension = best.items[i];
     if (extension.label == rules.num_labels) continue;
-    beam->live[count] = {best.scores[i], steps[extension.parent_rank].node, extension.label};
-    taken[count++] = extension;
+    beam->live[count++] = {best.scores[i], steps[extension.parent_rank].node, extension.label};
   }
   // The paper's rule: every intermediate path is less probable than all candidates.
   if (rules.options.stop == Stop::kLiteral && count > 0 && done.size > 0 &&
@@ -188,9 +200,11 @@ CNNRNN_INLINE void take_step(const BeamRules& rules, const Extensions& best, con
   beam->live_count = count;
   drop_live_paths(rules, beam);
   if (trace != nullptr) {
-    for (int j = 0; j < beam->live_count; ++j) {
-      trace[2 * j] = taken[j].parent_rank;
-      trace[2 * j + 1] = taken[j].label;
+    for (int i = 0, j = 0; j < beam->live_count; ++i) {
+      if (best.items[i].label == rules.num_labels) continue;
+      trace[2 * j] = best.items[i].parent_rank;
+      trace[2 * j + 1] = best.items[i].label;
+      ++j;
     }
   }
   ++beam->step;

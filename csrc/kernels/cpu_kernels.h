@@ -86,7 +86,7 @@ struct CpuKernels {
   // Offers path_score + log-probability of every label from..n to `best`, in order, where it
   // exceeds `floor`. n - from is a multiple of lanes.
   void (*select)(const float* scores, int64_t from, int64_t n, float path_score, float log_sum_exp,
-                 float floor, int32_t rank, Extensions* best);
+                 float floor, int32_t rank, Extensions<kMaxBeamSize>* best);
 
   // sums[j] += e^(path_score + log-probability of j).
   void (*add_probabilities)(float* sums, const float* scores, int64_t n, float path_score,

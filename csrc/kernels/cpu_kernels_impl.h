@@ -366,7 +366,7 @@ void finish_scores(const RowScores* rows, int64_t count, float* log_sum_exp) {
 }
 
 void select(const float* scores, int64_t from, int64_t n, float path_score, float log_sum_exp,
-            float floor, int32_t rank, Extensions* best) {
+            float floor, int32_t rank, Extensions<kMaxBeamSize>* best) {
   float bound = best->bound() > floor ? best->bound() : floor;
   if (path_score <= bound) return;  // scores only fall
   for (int64_t j = from; j < n; j += kLanes) {

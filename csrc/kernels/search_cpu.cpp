@@ -35,6 +35,10 @@ constexpr int64_t kCacheLineFloats = 16;
 // States of so few images are bound by reading the weights: better all at once.
 constexpr int64_t kPatientImages = 16;
 
+using Beam = cnnrnn::Beam<kMaxBeamSize>;
+using FinishedPaths = cnnrnn::FinishedPaths<kMaxBeamSize>;
+using Extensions = cnnrnn::Extensions<kMaxBeamSize>;
+
 // An image between two steps.
 struct ImageState {
   ImageState(int64_t image, int beam_size) : image(image), beam(beam_size) {}
@@ -291,7 +295,8 @@ class BlockSearch {
 
   // Asks for what is needed of the states that are missing; false when nothing is.
   bool waits_for_states(const Beam& beam, const PathStep* steps, const FinishedPaths& done) {
-    const uint32_t needed = states_needed(rules_, beam, steps, done, patient_);
+    FinishedPaths best_case(static_cast<int>(N_));
+    const uint32_t needed = states_needed(rules_, beam, steps, done, patient_, &best_case);
     for (int j = 0; j < beam.live_count; ++j) {
       if ((needed >> j & 1) == 0) continue;
       missing.push_back(prefix_key(beam.live[j].parent, beam.live[j].label));

@@ -1,16 +1,19 @@
-// Checks csrc/kernels/math.h against libm in double, TopN against a stable sort, and what beam.h
-// decides against cases worked by hand.
-// Exit status 1 and the failing lines on standard error where one does not hold.
+// Checks csrc/kernels/math.h against libm in double, TopN against a stable sort, what beam.h
+// decides against cases worked by hand, and the device's prefix index under threads. Exit status 1
+// and the failing lines on standard error where one does not hold.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <limits>
 #include <random>
+#include <set>
+#include <thread>
 #include <vector>
 
 #include "kernels/beam.h"
 #include "kernels/math.h"
+#include "kernels/prefix_slots.h"
 #include "kernels/topn.h"
 
 namespace {
@@ -128,11 +131,11 @@ void check_top_n(int limit, unsigned seed) {
   }
 }
 
-using cnnrnn::Beam;
 using cnnrnn::BeamRules;
 using cnnrnn::Extension;
 using cnnrnn::FinishedPath;
-using cnnrnn::FinishedPaths;
+using Beam = cnnrnn::Beam<2>;
+using FinishedPaths = cnnrnn::FinishedPaths<2>;
 using cnnrnn::PathStep;
 using cnnrnn::Stop;
 
@@ -149,7 +152,8 @@ uint32_t needed(const BeamRules& rules, float second, bool patient) {
   beam.done.offer(-1.5f, FinishedPath{-1, -1, 0});
   PathStep steps[2] = {};
   steps[0].kind = steps[1].kind = PathStep::Kind::kMissing;
-  return cnnrnn::states_needed(rules, beam, steps, beam.done, patient);
+  FinishedPaths best_case(2);
+  return cnnrnn::states_needed(rules, beam, steps, beam.done, patient, &best_case);
 }
 
 void check_states_needed() {
@@ -171,7 +175,7 @@ Beam after_step(const BeamRules& rules, float score) {
   FinishedPaths done(2);
   done.offer(-1.0f, FinishedPath{-1, -1, 0});
   done.offer(-3.0f, FinishedPath{-1, -1, 0});
-  cnnrnn::Extensions best(2);
+  cnnrnn::Extensions<2> best(2);
   best.offer(score, Extension{0, 4});
   cnnrnn::take_step(rules, best, &step, done, &beam, nullptr);
   return beam;
@@ -206,9 +210,69 @@ void check_nonfinite() {
   CHECK(!cnnrnn::is_nonfinite(rules, beam, &step, done));
 }
 
+// Four threads enter the same 2,900 prefixes of a generation, each in an order of its own, into a
+// table of 4,096 slots that holds those of the generation before.
+void check_prefix_slots() {
+  constexpr uint64_t kMask = 4095;
+  constexpr int kPrefixes = 2900;
+  constexpr int kStrides[] = {3, 7, 9, 11};  // prime to the number of prefixes
+  std::vector<cnnrnn::PrefixSlot> slots(kMask + 1);
+  for (uint32_t generation = 1; generation <= 3; ++generation) {
+    const auto key = [&](int i) { return cnnrnn::slot_key(generation, i / 29, i % 29); };
+    for (int i = 0; i < kPrefixes; ++i) {
+      CHECK(cnnrnn::find_node(slots.data(), kMask, key(i)) == cnnrnn::kNoNode);
+    }
+    std::vector<std::vector<uint64_t>> entered(4, std::vector<uint64_t>(kPrefixes));
+    std::vector<std::vector<char>> is_new(4, std::vector<char>(kPrefixes));
+    std::vector<std::thread> threads;
+    for (int t = 0; t < 4; ++t) {
+      threads.emplace_back([&, t] {
+        for (int step = 0; step < kPrefixes; ++step) {
+          const int i = (step * kStrides[t] + 700 * t) % kPrefixes;
+          const cnnrnn::Entry entry =
+              cnnrnn::enter_prefix(slots.data(), kMask, key(i), &entered[t][i]);
+          if (entry == cnnrnn::Entry::kNew) is_new[t][i] = 1;
+        }
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    std::set<uint64_t> places;
+    for (int i = 0; i < kPrefixes; ++i) {
+      int news = 0;
+      for (int t = 0; t < 4; ++t) {
+        news += is_new[t][i];
+        CHECK(entered[t][i] == entered[0][i]);
+      }
+      CHECK(news == 1);
+      places.insert(entered[0][i]);
+      CHECK(cnnrnn::find_node(slots.data(), kMask, key(i)) == cnnrnn::kNoNode);  // pending
+      cnnrnn::publish_node(&slots[entered[0][i]], 10 * i);
+      CHECK(cnnrnn::find_node(slots.data(), kMask, key(i)) == 10 * i);
+    }
+    CHECK(places.size() == kPrefixes);
+    CHECK(cnnrnn::find_node(slots.data(), kMask, cnnrnn::slot_key(generation, 100, 0)) ==
+          cnnrnn::kNoNode);
+  }
+  std::vector<cnnrnn::PrefixSlot> few(4);
+  uint64_t slot;
+  for (int i = 0; i < 4; ++i) {
+    CHECK(cnnrnn::enter_prefix(few.data(), 3, cnnrnn::slot_key(7, i, 0), &slot) ==
+          cnnrnn::Entry::kNew);
+  }
+  CHECK(cnnrnn::enter_prefix(few.data(), 3, cnnrnn::slot_key(7, 4, 0), &slot) ==
+        cnnrnn::Entry::kFull);
+  CHECK(cnnrnn::enter_prefix(few.data(), 3, cnnrnn::slot_key(7, 2, 0), &slot) ==
+        cnnrnn::Entry::kThere);
+  CHECK(cnnrnn::find_node(few.data(), 3, cnnrnn::slot_key(7, 4, 0)) == cnnrnn::kNoNode);
+  // The largest of each part.
+  const int32_t parent = (1 << cnnrnn::kParentBits) - 1, label = (1 << cnnrnn::kLabelBits) - 1;
+  CHECK(cnnrnn::slot_key(cnnrnn::kLastGeneration, parent, label) == ~uint64_t{0});
+}
+
 }  // namespace
 
 int main() {
+  check_prefix_slots();
   check_states_needed();
   check_take_step();
   check_nonfinite();

@@ -22,14 +22,14 @@ CNNRNN_INLINE void search(int row, float* values) {
   const Stop stop = row % 2 == 0 ? Stop::kNBest : Stop::kLiteral;
   const BeamRules rules{
       {2, 3, row % 3 == 0 ? 1 : 0, Order::kIncreasing, row % 5 == 0, stop}, 4, row % 7 == 0};
-  Beam beam(2);
+  Beam<2> beam(2);
   std::uint32_t needed = 0;
   float floors = 0.0f;
   bool nonfinite = false;
   while (beam.live_count > 0) {
     PathStep steps[kMaxBeamSize];
-    Extensions best(2);
-    FinishedPaths done = beam.done;
+    Extensions<2> best(2);
+    FinishedPaths<2> done = beam.done, best_case(2);
     for (int j = 0; j < beam.live_count; ++j) {
       const LivePath& path = beam.live[j];
       steps[j] = {PathStep::Kind::kScored, 10 * j, 0.0f, path.score};
@@ -49,7 +49,7 @@ CNNRNN_INLINE void search(int row, float* values) {
     nonfinite |= is_nonfinite(rules, beam, steps, done);
     take_step(rules, best, steps, done, &beam, nullptr);
     for (int j = 0; j < beam.live_count; ++j) steps[j].kind = PathStep::Kind::kMissing;
-    needed = 4 * needed + states_needed(rules, beam, steps, beam.done, row % 2 == 0);
+    needed = 4 * needed + states_needed(rules, beam, steps, beam.done, row % 2 == 0, &best_case);
   }
   values[0] = static_cast<float>(needed);
   values[1] = floors;

@@ -1,0 +1,60 @@
+// A head on one GPU: its packed weights, its prefix table, and the search that uses them.
+#pragma once
+
+#include <cstdint>
+#include <mutex>
+
+#include "device_head.h"
+#include "lstm_step_cuda.h"
+#include "search.h"
+#include "search_cuda.h"
+
+namespace cnnrnn {
+
+// Where device memory comes from: the caller's allocator, which frees in the stream's order.
+class DeviceMemory {
+ public:
+  virtual ~DeviceMemory() = default;
+  virtual void* allocate(int64_t bytes) = 0;  // 256-byte aligned; freed with this object
+};
+
+class CudaHead {
+ public:
+  // Copies the weights, which are in the memory of `device`. Kept prefix states take about
+  // `prefix_bytes`, all of which `memory` is asked for here; it must outlive the head.
+  CudaHead(const HeadWeights& weights, int64_t prefix_bytes, int device, DeviceMemory* memory,
+           cudaStream_t stream);
+  ~CudaHead();
+  CudaHead(const CudaHead&) = delete;
+  CudaHead& operator=(const CudaHead&) = delete;
+
+  int64_t num_labels() const { return head_.num_labels; }
+  int64_t joint_dim() const { return head_.joint_dim; }
+
+  // Finds the N best label paths of every image, whose embeddings are on the device, as outputs
+  // are. Safe to call from several threads and on several streams: calls for one head follow each
+  // other, on the device too. Returns when all is written, but in a stream that is being captured
+  // at once: the statistics are zeros then, and an image for which the table has no room is marked
+  // by a length of -1.
+  SearchStats search(const SearchOptions& options, const ImageEmbeddings& images,
+                     const SearchOutput& output, DeviceMemory* scratch, cudaStream_t stream);
+
+  // Forgets all prefix states but the root's.
+  void clear(cudaStream_t stream);
+
+ private:
+  struct Scratch;
+
+  void search_slice(const SearchPass& slice, const Scratch& scratch, cudaStream_t stream);
+  int64_t run_rounds(SearchPass pass, const Scratch& scratch, cudaStream_t stream);
+  void enqueue_rounds(SearchPass pass, const Scratch& scratch, cudaStream_t stream);
+  void read_counts(cudaStream_t stream);
+
+  CudaDevice device_;
+  DeviceHead head_;
+  DeviceCounts* counts_;   // pinned: a copy of the device's
+  cudaEvent_t last_call_;  // where the last call ends
+  std::mutex mutex_;
+};
+
+}  // namespace cnnrnn

@@ -1,0 +1,886 @@
+// Beam search on the device: one launch takes every image through all its steps.
+//
+// A warp owns a tile of 16 rows. A row is a live path; the rows of an image stand side by side, as
+// many as the beam size up to a power of two, so that whatever an image decides stays within a warp
+// and no block-wide barrier is needed. In each step
+// - lane r < 16 looks up the prefix of row r in the table and the warp gathers h(U_o o + e) [16,
+// D];
+// - labels go by in panels of 32. A lane owns the scores of 4 rows x 4 labels; the 8 lanes of a
+// group
+//   own the same 4 rows. Softmax's denominator is kept online, the N best labels of a row in a list
+//   that takes only what exceeds its worst: scores of labels are never written to memory;
+// - the N x N continuations of an image are ranked by counting, all lanes at once, and lane m of
+// the
+//   warp decides with beam.h for the m-th image what ends, lives on or is dropped;
+// - an image that needs states that are not there enters their prefixes into the table and is
+// parked:
+//   its beam goes to memory, and another launch takes it up when the states have been made.
+//
+// Two kinds of kernels: with all of U_l in shared memory (D = 64), each warp at its own pace; or
+// any D and L, panels streamed through shared memory and the warps of a block in step.
+//
+// By count, not measured: a row costs 64 x 96 multiply-adds at L = 81, D = 64. B = 4,096 images of
+// 4 rows and 4 steps are 0.40 G, 12 us at an H200's 33.5 T/s; all else is about as many
+// instructions again. The table is read once a row and step: 16 bytes of a slot and 256 of U_o o.
+
+#include <algorithm>
+#include <cstdint>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "beam.h"
+#include "device_head.h"
+#include "launch.h"
+#include "math.h"
+#include "prefix_slots.h"
+#include "search_cuda.h"
+
+namespace cnnrnn {
+
+extern __shared__ __align__(16) unsigned char dynamic_shared[];
+
+namespace {
+
+constexpr int kWarpLanes = 32;
+constexpr int kLeastWarps = 4, kMostWarps = 8;  // of a block
+constexpr int kBlocksEach = 2;                  // of a multiprocessor
+constexpr int64_t kMostStaged = 4;              // panels streamed at once
+constexpr int kSmallBeam = 4;       // beams up to it have kernels that keep less per image
+constexpr int kPadding = 4;         // floats after each row of the tile, against bank conflicts
+constexpr int kResidentJoint = 64;  // D of the kernels that keep all of U_l in shared memory
+
+// Exact scores: fp32 throughout. How a warp's lanes share a tile of 16 rows x 32 labels.
+struct ExactScores {
+  static constexpr int kLanesPerRow = 8;
+  static constexpr int kRows = 4;    // of a lane: group, group + 4, ...
+  static constexpr int kLabels = 4;  // of a lane, in each panel
+
+  static __device__ __forceinline__ int label(int lane, int j) { return lane % 8 + 8 * j; }
+};
+
+constexpr int kGroups = kWarpLanes / ExactScores::kLanesPerRow;
+using Scores = float[ExactScores::kRows][ExactScores::kLabels];
+
+// An image on its way through a step. In shared memory.
+template <int kCapacity>
+struct ImageState {
+  Beam<kCapacity> beam;
+  FinishedPaths<kCapacity> done;  // with the ends of this step
+  FinishedPaths<kCapacity> scratch;
+  Extensions<kCapacity> best;  // the continuations that live on
+  PathStep steps[kCapacity];
+  float floor;      // what a continuation must exceed
+  uint32_t needed;  // bit j: the state of live path j is missing and needed
+  int32_t image;
+  bool active;
+  bool finite;  // its embedding
+};
+
+// A warp's part of shared memory.
+template <int kCapacity>
+struct Tile {
+  float* joint;                      // [16, D + kPadding]: h(U_o o + e)
+  ImageState<kCapacity>* images;     // [images]
+  TopN<int32_t, kCapacity>* labels;  // [16]: each row's best labels by score
+  float* log_sum_exp;                // [16]
+  float* end;                        // [16]: END's score
+  float* probabilities;              // [16, kPanelLabels], where marginals are wanted
+};
+
+// Images of a tile, and rows of an image.
+struct TileShape {
+  int images, rows;
+};
+
+CNNRNN_INLINE TileShape tile_shape(int beam_size) {
+  int rows = 1;
+  while (rows < beam_size) rows *= 2;
+  return {kTileRows / rows, rows};
+}
+
+template <int kCapacity>
+CNNRNN_INLINE int64_t tile_bytes(int images, int joint_stride, bool marginals) {
+  const int64_t floats =
+      kTileRows * (joint_stride + kPadding + 2) + (marginals ? kTileRows * kPanelLabels : 0);
+  const int64_t bytes = floats * static_cast<int64_t>(sizeof(float)) +
+                        images * static_cast<int64_t>(sizeof(ImageState<kCapacity>)) +
+                        kTileRows * static_cast<int64_t>(sizeof(TopN<int32_t, kCapacity>));
+  return (bytes + 15) / 16 * 16;
+}
+
+template <int kCapacity>
+__device__ Tile<kCapacity> tile_at(unsigned char* shared, int images, int joint_stride) {
+  Tile<kCapacity> tile;
+  tile.images = reinterpret_cast<ImageState<kCapacity>*>(shared);  // the strictest alignment first
+  shared += images * sizeof(ImageState<kCapacity>);
+  tile.joint = reinterpret_cast<float*>(shared);
+  tile.log_sum_exp = tile.joint + kTileRows * (joint_stride + kPadding);
+  tile.end = tile.log_sum_exp + kTileRows;
+  tile.labels = reinterpret_cast<TopN<int32_t, kCapacity>*>(tile.end + kTileRows);
+  tile.probabilities = reinterpret_cast<float*>(tile.labels + kTileRows);
+  return tile;
+}
+
+__device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) % kWarpLanes; }
+
+// --- The table ---------------------------------------------------------------------------------
+
+// Asks for the state of a prefix. Whoever asks first enters it, and its parent for its gates.
+__device__ void request_state(const DeviceHead& head, int32_t parent, int32_t label) {
+  CallCounts* const call = &head.counts->call;
+  PrefixCounts* const counts = &head.counts->prefix;
+  uint64_t slot;
+  const Entry entry =
+      enter_prefix(head.slots, head.slot_mask, slot_key(counts->generation, parent, label), &slot);
+  if (entry == Entry::kThere) return;
+  const int32_t node = entry == Entry::kNew ? atomicAdd(&counts->nodes, 1) : head.node_capacity;
+  if (node >= head.node_capacity) {
+    atomicAdd(&call->full, 1);
+    return;
+  }
+  atomicAdd(&call->made, 1ULL);
+  head.node_parent[node] = parent;
+  head.node_label[node] = label;
+  head.node_slot[node] = static_cast<int64_t>(slot);
+  head.node_gates[node] = kNoGates;
+  constexpr int32_t kTaken = -2;
+  if (atomicCAS(&head.node_gates[parent], kNoGates, kTaken) != kNoGates) return;
+  const int32_t row = atomicAdd(&counts->parents, 1);
+  if (row >= head.parent_capacity) {
+    atomicAdd(&call->full, 1);
+    return;
+  }
+  head.gates_parent[row] = parent;
+  head.node_gates[parent] = row;
+}
+
+// Finds the prefixes of an image's live paths; `row` is one of theirs. Returns the node whose state
+// the row is scored with, or kNoNode.
+template <int kCapacity>
+__device__ int32_t look_up(const DeviceHead& head, const BeamRules& rules,
+                           ImageState<kCapacity>* image, int j) {
+  if (!image->active || j >= image->beam.live_count) return kNoNode;
+  const LivePath path = image->beam.live[j];
+  const int64_t length = image->beam.step;
+  PathStep& step = image->steps[j];
+  step.node = kNoNode;
+  if (!is_scored(rules, path, length)) {
+    step.kind = PathStep::Kind::kOnlyEnds;
+    return kNoNode;
+  }
+  step.node = length == 0
+                  ? kRootNode
+                  : find_node(head.slots, head.slot_mask,
+                              slot_key(head.counts->prefix.generation, path.parent, path.label));
+  step.kind = step.node == kNoNode ? PathStep::Kind::kMissing : PathStep::Kind::kScored;
+  return step.node;
+}
+
+// --- Label scores ------------------------------------------------------------------------------
+
+// h(U_o o + e) of the tile's rows; zeros where a row is not scored. `node` is that of lane r's row.
+template <int kCapacity, bool kResident>
+__device__ __forceinline__ void gather_joint(const DeviceHead& head, const ImageEmbeddings& images,
+                                             const Tile<kCapacity>& tile, int rows, int32_t node) {
+  const int lane = lane_id();
+  if constexpr (kResident) {
+    // Half a warp takes a row of 64.
+    constexpr int kQuads = kResidentJoint / 4;
+#pragma unroll 4
+    for (int r = lane / kQuads; r < kTileRows; r += kWarpLanes / kQuads) {
+      const int32_t from = __shfl_sync(~0u, node, r);
+      float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      if (from != kNoNode) {
+        const int64_t image = tile.images[r / rows].image;
+        const float4 o = reinterpret_cast<const float4*>(
+            head.projected + static_cast<int64_t>(from) * kResidentJoint)[lane % kQuads];
+        const float4 e =
+            reinterpret_cast<const float4*>(images.joint + image * kResidentJoint)[lane % kQuads];
+        x = make_float4(activate(head.activation, o.x + e.x), activate(head.activation, o.y + e.y),
+                        activate(head.activation, o.z + e.z), activate(head.activation, o.w + e.w));
+      }
+      reinterpret_cast<float4*>(tile.joint + r * (kResidentJoint + kPadding))[lane % kQuads] = x;
+    }
+  } else {
+    const int stride = head.joint_stride;
+    for (int r = 0; r < kTileRows; ++r) {
+      const int32_t from = __shfl_sync(~0u, node, r);
+      const int64_t image = from == kNoNode ? 0 : tile.images[r / rows].image;
+      for (int d = lane; d < stride; d += kWarpLanes) {
+        float x = 0.0f;
+        if (from != kNoNode && d < head.joint_dim) {
+          x = activate(head.activation, head.projected[static_cast<int64_t>(from) * stride + d] +
+                                            images.joint[image * head.joint_dim + d]);
+        }
+        tile.joint[r * (stride + kPadding) + d] = x;
+      }
+    }
+  }
+  __syncwarp();
+}
+
+// z = U_l x for a lane's rows and labels of one panel [D / 4, 32, 4].
+template <int kJoint>
+__device__ __forceinline__ void multiply_panel(const float* panel, const float* joint, int stride,
+                                               Scores& z) {
+  const int lane = lane_id(), group = lane / ExactScores::kLanesPerRow;
+#pragma unroll
+  for (auto& row : z) {
+#pragma unroll
+    for (float& score : row) score = 0.0f;
+  }
+  const int D = kJoint > 0 ? kJoint : stride;
+  const float4* weights = reinterpret_cast<const float4*>(panel) + lane % ExactScores::kLanesPerRow;
+  const float* x_rows = joint + group * (D + kPadding);
+#pragma unroll 1  // more would pass the 128 registers of two blocks a multiprocessor
+  for (int quad = 0; quad < D / 4; ++quad) {
+    float4 x[ExactScores::kRows], w[ExactScores::kLabels];
+#pragma unroll
+    for (int i = 0; i < ExactScores::kRows; ++i) {
+      x[i] = *reinterpret_cast<const float4*>(x_rows + i * kGroups * (D + kPadding) + quad * 4);
+    }
+#pragma unroll
+    for (int j = 0; j < ExactScores::kLabels; ++j) {
+      w[j] = weights[quad * kPanelLabels + j * ExactScores::kLanesPerRow];
+    }
+#pragma unroll
+    for (int i = 0; i < ExactScores::kRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < ExactScores::kLabels; ++j) {
+        z[i][j] = fmaf(x[i].x, w[j].x, z[i][j]);
+        z[i][j] = fmaf(x[i].y, w[j].y, z[i][j]);
+        z[i][j] = fmaf(x[i].z, w[j].z, z[i][j]);
+        z[i][j] = fmaf(x[i].w, w[j].w, z[i][j]);
+      }
+    }
+  }
+}
+
+// Adds the biases and label logits and forbids what may not follow. Sets bit i of `nonfinite` where
+// the logits of a lane's row i are not finite.
+template <int kCapacity>
+__device__ __forceinline__ void complete_scores(const DeviceHead& head, const BeamRules& rules,
+                                                const ImageEmbeddings& images,
+                                                const Tile<kCapacity>& tile, int rows, int panel,
+                                                const float* bias, Scores& z, uint32_t* nonfinite) {
+  const int lane = lane_id(), group = lane / ExactScores::kLanesPerRow;
+  const int32_t L = head.num_labels;
+#pragma unroll
+  for (int i = 0; i < ExactScores::kRows; ++i) {
+    const int r = group + kGroups * i;
+    const ImageState<kCapacity>& image = tile.images[r / rows];
+    const int j_path = r % rows;
+    const bool scored = image.active && j_path < image.beam.live_count &&
+                        image.steps[j_path].kind == PathStep::Kind::kScored;
+    if (!scored) continue;
+    const LivePath path = image.beam.live[j_path];
+    const int64_t length = image.beam.step;
+    const int64_t allowed = first_allowed(rules, path);
+    const float* logits = images.label_logits == nullptr
+                              ? nullptr
+                              : images.label_logits + static_cast<int64_t>(image.image) * (L + 1);
+#pragma unroll
+    for (int j = 0; j < ExactScores::kLabels; ++j) {
+      const int32_t label = panel * kPanelLabels + ExactScores::label(lane, j);
+      z[i][j] += bias[ExactScores::label(lane, j)];
+      if (logits != nullptr && label <= L) {
+        const float logit = logits[label];
+        if (!isfinite(logit)) *nonfinite |= 1u << i;
+        z[i][j] += logit;
+      }
+      if (label < allowed || (label == L && !end_allowed(rules, length))) z[i][j] = -INFINITY;
+    }
+    if (rules.options.order == Order::kUnique && length > 0) {
+      int32_t on_path = path.label;
+      for (int32_t node = path.parent;; node = head.node_parent[node]) {
+#pragma unroll
+        for (int j = 0; j < ExactScores::kLabels; ++j) {
+          if (panel * kPanelLabels + ExactScores::label(lane, j) == on_path) z[i][j] = -INFINITY;
+        }
+        if (node == kRootNode) break;
+        on_path = head.node_label[node];
+      }
+    }
+  }
+}
+
+// What a lane knows of its rows while panels go by: the same in all lanes of a group, but `sum`,
+// which is the lane's own part.
+struct RowSums {
+  float largest[ExactScores::kRows];  // score so far
+  float sum[ExactScores::kRows];      // of exp(score - largest)
+  float bound[ExactScores::kRows];    // what a label must exceed to be among the best
+};
+
+struct Candidate {
+  float score;
+  int32_t label;
+};
+
+__device__ __forceinline__ bool precedes(float score, int32_t label, float other,
+                                         int32_t other_label) {
+  return score > other || (score == other && label < other_label);
+}
+
+// The best of a lane's scores of one row, then of its group's.
+__device__ __forceinline__ Candidate best_of_row(const float (&z)[ExactScores::kLabels],
+                                                 int first_label) {
+  const int lane = lane_id();
+  Candidate best{-INFINITY, INT32_MAX};
+#pragma unroll
+  for (int j = 0; j < ExactScores::kLabels; ++j) {
+    const int32_t label = first_label + ExactScores::label(lane, j);
+    if (precedes(z[j], label, best.score, best.label)) best = {z[j], label};
+  }
+#pragma unroll
+  for (int other = ExactScores::kLanesPerRow / 2; other > 0; other /= 2) {
+    const float score = __shfl_xor_sync(~0u, best.score, other);
+    const int32_t label = __shfl_xor_sync(~0u, best.label, other);
+    if (precedes(score, label, best.score, best.label)) best = {score, label};
+  }
+  return best;
+}
+
+// Takes a panel's scores into the sums and the best labels. END's go to tile.end and are no label.
+template <int kCapacity>
+__device__ __forceinline__ void take_panel(const DeviceHead& head, const Tile<kCapacity>& tile,
+                                           int beam_size, int panel, Scores& z, RowSums* sums) {
+  const int lane = lane_id(), group = lane / ExactScores::kLanesPerRow;
+  const int32_t first_label = panel * kPanelLabels, end = head.num_labels - first_label;
+  const int owned = lane % ExactScores::kLanesPerRow;  // the row of the group whose list is mine
+  const bool holds_end = end < kPanelLabels;
+  float end_score[ExactScores::kRows];
+#pragma unroll
+  for (int i = 0; i < ExactScores::kRows; ++i) end_score[i] = -INFINITY;
+  if (holds_end) {
+    const int holder = group * ExactScores::kLanesPerRow + end % ExactScores::kLanesPerRow;
+#pragma unroll
+    for (int i = 0; i < ExactScores::kRows; ++i) {
+      float mine = -INFINITY;
+#pragma unroll
+      for (int j = 0; j < ExactScores::kLabels; ++j) {
+        if (ExactScores::label(lane, j) == end) mine = z[i][j];
+      }
+      end_score[i] = __shfl_sync(~0u, mine, holder);
+      if (owned == i) tile.end[group + kGroups * i] = end_score[i];
+    }
+  }
+  Candidate best[ExactScores::kRows];
+#pragma unroll
+  for (int i = 0; i < ExactScores::kRows; ++i) {
+    float with_end[ExactScores::kLabels];
+#pragma unroll
+    for (int j = 0; j < ExactScores::kLabels; ++j) {
+      with_end[j] = z[i][j];
+      if (holds_end && ExactScores::label(lane, j) == end) z[i][j] = -INFINITY;
+    }
+    best[i] = best_of_row(z[i], first_label);
+    const float largest = fmaxf(fmaxf(sums->largest[i], best[i].score), end_score[i]);
+    const float base = largest == -INFINITY ? 0.0f : largest;
+    float sum = sums->sum[i] * __expf(sums->largest[i] - base);
+#pragma unroll
+    for (int j = 0; j < ExactScores::kLabels; ++j) sum += __expf(with_end[j] - base);
+    sums->largest[i] = largest;
+    sums->sum[i] = sum;
+  }
+  for (int taken = 0; taken < beam_size; ++taken) {
+    bool any = false;
+#pragma unroll
+    for (int i = 0; i < ExactScores::kRows; ++i) any = any || best[i].score > sums->bound[i];
+    if (!__any_sync(~0u, any)) break;
+    float bound = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < ExactScores::kRows; ++i) {
+      if (owned != i) continue;
+      TopN<int32_t, kCapacity>& list = tile.labels[group + kGroups * i];
+      list.offer(best[i].score, best[i].label);
+      bound = list.bound();
+    }
+#pragma unroll
+    for (int i = 0; i < ExactScores::kRows; ++i) {
+      sums->bound[i] = __shfl_sync(~0u, bound, group * ExactScores::kLanesPerRow + i);
+#pragma unroll
+      for (int j = 0; j < ExactScores::kLabels; ++j) {
+        if (first_label + ExactScores::label(lane, j) == best[i].label) z[i][j] = -INFINITY;
+      }
+      if (taken + 1 < beam_size) best[i] = best_of_row(z[i], first_label);
+    }
+  }
+}
+
+// The softmax's denominators, and whether the label logits that the root's step saw were finite.
+template <int kCapacity>
+__device__ __forceinline__ void finish_sums(const Tile<kCapacity>& tile, TileShape shape,
+                                            const RowSums& sums, uint32_t nonfinite) {
+  const int lane = lane_id(), group = lane / ExactScores::kLanesPerRow;
+#pragma unroll
+  for (int i = 0; i < ExactScores::kRows; ++i) {
+    float sum = sums.sum[i];
+#pragma unroll
+    for (int other = ExactScores::kLanesPerRow / 2; other > 0; other /= 2) {
+      sum += __shfl_xor_sync(~0u, sum, other);
+    }
+    // Outside the condition: within it, the compiler takes i for the lane and indexes memory by it.
+    const float log_sum_exp = sums.largest[i] + __logf(sum);
+    if (lane % ExactScores::kLanesPerRow == i) {
+      tile.log_sum_exp[group + kGroups * i] = log_sum_exp;
+    }
+  }
+#pragma unroll
+  for (int other = ExactScores::kLanesPerRow / 2; other > 0; other /= 2) {
+    nonfinite |= __shfl_xor_sync(~0u, nonfinite, other);
+  }
+  const int mine = lane % ExactScores::kLanesPerRow, r = group + kGroups * mine;
+  if (mine < ExactScores::kRows && (nonfinite >> mine & 1) != 0 && r % shape.rows == 0) {
+    ImageState<kCapacity>& image = tile.images[r / shape.rows];
+    if (image.beam.step == 0) image.finite = false;
+  }
+  __syncwarp();
+}
+
+// Marginals: the probabilities of a panel's labels, added path by path. One lane owns a label.
+template <int kCapacity>
+__device__ void add_marginals(const DeviceHead& head, const SearchOutput& output,
+                              const Tile<kCapacity>& tile, TileShape shape, int panel,
+                              const Scores& z) {
+  const int lane = lane_id(), group = lane / ExactScores::kLanesPerRow;
+#pragma unroll
+  for (int i = 0; i < ExactScores::kRows; ++i) {
+    const int r = group + kGroups * i;
+    const ImageState<kCapacity>& image = tile.images[r / shape.rows];
+    const int j_path = r % shape.rows;
+    const bool scored = image.active && j_path < image.beam.live_count &&
+                        image.steps[j_path].kind == PathStep::Kind::kScored;
+#pragma unroll
+    for (int j = 0; j < ExactScores::kLabels; ++j) {
+      tile.probabilities[r * kPanelLabels + ExactScores::label(lane, j)] =
+          scored ? expf(image.beam.live[j_path].score +
+                        step_log_prob(z[i][j], image.steps[j_path].log_sum_exp))
+                 : 0.0f;
+    }
+  }
+  __syncwarp();
+  const int32_t label = panel * kPanelLabels + lane;
+  for (int m = 0; m < shape.images && label < head.num_labels; ++m) {
+    const ImageState<kCapacity>& image = tile.images[m];
+    if (!image.active) continue;
+    float* const sum =
+        output.marginals + static_cast<int64_t>(image.image) * head.num_labels + label;
+    float total = image.beam.step == 0 ? 0.0f : *sum;
+    for (int j = 0; j < image.beam.live_count; ++j) {
+      total += tile.probabilities[(m * shape.rows + j) * kPanelLabels + lane];
+    }
+    *sum = total;
+  }
+  __syncwarp();
+}
+
+// --- Decisions, by lane m for the m-th image of a tile -----------------------------------------
+
+// The ends of this step, and what is needed of the states that are missing.
+template <int kCapacity>
+__device__ void offer_step_ends(const BeamRules& rules, const Tile<kCapacity>& tile, int first_row,
+                                ImageState<kCapacity>* image) {
+  const Beam<kCapacity>& beam = image->beam;
+  image->needed = 0;
+  image->done = beam.done;
+  if (needs_all_states(rules)) {
+    image->needed = states_needed(rules, beam, image->steps, beam.done, false, &image->scratch);
+  }
+  for (int j = 0; j < beam.live_count; ++j) {
+    PathStep& step = image->steps[j];
+    if (step.kind == PathStep::Kind::kOnlyEnds) step.end_score = beam.live[j].score;
+    if (step.kind != PathStep::Kind::kScored) continue;
+    step.log_sum_exp = tile.log_sum_exp[first_row + j];
+    if (isnan(step.log_sum_exp)) {
+      step.kind = PathStep::Kind::kNotFinite;
+      continue;
+    }
+    step.end_score = beam.live[j].score + step_log_prob(tile.end[first_row + j], step.log_sum_exp);
+  }
+  offer_ends(rules, beam, image->steps, &image->done);
+  if (!rules.options.end_takes_slot && image->needed == 0) {
+    image->needed = states_needed(rules, beam, image->steps, image->done, false, &image->scratch);
+  }
+  image->floor = selection_floor(rules, beam, image->done);
+  image->best.size = 0;
+}
+
+// A continuation of an image: its label, or END where that takes a slot.
+template <int kCapacity>
+__device__ __forceinline__ bool continuation(const BeamRules& rules, const Tile<kCapacity>& tile,
+                                             const ImageState<kCapacity>& image, int first_row,
+                                             int j, int at, Candidate* found) {
+  const PathStep& step = image.steps[j];
+  const bool scored = step.kind == PathStep::Kind::kScored;
+  const TopN<int32_t, kCapacity>& labels = tile.labels[first_row + j];
+  if (scored && at < labels.size) {
+    *found = {image.beam.live[j].score + step_log_prob(labels.scores[at], step.log_sum_exp),
+              labels.items[at]};
+    return found->score > image.floor;
+  }
+  if (!rules.options.end_takes_slot || at != (scored ? labels.size : 0)) return false;
+  if (!scored && step.kind != PathStep::Kind::kOnlyEnds) return false;
+  *found = {step.end_score, static_cast<int32_t>(rules.num_labels)};
+  return found->score > -INFINITY;
+}
+
+// Ranks an image's continuations by counting those that come before each, all lanes at once: at
+// equal score the lower path and label. The N first make up `best`.
+template <int kCapacity>
+__device__ void choose_continuations(const BeamRules& rules, const Tile<kCapacity>& tile,
+                                     TileShape shape) {
+  const int per_path = rules.options.beam_size + 1;  // its best labels and END
+  const int per_image = shape.rows * per_path;
+  for (int c = lane_id(); c < shape.images * per_image; c += kWarpLanes) {
+    const int m = c / per_image, j = c % per_image / per_path;
+    ImageState<kCapacity>& image = tile.images[m];
+    if (!image.active || image.needed != 0 || j >= image.beam.live_count) continue;
+    const int first_row = m * shape.rows;
+    Candidate mine;
+    if (!continuation(rules, tile, image, first_row, j, c % per_path, &mine)) continue;
+    int rank = 0;
+    for (int i = 0; i < image.beam.live_count && rank < rules.options.beam_size; ++i) {
+      for (int at = 0; at < per_path; ++at) {
+        Candidate other;
+        if (!continuation(rules, tile, image, first_row, i, at, &other)) continue;
+        const bool first =
+            other.score > mine.score ||
+            (other.score == mine.score && (i < j || (i == j && other.label < mine.label)));
+        rank += first ? 1 : 0;
+      }
+    }
+    if (rank >= rules.options.beam_size) continue;
+    image.best.scores[rank] = mine.score;
+    image.best.items[rank] = {j, mine.label};
+    atomicMax(&image.best.size, rank + 1);
+  }
+  __syncwarp();
+}
+
+enum class Outcome { kNone, kTakesStep, kEnds, kParks, kNotFinite };
+
+template <int kCapacity>
+__device__ Outcome decide(const BeamRules& rules, ImageState<kCapacity>* image) {
+  if (!image->finite) return Outcome::kNotFinite;
+  if (image->needed != 0) return Outcome::kParks;
+  const Beam<kCapacity>& beam = image->beam;
+  offer_chosen_ends(rules, beam, image->best, &image->done);
+  if (rules.options.end_takes_slot) {
+    image->needed = states_needed(rules, beam, image->steps, image->done, false, &image->scratch);
+    if (image->needed != 0) return Outcome::kParks;
+  }
+  if (is_nonfinite(rules, beam, image->steps, image->done)) return Outcome::kNotFinite;
+  return Outcome::kTakesStep;
+}
+
+// Writes path i of an image that has ended.
+template <int kCapacity>
+__device__ void write_path(const DeviceHead& head, const BeamRules& rules,
+                           const SearchOutput& output, const ImageState<kCapacity>& image, int i,
+                           bool nonfinite) {
+  const int64_t T = rules.options.max_labels;
+  const int64_t row = static_cast<int64_t>(image.image) * rules.options.beam_size + i;
+  const FinishedPaths<kCapacity>& done = image.beam.done;
+  const bool there = !nonfinite && i < done.size;
+  const int32_t length = there ? done.items[i].length : 0;
+  output.log_probs[row] = nonfinite ? NAN : there ? done.scores[i] : -INFINITY;
+  output.lengths[row] = length;
+  int64_t* const labels = output.labels + row * T;
+  for (int64_t t = length; t < T; ++t) labels[t] = -1;
+  if (length == 0) return;
+  labels[length - 1] = done.items[i].label;
+  int32_t node = done.items[i].parent;
+  for (int64_t t = length - 2; t >= 0; --t, node = head.node_parent[node]) {
+    labels[t] = head.node_label[node];
+  }
+}
+
+// --- A tile's way through the search -----------------------------------------------------------
+
+// Whether a warp's lanes all find n values finite.
+__device__ bool all_finite(const float* values, int64_t n) {
+  bool finite = true;
+  for (int64_t i = lane_id(); i < n; i += kWarpLanes) finite = finite && isfinite(values[i]);
+  return __all_sync(~0u, finite);
+}
+
+// Sets up the images of a tile, which begins at the first-th of the pass.
+template <int kCapacity>
+__device__ void begin_tile(const DeviceHead& head, const SearchPass& pass,
+                           const Tile<kCapacity>& tile, TileShape shape, int64_t first,
+                           int64_t count) {
+  const int beam_size = pass.rules.options.beam_size;
+  for (int m = 0; m < shape.images; ++m) {
+    ImageState<kCapacity>& image = tile.images[m];
+    const bool there = first + m < count;
+    const int64_t index = !there                       ? 0
+                          : pass.image_list != nullptr ? pass.image_list[first + m]
+                                                       : pass.first_image + first + m;
+    bool finite = true;
+    if (there && !pass.resumes) {
+      finite = all_finite(pass.images.joint + index * head.joint_dim, head.joint_dim);
+      // Otherwise the root's step sees them all.
+      if (pass.images.label_logits != nullptr && pass.rules.options.max_labels == 0) {
+        const int64_t scores = head.num_labels + 1;
+        finite = all_finite(pass.images.label_logits + index * scores, scores) && finite;
+      }
+    }
+    if (lane_id() != 0) continue;
+    image.image = static_cast<int32_t>(index);
+    image.active = there;
+    image.finite = finite;
+    image.needed = 0;
+    image.done.limit = image.scratch.limit = image.best.limit = beam_size;
+    if (!there) continue;
+    if (pass.resumes) {
+      image.beam = static_cast<const Beam<kCapacity>*>(pass.parked_beams)[index];
+    } else {
+      new (&image.beam) Beam<kCapacity>(beam_size);  // in place: a copy would go through memory
+    }
+  }
+  __syncwarp();
+}
+
+// Looks up the states of a tile's paths and gathers what is scored. Returns the first panel that
+// any row needs.
+template <int kCapacity, bool kResident>
+__device__ int begin_step(const DeviceHead& head, const SearchPass& pass,
+                          const Tile<kCapacity>& tile, TileShape shape, RowSums* sums) {
+  const int lane = lane_id();
+  int32_t node = kNoNode;
+  uint32_t first_panel = head.panels;
+  if (lane < kTileRows) {
+    ImageState<kCapacity>* const image = &tile.images[lane / shape.rows];
+    const int j = lane % shape.rows;
+    node = look_up(head, pass.rules, image, j);
+    if (node != kNoNode) {
+      first_panel =
+          static_cast<uint32_t>(first_allowed(pass.rules, image->beam.live[j]) / kPanelLabels);
+    }
+    tile.labels[lane].size = 0;
+    tile.labels[lane].limit = pass.rules.options.beam_size;
+    tile.end[lane] = -INFINITY;
+  }
+#pragma unroll
+  for (int i = 0; i < ExactScores::kRows; ++i) {
+    sums->largest[i] = sums->bound[i] = -INFINITY;
+    sums->sum[i] = 0.0f;
+  }
+  gather_joint<kCapacity, kResident>(head, pass.images, tile, shape.rows, node);
+  return static_cast<int>(__reduce_min_sync(~0u, first_panel));
+}
+
+// Ends a step: what the outcome of lane m's image asks for.
+template <int kCapacity>
+__device__ void end_step(const DeviceHead& head, const SearchPass& pass,
+                         const Tile<kCapacity>& tile, TileShape shape, Outcome outcome) {
+  const int lane = lane_id();
+  const BeamRules& rules = pass.rules;
+  const int64_t N = rules.options.beam_size, T = rules.options.max_labels;
+  if (outcome == Outcome::kTakesStep) {
+    ImageState<kCapacity>& image = tile.images[lane];
+    Beam<kCapacity>& beam = image.beam;
+    int32_t* const trace = pass.output.trace == nullptr
+                               ? nullptr
+                               : pass.output.trace + (image.image * (T + 1) + beam.step) * N * 2;
+    take_step(rules, image.best, image.steps, image.done, &beam, trace);
+    if (beam.live_count == 0) outcome = Outcome::kEnds;
+  }
+  if (outcome == Outcome::kParks) {
+    const ImageState<kCapacity>& image = tile.images[lane];
+    static_cast<Beam<kCapacity>*>(pass.parked_beams)[image.image] = image.beam;
+    pass.parked[atomicAdd(pass.parked_count, 1)] = image.image;
+  }
+  if (outcome == Outcome::kNotFinite) atomicAdd(&head.counts->call.nonfinite_images, 1);
+  __syncwarp();
+  // Lane r serves row r of the tile.
+  const int row_image = lane % kTileRows / shape.rows, j = lane % shape.rows;
+  const int of_row = __shfl_sync(~0u, static_cast<int>(outcome), row_image);
+  if (lane < kTileRows && j < N) {
+    const ImageState<kCapacity>& image = tile.images[row_image];
+    const bool nonfinite = of_row == static_cast<int>(Outcome::kNotFinite);
+    if (of_row == static_cast<int>(Outcome::kParks) && (image.needed >> j & 1) != 0) {
+      request_state(head, image.beam.live[j].parent, image.beam.live[j].label);
+    }
+    if (of_row == static_cast<int>(Outcome::kEnds) || nonfinite) {
+      write_path(head, rules, pass.output, image, j, nonfinite);
+    }
+  }
+  if (pass.output.marginals != nullptr) {
+    for (int m = 0; m < shape.images; ++m) {
+      if (__shfl_sync(~0u, static_cast<int>(outcome), m) != static_cast<int>(Outcome::kNotFinite)) {
+        continue;
+      }
+      float* const sums =
+          pass.output.marginals + static_cast<int64_t>(tile.images[m].image) * head.num_labels;
+      for (int l = lane; l < head.num_labels; l += kWarpLanes) sums[l] = NAN;
+    }
+  }
+  __syncwarp();
+  if (outcome != Outcome::kNone && outcome != Outcome::kTakesStep) tile.images[lane].active = false;
+  __syncwarp();
+}
+
+__device__ void copy_panels(float* to, const float* from, int64_t floats) {
+  for (int64_t i = threadIdx.x; i < floats / 4; i += blockDim.x) {
+    reinterpret_cast<float4*>(to)[i] = reinterpret_cast<const float4*>(from)[i];
+  }
+}
+
+// Shows a warp the panels from `first` on. Streamed ones are brought by the whole block, whose
+// warps all call this.
+template <bool kResident, typename Take>
+__device__ __forceinline__ void for_each_panel(const DeviceHead& head, float* panels, int staged,
+                                               int first, Take take) {
+  const int floats = panel_floats(head.joint_stride);
+  if constexpr (kResident) {
+    for (int panel = first; panel < head.panels; ++panel) take(panel, panels + panel * floats);
+  } else {
+    for (int stage = 0; stage < head.panels; stage += staged) {
+      const int end = min(stage + staged, head.panels);
+      __syncthreads();  // the last stage has been read
+      copy_panels(panels, head.score_panels + static_cast<int64_t>(stage) * floats,
+                  static_cast<int64_t>(end - stage) * floats);
+      __syncthreads();
+      for (int panel = max(stage, first); panel < end; ++panel) {
+        take(panel, panels + (panel - stage) * floats);
+      }
+    }
+  }
+}
+
+// `staged`: panels in shared memory at once; all of them where kResident.
+template <int kCapacity, bool kResident>
+__global__ void __launch_bounds__(kMostWarps* kWarpLanes, kBlocksEach)
+    search_tiles(DeviceHead head, SearchPass pass, int staged) {
+  constexpr int kJoint = kResident ? kResidentJoint : 0;
+  const BeamRules& rules = pass.rules;
+  const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarpLanes;
+  const int warps = static_cast<int>(blockDim.x) / kWarpLanes;
+  const int stride = kResident ? kResidentJoint : head.joint_stride;
+  const bool marginals = pass.output.marginals != nullptr;
+  const TileShape shape = tile_shape(rules.options.beam_size);
+  float* const panels = reinterpret_cast<float*>(dynamic_shared);
+  const Tile<kCapacity> tile =
+      tile_at<kCapacity>(dynamic_shared + staged * panel_floats(stride) * sizeof(float) +
+                             warp * tile_bytes<kCapacity>(shape.images, stride, marginals),
+                         shape.images, stride);
+  if constexpr (kResident) {
+    copy_panels(panels, head.score_panels, static_cast<int64_t>(staged) * panel_floats(stride));
+    __syncthreads();
+  }
+  const int64_t count = pass.image_count == nullptr ? pass.count : *pass.image_count;
+  const int64_t tiles = (count + shape.images - 1) / shape.images;
+  int64_t lookups = 0;
+  for (int64_t block = static_cast<int64_t>(blockIdx.x) * warps; block < tiles;
+       block += static_cast<int64_t>(gridDim.x) * warps) {
+    begin_tile(head, pass, tile, shape, (block + warp) * shape.images, count);
+    while (true) {
+      const bool mine = lane < shape.images && tile.images[lane].active;
+      const bool active = __any_sync(~0u, mine);
+      if (kResident ? !active : __syncthreads_or(active) == 0) break;
+      RowSums sums;
+      uint32_t nonfinite = 0;
+      Scores z;
+      const int first_panel =
+          active ? begin_step<kCapacity, kResident>(head, pass, tile, shape, &sums) : head.panels;
+      for_each_panel<kResident>(head, panels, staged, first_panel,
+                                [&](int panel, const float* weights) {
+                                  multiply_panel<kJoint>(weights, tile.joint, stride, z);
+                                  complete_scores(head, rules, pass.images, tile, shape.rows, panel,
+                                                  weights + kPanelLabels * stride, z, &nonfinite);
+                                  take_panel(head, tile, rules.options.beam_size, panel, z, &sums);
+                                });
+      Outcome outcome = Outcome::kNone;
+      if (active) {
+        finish_sums(tile, shape, sums, nonfinite);
+        if (mine) offer_step_ends(rules, tile, lane * shape.rows, &tile.images[lane]);
+        __syncwarp();
+        choose_continuations(rules, tile, shape);
+        if (mine) {
+          ImageState<kCapacity>& image = tile.images[lane];
+          outcome = decide(rules, &image);
+          if (outcome != Outcome::kTakesStep) image.active = false;
+          for (int j = 0; j < image.beam.live_count && image.active; ++j) {
+            if (image.steps[j].kind == PathStep::Kind::kScored) ++lookups;
+          }
+        }
+        __syncwarp();
+      }
+      if (marginals) {
+        for_each_panel<kResident>(
+            head, panels, staged, first_panel, [&](int panel, const float* weights) {
+              multiply_panel<kJoint>(weights, tile.joint, stride, z);
+              complete_scores(head, rules, pass.images, tile, shape.rows, panel,
+                              weights + kPanelLabels * stride, z, &nonfinite);
+              add_marginals(head, pass.output, tile, shape, panel, z);
+            });
+      }
+      if (active) end_step(head, pass, tile, shape, outcome);
+    }
+  }
+#pragma unroll
+  for (int other = kWarpLanes / 2; other > 0; other /= 2) {
+    lookups += __shfl_xor_sync(~0u, lookups, other);
+  }
+  if (lane == 0 && lookups > 0) {
+    atomicAdd(&head.counts->call.lookups, static_cast<unsigned long long>(lookups));
+  }
+}
+
+template <int kCapacity>
+void launch_search(const DeviceHead& head, const SearchPass& pass, const CudaDevice& device,
+                   cudaStream_t stream) {
+  const TileShape shape = tile_shape(pass.rules.options.beam_size);
+  const int64_t tile =
+      tile_bytes<kCapacity>(shape.images, head.joint_stride, pass.output.marginals != nullptr);
+  const int64_t panel = panel_floats(head.joint_stride) * static_cast<int64_t>(sizeof(float));
+  const int64_t tiles = (pass.count + shape.images - 1) / shape.images;
+  // As many warps as there are tiles for each multiprocessor, and enough to bring the panels.
+  const int64_t per_multiprocessor = (tiles + device.multiprocessors - 1) / device.multiprocessors;
+  const int64_t wanted = std::clamp<int64_t>(per_multiprocessor, kLeastWarps, kMostWarps);
+  const bool fits = head.panels * panel + kLeastWarps * tile <= device.shared_bytes;
+  const bool resident = fits && head.joint_dim == kResidentJoint;
+  int64_t staged = head.panels;
+  if (!resident) {
+    staged = std::min<int64_t>(staged, kMostStaged);
+    while (staged > 1 && staged * panel + kLeastWarps * tile > device.shared_bytes) staged /= 2;
+  }
+  const int64_t warps = std::min(wanted, (device.shared_bytes - staged * panel) / tile);
+  if (warps < 1) {
+    throw std::invalid_argument("joint_dim " + std::to_string(head.joint_dim) + " needs " +
+                                std::to_string(staged * panel + tile) +
+                                " bytes of shared memory a block, and this GPU has " +
+                                std::to_string(device.shared_bytes) +
+                                "; search on the CPU, or train with a smaller one");
+  }
+  const auto kernel = resident ? search_tiles<kCapacity, true> : search_tiles<kCapacity, false>;
+  const int64_t bytes = staged * panel + warps * tile;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  static_cast<int>(bytes)),
+             "asking for shared memory");
+  const int64_t blocks =
+      std::min((tiles + warps - 1) / warps, int64_t{device.multiprocessors} * kBlocksEach);
+  launch("search_tiles", kernel, blocks, static_cast<int>(warps) * kWarpLanes,
+         static_cast<size_t>(bytes), stream, head, pass, static_cast<int>(staged));
+}
+
+}  // namespace
+
+int64_t parked_beam_bytes(int beam_size) {
+  return beam_size <= kSmallBeam ? sizeof(Beam<kSmallBeam>) : sizeof(Beam<kMaxBeamSize>);
+}
+
+void search_images(const DeviceHead& head, const SearchPass& pass, const CudaDevice& device,
+                   cudaStream_t stream) {
+  if (pass.count == 0) return;
+  if (pass.rules.options.beam_size <= kSmallBeam) {
+    launch_search<kSmallBeam>(head, pass, device, stream);
+  } else {
+    launch_search<kMaxBeamSize>(head, pass, device, stream);
+  }
+}
+
+}  // namespace cnnrnn

@@ -1,0 +1,26 @@
+// Entry points of search_cuda.cu: one pass of the search over a list of images.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "device_head.h"
+
+namespace cnnrnn {
+
+struct CudaDevice {
+  int index;
+  int multiprocessors;
+  int64_t shared_bytes;  // that a block may ask for
+};
+
+// Takes the images of a pass as far as the states that are there allow: they end, or are parked and
+// have asked for states.
+void search_images(const DeviceHead& head, const SearchPass& pass, const CudaDevice& device,
+                   cudaStream_t stream);
+
+// Memory of a parked image.
+int64_t parked_beam_bytes(int beam_size);
+
+}  // namespace cnnrnn

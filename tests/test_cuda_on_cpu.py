@@ -1,0 +1,277 @@
+"""The CUDA search without a GPU: its kernels executed on the CPU, against the specification."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import math
+import platform
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from replay import (
+    assert_search_equal,
+    random_case,
+    random_embedding,
+    random_head,
+    run_compiled,
+    search_with,
+)
+
+from cnnrnn.config import SearchConfig
+from cnnrnn.model import Head, ImageEmbedding
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "emulation"))
+import emulated  # noqa: E402  # a folder of the tests, not a package
+
+pytestmark = pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64") or emulated.compiler() is None,
+    reason="needs a C++ compiler and x86-64",
+)
+
+# Panels are of 32 labels, END among them, and four are streamed at once; at a joint width of 64
+# all of them stay in shared memory.
+LABEL_COUNTS = (1, 2, 5, 31, 32, 33, 80, 81, 200)
+JOINT_DIMS = (3, 16, 64, 64)
+CONFIG = SearchConfig(beam_size=4, max_labels=5)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return emulated.build(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture(autouse=True)
+def _defaults(library: ctypes.CDLL) -> None:
+    library.set_lane_order(0, 0)
+    library.set_max_shared_memory(227 * 1024)
+
+
+@pytest.fixture
+def head() -> Head:
+    return random_head(torch.Generator().manual_seed(0), 40, joint_dim=64, hidden_dim=24)
+
+
+def images(head: Head, count: int, seed: int) -> ImageEmbedding:
+    return random_embedding(torch.Generator().manual_seed(seed), head, count, False)
+
+
+def same(first: tuple, second: tuple) -> bool:
+    """Whether labels, lengths, log-probabilities, marginals and trace are the same bits."""
+    return all(
+        (a is None and b is None) or torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+        for a, b in zip(first[:5], second[:5], strict=True)
+    )
+
+
+def test_the_stand_in_for_a_gpu(tmp_path):
+    program = tmp_path / "selfcheck"
+    sources = [emulated.HERE / "selfcheck.cu", emulated.HERE / "cuda_on_cpu.cpp"]
+    emulated.compile_and_link(sources, program)
+    result = subprocess.run([program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for planted, said in [
+        ("diverge", "lane 0 __syncwarp, lane 7 __ballot_sync"),
+        ("leave", "lane 0 exits, lane 7 __syncwarp"),
+        ("overrun", "wrote past its dynamic shared memory"),
+    ]:
+        result = subprocess.run([program, planted], capture_output=True, text=True)
+        assert result.returncode < 0 and said in result.stderr, (planted, result.stderr)
+
+
+def test_random_searches_equal_the_float64_reference(library, request):
+    excused = searched = 0
+    for seed in range(request.config.getoption("--searches")):
+        head, embedding, config = random_case(seed, LABEL_COUNTS, JOINT_DIMS)
+        library.set_lane_order(seed % 3, seed)
+        pack = partial(emulated.EmulatedHead, library)
+        excused += assert_search_equal(head, embedding, config, pack=pack)
+        searched += len(embedding)
+    print(f"{searched} images, {excused} excused")
+    assert excused <= searched // 40  # of small heads that tie; the CPU search excuses as many
+
+
+def test_random_searches_with_marginals_equal_the_float64_reference(library, request):
+    searches = request.config.getoption("--searches") // 3
+    excused = 0
+    for seed in range(searches):
+        head, embedding, config = random_case(seed, LABEL_COUNTS, JOINT_DIMS)
+        library.set_lane_order(seed % 3, seed)
+        pack = partial(emulated.EmulatedHead, library)
+        excused += 0 < assert_search_equal(head, embedding, config, marginals=True, pack=pack)
+    print(f"{searches} searches, {excused} with an excused image")
+    assert excused <= searches // 40
+
+
+def test_the_order_in_which_lanes_run_changes_no_bit(library):
+    for seed in range(60):
+        head, embedding, config = random_case(seed, LABEL_COUNTS, JOINT_DIMS)
+        pack = partial(emulated.EmulatedHead, library)
+        results = []
+        for order in range(len(emulated.LANE_ORDERS)):
+            library.set_lane_order(order, seed)
+            T = min(config.max_labels, head.num_labels) if config.order != "free" else 6
+            results.append(
+                run_compiled(head, embedding, config, T, pack=pack, marginals=seed % 2 == 0)
+            )
+        assert all(same(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("order", ["increasing", "unique", "free"])
+def test_a_hundred_thousand_labels(library, order):
+    generator = torch.Generator().manual_seed(2)
+    head = random_head(generator, 100_000, joint_dim=5, hidden_dim=7)
+    embedding = random_embedding(generator, head, 3, label_logits=True)
+    config = SearchConfig(beam_size=5, max_labels=3, order=order)
+    pack = partial(emulated.EmulatedHead, library)
+    assert assert_search_equal(head, embedding, config, pack=pack) <= 1
+
+
+@pytest.mark.parametrize("order", ["unique", "free"])
+def test_sixty_four_labels_on_sixteen_paths(library, order):
+    generator = torch.Generator().manual_seed(3)
+    head = random_head(generator, 90, joint_dim=256, hidden_dim=33)
+    embedding = random_embedding(generator, head, 2, label_logits=False)
+    config = SearchConfig(beam_size=16, max_labels=64, min_labels=64, order=order)
+    pack = partial(emulated.EmulatedHead, library)
+    assert run_compiled(head, embedding, config, 64, pack=pack)[1].min() == 64
+    assert assert_search_equal(head, embedding, config, pack=pack) <= 1
+
+
+def test_results_depend_on_neither_batch_nor_history(library, head):
+    embedding = images(head, 70, 1)
+    alone = emulated.EmulatedHead(library, head)
+    expected = search_with(alone, embedding, CONFIG, 5)
+    used = emulated.EmulatedHead(library, head)
+    search_with(used, images(head, 300, 2), CONFIG, 5)
+    assert same(search_with(used, embedding, CONFIG, 5), expected)
+    for at in (0, 33, 69):
+        one = ImageEmbedding(embedding.joint[at : at + 1], None)
+        found = search_with(emulated.EmulatedHead(library, head), one, CONFIG, 5)
+        assert torch.equal(found[0][0], expected[0][at])
+        assert torch.equal(found[2][0], expected[2][at])
+
+
+def test_kept_states_are_found_again_and_forgotten(library, head):
+    kept = emulated.EmulatedHead(library, head)
+    embedding = images(head, 20, 1)
+    first = search_with(kept, embedding, CONFIG, 5)
+    assert 0.0 < first[5].hit_rate < 1.0
+    again = search_with(kept, embedding, CONFIG, 5)
+    assert again[5].hit_rate == 1.0 and same(first, again)
+    assert again[5].prefix_nodes == first[5].prefix_nodes > again[5].prefix_parents > 1
+    kept.clear()
+    cleared = search_with(kept, embedding, CONFIG, 5)
+    assert cleared[5] == first[5] and same(first, cleared)
+
+
+def test_a_table_that_is_too_small_changes_no_bit(library):
+    # The least there is: 1,024 nodes, 512 of them extended.
+    generator = torch.Generator().manual_seed(5)
+    head = random_head(generator, 300, joint_dim=16, hidden_dim=8)
+    embedding = random_embedding(generator, head, 60, label_logits=True)
+    config = SearchConfig(beam_size=16, max_labels=6, order="free")
+    small = emulated.EmulatedHead(library, head, prefix_bytes=0)
+    large = emulated.EmulatedHead(library, head, prefix_bytes=1 << 27)
+    expected = search_with(large, embedding, config, 6, marginals=True, trace=True)
+    assert expected[5].prefix_nodes > 2 * 1024  # so it must have been emptied
+    for _ in range(2):
+        found = search_with(small, embedding, config, 6, marginals=True, trace=True)
+        assert same(found, expected)
+        assert found[5].prefix_nodes <= 1024
+
+
+def test_a_table_that_cannot_hold_one_image_is_refused(library, head):
+    small = emulated.EmulatedHead(library, head, prefix_bytes=0)
+    config = SearchConfig(beam_size=16, max_labels=40, order="free")
+    with pytest.raises(RuntimeError, match=r"one image may need 625 prefix states \(beam_size 16, "
+                                           r"max_labels 40\), and the table holds 512; raise "
+                                           r"head.prefix_bytes"):  # fmt: skip
+        search_with(small, images(head, 1, 1), config, 40)
+
+
+def test_generations_start_over(library, head):
+    kept = emulated.EmulatedHead(library, head, prefix_bytes=0)
+    embedding = images(head, 3, 1)
+    expected = search_with(kept, embedding, CONFIG, 5)
+    for _ in range(65_535):  # back to the generation of that search
+        kept.clear()
+    assert search_with(kept, embedding, CONFIG, 5)[5] == expected[5]
+
+
+@pytest.mark.parametrize("marginals", [False, True])
+def test_a_captured_search_equals_the_others(library, marginals):
+    for seed in range(60):
+        head, embedding, config = random_case(seed, LABEL_COUNTS, JOINT_DIMS)
+        T = min(config.max_labels, head.num_labels) if config.order != "free" else 6
+        arguments = (embedding.joint, embedding.label_logits, config.beam_size, T,
+                     min(config.min_labels, T), config.order, config.end_takes_slot, config.stop,
+                     marginals)  # fmt: skip
+        waiting = emulated.EmulatedHead(library, head).beam_search(*arguments)
+        captured = emulated.EmulatedHead(library, head)
+        for _ in range(2):  # with an empty table and a full one
+            assert same(captured.beam_search(*arguments, captured=True), waiting)
+
+
+def test_a_captured_search_marks_images_that_find_no_room(library):
+    generator = torch.Generator().manual_seed(5)
+    head = random_head(generator, 300, joint_dim=16, hidden_dim=8)
+    embedding = random_embedding(generator, head, 150, label_logits=True)
+    arguments = (embedding.joint, embedding.label_logits, 4, 4, 0, "free", False, "n_best", False)
+    whole = emulated.EmulatedHead(library, head, prefix_bytes=1 << 27).beam_search(*arguments)
+    small = emulated.EmulatedHead(library, head, prefix_bytes=0)
+    labels, lengths, log_probs, *_ = small.beam_search(*arguments, captured=True)
+    marked = lengths[:, 0] == -1
+    assert 0 < marked.sum() < 150
+    assert torch.equal(log_probs.isnan().all(1), marked) and (labels[marked] == -1).all()
+    assert torch.equal(labels[~marked], whole[0][~marked])
+    assert torch.equal(log_probs[~marked], whole[2][~marked])
+
+
+def test_images_that_are_not_finite_are_marked_and_touch_no_other(library, head):
+    embedding = images(head, 9, 1)
+    logits = torch.randn(9, 41, generator=torch.Generator().manual_seed(2))
+    expected = search_with(
+        emulated.EmulatedHead(library, head), ImageEmbedding(embedding.joint, logits), CONFIG, 5
+    )
+    joint, bad_logits = embedding.joint.clone(), logits.clone()
+    joint[2, 63] = math.nan
+    joint[3, 0] = -math.inf  # which a ReLU would hide
+    bad_logits[5, 40] = math.inf
+    bad_logits[6, 7] = -math.inf
+    bad = ImageEmbedding(joint, bad_logits)
+    for T in (5, 0):
+        kept = emulated.EmulatedHead(library, head)
+        config = dataclasses.replace(CONFIG, max_labels=T)
+        found = kept.beam_search(
+            bad.joint, bad.label_logits, 4, T, 0, config.order, False, "n_best", True
+        )
+        assert found[6] == 4
+        assert found[2].isnan().all(1).tolist() == [b in (2, 3, 5, 6) for b in range(9)]
+        assert found[3].isnan().all(1).tolist() == [b in (2, 3, 5, 6) for b in range(9)]
+        fine = torch.tensor([0, 1, 4, 7, 8])
+        if T == 5:
+            assert torch.equal(found[0][fine], expected[0][fine])
+            assert torch.equal(found[2][fine], expected[2][fine])
+
+
+@pytest.mark.parametrize("bytes_", [99 * 1024, 60 * 1024])
+def test_less_shared_memory_changes_no_bit(library, bytes_):
+    for seed in range(40):
+        head, embedding, config = random_case(seed, (80, 200), (16, 64, 100))
+        T = min(config.max_labels, head.num_labels) if config.order != "free" else 6
+        pack = partial(emulated.EmulatedHead, library)
+        expected = run_compiled(head, embedding, config, T, pack=pack, marginals=True)
+        library.set_max_shared_memory(bytes_)
+        assert same(run_compiled(head, embedding, config, T, pack=pack, marginals=True), expected)
+        library.set_max_shared_memory(227 * 1024)
+
+
+def test_too_wide_a_joint_space_is_refused(library):
+    head = random_head(torch.Generator().manual_seed(0), 5, joint_dim=2048, hidden_dim=3)
+    with pytest.raises(RuntimeError, match="joint_dim 2048 needs .* this GPU has 232448"):
+        search_with(emulated.EmulatedHead(library, head), images(head, 1, 1), CONFIG, 5)
