@@ -35,6 +35,7 @@ class CpuHead:
         stop: str,
         marginals: bool,
         trace: bool = False,
+        precision: str = "exact",  # of label scores on a GPU
     ) -> tuple[
         Tensor,  # labels [B, N, T]
         Tensor,  # lengths [B, N]
@@ -74,6 +75,7 @@ class CudaHead:
         stop: str,
         marginals: bool,
         trace: bool = False,
+        precision: str = "exact",  # of label scores on a GPU
     ) -> tuple[
         Tensor,  # labels [B, N, T]
         Tensor,  # lengths [B, N]

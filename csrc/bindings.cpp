@@ -171,6 +171,7 @@ struct Request {
   bool end_takes_slot;
   std::string_view stop;
   bool marginals, trace;
+  std::string_view precision;
 };
 
 Query check_request(const Request& r, int64_t L, int64_t D, at::Device device) {
@@ -317,11 +318,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_search_op(
     const Tensor& output_projection, c10::string_view cell, c10::string_view activation,
     int64_t beam_size, int64_t max_labels, int64_t min_labels, c10::string_view order,
     bool end_takes_slot, c10::string_view stop, bool marginals, int64_t cache_generation,
-    int64_t prefix_bytes) {
+    int64_t prefix_bytes, c10::string_view precision) {
   const Parameters parameters{label_embedding, score_bias,  input_weight,     hidden_weight,
                               input_bias,      hidden_bias, output_projection};
-  const Request request{joint, label_logits,   beam_size, max_labels, min_labels,
-                        order, end_takes_slot, stop,      marginals,  /*trace=*/false};
+  const Request request{joint,          label_logits, beam_size, max_labels,      min_labels, order,
+                        end_takes_slot, stop,         marginals, /*trace=*/false, precision};
 #if defined(CNNRNN_WITH_CUDA)
   if (label_embedding.is_cuda()) {
     const auto head = cuda_registry->find_or_make(
@@ -343,7 +344,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_search_meta(
     const optional<Tensor>&, const Tensor&, const Tensor&, const optional<Tensor>&,
     const optional<Tensor>&, const Tensor&, c10::string_view, c10::string_view, int64_t beam_size,
     int64_t max_labels, int64_t, c10::string_view, bool, c10::string_view, bool marginals, int64_t,
-    int64_t) {
+    int64_t, c10::string_view) {
   const c10::SymInt B = joint.sym_size(0);
   const c10::SymInt L = label_embedding.sym_size(0) - 2;
   return {at::empty_symint({B, beam_size, max_labels}, joint.options().dtype(at::kLong)),
@@ -360,7 +361,8 @@ TORCH_LIBRARY(cnnrnn, m) {
       "Tensor? score_bias, Tensor input_weight, Tensor hidden_weight, Tensor? input_bias, "
       "Tensor? hidden_bias, Tensor output_projection, str cell, str activation, int beam_size, "
       "int max_labels, int min_labels, str order, bool end_takes_slot, str stop, bool marginals, "
-      "int cache_generation=0, int prefix_bytes=536870912) "
+      "int cache_generation=0, int prefix_bytes=536870912, "
+      "str precision='exact') "
       "-> (Tensor labels, Tensor lengths, Tensor log_probs, Tensor marginals)",
       {at::Tag::pt2_compliant_tag});
 }
@@ -382,12 +384,12 @@ void define_search(Class* head_class, const Search& search) {
       [search](typename Class::type& head, const Tensor& joint,
                const optional<Tensor>& label_logits, int64_t beam_size, int64_t max_labels,
                int64_t min_labels, const std::string& order, bool end_takes_slot,
-               const std::string& stop, bool marginals, bool trace) {
+               const std::string& stop, bool marginals, bool trace, const std::string& precision) {
         Outputs out;
         {
           const py::gil_scoped_release release;
           out = search(&head, {joint, label_logits, beam_size, max_labels, min_labels, order,
-                               end_takes_slot, stop, marginals, trace});
+                               end_takes_slot, stop, marginals, trace, precision});
         }
         const cnnrnn::SearchStats& s = out.stats;
         return py::make_tuple(out.labels, out.lengths, out.log_probs, out.marginals, out.trace,
@@ -397,7 +399,7 @@ void define_search(Class* head_class, const Search& search) {
       },
       py::arg("joint"), py::arg("label_logits"), py::arg("beam_size"), py::arg("max_labels"),
       py::arg("min_labels"), py::arg("order"), py::arg("end_takes_slot"), py::arg("stop"),
-      py::arg("marginals"), py::arg("trace") = false,
+      py::arg("marginals"), py::arg("trace") = false, py::arg("precision") = "exact",
       "Search B images; returns labels, lengths, log_probs, marginals or None, every step's "
       "decisions or None, the figures of SearchStats, and how many images were marked.");
 }

@@ -109,13 +109,14 @@ def search_with(
     *,
     marginals: bool = False,
     trace: bool = False,
+    precision: str = "exact",
 ) -> tuple[Any, ...]:
     """Search with what `Pack` made; see `run_compiled`."""
     outputs: tuple[Any, ...] = compiled.beam_search(
         embedding.joint.detach(),
         None if embedding.label_logits is None else embedding.label_logits.detach(),
         config.beam_size, max_labels, config.min_labels, config.order, config.end_takes_slot,
-        config.stop, marginals, trace,
+        config.stop, marginals, trace, precision,
     )  # fmt: skip
     return (*outputs[:5], SearchStats(*outputs[5]))
 

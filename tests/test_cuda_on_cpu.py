@@ -275,3 +275,47 @@ def test_too_wide_a_joint_space_is_refused(library):
     head = random_head(torch.Generator().manual_seed(0), 5, joint_dim=2048, hidden_dim=3)
     with pytest.raises(RuntimeError, match="joint_dim 2048 needs .* this GPU has 232448"):
         search_with(emulated.EmulatedHead(library, head), images(head, 1, 1), CONFIG, 5)
+
+
+def test_fast_scores_of_numbers_that_halves_hold_are_the_exact_ones(library):
+    searched = 0
+    for seed in range(120):
+        head, embedding, config = random_case(seed, LABEL_COUNTS, (3, 16, 64, 64, 100))
+        generator = torch.Generator().manual_seed(seed)
+        head.activation = "relu" if head.activation == "tanh" else head.activation
+        with torch.no_grad():  # so that x is the joint embedding, and both it and U_l are short
+            head.output_projection.weight.zero_()
+            steps = torch.randint(-16, 17, head.label_embedding.shape, generator=generator)
+            head.label_embedding.copy_(steps / 16)
+        joint = torch.randint(-32, 33, embedding.joint.shape, generator=generator) / 8
+        T = min(config.max_labels, head.num_labels) if config.order != "free" else 6
+        arguments = (joint, embedding.label_logits, config.beam_size, T, min(config.min_labels, T),
+                     config.order, config.end_takes_slot, config.stop, seed % 2 == 0)  # fmt: skip
+        exact = emulated.EmulatedHead(library, head).beam_search(*arguments)
+        fast = emulated.EmulatedHead(library, head).beam_search(*arguments, precision="fast")
+        assert torch.equal(fast[0], exact[0]) and torch.equal(fast[1], exact[1])
+        close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5, equal_nan=True)
+        close(fast[2], exact[2])
+        if exact[3] is not None:
+            close(fast[3], exact[3])
+        searched += len(joint)
+    assert searched > 200
+
+
+def test_fast_scores_are_near_the_exact_ones(library):
+    changed = searched = 0
+    for seed in range(300):
+        head, embedding, config = random_case(seed, (32, 81, 200), (16, 64, 64, 100))
+        T = min(config.max_labels, head.num_labels) if config.order != "free" else 6
+        config = dataclasses.replace(config, max_labels=T, min_labels=min(config.min_labels, T))
+        pack = partial(emulated.EmulatedHead, library)
+        exact = search_with(pack(head), embedding, config, T)
+        fast = search_with(pack(head), embedding, config, T, precision="fast")
+        same_path = (exact[0][:, 0] == fast[0][:, 0]).all(1)
+        torch.testing.assert_close(
+            fast[2][same_path, 0], exact[2][same_path, 0], rtol=1e-2, atol=2e-2, equal_nan=True
+        )
+        changed += int((~same_path).sum())
+        searched += len(embedding)
+    print(f"{changed} of {searched} best paths changed")
+    assert changed <= searched // 50

@@ -17,6 +17,7 @@ from cnnrnn.search import reference
 from cnnrnn.search.result import SearchResult, SearchStats
 
 Implementation = Literal["auto", "native", "reference"]
+Precision = Literal["exact", "fast"]
 PackedHead: TypeAlias = "_C.CpuHead | _C.CudaHead"
 
 _CPU = torch.device("cpu")
@@ -41,6 +42,7 @@ def beam_search(
     implementation: Implementation = "auto",
     marginals: bool = False,
     on_nonfinite: Literal["raise", "mark"] = "raise",
+    precision: Precision = "exact",
 ) -> SearchResult:
     """Find the N best label paths of each image.
 
@@ -53,6 +55,8 @@ def beam_search(
         marginals: also return each label's probability, summed over every visited path.
         on_nonfinite: `raise`, or `mark` such images with log-probability NaN and go on. Under
             torch.compile and torch.export, where values are not known, they are marked.
+        precision: of label scores on a GPU: `exact` multiplies in float32, `fast` in float16 with
+            float32 sums; rankings closer than its rounding may change. Elsewhere both are exact.
 
     Returns:
         The paths, best first, on the device of `image_embedding`.
@@ -66,10 +70,12 @@ def beam_search(
     _check_embedding(head, image_embedding)
     if head.training and head.joint_dropout.p > 0:
         raise ValueError("head is in training mode, with dropout in its scores; call head.eval()")
+    if precision not in ("exact", "fast"):
+        raise ValueError(f"precision must be exact or fast, got {precision!r}")
     if implementation in ("auto", "native"):
         if torch.compiler.is_compiling():
-            return _traced(head, image_embedding, config, max_labels, marginals)
-        result, nonfinite = _native(head, image_embedding, config, max_labels, marginals)
+            return _traced(head, image_embedding, config, max_labels, marginals, precision)
+        result, nonfinite = _native(head, image_embedding, config, max_labels, marginals, precision)
     elif implementation == "reference":
         result = reference.beam_search(
             head, image_embedding, config, max_labels=max_labels, marginals=marginals
@@ -250,6 +256,7 @@ def _native(
     config: SearchConfig,
     max_labels: int,
     marginals: bool,
+    precision: Precision,
 ) -> tuple[SearchResult, int]:
     """Run the compiled search; return the result and how many images are marked."""
     joint, logits = embedding.joint, embedding.label_logits
@@ -259,7 +266,7 @@ def _native(
         embedding = embedding.to(device, torch.float32)
         joint, logits = embedding.joint, embedding.label_logits
     labels, lengths, log_probs, sums, _, stats, nonfinite = packed_head(head, device).beam_search(
-        joint, logits, *_options(config, max_labels), marginals
+        joint, logits, *_options(config, max_labels), marginals, precision=precision
     )
     if device != given:
         labels, lengths, log_probs = labels.to(given), lengths.to(given), log_probs.to(given)
@@ -274,6 +281,7 @@ def _traced(
     config: SearchConfig,
     max_labels: int,
     marginals: bool,
+    precision: Precision,
 ) -> SearchResult:
     """Put the registered op into the graph that torch.compile or torch.export is making."""
     given = embedding.joint.device
@@ -286,6 +294,7 @@ def _traced(
         marginals,
         head.cache_generation,
         head.prefix_bytes,
+        precision,
     )
     return SearchResult(
         labels.to(given),

@@ -72,9 +72,11 @@ CudaHead::CudaHead(const HeadWeights& weights, int64_t prefix_bytes, int device,
   int64_t slots = 1;
   while (slots < kSlotsPerNode * nodes) slots *= 2;
   const int64_t panels = (L + kPanelLabels) / kPanelLabels;  // END too
+  const int width = static_cast<int>(stride);
 
-  const PackedWeights packed{
-      .score_panels = allocate<float>(memory, panels * panel_floats(static_cast<int>(stride))),
+  auto* const exact = allocate<unsigned char>(memory, panels * exact_panel_bytes(width));
+  auto* const fast = allocate<unsigned char>(memory, panels * fast_panel_bytes(width));
+  const RecurrentWeights packed{
       .input_gates = allocate<float>(memory, (L + 2) * 4 * H),
       .hidden_weight = allocate<float>(memory, 4 * H * H),
       .output_projection = allocate<float>(memory, stride * H),
@@ -82,12 +84,13 @@ CudaHead::CudaHead(const HeadWeights& weights, int64_t prefix_bytes, int device,
   head_ = {
       .num_labels = static_cast<int32_t>(L),
       .joint_dim = static_cast<int32_t>(weights.joint_dim),
-      .joint_stride = static_cast<int32_t>(stride),
+      .joint_stride = width,
       .hidden_dim = static_cast<int32_t>(H),
       .panels = static_cast<int32_t>(panels),
       .cell = weights.cell,
       .activation = weights.activation,
-      .score_panels = packed.score_panels,
+      .exact_panels = exact,
+      .fast_panels = fast,
       .input_gates = packed.input_gates,
       .hidden_weight = packed.hidden_weight,
       .output_projection = packed.output_projection,
@@ -109,7 +112,8 @@ CudaHead::CudaHead(const HeadWeights& weights, int64_t prefix_bytes, int device,
   check_cuda(cudaMemsetAsync(head_.counts, 0, sizeof(DeviceCounts), stream), "clearing counts");
   check_cuda(cudaMemsetAsync(head_.slots, 0, slots * sizeof(PrefixSlot), stream),
              "clearing the prefix table");
-  pack_head(weights, head_, packed, device_.multiprocessors, stream);
+  pack_panels(weights, head_, exact, fast, device_, stream);
+  pack_recurrence(weights, head_, packed, device_.multiprocessors, stream);
   make_prefix_room(head_, head_.node_capacity + 1, 0, false, stream);
   make_states(head_, 1, nullptr, device_.multiprocessors, stream);
 

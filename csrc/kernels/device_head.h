@@ -38,10 +38,6 @@ struct DeviceCounts {
   PrefixCounts prefix;
 };
 
-// A panel in memory: the labels' weights [stride / 4, kPanelLabels, 4], so that a warp's lanes read
-// 16 bytes side by side, and their bias [kPanelLabels], -inf past END.
-CNNRNN_INLINE int panel_floats(int joint_stride) { return kPanelLabels * (joint_stride + 1); }
-
 struct DeviceHead {
   int32_t num_labels;    // L
   int32_t joint_dim;     // D
@@ -51,10 +47,11 @@ struct DeviceHead {
   Cell cell;
   Activation activation;
 
-  const float* score_panels;       // [panels, panel_floats(stride)]
-  const float* input_gates;        // [L+2, 4H]: U_w w and the biases, rows as label_embedding's
-  const float* hidden_weight;      // [4H, H]
-  const float* output_projection;  // [stride, H]
+  const unsigned char* exact_panels;  // [panels] as label_scores_cuda.h lays them out
+  const unsigned char* fast_panels;   // [panels]
+  const float* input_gates;           // [L+2, 4H]: U_w w and the biases, rows as label_embedding's
+  const float* hidden_weight;         // [4H, H]
+  const float* output_projection;     // [stride, H]
 
   // The prefix table. Node 0 is the root.
   DeviceCounts* counts;

@@ -193,26 +193,6 @@ __global__ void __launch_bounds__(kThreads)
   head.node_gates[kRootNode] = kNoGates;
 }
 
-// A thread owns one weight of the label embedding, laid out as the search reads it.
-__global__ void __launch_bounds__(kThreads)
-    pack_scores(HeadWeights weights, DeviceHead head, float* panels) {
-  const int64_t stride = head.joint_stride, D = head.joint_dim, L = head.num_labels;
-  const int64_t total = static_cast<int64_t>(head.panels) * kPanelLabels * stride;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < total;
-       i += step) {
-    const int64_t label = i / stride, d = i % stride;
-    const int64_t panel = label / kPanelLabels, at = label % kPanelLabels;
-    float* const to = panels + panel * panel_floats(head.joint_stride);
-    to[(d / 4 * kPanelLabels + at) * 4 + d % 4] =
-        label <= L && d < D ? weights.label_embedding[label * D + d] : 0.0f;
-    if (d != 0) continue;
-    to[stride * kPanelLabels + at] = label > L                       ? -INFINITY
-                                     : weights.score_bias != nullptr ? weights.score_bias[label]
-                                                                     : 0.0f;
-  }
-}
-
 int64_t blocks_for(int64_t work, int64_t per_block, int multiprocessors) {
   const int64_t wanted = (work + per_block - 1) / per_block;
   const int64_t most = int64_t{4} * multiprocessors;
@@ -221,8 +201,8 @@ int64_t blocks_for(int64_t work, int64_t per_block, int multiprocessors) {
 
 }  // namespace
 
-void pack_head(const HeadWeights& weights, const DeviceHead& head, const PackedWeights& packed,
-               int multiprocessors, cudaStream_t stream) {
+void pack_recurrence(const HeadWeights& weights, const DeviceHead& head,
+                     const RecurrentWeights& packed, int multiprocessors, cudaStream_t stream) {
   const int64_t D = head.joint_dim, H = head.hidden_dim;
   const auto copy = [&](float* to, const float* from, int64_t floats) {
     check_cuda(cudaMemcpyAsync(to, from, floats * sizeof(float), cudaMemcpyDeviceToDevice, stream),
@@ -233,9 +213,6 @@ void pack_head(const HeadWeights& weights, const DeviceHead& head, const PackedW
       cudaMemsetAsync(packed.output_projection, 0, head.joint_stride * H * sizeof(float), stream),
       "clearing a head's weights");
   copy(packed.output_projection, weights.output_projection, D * H);
-  const int64_t scores = int64_t{head.panels} * kPanelLabels * head.joint_stride;
-  launch("pack_scores", pack_scores, blocks_for(scores, kThreads, multiprocessors), kThreads, 0,
-         stream, weights, head, packed.score_panels);
   const int32_t rows = head.num_labels + 2, columns = static_cast<int32_t>(4 * H);
   const Product input{weights.label_embedding,
                       nullptr,

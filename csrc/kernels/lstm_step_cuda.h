@@ -1,4 +1,4 @@
-// Entry points of lstm_step_cuda.cu: packing a head on the device and making prefix states.
+// Entry points of lstm_step_cuda.cu: packing the recurrence and making prefix states.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,17 +10,16 @@
 
 namespace cnnrnn {
 
-// The arrays of a DeviceHead that packing writes.
-struct PackedWeights {
-  float* score_panels;
+// The recurrence's arrays of a DeviceHead, to be written.
+struct RecurrentWeights {
   float* input_gates;
   float* hidden_weight;
   float* output_projection;
 };
 
-// Lays out the weights, which are in device memory. `head` holds the sizes.
-void pack_head(const HeadWeights& weights, const DeviceHead& head, const PackedWeights& packed,
-               int multiprocessors, cudaStream_t stream);
+// Lays out the recurrence's weights, which are in device memory. `head` holds the sizes.
+void pack_recurrence(const HeadWeights& weights, const DeviceHead& head,
+                     const RecurrentWeights& packed, int multiprocessors, cudaStream_t stream);
 
 // Empties the prefix table, but for the root, where it has no room for so many more nodes and
 // parents. Before the root's state has been made, `root_ready` is false.

@@ -17,6 +17,7 @@ constexpr int kMaxBeamSize = 16;
 
 enum class Order { kIncreasing, kUnique, kFree };
 enum class Stop { kNBest, kLiteral };
+enum class Precision { kExact, kFast };  // of label scores on a GPU; the CPU's are exact
 
 // A head's parameters as torch lays them out.
 struct HeadWeights {
@@ -41,6 +42,7 @@ struct SearchOptions {
   Order order;
   bool end_takes_slot;
   Stop stop;
+  Precision precision = Precision::kExact;
 };
 
 struct ImageEmbeddings {

@@ -5,10 +5,9 @@
 // and no block-wide barrier is needed. In each step
 // - lane r < 16 looks up the prefix of row r in the table and the warp gathers h(U_o o + e) [16,
 // D];
-// - labels go by in panels of 32. A lane owns the scores of 4 rows x 4 labels; the 8 lanes of a
-// group
-//   own the same 4 rows. Softmax's denominator is kept online, the N best labels of a row in a list
-//   that takes only what exceeds its worst: scores of labels are never written to memory;
+// - labels go by in panels of 32, which label_scores_cuda.h multiplies, exactly in fp32 or fast in
+//   fp16. Softmax's denominator is kept online, the N best labels of a row in a list that takes
+//   only what exceeds its worst: scores of labels are never written to memory;
 // - the N x N continuations of an image are ranked by counting, all lanes at once, and lane m of
 // the
 //   warp decides with beam.h for the m-th image what ends, lives on or is dropped;
@@ -20,7 +19,7 @@
 // any D and L, panels streamed through shared memory and the warps of a block in step.
 //
 // By count, not measured: a row costs 64 x 96 multiply-adds at L = 81, D = 64. B = 4,096 images of
-// 4 rows and 4 steps are 0.40 G, 12 us at an H200's 33.5 T/s; all else is about as many
+// 4 rows and 4 steps are 0.40 G, 12 us at an H200's 33.5 T/s of fp32; all else is about as many
 // instructions again. The table is read once a row and step: 16 bytes of a slot and 256 of U_o o.
 
 #include <algorithm>
@@ -31,6 +30,7 @@
 
 #include "beam.h"
 #include "device_head.h"
+#include "label_scores_cuda.h"
 #include "launch.h"
 #include "math.h"
 #include "prefix_slots.h"
@@ -42,29 +42,16 @@ extern __shared__ __align__(16) unsigned char dynamic_shared[];
 
 namespace {
 
-constexpr int kWarpLanes = 32;
 constexpr int kLeastWarps = 4, kMostWarps = 8;  // of a block
 constexpr int kBlocksEach = 2;                  // of a multiprocessor
 constexpr int64_t kMostStaged = 4;              // panels streamed at once
 constexpr int kSmallBeam = 4;       // beams up to it have kernels that keep less per image
-constexpr int kPadding = 4;         // floats after each row of the tile, against bank conflicts
 constexpr int kResidentJoint = 64;  // D of the kernels that keep all of U_l in shared memory
-
-// Exact scores: fp32 throughout. How a warp's lanes share a tile of 16 rows x 32 labels.
-struct ExactScores {
-  static constexpr int kLanesPerRow = 8;
-  static constexpr int kRows = 4;    // of a lane: group, group + 4, ...
-  static constexpr int kLabels = 4;  // of a lane, in each panel
-
-  static __device__ __forceinline__ int label(int lane, int j) { return lane % 8 + 8 * j; }
-};
-
-constexpr int kGroups = kWarpLanes / ExactScores::kLanesPerRow;
-using Scores = float[ExactScores::kRows][ExactScores::kLabels];
+constexpr int kThreads = 256;       // of the kernel that packs
 
 // An image on its way through a step. In shared memory.
 template <int kCapacity>
-struct ImageState {
+struct alignas(16) ImageState {
   Beam<kCapacity> beam;
   FinishedPaths<kCapacity> done;  // with the ends of this step
   FinishedPaths<kCapacity> scratch;
@@ -78,13 +65,14 @@ struct ImageState {
 };
 
 // A warp's part of shared memory.
-template <int kCapacity>
+template <typename S, int kCapacity>
 struct Tile {
-  float* joint;                      // [16, D + kPadding]: h(U_o o + e)
   ImageState<kCapacity>* images;     // [images]
+  typename S::Element* joint;        // [16, D + padding]: h(U_o o + e)
   TopN<int32_t, kCapacity>* labels;  // [16]: each row's best labels by score
   float* log_sum_exp;                // [16]
   float* end;                        // [16]: END's score
+  float* headroom;                   // [16]: how far a label may stay below the best and matter
   float* probabilities;              // [16, kPanelLabels], where marginals are wanted
 };
 
@@ -99,30 +87,36 @@ CNNRNN_INLINE TileShape tile_shape(int beam_size) {
   return {kTileRows / rows, rows};
 }
 
-template <int kCapacity>
-CNNRNN_INLINE int64_t tile_bytes(int images, int joint_stride, bool marginals) {
-  const int64_t floats =
-      kTileRows * (joint_stride + kPadding + 2) + (marginals ? kTileRows * kPanelLabels : 0);
-  const int64_t bytes = floats * static_cast<int64_t>(sizeof(float)) +
-                        images * static_cast<int64_t>(sizeof(ImageState<kCapacity>)) +
-                        kTileRows * static_cast<int64_t>(sizeof(TopN<int32_t, kCapacity>));
+template <typename S, int kCapacity>
+CNNRNN_INLINE int64_t joint_bytes(int stride) {
+  return static_cast<int64_t>(sizeof(typename S::Element)) * kTileRows * (stride + S::kPadding);
+}
+
+template <typename S, int kCapacity>
+CNNRNN_INLINE int64_t tile_bytes(int images, int stride, bool marginals) {
+  const int64_t floats = kTileRows * (3 + (marginals ? kPanelLabels : 0));
+  const int64_t bytes = images * static_cast<int64_t>(sizeof(ImageState<kCapacity>)) +
+                        joint_bytes<S, kCapacity>(stride) +
+                        kTileRows * static_cast<int64_t>(sizeof(TopN<int32_t, kCapacity>)) +
+                        floats * static_cast<int64_t>(sizeof(float));
   return (bytes + 15) / 16 * 16;
 }
 
-template <int kCapacity>
-__device__ Tile<kCapacity> tile_at(unsigned char* shared, int images, int joint_stride) {
-  Tile<kCapacity> tile;
-  tile.images = reinterpret_cast<ImageState<kCapacity>*>(shared);  // the strictest alignment first
+template <typename S, int kCapacity>
+__device__ Tile<S, kCapacity> tile_at(unsigned char* shared, int images, int stride) {
+  static_assert(sizeof(ImageState<kCapacity>) % 16 == 0);  // rows are read 16 bytes at a time
+  Tile<S, kCapacity> tile;
+  tile.images = reinterpret_cast<ImageState<kCapacity>*>(shared);
   shared += images * sizeof(ImageState<kCapacity>);
-  tile.joint = reinterpret_cast<float*>(shared);
-  tile.log_sum_exp = tile.joint + kTileRows * (joint_stride + kPadding);
+  tile.joint = reinterpret_cast<typename S::Element*>(shared);
+  shared += joint_bytes<S, kCapacity>(stride);
+  tile.labels = reinterpret_cast<TopN<int32_t, kCapacity>*>(shared);
+  tile.log_sum_exp = reinterpret_cast<float*>(tile.labels + kTileRows);
   tile.end = tile.log_sum_exp + kTileRows;
-  tile.labels = reinterpret_cast<TopN<int32_t, kCapacity>*>(tile.end + kTileRows);
-  tile.probabilities = reinterpret_cast<float*>(tile.labels + kTileRows);
+  tile.headroom = tile.end + kTileRows;
+  tile.probabilities = tile.headroom + kTileRows;
   return tile;
 }
-
-__device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) % kWarpLanes; }
 
 // --- The table ---------------------------------------------------------------------------------
 
@@ -180,123 +174,101 @@ __device__ int32_t look_up(const DeviceHead& head, const BeamRules& rules,
 // --- Label scores ------------------------------------------------------------------------------
 
 // h(U_o o + e) of the tile's rows; zeros where a row is not scored. `node` is that of lane r's row.
-template <int kCapacity, bool kResident>
+template <typename S, int kCapacity, bool kResident>
 __device__ __forceinline__ void gather_joint(const DeviceHead& head, const ImageEmbeddings& images,
-                                             const Tile<kCapacity>& tile, int rows, int32_t node) {
+                                             const Tile<S, kCapacity>& tile, int rows,
+                                             int32_t node) {
   const int lane = lane_id();
-  if constexpr (kResident) {
-    // Half a warp takes a row of 64.
-    constexpr int kQuads = kResidentJoint / 4;
+  const int stride = kResident ? kResidentJoint : head.joint_stride;
+  const int D = kResident ? kResidentJoint : head.joint_dim;
+  // Half a warp takes a row.
 #pragma unroll 4
-    for (int r = lane / kQuads; r < kTileRows; r += kWarpLanes / kQuads) {
-      const int32_t from = __shfl_sync(~0u, node, r);
+  for (int r = lane / 16; r < kTileRows; r += 2) {
+    const int32_t from = __shfl_sync(~0u, node, r);
+    const int64_t image = from == kNoNode ? 0 : tile.images[r / rows].image;
+    const float* const o = head.projected + static_cast<int64_t>(from) * stride;
+    const float* const e = images.joint + image * D;
+    for (int quad = lane % 16; quad < stride / 4; quad += 16) {
       float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       if (from != kNoNode) {
-        const int64_t image = tile.images[r / rows].image;
-        const float4 o = reinterpret_cast<const float4*>(
-            head.projected + static_cast<int64_t>(from) * kResidentJoint)[lane % kQuads];
-        const float4 e =
-            reinterpret_cast<const float4*>(images.joint + image * kResidentJoint)[lane % kQuads];
-        x = make_float4(activate(head.activation, o.x + e.x), activate(head.activation, o.y + e.y),
-                        activate(head.activation, o.z + e.z), activate(head.activation, o.w + e.w));
-      }
-      reinterpret_cast<float4*>(tile.joint + r * (kResidentJoint + kPadding))[lane % kQuads] = x;
-    }
-  } else {
-    const int stride = head.joint_stride;
-    for (int r = 0; r < kTileRows; ++r) {
-      const int32_t from = __shfl_sync(~0u, node, r);
-      const int64_t image = from == kNoNode ? 0 : tile.images[r / rows].image;
-      for (int d = lane; d < stride; d += kWarpLanes) {
-        float x = 0.0f;
-        if (from != kNoNode && d < head.joint_dim) {
-          x = activate(head.activation, head.projected[static_cast<int64_t>(from) * stride + d] +
-                                            images.joint[image * head.joint_dim + d]);
+        const int d = 4 * quad;
+        x = *reinterpret_cast<const float4*>(o + d);
+        if constexpr (kResident) {
+          const float4 y = *reinterpret_cast<const float4*>(e + d);
+          x = make_float4(x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w);
+        } else {  // rows of e may begin anywhere, and end before the stride does
+          x = make_float4(x.x + (d < D ? e[d] : 0.0f), x.y + (d + 1 < D ? e[d + 1] : 0.0f),
+                          x.z + (d + 2 < D ? e[d + 2] : 0.0f), x.w + (d + 3 < D ? e[d + 3] : 0.0f));
         }
-        tile.joint[r * (stride + kPadding) + d] = x;
+        x = make_float4(activate(head.activation, x.x), activate(head.activation, x.y),
+                        activate(head.activation, x.z), activate(head.activation, x.w));
       }
+      S::put_row(tile.joint + r * (stride + S::kPadding), quad, x);
     }
   }
   __syncwarp();
 }
 
-// z = U_l x for a lane's rows and labels of one panel [D / 4, 32, 4].
-template <int kJoint>
-__device__ __forceinline__ void multiply_panel(const float* panel, const float* joint, int stride,
-                                               Scores& z) {
-  const int lane = lane_id(), group = lane / ExactScores::kLanesPerRow;
-#pragma unroll
-  for (auto& row : z) {
-#pragma unroll
-    for (float& score : row) score = 0.0f;
-  }
-  const int D = kJoint > 0 ? kJoint : stride;
-  const float4* weights = reinterpret_cast<const float4*>(panel) + lane % ExactScores::kLanesPerRow;
-  const float* x_rows = joint + group * (D + kPadding);
-#pragma unroll 1  // more would pass the 128 registers of two blocks a multiprocessor
-  for (int quad = 0; quad < D / 4; ++quad) {
-    float4 x[ExactScores::kRows], w[ExactScores::kLabels];
-#pragma unroll
-    for (int i = 0; i < ExactScores::kRows; ++i) {
-      x[i] = *reinterpret_cast<const float4*>(x_rows + i * kGroups * (D + kPadding) + quad * 4);
-    }
-#pragma unroll
-    for (int j = 0; j < ExactScores::kLabels; ++j) {
-      w[j] = weights[quad * kPanelLabels + j * ExactScores::kLanesPerRow];
-    }
-#pragma unroll
-    for (int i = 0; i < ExactScores::kRows; ++i) {
-#pragma unroll
-      for (int j = 0; j < ExactScores::kLabels; ++j) {
-        z[i][j] = fmaf(x[i].x, w[j].x, z[i][j]);
-        z[i][j] = fmaf(x[i].y, w[j].y, z[i][j]);
-        z[i][j] = fmaf(x[i].z, w[j].z, z[i][j]);
-        z[i][j] = fmaf(x[i].w, w[j].w, z[i][j]);
-      }
-    }
-  }
+// The live path of a lane's i-th row, or null where that row is not scored.
+template <typename S, int kCapacity>
+__device__ __forceinline__ const LivePath* scored_path(const Tile<S, kCapacity>& tile, int rows,
+                                                       int r) {
+  const ImageState<kCapacity>& image = tile.images[r / rows];
+  const int j = r % rows;
+  const bool scored =
+      image.active && j < image.beam.live_count && image.steps[j].kind == PathStep::Kind::kScored;
+  return scored ? &image.beam.live[j] : nullptr;
 }
 
 // Adds the biases and label logits and forbids what may not follow. Sets bit i of `nonfinite` where
 // the logits of a lane's row i are not finite.
-template <int kCapacity>
+template <typename S, int kCapacity>
 __device__ __forceinline__ void complete_scores(const DeviceHead& head, const BeamRules& rules,
                                                 const ImageEmbeddings& images,
-                                                const Tile<kCapacity>& tile, int rows, int panel,
-                                                const float* bias, Scores& z, uint32_t* nonfinite) {
-  const int lane = lane_id(), group = lane / ExactScores::kLanesPerRow;
-  const int32_t L = head.num_labels;
+                                                const Tile<S, kCapacity>& tile, int rows, int panel,
+                                                const float* bias, typename S::Scores& z,
+                                                uint32_t* nonfinite) {
+  const int lane = lane_id(), group = lane / S::kLanesPerRow;
+  const int32_t L = head.num_labels, first_label = panel * kPanelLabels;
 #pragma unroll
-  for (int i = 0; i < ExactScores::kRows; ++i) {
-    const int r = group + kGroups * i;
+  for (int j = 0; j < S::kLabels; ++j) {
+#pragma unroll
+    for (int i = 0; i < S::kRows; ++i) z[i][j] += bias[S::label(lane, j)];
+  }
+#pragma unroll
+  for (int i = 0; i < S::kRows; ++i) {
+    const int r = group + S::kGroups * i;
+    const LivePath* const path = scored_path(tile, rows, r);
+    if (path == nullptr) continue;
     const ImageState<kCapacity>& image = tile.images[r / rows];
-    const int j_path = r % rows;
-    const bool scored = image.active && j_path < image.beam.live_count &&
-                        image.steps[j_path].kind == PathStep::Kind::kScored;
-    if (!scored) continue;
-    const LivePath path = image.beam.live[j_path];
-    const int64_t length = image.beam.step;
-    const int64_t allowed = first_allowed(rules, path);
-    const float* logits = images.label_logits == nullptr
-                              ? nullptr
-                              : images.label_logits + static_cast<int64_t>(image.image) * (L + 1);
+    if (images.label_logits != nullptr) {
+      const float* logits = images.label_logits + static_cast<int64_t>(image.image) * (L + 1);
 #pragma unroll
-    for (int j = 0; j < ExactScores::kLabels; ++j) {
-      const int32_t label = panel * kPanelLabels + ExactScores::label(lane, j);
-      z[i][j] += bias[ExactScores::label(lane, j)];
-      if (logits != nullptr && label <= L) {
+      for (int j = 0; j < S::kLabels; ++j) {
+        const int32_t label = first_label + S::label(lane, j);
+        if (label > L) continue;
         const float logit = logits[label];
         if (!isfinite(logit)) *nonfinite |= 1u << i;
         z[i][j] += logit;
       }
-      if (label < allowed || (label == L && !end_allowed(rules, length))) z[i][j] = -INFINITY;
+    }
+    const int64_t length = image.beam.step;
+    // The first label that is allowed, counted from the panel's first, and END where it is not.
+    const int allowed = static_cast<int>(first_allowed(rules, *path)) - first_label;
+    const int end = end_allowed(rules, length) ? kPanelLabels : L - first_label;
+    if (allowed > 0 || end < kPanelLabels) {
+#pragma unroll
+      for (int j = 0; j < S::kLabels; ++j) {
+        const int label = S::label(lane, j);
+        if (label < allowed || label == end) z[i][j] = -INFINITY;
+      }
     }
     if (rules.options.order == Order::kUnique && length > 0) {
-      int32_t on_path = path.label;
-      for (int32_t node = path.parent;; node = head.node_parent[node]) {
+      int32_t on_path = path->label;
+      for (int32_t node = path->parent;; node = head.node_parent[node]) {
 #pragma unroll
-        for (int j = 0; j < ExactScores::kLabels; ++j) {
-          if (panel * kPanelLabels + ExactScores::label(lane, j) == on_path) z[i][j] = -INFINITY;
+        for (int j = 0; j < S::kLabels; ++j) {
+          if (first_label + S::label(lane, j) == on_path) z[i][j] = -INFINITY;
         }
         if (node == kRootNode) break;
         on_path = head.node_label[node];
@@ -307,10 +279,12 @@ __device__ __forceinline__ void complete_scores(const DeviceHead& head, const Be
 
 // What a lane knows of its rows while panels go by: the same in all lanes of a group, but `sum`,
 // which is the lane's own part.
+template <typename S>
 struct RowSums {
-  float largest[ExactScores::kRows];  // score so far
-  float sum[ExactScores::kRows];      // of exp(score - largest)
-  float bound[ExactScores::kRows];    // what a label must exceed to be among the best
+  float largest[S::kRows];   // score so far
+  float sum[S::kRows];       // of exp(score - largest)
+  float bound[S::kRows];     // what a label must exceed to be among the best
+  float headroom[S::kRows];  // how far it may stay below the largest and matter
 };
 
 struct Candidate {
@@ -318,121 +292,115 @@ struct Candidate {
   int32_t label;
 };
 
-__device__ __forceinline__ bool precedes(float score, int32_t label, float other,
-                                         int32_t other_label) {
-  return score > other || (score == other && label < other_label);
-}
-
-// The best of a lane's scores of one row, then of its group's.
-__device__ __forceinline__ Candidate best_of_row(const float (&z)[ExactScores::kLabels],
-                                                 int first_label) {
+// The best of a lane's labels in one row, then of its group's: at equal score the lower label.
+template <typename S>
+__device__ __forceinline__ Candidate best_of_row(const float (&z)[S::kLabels], int first_label) {
   const int lane = lane_id();
   Candidate best{-INFINITY, INT32_MAX};
 #pragma unroll
-  for (int j = 0; j < ExactScores::kLabels; ++j) {
-    const int32_t label = first_label + ExactScores::label(lane, j);
-    if (precedes(z[j], label, best.score, best.label)) best = {z[j], label};
+  for (int j = 0; j < S::kLabels; ++j) {
+    if (z[j] > best.score) best = {z[j], first_label + S::label(lane, j)};
   }
 #pragma unroll
-  for (int other = ExactScores::kLanesPerRow / 2; other > 0; other /= 2) {
+  for (int other = S::kLanesPerRow / 2; other > 0; other /= 2) {
     const float score = __shfl_xor_sync(~0u, best.score, other);
     const int32_t label = __shfl_xor_sync(~0u, best.label, other);
-    if (precedes(score, label, best.score, best.label)) best = {score, label};
+    if (score > best.score || (score == best.score && label < best.label)) best = {score, label};
   }
   return best;
 }
 
 // Takes a panel's scores into the sums and the best labels. END's go to tile.end and are no label.
-template <int kCapacity>
-__device__ __forceinline__ void take_panel(const DeviceHead& head, const Tile<kCapacity>& tile,
-                                           int beam_size, int panel, Scores& z, RowSums* sums) {
-  const int lane = lane_id(), group = lane / ExactScores::kLanesPerRow;
+template <typename S, int kCapacity>
+__device__ __forceinline__ void take_panel(const DeviceHead& head, const Tile<S, kCapacity>& tile,
+                                           int beam_size, int panel, typename S::Scores& z,
+                                           RowSums<S>* sums) {
+  const int lane = lane_id(), group = lane / S::kLanesPerRow;
   const int32_t first_label = panel * kPanelLabels, end = head.num_labels - first_label;
-  const int owned = lane % ExactScores::kLanesPerRow;  // the row of the group whose list is mine
-  const bool holds_end = end < kPanelLabels;
-  float end_score[ExactScores::kRows];
+  const int owned = lane % S::kLanesPerRow;  // the row of the group whose list is this lane's
 #pragma unroll
-  for (int i = 0; i < ExactScores::kRows; ++i) end_score[i] = -INFINITY;
-  if (holds_end) {
-    const int holder = group * ExactScores::kLanesPerRow + end % ExactScores::kLanesPerRow;
+  for (int i = 0; i < S::kRows; ++i) {
+    float largest = z[i][0];
 #pragma unroll
-    for (int i = 0; i < ExactScores::kRows; ++i) {
-      float mine = -INFINITY;
+    for (int j = 1; j < S::kLabels; ++j) largest = fmaxf(largest, z[i][j]);
 #pragma unroll
-      for (int j = 0; j < ExactScores::kLabels; ++j) {
-        if (ExactScores::label(lane, j) == end) mine = z[i][j];
-      }
-      end_score[i] = __shfl_sync(~0u, mine, holder);
-      if (owned == i) tile.end[group + kGroups * i] = end_score[i];
+    for (int other = S::kLanesPerRow / 2; other > 0; other /= 2) {
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, other));
     }
-  }
-  Candidate best[ExactScores::kRows];
-#pragma unroll
-  for (int i = 0; i < ExactScores::kRows; ++i) {
-    float with_end[ExactScores::kLabels];
-#pragma unroll
-    for (int j = 0; j < ExactScores::kLabels; ++j) {
-      with_end[j] = z[i][j];
-      if (holds_end && ExactScores::label(lane, j) == end) z[i][j] = -INFINITY;
-    }
-    best[i] = best_of_row(z[i], first_label);
-    const float largest = fmaxf(fmaxf(sums->largest[i], best[i].score), end_score[i]);
+    largest = fmaxf(largest, sums->largest[i]);
     const float base = largest == -INFINITY ? 0.0f : largest;
     float sum = sums->sum[i] * __expf(sums->largest[i] - base);
 #pragma unroll
-    for (int j = 0; j < ExactScores::kLabels; ++j) sum += __expf(with_end[j] - base);
+    for (int j = 0; j < S::kLabels; ++j) sum += __expf(z[i][j] - base);
     sums->largest[i] = largest;
     sums->sum[i] = sum;
+    sums->bound[i] = fmaxf(sums->bound[i], largest - sums->headroom[i]);
+  }
+  if (end < kPanelLabels) {
+#pragma unroll
+    for (int i = 0; i < S::kRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < S::kLabels; ++j) {
+        if (S::label(lane, j) != end) continue;
+        tile.end[group + S::kGroups * i] = z[i][j];
+        z[i][j] = -INFINITY;
+      }
+    }
   }
   for (int taken = 0; taken < beam_size; ++taken) {
     bool any = false;
 #pragma unroll
-    for (int i = 0; i < ExactScores::kRows; ++i) any = any || best[i].score > sums->bound[i];
-    if (!__any_sync(~0u, any)) break;
-    float bound = -INFINITY;
+    for (int i = 0; i < S::kRows; ++i) {
 #pragma unroll
-    for (int i = 0; i < ExactScores::kRows; ++i) {
-      if (owned != i) continue;
-      TopN<int32_t, kCapacity>& list = tile.labels[group + kGroups * i];
-      list.offer(best[i].score, best[i].label);
+      for (int j = 0; j < S::kLabels; ++j) any = any || z[i][j] > sums->bound[i];
+    }
+    if (!__any_sync(~0u, any)) break;
+    Candidate mine{-INFINITY, INT32_MAX};
+#pragma unroll
+    for (int i = 0; i < S::kRows; ++i) {
+      const Candidate best = best_of_row<S>(z[i], first_label);
+      if (owned == i) mine = best;
+#pragma unroll
+      for (int j = 0; j < S::kLabels; ++j) {
+        if (first_label + S::label(lane, j) == best.label) z[i][j] = -INFINITY;
+      }
+    }
+    float bound = -INFINITY;
+    if (owned < S::kRows) {
+      TopN<int32_t, kCapacity>& list = tile.labels[group + S::kGroups * owned];
+      list.offer(mine.score, mine.label);
       bound = list.bound();
     }
 #pragma unroll
-    for (int i = 0; i < ExactScores::kRows; ++i) {
-      sums->bound[i] = __shfl_sync(~0u, bound, group * ExactScores::kLanesPerRow + i);
-#pragma unroll
-      for (int j = 0; j < ExactScores::kLabels; ++j) {
-        if (first_label + ExactScores::label(lane, j) == best[i].label) z[i][j] = -INFINITY;
-      }
-      if (taken + 1 < beam_size) best[i] = best_of_row(z[i], first_label);
+    for (int i = 0; i < S::kRows; ++i) {
+      const float of_list = __shfl_sync(~0u, bound, group * S::kLanesPerRow + i);
+      sums->bound[i] = fmaxf(sums->bound[i], of_list);
     }
   }
 }
 
 // The softmax's denominators, and whether the label logits that the root's step saw were finite.
-template <int kCapacity>
-__device__ __forceinline__ void finish_sums(const Tile<kCapacity>& tile, TileShape shape,
-                                            const RowSums& sums, uint32_t nonfinite) {
-  const int lane = lane_id(), group = lane / ExactScores::kLanesPerRow;
+template <typename S, int kCapacity>
+__device__ __forceinline__ void finish_sums(const Tile<S, kCapacity>& tile, TileShape shape,
+                                            const RowSums<S>& sums, uint32_t nonfinite) {
+  const int lane = lane_id(), group = lane / S::kLanesPerRow, owned = lane % S::kLanesPerRow;
 #pragma unroll
-  for (int i = 0; i < ExactScores::kRows; ++i) {
+  for (int i = 0; i < S::kRows; ++i) {
     float sum = sums.sum[i];
 #pragma unroll
-    for (int other = ExactScores::kLanesPerRow / 2; other > 0; other /= 2) {
+    for (int other = S::kLanesPerRow / 2; other > 0; other /= 2) {
       sum += __shfl_xor_sync(~0u, sum, other);
     }
     // Outside the condition: within it, the compiler takes i for the lane and indexes memory by it.
     const float log_sum_exp = sums.largest[i] + __logf(sum);
-    if (lane % ExactScores::kLanesPerRow == i) {
-      tile.log_sum_exp[group + kGroups * i] = log_sum_exp;
-    }
+    if (owned == i) tile.log_sum_exp[group + S::kGroups * i] = log_sum_exp;
   }
 #pragma unroll
-  for (int other = ExactScores::kLanesPerRow / 2; other > 0; other /= 2) {
+  for (int other = S::kLanesPerRow / 2; other > 0; other /= 2) {
     nonfinite |= __shfl_xor_sync(~0u, nonfinite, other);
   }
-  const int mine = lane % ExactScores::kLanesPerRow, r = group + kGroups * mine;
-  if (mine < ExactScores::kRows && (nonfinite >> mine & 1) != 0 && r % shape.rows == 0) {
+  const int r = group + S::kGroups * owned;
+  if (owned < S::kRows && (nonfinite >> owned & 1) != 0 && r % shape.rows == 0) {
     ImageState<kCapacity>& image = tile.images[r / shape.rows];
     if (image.beam.step == 0) image.finite = false;
   }
@@ -440,24 +408,21 @@ __device__ __forceinline__ void finish_sums(const Tile<kCapacity>& tile, TileSha
 }
 
 // Marginals: the probabilities of a panel's labels, added path by path. One lane owns a label.
-template <int kCapacity>
+template <typename S, int kCapacity>
 __device__ void add_marginals(const DeviceHead& head, const SearchOutput& output,
-                              const Tile<kCapacity>& tile, TileShape shape, int panel,
-                              const Scores& z) {
-  const int lane = lane_id(), group = lane / ExactScores::kLanesPerRow;
+                              const Tile<S, kCapacity>& tile, TileShape shape, int panel,
+                              const typename S::Scores& z) {
+  const int lane = lane_id(), group = lane / S::kLanesPerRow;
 #pragma unroll
-  for (int i = 0; i < ExactScores::kRows; ++i) {
-    const int r = group + kGroups * i;
-    const ImageState<kCapacity>& image = tile.images[r / shape.rows];
-    const int j_path = r % shape.rows;
-    const bool scored = image.active && j_path < image.beam.live_count &&
-                        image.steps[j_path].kind == PathStep::Kind::kScored;
+  for (int i = 0; i < S::kRows; ++i) {
+    const int r = group + S::kGroups * i;
+    const LivePath* const path = scored_path(tile, shape.rows, r);
+    const float log_sum_exp =
+        path == nullptr ? 0.0f : tile.images[r / shape.rows].steps[r % shape.rows].log_sum_exp;
 #pragma unroll
-    for (int j = 0; j < ExactScores::kLabels; ++j) {
-      tile.probabilities[r * kPanelLabels + ExactScores::label(lane, j)] =
-          scored ? expf(image.beam.live[j_path].score +
-                        step_log_prob(z[i][j], image.steps[j_path].log_sum_exp))
-                 : 0.0f;
+    for (int j = 0; j < S::kLabels; ++j) {
+      tile.probabilities[r * kPanelLabels + S::label(lane, j)] =
+          path == nullptr ? 0.0f : expf(path->score + step_log_prob(z[i][j], log_sum_exp));
     }
   }
   __syncwarp();
@@ -479,9 +444,9 @@ __device__ void add_marginals(const DeviceHead& head, const SearchOutput& output
 // --- Decisions, by lane m for the m-th image of a tile -----------------------------------------
 
 // The ends of this step, and what is needed of the states that are missing.
-template <int kCapacity>
-__device__ void offer_step_ends(const BeamRules& rules, const Tile<kCapacity>& tile, int first_row,
-                                ImageState<kCapacity>* image) {
+template <typename S, int kCapacity>
+__device__ void offer_step_ends(const BeamRules& rules, const Tile<S, kCapacity>& tile,
+                                int first_row, ImageState<kCapacity>* image) {
   const Beam<kCapacity>& beam = image->beam;
   image->needed = 0;
   image->done = beam.done;
@@ -508,8 +473,8 @@ __device__ void offer_step_ends(const BeamRules& rules, const Tile<kCapacity>& t
 }
 
 // A continuation of an image: its label, or END where that takes a slot.
-template <int kCapacity>
-__device__ __forceinline__ bool continuation(const BeamRules& rules, const Tile<kCapacity>& tile,
+template <typename S, int kCapacity>
+__device__ __forceinline__ bool continuation(const BeamRules& rules, const Tile<S, kCapacity>& tile,
                                              const ImageState<kCapacity>& image, int first_row,
                                              int j, int at, Candidate* found) {
   const PathStep& step = image.steps[j];
@@ -528,8 +493,8 @@ __device__ __forceinline__ bool continuation(const BeamRules& rules, const Tile<
 
 // Ranks an image's continuations by counting those that come before each, all lanes at once: at
 // equal score the lower path and label. The N first make up `best`.
-template <int kCapacity>
-__device__ void choose_continuations(const BeamRules& rules, const Tile<kCapacity>& tile,
+template <typename S, int kCapacity>
+__device__ void choose_continuations(const BeamRules& rules, const Tile<S, kCapacity>& tile,
                                      TileShape shape) {
   const int per_path = rules.options.beam_size + 1;  // its best labels and END
   const int per_image = shape.rows * per_path;
@@ -607,9 +572,9 @@ __device__ bool all_finite(const float* values, int64_t n) {
 }
 
 // Sets up the images of a tile, which begins at the first-th of the pass.
-template <int kCapacity>
+template <typename S, int kCapacity>
 __device__ void begin_tile(const DeviceHead& head, const SearchPass& pass,
-                           const Tile<kCapacity>& tile, TileShape shape, int64_t first,
+                           const Tile<S, kCapacity>& tile, TileShape shape, int64_t first,
                            int64_t count) {
   const int beam_size = pass.rules.options.beam_size;
   for (int m = 0; m < shape.images; ++m) {
@@ -645,37 +610,43 @@ __device__ void begin_tile(const DeviceHead& head, const SearchPass& pass,
 
 // Looks up the states of a tile's paths and gathers what is scored. Returns the first panel that
 // any row needs.
-template <int kCapacity, bool kResident>
+template <typename S, int kCapacity, bool kResident>
 __device__ int begin_step(const DeviceHead& head, const SearchPass& pass,
-                          const Tile<kCapacity>& tile, TileShape shape, RowSums* sums) {
-  const int lane = lane_id();
+                          const Tile<S, kCapacity>& tile, TileShape shape, RowSums<S>* sums) {
+  const int lane = lane_id(), group = lane / S::kLanesPerRow;
   int32_t node = kNoNode;
   uint32_t first_panel = head.panels;
   if (lane < kTileRows) {
     ImageState<kCapacity>* const image = &tile.images[lane / shape.rows];
     const int j = lane % shape.rows;
     node = look_up(head, pass.rules, image, j);
+    tile.headroom[lane] = -INFINITY;  // nothing of a row matters that is not scored
     if (node != kNoNode) {
-      first_panel =
-          static_cast<uint32_t>(first_allowed(pass.rules, image->beam.live[j]) / kPanelLabels);
+      const LivePath& path = image->beam.live[j];
+      first_panel = static_cast<uint32_t>(first_allowed(pass.rules, path) / kPanelLabels);
+      // A label's log-probability is at most its distance from the largest score.
+      constexpr float kRounding = 0.01f;
+      tile.headroom[lane] =
+          path.score - selection_floor(pass.rules, image->beam, image->beam.done) + kRounding;
     }
     tile.labels[lane].size = 0;
     tile.labels[lane].limit = pass.rules.options.beam_size;
     tile.end[lane] = -INFINITY;
   }
+  gather_joint<S, kCapacity, kResident>(head, pass.images, tile, shape.rows, node);
 #pragma unroll
-  for (int i = 0; i < ExactScores::kRows; ++i) {
+  for (int i = 0; i < S::kRows; ++i) {
     sums->largest[i] = sums->bound[i] = -INFINITY;
     sums->sum[i] = 0.0f;
+    sums->headroom[i] = tile.headroom[group + S::kGroups * i];
   }
-  gather_joint<kCapacity, kResident>(head, pass.images, tile, shape.rows, node);
   return static_cast<int>(__reduce_min_sync(~0u, first_panel));
 }
 
 // Ends a step: what the outcome of lane m's image asks for.
-template <int kCapacity>
+template <typename S, int kCapacity>
 __device__ void end_step(const DeviceHead& head, const SearchPass& pass,
-                         const Tile<kCapacity>& tile, TileShape shape, Outcome outcome) {
+                         const Tile<S, kCapacity>& tile, TileShape shape, Outcome outcome) {
   const int lane = lane_id();
   const BeamRules& rules = pass.rules;
   const int64_t N = rules.options.beam_size, T = rules.options.max_labels;
@@ -723,52 +694,63 @@ __device__ void end_step(const DeviceHead& head, const SearchPass& pass,
   __syncwarp();
 }
 
-__device__ void copy_panels(float* to, const float* from, int64_t floats) {
-  for (int64_t i = threadIdx.x; i < floats / 4; i += blockDim.x) {
+template <typename S>
+__device__ const unsigned char* panels_of(const DeviceHead& head);
+template <>
+__device__ const unsigned char* panels_of<ExactScores>(const DeviceHead& head) {
+  return head.exact_panels;
+}
+template <>
+__device__ const unsigned char* panels_of<FastScores>(const DeviceHead& head) {
+  return head.fast_panels;
+}
+
+__device__ void copy_panels(unsigned char* to, const unsigned char* from, int64_t bytes) {
+  for (int64_t i = threadIdx.x; i < bytes / 16; i += blockDim.x) {
     reinterpret_cast<float4*>(to)[i] = reinterpret_cast<const float4*>(from)[i];
   }
 }
 
 // Shows a warp the panels from `first` on. Streamed ones are brought by the whole block, whose
 // warps all call this.
-template <bool kResident, typename Take>
-__device__ __forceinline__ void for_each_panel(const DeviceHead& head, float* panels, int staged,
-                                               int first, Take take) {
-  const int floats = panel_floats(head.joint_stride);
+template <typename S, bool kResident, typename Take>
+__device__ __forceinline__ void for_each_panel(const DeviceHead& head, unsigned char* panels,
+                                               int staged, int first, Take take) {
+  const int64_t bytes = panel_bytes<S>(kResident ? kResidentJoint : head.joint_stride);
   if constexpr (kResident) {
-    for (int panel = first; panel < head.panels; ++panel) take(panel, panels + panel * floats);
+    for (int panel = first; panel < head.panels; ++panel) take(panel, panels + panel * bytes);
   } else {
     for (int stage = 0; stage < head.panels; stage += staged) {
       const int end = min(stage + staged, head.panels);
       __syncthreads();  // the last stage has been read
-      copy_panels(panels, head.score_panels + static_cast<int64_t>(stage) * floats,
-                  static_cast<int64_t>(end - stage) * floats);
+      copy_panels(panels, panels_of<S>(head) + stage * bytes, (end - stage) * bytes);
       __syncthreads();
       for (int panel = max(stage, first); panel < end; ++panel) {
-        take(panel, panels + (panel - stage) * floats);
+        take(panel, panels + (panel - stage) * bytes);
       }
     }
   }
 }
 
 // `staged`: panels in shared memory at once; all of them where kResident.
-template <int kCapacity, bool kResident>
+template <typename S, int kCapacity, bool kResident>
 __global__ void __launch_bounds__(kMostWarps* kWarpLanes, kBlocksEach)
     search_tiles(DeviceHead head, SearchPass pass, int staged) {
   constexpr int kJoint = kResident ? kResidentJoint : 0;
+  using Rows = typename S::template Rows<kJoint>;
   const BeamRules& rules = pass.rules;
   const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarpLanes;
   const int warps = static_cast<int>(blockDim.x) / kWarpLanes;
   const int stride = kResident ? kResidentJoint : head.joint_stride;
   const bool marginals = pass.output.marginals != nullptr;
   const TileShape shape = tile_shape(rules.options.beam_size);
-  float* const panels = reinterpret_cast<float*>(dynamic_shared);
-  const Tile<kCapacity> tile =
-      tile_at<kCapacity>(dynamic_shared + staged * panel_floats(stride) * sizeof(float) +
-                             warp * tile_bytes<kCapacity>(shape.images, stride, marginals),
-                         shape.images, stride);
+  unsigned char* const panels = dynamic_shared;
+  const Tile<S, kCapacity> tile =
+      tile_at<S, kCapacity>(dynamic_shared + staged * panel_bytes<S>(stride) +
+                                warp * tile_bytes<S, kCapacity>(shape.images, stride, marginals),
+                            shape.images, stride);
   if constexpr (kResident) {
-    copy_panels(panels, head.score_panels, static_cast<int64_t>(staged) * panel_floats(stride));
+    copy_panels(panels, panels_of<S>(head), staged * panel_bytes<S>(stride));
     __syncthreads();
   }
   const int64_t count = pass.image_count == nullptr ? pass.count : *pass.image_count;
@@ -781,21 +763,24 @@ __global__ void __launch_bounds__(kMostWarps* kWarpLanes, kBlocksEach)
       const bool mine = lane < shape.images && tile.images[lane].active;
       const bool active = __any_sync(~0u, mine);
       if (kResident ? !active : __syncthreads_or(active) == 0) break;
-      RowSums sums;
+      RowSums<S> sums;
       uint32_t nonfinite = 0;
-      Scores z;
+      typename S::Scores z;
       const int first_panel =
-          active ? begin_step<kCapacity, kResident>(head, pass, tile, shape, &sums) : head.panels;
-      for_each_panel<kResident>(head, panels, staged, first_panel,
-                                [&](int panel, const float* weights) {
-                                  multiply_panel<kJoint>(weights, tile.joint, stride, z);
-                                  complete_scores(head, rules, pass.images, tile, shape.rows, panel,
-                                                  weights + kPanelLabels * stride, z, &nonfinite);
-                                  take_panel(head, tile, rules.options.beam_size, panel, z, &sums);
-                                });
+          active ? begin_step<S, kCapacity, kResident>(head, pass, tile, shape, &sums)
+                 : head.panels;
+      const Rows joint(tile.joint, stride);
+      for_each_panel<S, kResident>(
+          head, panels, staged, first_panel, [&](int panel, const unsigned char* weights) {
+            S::template multiply<kJoint>(joint, weights, stride, z);
+            complete_scores<S>(head, rules, pass.images, tile, shape.rows, panel,
+                               reinterpret_cast<const float*>(weights + S::bias_at(stride)), z,
+                               &nonfinite);
+            take_panel<S>(head, tile, rules.options.beam_size, panel, z, &sums);
+          });
       Outcome outcome = Outcome::kNone;
       if (active) {
-        finish_sums(tile, shape, sums, nonfinite);
+        finish_sums<S>(tile, shape, sums, nonfinite);
         if (mine) offer_step_ends(rules, tile, lane * shape.rows, &tile.images[lane]);
         __syncwarp();
         choose_continuations(rules, tile, shape);
@@ -810,12 +795,13 @@ __global__ void __launch_bounds__(kMostWarps* kWarpLanes, kBlocksEach)
         __syncwarp();
       }
       if (marginals) {
-        for_each_panel<kResident>(
-            head, panels, staged, first_panel, [&](int panel, const float* weights) {
-              multiply_panel<kJoint>(weights, tile.joint, stride, z);
-              complete_scores(head, rules, pass.images, tile, shape.rows, panel,
-                              weights + kPanelLabels * stride, z, &nonfinite);
-              add_marginals(head, pass.output, tile, shape, panel, z);
+        for_each_panel<S, kResident>(
+            head, panels, staged, first_panel, [&](int panel, const unsigned char* weights) {
+              S::template multiply<kJoint>(joint, weights, stride, z);
+              complete_scores<S>(head, rules, pass.images, tile, shape.rows, panel,
+                                 reinterpret_cast<const float*>(weights + S::bias_at(stride)), z,
+                                 &nonfinite);
+              add_marginals<S>(head, pass.output, tile, shape, panel, z);
             });
       }
       if (active) end_step(head, pass, tile, shape, outcome);
@@ -830,13 +816,35 @@ __global__ void __launch_bounds__(kMostWarps* kWarpLanes, kBlocksEach)
   }
 }
 
-template <int kCapacity>
+// A thread owns one weight of the label embedding.
+template <typename S>
+__global__ void __launch_bounds__(kThreads)
+    pack_scores(HeadWeights weights, DeviceHead head, unsigned char* panels) {
+  const int64_t stride = head.joint_stride, D = head.joint_dim, L = head.num_labels;
+  const int64_t total = static_cast<int64_t>(head.panels) * kPanelLabels * stride;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < total;
+       i += step) {
+    const int64_t label = i / stride, d = i % stride;
+    const int at = static_cast<int>(label % kPanelLabels);
+    unsigned char* const panel = panels + label / kPanelLabels * panel_bytes<S>(head.joint_stride);
+    S::put_weight(panel, head.joint_stride, at, static_cast<int>(d),
+                  label <= L && d < D ? weights.label_embedding[label * D + d] : 0.0f);
+    if (d != 0) continue;
+    reinterpret_cast<float*>(panel + S::bias_at(head.joint_stride))[at] =
+        label > L                       ? -INFINITY
+        : weights.score_bias != nullptr ? weights.score_bias[label]
+                                        : 0.0f;
+  }
+}
+
+template <typename S, int kCapacity>
 void launch_search(const DeviceHead& head, const SearchPass& pass, const CudaDevice& device,
                    cudaStream_t stream) {
   const TileShape shape = tile_shape(pass.rules.options.beam_size);
   const int64_t tile =
-      tile_bytes<kCapacity>(shape.images, head.joint_stride, pass.output.marginals != nullptr);
-  const int64_t panel = panel_floats(head.joint_stride) * static_cast<int64_t>(sizeof(float));
+      tile_bytes<S, kCapacity>(shape.images, head.joint_stride, pass.output.marginals != nullptr);
+  const int64_t panel = panel_bytes<S>(head.joint_stride);
   const int64_t tiles = (pass.count + shape.images - 1) / shape.images;
   // As many warps as there are tiles for each multiprocessor, and enough to bring the panels.
   const int64_t per_multiprocessor = (tiles + device.multiprocessors - 1) / device.multiprocessors;
@@ -856,7 +864,8 @@ void launch_search(const DeviceHead& head, const SearchPass& pass, const CudaDev
                                 std::to_string(device.shared_bytes) +
                                 "; search on the CPU, or train with a smaller one");
   }
-  const auto kernel = resident ? search_tiles<kCapacity, true> : search_tiles<kCapacity, false>;
+  const auto kernel =
+      resident ? search_tiles<S, kCapacity, true> : search_tiles<S, kCapacity, false>;
   const int64_t bytes = staged * panel + warps * tile;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   static_cast<int>(bytes)),
@@ -867,19 +876,48 @@ void launch_search(const DeviceHead& head, const SearchPass& pass, const CudaDev
          static_cast<size_t>(bytes), stream, head, pass, static_cast<int>(staged));
 }
 
+template <typename S>
+void launch_search(const DeviceHead& head, const SearchPass& pass, const CudaDevice& device,
+                   cudaStream_t stream) {
+  if (pass.rules.options.beam_size <= kSmallBeam) {
+    launch_search<S, kSmallBeam>(head, pass, device, stream);
+  } else {
+    launch_search<S, kMaxBeamSize>(head, pass, device, stream);
+  }
+}
+
+template <typename S>
+void launch_pack(const HeadWeights& weights, const DeviceHead& head, unsigned char* panels,
+                 const CudaDevice& device, cudaStream_t stream) {
+  const int64_t total = int64_t{head.panels} * kPanelLabels * head.joint_stride;
+  const int64_t blocks =
+      std::min<int64_t>((total + kThreads - 1) / kThreads, int64_t{8} * device.multiprocessors);
+  launch("pack_scores", pack_scores<S>, blocks, kThreads, 0, stream, weights, head, panels);
+}
+
 }  // namespace
 
 int64_t parked_beam_bytes(int beam_size) {
   return beam_size <= kSmallBeam ? sizeof(Beam<kSmallBeam>) : sizeof(Beam<kMaxBeamSize>);
 }
 
+int64_t exact_panel_bytes(int joint_stride) { return panel_bytes<ExactScores>(joint_stride); }
+
+int64_t fast_panel_bytes(int joint_stride) { return panel_bytes<FastScores>(joint_stride); }
+
+void pack_panels(const HeadWeights& weights, const DeviceHead& head, unsigned char* exact,
+                 unsigned char* fast, const CudaDevice& device, cudaStream_t stream) {
+  launch_pack<ExactScores>(weights, head, exact, device, stream);
+  launch_pack<FastScores>(weights, head, fast, device, stream);
+}
+
 void search_images(const DeviceHead& head, const SearchPass& pass, const CudaDevice& device,
                    cudaStream_t stream) {
   if (pass.count == 0) return;
-  if (pass.rules.options.beam_size <= kSmallBeam) {
-    launch_search<kSmallBeam>(head, pass, device, stream);
+  if (pass.rules.options.precision == Precision::kFast) {
+    launch_search<FastScores>(head, pass, device, stream);
   } else {
-    launch_search<kMaxBeamSize>(head, pass, device, stream);
+    launch_search<ExactScores>(head, pass, device, stream);
   }
 }
 

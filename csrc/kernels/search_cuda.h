@@ -1,4 +1,4 @@
-// Entry points of search_cuda.cu: one pass of the search over a list of images.
+// Entry points of search_cuda.cu: packing label embeddings, and one pass of the search over images.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,6 +19,12 @@ struct CudaDevice {
 // have asked for states.
 void search_images(const DeviceHead& head, const SearchPass& pass, const CudaDevice& device,
                    cudaStream_t stream);
+
+// Lays out the label embedding, which is in device memory, for either precision.
+void pack_panels(const HeadWeights& weights, const DeviceHead& head, unsigned char* exact,
+                 unsigned char* fast, const CudaDevice& device, cudaStream_t stream);
+int64_t exact_panel_bytes(int joint_stride);
+int64_t fast_panel_bytes(int joint_stride);
 
 // Memory of a parked image.
 int64_t parked_beam_bytes(int beam_size);

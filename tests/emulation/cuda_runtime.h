@@ -127,6 +127,12 @@ T atomicCAS(T* at, std::type_identity_t<T> expected, std::type_identity_t<T> val
   return *at == expected ? std::exchange(*at, value) : *at;
 }
 
+// What the kernels write in PTX; tensor_cores.cpp.
+namespace cnnrnn {
+uint32_t pack_halves(float low, float high);
+void mma_m16n8k16(float (&sums)[4], const uint32_t (&a)[4], uint2 b);
+}  // namespace cnnrnn
+
 #define __expf expf
 #define __logf logf
 inline int min(int a, int b) { return a < b ? a : b; }

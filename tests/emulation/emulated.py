@@ -27,6 +27,7 @@ SOURCES = [
     CSRC / "kernels" / "cuda_head.cpp",
     HERE / "search.cpp",
     HERE / "cuda_on_cpu.cpp",
+    HERE / "tensor_cores.cpp",
 ]
 OPTIONS = ["-std=c++20", "-O2", "-fPIC", "-fno-strict-aliasing",
            "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]  # fmt: skip
@@ -34,6 +35,7 @@ CELLS = ["lstm", "paper"]
 ACTIVATIONS = ["relu", "tanh", "identity"]
 ORDERS = ["increasing", "unique", "free"]
 STOPS = ["n_best", "literal"]
+PRECISIONS = ["exact", "fast"]
 LANE_ORDERS = ["ascending", "descending", "shuffled"]
 
 
@@ -83,6 +85,7 @@ class _SearchOptions(ctypes.Structure):
         ("order", ctypes.c_int),
         ("end_takes_slot", ctypes.c_bool),
         ("stop", ctypes.c_int),
+        ("precision", ctypes.c_int),
     ]
 
 
@@ -141,6 +144,7 @@ class EmulatedHead:
         stop: str,
         marginals: bool,
         trace: bool = False,
+        precision: str = "exact",
         *,
         captured: bool = False,
     ) -> tuple[Any, ...]:
@@ -154,7 +158,13 @@ class EmulatedHead:
         sums = torch.full((B, L), 77.0) if marginals else None
         steps = torch.full((B, T + 1, N, 2), -77, dtype=torch.int32) if trace else None
         options = _SearchOptions(
-            N, T, min_labels, ORDERS.index(order), end_takes_slot, STOPS.index(stop)
+            N,
+            T,
+            min_labels,
+            ORDERS.index(order),
+            end_takes_slot,
+            STOPS.index(stop),
+            PRECISIONS.index(precision),
         )
         images = _ImageEmbeddings(B, _address(joint), _address(logits))
         output = _SearchOutput(*map(_address, (labels, lengths, log_probs, sums, steps)))
