@@ -12,7 +12,7 @@ CNNRNN_CUDA_ARCHITECTURES := $(or $(shell nvidia-smi --query-gpu=compute_cap --f
 endif
 export CNNRNN_CUDA_ARCHITECTURES
 
-.PHONY: demo test lint format sanitize bench scenes-model clean
+.PHONY: demo test lint format sanitize kernel-report gpu-check bench scenes-model clean
 
 # Train, measure, predict and compare on synthetic scenes; everything lands in demo/.
 demo: $(VENV)/installed
@@ -37,6 +37,15 @@ format: $(VENV)/installed-dev
 # The search under AddressSanitizer, UBSan and ThreadSanitizer, built in build/sanitize.
 sanitize: $(VENV)/installed-dev
 	$(BIN)/python tests/sanitizers/run.py
+
+# What nvcc makes of the CUDA kernels, for every architecture: registers, spills, instructions.
+kernel-report: $(VENV)/installed-dev
+	$(BIN)/python tests/kernels/report.py --out build/kernel-report
+
+# On a machine with a GPU: build for it, test, check memory and races, time; one JSON with COMMIT in
+# it. With the Python that has torch, and nothing installed.
+gpu-check:
+	$(PYTHON) tests/gpu/check.py --commit "$(COMMIT)"
 
 # Time the search against its opponents, and make the documentation's tables from the figures.
 bench: $(VENV)/installed-dev

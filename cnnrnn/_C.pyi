@@ -36,6 +36,7 @@ class CpuHead:
         marginals: bool,
         trace: bool = False,
         precision: str = "exact",  # of label scores on a GPU
+        rounds: int = -1,  # of making states, of a captured search: -1 as many as it can need
     ) -> tuple[
         Tensor,  # labels [B, N, T]
         Tensor,  # lengths [B, N]
@@ -76,6 +77,7 @@ class CudaHead:
         marginals: bool,
         trace: bool = False,
         precision: str = "exact",  # of label scores on a GPU
+        rounds: int = -1,  # of making states, of a captured search: -1 as many as it can need
     ) -> tuple[
         Tensor,  # labels [B, N, T]
         Tensor,  # lengths [B, N]

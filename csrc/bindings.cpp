@@ -14,7 +14,9 @@
 #endif
 
 #include <memory>
+#include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -172,6 +174,7 @@ struct Request {
   std::string_view stop;
   bool marginals, trace;
   std::string_view precision;
+  int64_t rounds;  // of a captured search, see CudaHead::search
 };
 
 Query check_request(const Request& r, int64_t L, int64_t D, at::Device device) {
@@ -249,7 +252,7 @@ cudaStream_t handle(const c10::Stream& stream) {
 }
 
 // A head on one GPU and the memory it lives in.
-class TorchCudaHead {
+class TorchCudaHead : public std::enable_shared_from_this<TorchCudaHead> {
  public:
   TorchCudaHead(const Parameters& parameters, std::string_view cell, std::string_view activation,
                 int64_t prefix_bytes)
@@ -276,7 +279,11 @@ class TorchCudaHead {
       Query query = check_request(request, head_->num_labels(), head_->joint_dim(), device_);
       query.out.stats =
           head_->search(query.options, query.images(), query.output(), &scratch, handle(stream));
-      memory_.used_on(stream);
+      if (head_->was_captured()) {
+        outlive_graphs();
+      } else {
+        memory_.used_on(stream);
+      }
       return query.out;
     } catch (const c10::OutOfMemoryError& error) {
       TORCH_CHECK_WITH(OutOfMemoryError, false, "no memory on ", device_, " to search ",
@@ -287,6 +294,14 @@ class TorchCudaHead {
   }
 
  private:
+  // A graph knows the memory that it reads, not the head: that stays until the process ends.
+  void outlive_graphs() {
+    static auto* const kept = new std::set<std::shared_ptr<TorchCudaHead>>;
+    static auto* const mutex = new std::mutex;
+    const std::lock_guard lock(*mutex);
+    kept->insert(shared_from_this());
+  }
+
   const at::Device device_;
   TorchMemory memory_;
   optional<cnnrnn::CudaHead> head_;
@@ -321,8 +336,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_search_op(
     int64_t prefix_bytes, c10::string_view precision) {
   const Parameters parameters{label_embedding, score_bias,  input_weight,     hidden_weight,
                               input_bias,      hidden_bias, output_projection};
-  const Request request{joint,          label_logits, beam_size, max_labels,      min_labels, order,
-                        end_takes_slot, stop,         marginals, /*trace=*/false, precision};
+  const Request request{joint,      label_logits,    beam_size,      max_labels,
+                        min_labels, order,           end_takes_slot, stop,
+                        marginals,  /*trace=*/false, precision,      cnnrnn::kAllRounds};
 #if defined(CNNRNN_WITH_CUDA)
   if (label_embedding.is_cuda()) {
     const auto head = cuda_registry->find_or_make(
@@ -384,12 +400,13 @@ void define_search(Class* head_class, const Search& search) {
       [search](typename Class::type& head, const Tensor& joint,
                const optional<Tensor>& label_logits, int64_t beam_size, int64_t max_labels,
                int64_t min_labels, const std::string& order, bool end_takes_slot,
-               const std::string& stop, bool marginals, bool trace, const std::string& precision) {
+               const std::string& stop, bool marginals, bool trace, const std::string& precision,
+               int64_t rounds) {
         Outputs out;
         {
           const py::gil_scoped_release release;
           out = search(&head, {joint, label_logits, beam_size, max_labels, min_labels, order,
-                               end_takes_slot, stop, marginals, trace, precision});
+                               end_takes_slot, stop, marginals, trace, precision, rounds});
         }
         const cnnrnn::SearchStats& s = out.stats;
         return py::make_tuple(out.labels, out.lengths, out.log_probs, out.marginals, out.trace,
@@ -400,6 +417,7 @@ void define_search(Class* head_class, const Search& search) {
       py::arg("joint"), py::arg("label_logits"), py::arg("beam_size"), py::arg("max_labels"),
       py::arg("min_labels"), py::arg("order"), py::arg("end_takes_slot"), py::arg("stop"),
       py::arg("marginals"), py::arg("trace") = false, py::arg("precision") = "exact",
+      py::arg("rounds") = cnnrnn::kAllRounds,
       "Search B images; returns labels, lengths, log_probs, marginals or None, every step's "
       "decisions or None, the figures of SearchStats, and how many images were marked.");
 }

@@ -56,6 +56,11 @@ struct CudaHead::Scratch {
 CudaHead::CudaHead(const HeadWeights& weights, int64_t prefix_bytes, int device,
                    DeviceMemory* memory, cudaStream_t stream) {
   check_cuda(cudaSetDevice(device), "choosing a GPU");
+  if (is_capturing(stream)) {
+    throw std::runtime_error(
+        "a head is packed by its first search, and that cannot be captured; search once before "
+        "capturing the stream");
+  }
   device_ = {device, device_attribute(cudaDevAttrMultiProcessorCount, device),
              device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
   const int64_t L = weights.num_labels, H = weights.hidden_dim;
@@ -130,8 +135,8 @@ CudaHead::~CudaHead() {
 }
 
 SearchStats CudaHead::search(const SearchOptions& options, const ImageEmbeddings& images,
-                             const SearchOutput& output, DeviceMemory* memory,
-                             cudaStream_t stream) {
+                             const SearchOutput& output, DeviceMemory* memory, cudaStream_t stream,
+                             int64_t rounds) {
   const int64_t B = images.batch, N = options.beam_size, T = options.max_labels;
   const int64_t L = head_.num_labels;
   if (B == 0) return {};
@@ -146,6 +151,7 @@ SearchStats CudaHead::search(const SearchOptions& options, const ImageEmbeddings
   const std::lock_guard lock(mutex_);
   check_cuda(cudaSetDevice(device_.index), "choosing a GPU");
   const bool captured = is_capturing(stream);
+  was_captured_ = was_captured_ || captured;
   if (!captured) {
     check_cuda(cudaStreamWaitEvent(stream, last_call_, 0), "waiting for the last search");
   }
@@ -176,9 +182,9 @@ SearchStats CudaHead::search(const SearchOptions& options, const ImageEmbeddings
   pass.output = output;
   pass.parked_beams = memory->allocate(B * parked_beam_bytes(options.beam_size));
   for (pass.first_image = 0; pass.first_image < B; pass.first_image += slice) {
-    pass.count = std::min(slice, B - pass.first_image);
+    pass.count = static_cast<int32_t>(std::min(slice, B - pass.first_image));
     if (captured) {
-      enqueue_rounds(pass, scratch, stream);
+      enqueue_rounds(pass, scratch, rounds, stream);
     } else {
       search_slice(pass, scratch, stream);
     }
@@ -232,7 +238,7 @@ void CudaHead::search_slice(const SearchPass& slice, const Scratch& scratch, cud
                "writing the images to search");
     SearchPass pass = slice;
     pass.image_list = scratch.again;
-    pass.count = static_cast<int64_t>(images.size());
+    pass.count = static_cast<int32_t>(images.size());
     parked = run_rounds(pass, scratch, stream);
     if (parked > 0) set_aside(parked, was_empty && parked > 1);
     was_empty = parked > 0;
@@ -266,26 +272,30 @@ int64_t CudaHead::run_rounds(SearchPass pass, const Scratch& scratch, cudaStream
     pass.resumes = true;
     pass.image_list = pass.parked;
     pass.image_count = nullptr;
-    pass.count = parked;
+    pass.count = static_cast<int32_t>(parked);
     now = 1 - now;
   }
 }
 
-// The same without looking: as many passes as a search can need. A path's first step needs the root
-// alone, its last one nothing.
-void CudaHead::enqueue_rounds(SearchPass pass, const Scratch& scratch, cudaStream_t stream) {
+// The same without looking. A path's first step needs the root alone, its last one nothing.
+void CudaHead::enqueue_rounds(SearchPass pass, const Scratch& scratch, int64_t rounds,
+                              cudaStream_t stream) {
   const int64_t N = pass.rules.options.beam_size, T = pass.rules.options.max_labels;
+  const int64_t most_rounds = std::max<int64_t>(T - 1, 0);
+  if (rounds == kAllRounds || rounds > most_rounds) rounds = most_rounds;
   CallCounts* const call = &head_.counts->call;
-  const int64_t most_nodes = pass.count * N * std::max<int64_t>(T - 1, 0);
-  make_prefix_room(head_, std::min<int64_t>(most_nodes, head_.node_capacity / 2),
-                   std::min<int64_t>(most_nodes, head_.parent_capacity / 2), true, stream);
+  if (rounds > 0) {
+    const int64_t nodes = pass.count * N * most_rounds;
+    make_prefix_room(head_, std::min<int64_t>(nodes, head_.node_capacity / 2),
+                     std::min<int64_t>(nodes, head_.parent_capacity / 2), true, stream);
+  }
   check_cuda(cudaMemsetAsync(call->parked, 0, sizeof call->parked, stream), "clearing counts");
   for (int64_t round = 0;; ++round) {
     const int now = static_cast<int>(round % 2);
     pass.parked = scratch.parked[now];
     pass.parked_count = &call->parked[now];
     search_images(head_, pass, device_, stream);
-    if (round >= T - 1) return;
+    if (round == rounds) return;
     make_states(head_, pass.count * N, &call->parked[1 - now], device_.multiprocessors, stream);
     pass.resumes = true;
     pass.image_list = pass.parked;

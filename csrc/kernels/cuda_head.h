@@ -1,6 +1,7 @@
 // A head on one GPU: its packed weights, its prefix table, and the search that uses them.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <mutex>
 
@@ -37,7 +38,11 @@ class CudaHead {
   // at once: the statistics are zeros then, and an image for which the table has no room is marked
   // by a length of -1.
   SearchStats search(const SearchOptions& options, const ImageEmbeddings& images,
-                     const SearchOutput& output, DeviceMemory* scratch, cudaStream_t stream);
+                     const SearchOutput& output, DeviceMemory* scratch, cudaStream_t stream,
+                     int64_t rounds = kAllRounds);
+
+  // Whether a graph has been captured, which reads this head's memory whenever it is replayed.
+  bool was_captured() const { return was_captured_; }
 
   // Forgets all prefix states but the root's.
   void clear(cudaStream_t stream);
@@ -47,13 +52,14 @@ class CudaHead {
 
   void search_slice(const SearchPass& slice, const Scratch& scratch, cudaStream_t stream);
   int64_t run_rounds(SearchPass pass, const Scratch& scratch, cudaStream_t stream);
-  void enqueue_rounds(SearchPass pass, const Scratch& scratch, cudaStream_t stream);
+  void enqueue_rounds(SearchPass pass, const Scratch& scratch, int64_t rounds, cudaStream_t stream);
   void read_counts(cudaStream_t stream);
 
   CudaDevice device_;
   DeviceHead head_;
   DeviceCounts* counts_;   // pinned: a copy of the device's
   cudaEvent_t last_call_;  // where the last call ends
+  std::atomic<bool> was_captured_ = false;
   std::mutex mutex_;
 };
 

@@ -81,7 +81,7 @@ struct SearchPass {
   const int32_t* image_list;   // the images of this pass; null: first_image and those after it
   const int32_t* image_count;  // how many, on the device; null: count
   int64_t first_image;
-  int64_t count;          // with image_count, the most there can be
+  int32_t count;          // with image_count, the most there can be
   bool resumes;           // the images go on from where they were parked
   int32_t* parked;        // [B] takes the images that wait for states
   int32_t* parked_count;  // how many

@@ -70,6 +70,9 @@ struct SearchStats {
   int64_t nonfinite_images = 0;  // images that were marked
 };
 
+// Of making missing states, where the search cannot look how many it takes.
+constexpr int64_t kAllRounds = -1;
+
 // Calls work(begin, end) on parts of 0..n, perhaps on several threads, and returns when all ended.
 using Work = std::function<void(int64_t begin, int64_t end)>;
 using ParallelFor = std::function<void(int64_t n, const Work& work)>;

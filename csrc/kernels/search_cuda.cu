@@ -574,8 +574,7 @@ __device__ bool all_finite(const float* values, int64_t n) {
 // Sets up the images of a tile, which begins at the first-th of the pass.
 template <typename S, int kCapacity>
 __device__ void begin_tile(const DeviceHead& head, const SearchPass& pass,
-                           const Tile<S, kCapacity>& tile, TileShape shape, int64_t first,
-                           int64_t count) {
+                           const Tile<S, kCapacity>& tile, TileShape shape, int first, int count) {
   const int beam_size = pass.rules.options.beam_size;
   for (int m = 0; m < shape.images; ++m) {
     ImageState<kCapacity>& image = tile.images[m];
@@ -705,8 +704,8 @@ __device__ const unsigned char* panels_of<FastScores>(const DeviceHead& head) {
   return head.fast_panels;
 }
 
-__device__ void copy_panels(unsigned char* to, const unsigned char* from, int64_t bytes) {
-  for (int64_t i = threadIdx.x; i < bytes / 16; i += blockDim.x) {
+__device__ void copy_panels(unsigned char* to, const unsigned char* from, int bytes) {
+  for (int i = static_cast<int>(threadIdx.x); i < bytes / 16; i += static_cast<int>(blockDim.x)) {
     reinterpret_cast<float4*>(to)[i] = reinterpret_cast<const float4*>(from)[i];
   }
 }
@@ -716,14 +715,16 @@ __device__ void copy_panels(unsigned char* to, const unsigned char* from, int64_
 template <typename S, bool kResident, typename Take>
 __device__ __forceinline__ void for_each_panel(const DeviceHead& head, unsigned char* panels,
                                                int staged, int first, Take take) {
-  const int64_t bytes = panel_bytes<S>(kResident ? kResidentJoint : head.joint_stride);
+  const int bytes =
+      static_cast<int>(panel_bytes<S>(kResident ? kResidentJoint : head.joint_stride));
   if constexpr (kResident) {
     for (int panel = first; panel < head.panels; ++panel) take(panel, panels + panel * bytes);
   } else {
     for (int stage = 0; stage < head.panels; stage += staged) {
       const int end = min(stage + staged, head.panels);
       __syncthreads();  // the last stage has been read
-      copy_panels(panels, panels_of<S>(head) + stage * bytes, (end - stage) * bytes);
+      copy_panels(panels, panels_of<S>(head) + static_cast<int64_t>(stage) * bytes,
+                  (end - stage) * bytes);
       __syncthreads();
       for (int panel = max(stage, first); panel < end; ++panel) {
         take(panel, panels + (panel - stage) * bytes);
@@ -750,14 +751,14 @@ __global__ void __launch_bounds__(kMostWarps* kWarpLanes, kBlocksEach)
                                 warp * tile_bytes<S, kCapacity>(shape.images, stride, marginals),
                             shape.images, stride);
   if constexpr (kResident) {
-    copy_panels(panels, panels_of<S>(head), staged * panel_bytes<S>(stride));
+    copy_panels(panels, panels_of<S>(head), staged * static_cast<int>(panel_bytes<S>(stride)));
     __syncthreads();
   }
-  const int64_t count = pass.image_count == nullptr ? pass.count : *pass.image_count;
-  const int64_t tiles = (count + shape.images - 1) / shape.images;
-  int64_t lookups = 0;
-  for (int64_t block = static_cast<int64_t>(blockIdx.x) * warps; block < tiles;
-       block += static_cast<int64_t>(gridDim.x) * warps) {
+  const int count = pass.image_count == nullptr ? pass.count : *pass.image_count;
+  const int tiles = (count + shape.images - 1) / shape.images;
+  unsigned lookups = 0;
+  for (int block = static_cast<int>(blockIdx.x) * warps; block < tiles;
+       block += static_cast<int>(gridDim.x) * warps) {
     begin_tile(head, pass, tile, shape, (block + warp) * shape.images, count);
     while (true) {
       const bool mine = lane < shape.images && tile.images[lane].active;
@@ -812,7 +813,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarpLanes, kBlocksEach)
     lookups += __shfl_xor_sync(~0u, lookups, other);
   }
   if (lane == 0 && lookups > 0) {
-    atomicAdd(&head.counts->call.lookups, static_cast<unsigned long long>(lookups));
+    atomicAdd(&head.counts->call.lookups, lookups);
   }
 }
 
@@ -845,7 +846,7 @@ void launch_search(const DeviceHead& head, const SearchPass& pass, const CudaDev
   const int64_t tile =
       tile_bytes<S, kCapacity>(shape.images, head.joint_stride, pass.output.marginals != nullptr);
   const int64_t panel = panel_bytes<S>(head.joint_stride);
-  const int64_t tiles = (pass.count + shape.images - 1) / shape.images;
+  const int64_t tiles = (int64_t{pass.count} + shape.images - 1) / shape.images;
   // As many warps as there are tiles for each multiprocessor, and enough to bring the panels.
   const int64_t per_multiprocessor = (tiles + device.multiprocessors - 1) / device.multiprocessors;
   const int64_t wanted = std::clamp<int64_t>(per_multiprocessor, kLeastWarps, kMostWarps);
@@ -856,7 +857,11 @@ void launch_search(const DeviceHead& head, const SearchPass& pass, const CudaDev
     staged = std::min<int64_t>(staged, kMostStaged);
     while (staged > 1 && staged * panel + kLeastWarps * tile > device.shared_bytes) staged /= 2;
   }
-  const int64_t warps = std::min(wanted, (device.shared_bytes - staged * panel) / tile);
+  const auto warps_within = [&](int64_t bytes) { return (bytes - staged * panel) / tile; };
+  // Rather two blocks a multiprocessor than one with a few warps more. Each costs 1 KB beside.
+  const int64_t of_two = warps_within((device.shared_bytes + 1024) / kBlocksEach - 1024);
+  const int64_t warps =
+      std::min(wanted, of_two >= kLeastWarps ? of_two : warps_within(device.shared_bytes));
   if (warps < 1) {
     throw std::invalid_argument("joint_dim " + std::to_string(head.joint_dim) + " needs " +
                                 std::to_string(staged * panel + tile) +

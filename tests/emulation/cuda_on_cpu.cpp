@@ -43,7 +43,7 @@ int turn[32];                   // the one being filled
 bool block_votes, block_result, capturing;
 LaneOrder lane_order;
 std::mt19937 random_bits;
-int max_shared = 227 * 1024;
+int max_shared = 227 * 1024, last_shared;
 
 [[noreturn]] void fail(const char* what) {
   std::fprintf(stderr, "cuda_on_cpu: block %u: %s\n", blockIdx.x, what);
@@ -125,6 +125,8 @@ void set_lane_order(LaneOrder order, uint32_t seed) {
 
 void set_max_shared_memory(int bytes) { max_shared = bytes; }
 
+int last_shared_memory() { return last_shared; }
+
 void set_capturing(bool now) { capturing = now; }
 
 const uint64_t* meet(const char* collective, const void* value, size_t bytes) {
@@ -148,6 +150,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, std::function<void()> run) 
   if (threads == 0 || threads > 1024 || blocks == 0 || shared > static_cast<size_t>(max_shared)) {
     return cudaErrorInvalidValue;
   }
+  if (shared > 0) last_shared = static_cast<int>(shared);
   gridDim = config.gridDim;
   blockDim = config.blockDim;
   run_thread = std::move(run);

@@ -66,6 +66,7 @@ namespace cuda_on_cpu {
 enum class LaneOrder { kAscending, kDescending, kShuffled };
 void set_lane_order(LaneOrder order, uint32_t seed);
 void set_max_shared_memory(int bytes);  // of a block
+int last_shared_memory();               // of a block of the last kernel that had any
 void set_capturing(bool capturing);     // what every stream says of itself
 
 extern int lane;  // of the running thread
@@ -148,7 +149,9 @@ inline cudaError_t cudaMallocHost(void** to, size_t bytes) {
   *to = cuda_on_cpu::allocate(bytes);
   return *to == nullptr ? cudaErrorMemoryAllocation : cudaSuccess;
 }
+inline cudaError_t cudaMalloc(void** to, size_t bytes) { return cudaMallocHost(to, bytes); }
 inline cudaError_t cudaFreeHost(void* memory) { return std::free(memory), cudaSuccess; }
+inline cudaError_t cudaFree(void* memory) { return cudaFreeHost(memory); }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
                                    cudaStream_t) {
   return std::memmove(to, from, bytes), cudaSuccess;

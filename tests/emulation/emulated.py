@@ -145,6 +145,7 @@ class EmulatedHead:
         marginals: bool,
         trace: bool = False,
         precision: str = "exact",
+        rounds: int = -1,
         *,
         captured: bool = False,
     ) -> tuple[Any, ...]:
@@ -177,6 +178,7 @@ class EmulatedHead:
                 ctypes.byref(images),
                 ctypes.byref(output),
                 captured,
+                ctypes.c_int64(rounds),
                 stats,
             )  # fmt: skip
         )

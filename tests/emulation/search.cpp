@@ -63,20 +63,23 @@ void clear_head(void* head) { static_cast<OwnedHead*>(head)->head->clear(nullptr
 
 // `captured`: as in a stream that is being captured.
 bool search(void* head, const cnnrnn::SearchOptions* options, const cnnrnn::ImageEmbeddings* images,
-            const cnnrnn::SearchOutput* output, bool captured, cnnrnn::SearchStats* stats,
-            char* error, size_t error_size) {
-  return caught(error, error_size, [&] {
+            const cnnrnn::SearchOutput* output, bool captured, int64_t rounds,
+            cnnrnn::SearchStats* stats, char* error, size_t error_size) {
+  cuda_on_cpu::set_capturing(captured);
+  const bool ended = caught(error, error_size, [&] {
     Allocations scratch;
-    cuda_on_cpu::set_capturing(captured);
-    *stats =
-        static_cast<OwnedHead*>(head)->head->search(*options, *images, *output, &scratch, nullptr);
-    cuda_on_cpu::set_capturing(false);
+    *stats = static_cast<OwnedHead*>(head)->head->search(*options, *images, *output, &scratch,
+                                                         nullptr, rounds);
   });
+  cuda_on_cpu::set_capturing(false);
+  return ended;
 }
 
 void set_lane_order(int order, uint32_t seed) {
   cuda_on_cpu::set_lane_order(static_cast<cuda_on_cpu::LaneOrder>(order), seed);
 }
+
+int last_shared_memory() { return cuda_on_cpu::last_shared_memory(); }
 
 void set_max_shared_memory(int bytes) { cuda_on_cpu::set_max_shared_memory(bytes); }
 

@@ -1,0 +1,163 @@
+"""Checks and times the CUDA search on the GPU that is here, and writes one JSON: `make gpu-check`.
+
+Needs Python with torch, numpy and pytest, cmake, ninja and nvcc; no network and no installation.
+1. builds for this GPU, in build/gpu;
+2. runs tests/gpu and the kernels' shared functions on the device;
+3. runs a program without torch under compute-sanitizer's tools; one that does not work here is
+   recorded as such;
+4. times the search, benchmarks/gpu.py;
+5. writes benchmarks/results/<GPU>.json with GPU, driver, torch, commit and every figure.
+Exit status 1 where a test fails or a tool finds an error; the JSON is written all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.cpp_extension import include_paths, library_paths
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "gpu"
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+
+
+def say(line: str) -> None:
+    print(f"gpu-check: {line}", flush=True)
+
+
+def build() -> None:
+    """Build `cnnrnn._C` in the source tree, and the program for compute-sanitizer."""
+    major, minor = torch.cuda.get_device_capability()
+    configure = [
+        "cmake", "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DCNNRNN_TORCH_INCLUDE_DIRS={';'.join(include_paths())}",
+        f"-DCNNRNN_TORCH_LIBRARY_DIRS={';'.join(library_paths())}",
+        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={ROOT / 'cnnrnn'}",
+        "-DCNNRNN_CUDA=ON", f"-DCNNRNN_CUDA_ARCHITECTURES={major}{minor}",
+    ]  # fmt: skip
+    subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(["cmake", "--build", str(BUILD), "--target", "_C", "gpu_sanitized"], check=True)
+    release = torch.__version__.split("+")[0]
+    record = (
+        f'"""Written by the build: what cnnrnn._C was built against."""\n\nTORCH = "{release}"\n'
+    )
+    (ROOT / "cnnrnn" / "_build_info.py").write_text(record, encoding="utf-8")
+
+
+def run_tests(searches: int) -> dict[str, Any]:
+    """Run the tests; return their counts and what they print of their figures."""
+    report = BUILD / "tests.xml"
+    command = [
+        sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "tests/gpu",
+        "tests/test_kernel_maths.py", f"--searches={searches}", f"--junitxml={report}",
+    ]  # fmt: skip
+    result = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    print(result.stdout[-6000:], result.stderr[-2000:], flush=True)
+    suite = xml.etree.ElementTree.parse(report).getroot().find("testsuite")
+    counts = {} if suite is None else {
+        name: int(suite.get(name, "0")) for name in ("tests", "failures", "errors", "skipped")
+    }  # fmt: skip
+    figures = re.findall(r"^\.*(.*(?:excused|changed)[^\n]*)$", result.stdout, re.M)
+    return {"passed": result.returncode == 0, **counts, "said": figures}
+
+
+def run_sanitizers() -> dict[str, dict[str, Any]]:
+    """Run the program alone and under each tool."""
+    program = str(BUILD / "gpu_sanitized")
+    runs: dict[str, list[str]] = {"alone": [program]}
+    tool = shutil.which("compute-sanitizer")
+    found: dict[str, dict[str, Any]] = {}
+    for name in TOOLS:
+        if tool is None:
+            found[name] = {"outcome": "no compute-sanitizer here"}
+        else:
+            runs[name] = [tool, "--tool", name, "--error-exitcode", "9", program]
+    for name, command in runs.items():
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, timeout=90)
+        except subprocess.TimeoutExpired:
+            found[name] = {"outcome": "not done after 90 s"}
+            continue
+        text = result.stdout + result.stderr
+        unsupported = "not supported" in text
+        outcome = (
+            "nothing found" if result.returncode == 0
+            else "does not work here" if unsupported
+            else "errors"
+        )  # fmt: skip
+        found[name] = {"outcome": outcome, "last_lines": text.strip().splitlines()[-6:]}
+        say(f"{name}: {outcome}")
+    return found
+
+
+def driver_version() -> str:
+    """Return what nvidia-smi says of the driver."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.splitlines()[0]
+    except (OSError, IndexError):
+        return "unknown"
+
+
+def main() -> int:
+    """Run everything and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--commit", required=True, help="of the sources, for the record")
+    parser.add_argument("--out", type=Path, help="JSON to write")
+    parser.add_argument("--searches", type=int, default=300, help="random searches of the tests")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        say("torch sees no GPU here; this check needs one")
+        return 1
+    gpu = torch.cuda.get_device_name()
+    name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+    out = arguments.out or ROOT / "benchmarks" / "results" / f"{name}.json"
+    began = time.perf_counter()
+    seconds: dict[str, float] = {}
+    results: dict[str, Any] = {
+        "gpu": gpu, "driver": driver_version(), "torch": torch.__version__,
+        "cuda": torch.version.cuda, "commit": arguments.commit, "seconds": seconds,
+    }  # fmt: skip
+
+    def step(key: str, work: Any) -> Any:
+        say(key)
+        begin = time.perf_counter()
+        results[key] = work()
+        seconds[key] = round(time.perf_counter() - begin, 1)
+        out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        return results[key]
+
+    step("build", build)
+    tests = step("tests", lambda: run_tests(arguments.searches))
+    sanitizers = step("compute-sanitizer", run_sanitizers)
+
+    def benchmarks() -> Any:
+        figures = BUILD / "figures.json"
+        command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--out", str(figures)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        ended = subprocess.run(command, cwd=ROOT, env=environment).returncode == 0
+        return {
+            "ended": ended,
+            "figures": json.loads(figures.read_text()) if figures.exists() else [],
+        }
+
+    figures = step("benchmarks", benchmarks)
+    say(f"{time.perf_counter() - began:.0f} s; figures in {out}")
+    clean = all(run["outcome"] != "errors" for run in sanitizers.values())
+    return 0 if tests["passed"] and clean and figures["ended"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
