@@ -178,7 +178,7 @@ BAD_FILES: dict[str, tuple[Any, str]] = {
     "deep": ("[" * 200_000, "must be valid JSON, got"),
     "endless number": ('{"images": ' + "1" * 5000 + "}", "must be valid JSON, got"),
     "not an object": ("[]", "must hold a JSON object, got a list"),
-    "no images": (change("images", drop=True), "images is missing, found annotations, categ"),
+    "no images": (change("images", drop=True), "images is missing, found 'annotations', 'cat"),
     "no annotations": (change("annotations", drop=True), "annotations is missing"),
     "no categories": (change("categories", drop=True), "categories is missing"),
     "images no list": (change("images", to={}), "images must be a list, got an object"),
@@ -336,14 +336,14 @@ def test_missing_extra(single: tuple[Path, Path], monkeypatch: pytest.MonkeyPatc
         load_coco(*single)
 
 
-@pytest.mark.parametrize("spec", ["", "coco", "coco:", "voc:x", "labels.json", ":x"])
+@pytest.mark.parametrize("spec", ["", "coco", "coco:", "voc:", "pascal:x", "labels.json", ":x"])
 def test_unknown_kinds(spec: str) -> None:
     with pytest.raises(DataError, match="data must be one of coco:ROOT, .*scenes:ROOT, features"):
         load_dataset(spec)
 
 
 def test_options_are_checked(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="images is only for coco sources"):
+    with pytest.raises(DataError, match="images is only for coco, nuswide, csv sources"):
         load_dataset("scenes:x", images=tmp_path)
     with pytest.raises(ValueError, match="on_bad_image must be one of error, skip, got 'ignore'"):
         load_dataset("coco:x", on_bad_image="ignore")  # type: ignore[arg-type]

@@ -135,7 +135,7 @@ def test_no_npz_at_all(tmp_path: Path) -> None:
             load_features(tmp_path / name)
     with pytest.raises(DataError, match="nowhere.npz must be an .npz file, found no such file"):
         load_features(tmp_path / "nowhere.npz")
-    with pytest.raises(DataError, match="must be an .npz file, found a folder"):
+    with pytest.raises(DataError, match="must hold a file per split, such as train.svm"):
         load_features(tmp_path)
     with zipfile.ZipFile(tmp_path / "other.npz", "w") as archive:
         archive.writestr("features", "no array")
