@@ -63,12 +63,12 @@ def load_voc(
     splits = _read_splits(root / "ImageSets" / "Main", problems)
     splits = _annotated(root, splits, problems)
     objects: dict[str, list[_Object]] = {}
-    for split in splits:
-        for image_id in split.lines:
-            if image_id not in objects:
-                with problems.part():
-                    file = root / "Annotations" / f"{image_id}.xml"
-                    objects[image_id] = _read_objects(file, image_id, problems)
+    for image_id in dict.fromkeys(image_id for split in splits for image_id in split.lines):
+        before = len(problems.messages)
+        with problems.part():
+            read = _read_objects(root / "Annotations" / f"{image_id}.xml", image_id, problems)
+            if len(problems.messages) == before:
+                objects[image_id] = read
     for split in splits:
         _check_label_files(split, objects, problems)
 
