@@ -215,6 +215,7 @@ BAD_FILES: dict[str, tuple[Any, str]] = {
     "file_name up": (image_7("file_name", to="sub/../../x"), "image 7 .*leaves"),
     "file_name up, backslash": (image_7("file_name", to="s\\..\\x"), "image 7 .*leaves"),
     "file_name NUL": (image_7("file_name", to="a\0.png"), "image 7 .*not a file name"),
+    "file_name line feed": (image_7("file_name", to="a\n.png"), "image 7 .*not a file name"),
     "file_name half": (image_7("file_name", to="\ud800"), "image 7 .*not a file name"),
     "file_name URL": (image_7("file_name", to="http://h/a.png"), "image 7 .*a URL"),
     "file_name long": (image_7("file_name", to="x" * 5000), "image 7 must exist"),

@@ -14,7 +14,7 @@ import numpy as np
 
 from cnnrnn.config import OnBadImage
 from cnnrnn.data.dataset import Boxes, DataError, Dataset, csr, is_text
-from cnnrnn.data.files import existing_images, name_problem, read_bytes, short
+from cnnrnn.data.files import existing_images, name_problem, read_bytes, reason, short
 from cnnrnn.data.problems import Problems
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -167,7 +167,7 @@ def _read_json(file: Path) -> Any:
     except _KeyTwiceError as error:
         raise DataError(f"{file}: {error}") from error
     except (ValueError, RecursionError) as error:  # not UTF-8, an endless number, deep nesting
-        raise DataError(f"{file} must be valid JSON, got {error}") from error
+        raise DataError(f"{file} must be valid JSON, got {reason(error)}") from error
 
 
 def _decoded(data: bytes) -> str:

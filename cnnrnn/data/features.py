@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cnnrnn.data.dataset import DataError, Dataset
+from cnnrnn.data.files import reason
 from cnnrnn.data.problems import Problems
 from cnnrnn.data.svmlight import SVMLIGHT_SUFFIXES, load_svmlight
 
@@ -109,7 +110,7 @@ def _read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
                 raise zipfile.BadZipFile("no zip archive")
             archive = stack.enter_context(np.load(path, allow_pickle=False))
         except Exception as error:  # numpy and zipfile raise nearly anything on broken files
-            raise DataError(f"{path} must be a complete .npz file, got {_reason(error)}") from error
+            raise DataError(f"{path} must be a complete .npz file, got {reason(error)}") from error
         for name in ("features", "labels", "label_names", "split"):
             if name in archive.files:
                 arrays[name] = _read_array(path, archive, name)
@@ -125,12 +126,7 @@ def _read_array(path: Path, archive: Any, name: str) -> npt.NDArray[Any]:
     except Exception as error:  # as above
         if "allow_pickle" in str(error):
             raise DataError(f"{path}: {name} must be a plain array, got Python objects") from error
-        raise DataError(f"{path}: {name} must be a complete array, got {_reason(error)}") from error
-
-
-def _reason(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
+        raise DataError(f"{path}: {name} must be a complete array, got {reason(error)}") from error
 
 
 def _require_array(
@@ -144,7 +140,7 @@ def _strings(path: Path, name: str, array: npt.NDArray[Any]) -> tuple[str, ...]:
     try:
         return tuple(array.tolist())
     except Exception as error:  # numbers that are no character
-        raise DataError(f"{path}: {name} must be text, {_reason(error)}") from error
+        raise DataError(f"{path}: {name} must be text, {reason(error)}") from error
 
 
 def _splits(

@@ -13,6 +13,7 @@ from cnnrnn.config import OnBadImage
 from cnnrnn.data.dataset import DataError, is_text
 from cnnrnn.data.problems import Problems
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # most are, which spares the closer look
 
 
@@ -104,7 +105,7 @@ def name_problem(name: object) -> str | None:
         return None
     if not PurePosixPath(name).name:
         return "empty" if not PurePosixPath(name).is_absolute() else "absolute"
-    if "\0" in name or not is_text(name):
+    if _CONTROL.search(name) or not is_text(name):
         return "not a file name"
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://|data:", name):
         return "a URL"
@@ -144,14 +145,14 @@ def existing_images(
     if problems.keep:
         for position in missing:
             problems.add(
-                f"{file}: {record(position)} must exist as {folder / names[position]}, found no "
-                "such file"
+                f"{file}: {record(position)} must exist as {_place(folder, names[position])}, "
+                "found no such file"
             )
         return kept
     first = missing[0]
     message = (
-        f"{file}: {record(first)} must exist as {folder / names[first]}, found no such file "
-        f"({len(missing)} of {len(names)} images are missing)"
+        f"{file}: {record(first)} must exist as {_place(folder, names[first])}, found no such "
+        f"file ({len(missing)} of {len(names)} images are missing)"
     )
     if on_bad_image == "error" or not kept:
         raise DataError(message)
@@ -186,8 +187,8 @@ def find_files(
             missing.append(position)
         elif target and not _is_inside(target, root):
             problems.add(
-                f"{file}: {record(position)} must be a file inside {folder}, got {name} which "
-                f"links to {target}"
+                f"{file}: {record(position)} must be a file inside {folder}, got "
+                f"{_cut(name)} which links to {target}"
             )
         else:
             kept.append(position)
@@ -202,7 +203,8 @@ def _list_files(
     real = os.path.realpath(path)
     if not _is_inside(real, root):
         raise DataError(
-            f"{file}: {record} must be a file inside {folder}, got {name} which leads to {real}"
+            f"{file}: {record} must be a file inside {folder}, got {_cut(name)} which leads "
+            f"to {real}"
         )
     try:
         with os.scandir(path) as entries:
@@ -215,7 +217,7 @@ def _list_files(
         return {}
     except OSError as error:
         raise DataError(
-            f"{file}: the folder of {record}, {path}, cannot be listed: {error.strerror}"
+            f"{file}: the folder of {record}, {_cut(path)}, cannot be listed: {error.strerror}"
         ) from error
 
 
@@ -236,3 +238,16 @@ def short(value: object) -> str:
         return "a number of more than 60 digits"
     text = ascii(value) if isinstance(value, str) and not is_text(value) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _place(folder: Path, name: str) -> str:
+    return _cut(str(folder / name), len(str(folder)) + 200)
+
+
+def _cut(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def reason(error: BaseException) -> str:
+    """Return what a library says of broken data, cut to one readable line."""
+    return _cut(" ".join(str(error).split()) or type(error).__name__)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cnnrnn.data.dataset import DataError, Dataset, csr
-from cnnrnn.data.files import read_bytes, read_names, short
+from cnnrnn.data.files import read_bytes, read_names, reason, short
 from cnnrnn.data.problems import Problems
 
 SVMLIGHT_SUFFIXES = (".svm", ".svmlight", ".libsvm")
@@ -110,7 +110,7 @@ def _read_part(file: Path, label_count: int | None, problems: Problems) -> _Part
         try:
             features, labels = _parse(lines)
         except (ValueError, OverflowError):
-            raise DataError(f"{file} must be svmlight text, got {whole}") from whole
+            raise DataError(f"{file} must be svmlight text, got {reason(whole)}") from whole
     kept: list[int] = []
     sets: list[list[int]] = []
     for row, (number, _) in enumerate(lines):
@@ -146,7 +146,7 @@ def _is_right_line(file: Path, entry: tuple[int, bytes], problems: Problems) -> 
     except (ValueError, OverflowError) as error:
         problems.add(
             f"{file}, line {entry[0]} must be labels and feature:value pairs, got "
-            f"{short(entry[1].decode('latin-1'))} ({' '.join(str(error).split())})"
+            f"{short(entry[1].decode('latin-1'))} ({reason(error)})"
         )
         return False
     return True

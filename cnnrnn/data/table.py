@@ -12,7 +12,7 @@ import numpy as np
 
 from cnnrnn.config import OnBadImage, TableOptions
 from cnnrnn.data.dataset import DataError, Dataset, csr
-from cnnrnn.data.files import existing_images, name_problem, read_names, read_text, short
+from cnnrnn.data.files import existing_images, name_problem, read_names, read_text, reason, short
 from cnnrnn.data.problems import Problems
 
 IMAGE_COLUMNS = (
@@ -170,7 +170,9 @@ def _cells(file: Path) -> Iterator[tuple[int, list[str]]]:
         except StopIteration:
             return
         except csv.Error as error:
-            raise DataError(f"{file}, line {line}: a row must be CSV, got {error}") from error
+            raise DataError(
+                f"{file}, line {line}: a row must be CSV, got {reason(error)}"
+            ) from error
         if cells:
             yield line, cells
 

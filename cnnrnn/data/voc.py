@@ -13,7 +13,7 @@ import numpy as np
 
 from cnnrnn.config import OnBadImage
 from cnnrnn.data.dataset import Boxes, DataError, Dataset, csr
-from cnnrnn.data.files import existing_images, find_files, read_bytes, read_lines, short
+from cnnrnn.data.files import existing_images, find_files, read_bytes, read_lines, reason, short
 from cnnrnn.data.problems import Problems
 
 VOC_LABELS = (
@@ -207,12 +207,12 @@ def _parse(file: Path) -> Any:
     try:
         return ElementTree.fromstring(data, forbid_dtd=True)
     except ElementTree.ParseError as error:
-        raise DataError(f"{file} must be valid XML, got {error}") from error
+        raise DataError(f"{file} must be valid XML, got {reason(error)}") from error
     except DefusedXmlException as error:
         kind = type(error).__name__.removesuffix("Forbidden")
         raise DataError(f"{file} must be plain XML, got a forbidden {kind}") from error
     except (ValueError, LookupError) as error:  # encodings that are unknown or not for XML
-        raise DataError(f"{file} must be valid XML, got {error}") from error
+        raise DataError(f"{file} must be valid XML, got {reason(error)}") from error
 
 
 def _object(place: str, element: Any) -> _Object:
