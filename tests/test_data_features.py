@@ -128,6 +128,29 @@ def test_objects_are_never_unpickled(tmp_path: Path) -> None:
     assert not (tmp_path / "sprung").exists()
 
 
+def test_an_array_that_unpacks_to_far_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "f.npz"
+    np.savez_compressed(file, **arrays(features=np.zeros((5, 200_000), np.float32)))
+    assert load_features(file).features is not None
+    monkeypatch.setattr("cnnrnn.data.features.MAX_UNPACKED_BYTES", 1 << 20)
+    with pytest.raises(DataError, match="features.npy must not unpack .* 500 times .* 4000128 byt"):
+        load_features(file)
+    np.savez(file, **arrays(features=np.zeros((5, 200_000), np.float32)))
+    assert load_features(file).features is not None
+
+
+def test_an_array_whose_header_claims_terabytes(tmp_path: Path) -> None:
+    file = write(tmp_path / "f.npz")
+    data = file.read_bytes()
+    shape = b"'shape': (5, 2), }"
+    claimed = b"'shape': (5, 10**12), }".replace(b"10**12", b"1" + b"0" * 11)
+    place = data.index(shape)
+    end = place + len(claimed)
+    file.write_bytes(data[:place] + claimed + data[end:])
+    with pytest.raises(DataError, match="f.npz: features must be a complete array"):
+        load_features(file)
+
+
 def test_no_npz_at_all(tmp_path: Path) -> None:
     np.save(tmp_path / "array.npy", np.zeros(3))
     (tmp_path / "text.npz").write_text("hello")

@@ -15,6 +15,10 @@ from cnnrnn.data.files import reason
 from cnnrnn.data.problems import Problems
 from cnnrnn.data.svmlight import SVMLIGHT_SUFFIXES, load_svmlight
 
+MAX_UNPACKED_BYTES = 1 << 30
+MAX_UNPACKED_RATIO = 500
+"""An array that is larger than both allow, in bytes and to its size in the file, is an error."""
+
 
 def load_features(
     path: str | Path,
@@ -111,6 +115,14 @@ def _read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
             archive = stack.enter_context(np.load(path, allow_pickle=False))
         except Exception as error:  # numpy and zipfile raise nearly anything on broken files
             raise DataError(f"{path} must be a complete .npz file, got {reason(error)}") from error
+        for member in archive.zip.infolist():
+            if member.file_size > max(
+                MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO * member.compress_size
+            ):
+                raise DataError(
+                    f"{path}: {member.filename} must not unpack to more than {MAX_UNPACKED_RATIO} "
+                    f"times its size, got {member.file_size} bytes from {member.compress_size}"
+                )
         for name in ("features", "labels", "label_names", "split"):
             if name in archive.files:
                 arrays[name] = _read_array(path, archive, name)
