@@ -100,8 +100,15 @@ def test_copies_within_overlapping_splits_do_not_leak(tmp_path: Path) -> None:
     report = check_source(f"voc:{root}")
     assert (len(report.duplicates), report.duplicates_across_splits) == (1, 0)
     assert report.unknown_labels == 1
-    shutil.copy(pictures / "000001.jpg", pictures / "000004.jpg")  # in test
+    shutil.copy(pictures / "000002.jpg", pictures / "000001.jpg")  # in val, and both in trainval
     assert check_source(f"voc:{root}").duplicates_across_splits == 1
+
+
+def test_unreadable_pictures_are_no_duplicates(table: Path) -> None:
+    for name in ("a.png", "e.png"):
+        (table.parent / name).write_bytes(b"no picture")
+    report = check_source(f"csv:{table}")
+    assert (report.unreadable, report.duplicates) == (2, [])
 
 
 def test_duplicate_rows_of_features(tmp_path: Path) -> None:

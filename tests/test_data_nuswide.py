@@ -154,7 +154,7 @@ BAD_FILES: dict[str, tuple[NusWideOptions, str, bytes, str]] = {
     "labels few": (NusWideOptions(), LABELS, b"1\n0\n1\n", "each of the 4 images of .*, got 3"),
     "labels many": (NusWideOptions(), LABELS, b"1\n" * 5, "each of the 4 images of .*, got 5"),
     "labels none": (NusWideOptions(), LABELS, b"", "each of the 4 images of .*, got 0"),
-    "tags few": (TAGS, ALL_TAGS, b"1\t0\n1\n0\t0\n0\t1\n", "line 2: .* 2 of 0 or 1, got 1 values"),
+    "tags few": (TAGS, ALL_TAGS, b"1\t0\n0\n1\n1\t0\n0\t1\n", "line 2: .* 2 of 0 or 1, got 1"),
     "tags many": (TAGS, ALL_TAGS, b"1\t0\t0\n" * 4, "line 1: .* 2 of 0 or 1, got 3 values"),
     "tags NUL": (TAGS, ALL_TAGS, b"1\x000\n" * 4, r"line 1: .*got '1\\x000'"),
     "tags short": (TAGS, ALL_TAGS, b"1\t0\n" * 3, "each of the 4 images of .*, got 3"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -82,7 +83,7 @@ class SourceReport:
         pairs: the labels that occur together most often.
         prefixes: sharing of label prefixes, over all records.
         duplicates: names of records with the same content, in groups.
-        duplicates_across_splits: groups with two records that share no split.
+        duplicates_across_splits: groups in two splits that have no record in common.
         duplicates_with_other_labels: groups whose records differ in labels.
         unreadable: pictures that cannot be read.
     """
@@ -341,14 +342,14 @@ def _groups(digests: Sequence[bytes | None]) -> list[list[int]]:
 
 
 def _across_splits(dataset: Dataset, groups: list[list[int]]) -> int:
-    """Count the groups with two records that are in splits, but in no split together."""
-    member: dict[int, set[str]] = {record: set() for group in groups for record in group}
-    for name, records in dataset.splits.items():
-        for record in records.tolist():
-            if record in member:
-                member[record].add(name)
-    count = 0
-    for group in groups:
-        sets = {frozenset(member[record]) for record in group} - {frozenset()}
-        count += any(first.isdisjoint(second) for first in sets for second in sets)
-    return count
+    """Count the groups that lie in two splits which have no record in common."""
+    members = {name: set(records.tolist()) for name, records in dataset.splits.items()}
+    apart = [
+        (first, second)
+        for first, second in itertools.combinations(members.values(), 2)
+        if first.isdisjoint(second)
+    ]
+    return sum(
+        any(not first.isdisjoint(group) and not second.isdisjoint(group) for first, second in apart)
+        for group in groups
+    )
