@@ -162,6 +162,7 @@ BAD_FILES: dict[str, tuple[NusWideOptions, str, bytes, str]] = {
     "tag blank": (TAGS, "NUS_WID_Tags/TagList1k.txt", b"a\n\nb\n", "line 2: tag must be a non-"),
     "tags empty": (TAGS, "NUS_WID_Tags/TagList1k.txt", b"\n", "must hold tags, one per line"),
     "concept up": (NusWideOptions(), "Concepts81.txt", b"../sky\n", "a concept must be part of a"),
+    "concept long": (NusWideOptions(), "Concepts81.txt", b"x" * 5000, "a concept must be part"),
     "concept gone": (NusWideOptions(), "Concepts81.txt", b"sea\n", "sea.txt must be a file, found"),
     "name up": (NusWideOptions(), LIST, b"a\\..\\..\\b\n" * 4, "line 1: .*leaves the folder"),
     "name absolute": (NusWideOptions(), LIST, b"/etc/passwd\n" * 4, "line 1: .*absolute"),

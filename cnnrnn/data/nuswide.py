@@ -194,7 +194,8 @@ def _read_concepts(root: Path, places: list[_ImageList], problems: Problems) -> 
     concepts_file = _find(root, "Concepts81.txt", "ConceptsList")
     concepts = read_names(concepts_file, "concept", problems)
     for concept in concepts:
-        if name_problem(f"Labels_{concept}.txt") is not None or "/" in concept:
+        file_name = f"Labels_{concept}.txt"
+        if name_problem(file_name) is not None or "/" in concept or len(file_name) > 255:
             raise DataError(f"{concepts_file}: a concept must be part of a file name, got "
                             f"{short(concept)}")  # fmt: skip
     rows: list[npt.NDArray[np.int64]] = [np.zeros(0, dtype=np.int64)]
