@@ -10,7 +10,7 @@ import torch
 
 from cnnrnn import __version__
 
-EXTRAS = {"vision": ("timm", "torchvision", "pycocotools")}
+EXTRAS = {"vision": ("timm", "torchvision", "defusedxml", "pycocotools", "scikit-learn")}
 
 
 def report() -> tuple[list[str], list[str]]:

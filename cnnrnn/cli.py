@@ -1,4 +1,4 @@
-"""The `cnnrnn` command: train, evaluate, predict, scenes, check.
+"""The `cnnrnn` command: train, evaluate, predict, scenes, data check, check.
 
 Options are made from the config dataclasses. Every command takes `--config FILE.yaml` with
 overrides on the command line; dashes and underscores in option names mean the same.
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(words)
     run: dict[str, Callable[[ArgumentParser, Namespace], int]] = {
         "train": _train, "evaluate": _evaluate, "predict": _predict,
-        "scenes": _scenes, "check": _check,
+        "scenes": _scenes, "data": _data, "check": _check,
     }  # fmt: skip
     try:
         with warnings.catch_warnings():
@@ -103,6 +103,10 @@ def _parser(preset: str) -> ArgumentParser:
     commands.add_subcommand("evaluate", _evaluate_parser(), help="measure a model on labelled data")
     commands.add_subcommand("predict", _predict_parser(), help="label pictures")
     commands.add_subcommand("scenes", _scenes_parser(), help="write the synthetic scenes data set")
+    data = ArgumentParser(description="Look into a labelled data set.")
+    commands.add_subcommand("data", data, help="look into a labelled data set")
+    actions = data.add_subcommands(required=True, dest="action")
+    actions.add_subcommand("check", _data_check_parser(), help="count it, and say what is wrong")
     commands.add_subcommand("check", ArgumentParser(), help="say what this installation has")
     return parser
 
@@ -118,9 +122,16 @@ def _command_parser(description: str) -> ArgumentParser:
 def _add_data(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--data", type=str, required=True,
-        help="coco:ROOT, coco:FILE.json with --images, scenes:ROOT or features:FILE.npz",
+        help="coco:ROOT, coco:FILE.json with --images, voc:ROOT, nuswide:ROOT, csv:FILE, "
+        "scenes:ROOT or features:FILE; docs/data.md has their options",
     )  # fmt: skip
-    parser.add_argument("--images", type=str | None, help="picture folder of a coco: JSON file")
+    _add_images(parser)
+
+
+def _add_images(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--images", type=str | None, help="picture folder of a coco: JSON, nuswide: or csv: source"
+    )
 
 
 def _train_parser(preset: str) -> ArgumentParser:
@@ -196,6 +207,16 @@ def _scenes_parser() -> ArgumentParser:
     return parser
 
 
+def _data_check_parser() -> ArgumentParser:
+    parser = _command_parser("Read a source whole: what is in it, and everything wrong with it.")
+    parser.add_argument("source", type=str, help="as --data of train")
+    _add_images(parser)
+    parser.add_argument("--workers", type=int, default=0, help="processes that decode pictures")
+    parser.add_argument("--labels", type=int, default=20, help="labels and pairs to show")
+    parser.add_argument("--json", type=str | None, help="write the whole report as JSON")
+    return parser
+
+
 def _train(parser: ArgumentParser, options: Namespace) -> int:
     from cnnrnn.data import load_dataset
     from cnnrnn.progress import terminal_progress
@@ -236,8 +257,7 @@ def _evaluate(parser: ArgumentParser, options: Namespace) -> int:
     from cnnrnn.progress import terminal_progress
 
     for name in ("per_label", "json"):
-        if options[name] is not None and not Path(options[name]).absolute().parent.is_dir():
-            raise ValueError(f"--{name} {options[name]} must be in a folder that exists")
+        _require_folder(name, options[name])
     model = resolve_model(options.model, options.device)
     dataset = load_dataset(options.data, images=options.images, on_bad_image=options.on_bad_image)
     if options.split != "all" or "all" in dataset.splits:
@@ -352,6 +372,32 @@ def _scenes(parser: ArgumentParser, options: Namespace) -> int:
     )  # fmt: skip
     print(f"{options.train + options.val + options.test} pictures in {options.out}")
     return 0
+
+
+def _data(parser: ArgumentParser, options: Namespace) -> int:
+    from cnnrnn.data.check import check_source
+    from cnnrnn.progress import terminal_progress
+
+    options = options.check
+    _require_folder("json", options.json)
+    if options.labels < 0 or options.workers < 0:
+        raise ValueError(
+            f"--labels and --workers must be at least 0, got {options.labels} and {options.workers}"
+        )
+    report = check_source(
+        options.source, images=options.images, workers=options.workers,
+        pairs=options.labels, progress=terminal_progress,
+    )  # fmt: skip
+    print("\n".join(report.lines(options.labels)))
+    if options.json is not None:
+        text = json.dumps(report.as_dict(), indent=2) + "\n"
+        Path(options.json).write_text(text, encoding="utf-8")
+    return 1 if report.problems else 0
+
+
+def _require_folder(name: str, file: str | None) -> None:
+    if file is not None and not Path(file).absolute().parent.is_dir():
+        raise ValueError(f"--{name} {file} must be in a folder that exists")
 
 
 def _check(parser: ArgumentParser, options: Namespace) -> int:

@@ -290,3 +290,52 @@ class TrainConfig:
             aux_weight=0.0,
             augment=False,
         )
+
+
+@dataclass(frozen=True)
+class NusWideOptions:
+    """What to read of a `nuswide:` source.
+
+    Attributes:
+        labels: `concepts`, the 81 of the ground truth, or `tags`, the 1,000 that users gave.
+        train: a list of images that make up the split `train`; None takes the set's own splits.
+        val: the same of `val`.
+        test: the same of `test`.
+    """
+
+    labels: Literal["concepts", "tags"] = "concepts"
+    train: str | None = None
+    val: str | None = None
+    test: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the choice."""
+        _require_choice("labels", self.labels, ("concepts", "tags"))
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """How a `csv:` source is laid out.
+
+    Attributes:
+        image: column of image paths; None takes the first of image, fname, file_name, filename,
+            image_name, image_path, path, file that there is.
+        labels: column of labels; None takes the first of labels, tags, label.
+        split: column of split names, or of true and false where its name is `is_valid`; None
+            takes split or is_valid where there is one.
+        delimiter: between the labels of an image; `space` is any white space.
+        suffix: added to each image path.
+        vocabulary: file with the labels, one per line, in their order; None takes the labels that
+            occur, sorted.
+    """
+
+    image: str | None = None
+    labels: str | None = None
+    split: str | None = None
+    delimiter: str | None = None
+    suffix: str = ""
+    vocabulary: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the delimiter."""
+        _require(self.delimiter != "", "delimiter must not be empty, got ''")

@@ -122,7 +122,11 @@ def mean_average_precision(scores: Tensor, targets: Tensor) -> float:
 
 
 def decision_metrics(
-    inference: Inference, targets: Tensor, calibration: Calibration, k: int | None = None
+    inference: Inference,
+    targets: Tensor,
+    calibration: Calibration,
+    k: int | None = None,
+    unknown: Tensor | None = None,
 ) -> dict[str, dict[str, float]]:
     """Measure both decisions, ranked by the mixed marginals.
 
@@ -132,16 +136,21 @@ def decision_metrics(
         calibration: threshold and mixing weight.
         k: also report at most k labels of the best path (`path@k`) and exactly k labels by score
             (`top@k`).
+        unknown: [n, L] bool, labels that are neither present nor absent.
 
     Returns:
         Metrics of `path` and `threshold`, and of the two at k.
     """
     scores = inference.mixed(calibration.mix_weight)
     rows = {
-        "path": multilabel_metrics(inference.sets, targets, scores=scores),
-        "threshold": multilabel_metrics(scores, targets, threshold=calibration.threshold),
+        "path": multilabel_metrics(inference.sets, targets, scores=scores, unknown=unknown),
+        "threshold": multilabel_metrics(
+            scores, targets, threshold=calibration.threshold, unknown=unknown
+        ),
     }
     if k is not None:
-        rows[f"path@{k}"] = multilabel_metrics(inference.sets, targets, scores=scores, k=k)
-        rows[f"top@{k}"] = multilabel_metrics(scores, targets, k=k)
+        rows[f"path@{k}"] = multilabel_metrics(
+            inference.sets, targets, scores=scores, k=k, unknown=unknown
+        )
+        rows[f"top@{k}"] = multilabel_metrics(scores, targets, k=k, unknown=unknown)
     return rows

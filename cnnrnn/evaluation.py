@@ -25,11 +25,13 @@ class Evaluation:
         metrics: by decision (`path`, `threshold`, and both at k), then by metric.
         inference: what the model found in each image.
         targets: [n, L] bool, columns in path order.
+        unknown: [n, L] bool, labels that are neither present nor absent, or None.
     """
 
     metrics: dict[str, dict[str, float]]
     inference: Inference
     targets: Tensor
+    unknown: Tensor | None = None
 
 
 def evaluate(
@@ -62,7 +64,11 @@ def evaluate(
     """
     if not len(dataset):
         raise DataError(f"{dataset.source} has no images to evaluate on")
-    targets = model.label_space.from_source(dataset.label_matrix(), dataset.label_names)
+    space = model.label_space
+    targets = space.from_source(dataset.label_matrix(), dataset.label_names)
+    unknown = None
+    if dataset.unknown_indices is not None:
+        unknown = space.from_source(dataset.unknown_matrix(), dataset.label_names)
     if dataset.features is not None:
         if model.backbone is not None:
             raise DataError(f"{dataset.source} holds feature vectors, but the model reads pictures")
@@ -80,14 +86,17 @@ def evaluate(
             progress=progress,
         )
         features, targets = computed.values, targets[computed.kept]
+        unknown = None if unknown is None else unknown[computed.kept]
     model.eval()
     inference = infer(model.head, features.to(model.device), search or model.search)
-    metrics = decision_metrics(inference, targets, model.calibration, k)
-    return Evaluation(metrics, inference, targets)
+    metrics = decision_metrics(inference, targets, model.calibration, k, unknown)
+    return Evaluation(metrics, inference, targets, unknown)
 
 
 def write_per_label(path: Path, model: CNNRNN, evaluation: Evaluation) -> None:
     """Write precision, recall, F1 and AP of every label's best-path decisions as CSV."""
     scores = evaluation.inference.mixed(model.calibration.mix_weight)
-    rows = per_label_metrics(evaluation.inference.sets, evaluation.targets, scores=scores)
+    rows = per_label_metrics(
+        evaluation.inference.sets, evaluation.targets, scores=scores, unknown=evaluation.unknown
+    )
     write_per_label_csv(path, model.labels, rows)

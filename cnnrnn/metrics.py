@@ -11,6 +11,8 @@ The definitions that the paper leaves open:
 - C-F1 is the harmonic mean of C-P and C-R, as in the paper's tables.
 - MAP@k averages over the images that have labels; AP@k divides by min(k, labels of the image).
 - O-P with nothing predicted, O-R and O-F1 without any positive are 0.
+- A label that is unknown in an image, such as VOC's difficult ones, counts neither as present nor
+  as absent: a prediction of it is neither right nor wrong, and its score is in no ranking.
 - An average over nothing (C-R, C-F1, mAP, MAP@k where no image has a label) is NaN.
 
 Sums are in float64, on the device of the first argument; the others are moved there.
@@ -220,6 +222,7 @@ def multilabel_metrics(
     scores: Tensor | None = None,
     k: int | None = None,
     threshold: float | Tensor | None = None,
+    unknown: Tensor | None = None,
 ) -> dict[str, float]:
     """Measure predicted label sets, or scores, against the true sets.
 
@@ -230,7 +233,7 @@ def multilabel_metrics(
     `labels-never-predicted` and `mean-labels-predicted`.
     Keys about the ranking: `MAP@10`, `mAP`, `mAP-11pt`.
     Keys about the data: `images`, `images-without-labels`, `labels-without-positives`,
-    `mean-labels-true`.
+    `mean-labels-true`, and with `unknown` also `labels-unknown`, the pairs of image and label.
 
     Args:
         predictions: [n, L], either bool, the sets as they are, or floating point, scores that
@@ -242,6 +245,8 @@ def multilabel_metrics(
         k: at most this many labels per image, the best-scored ones; bool sets are cut down to
             it (they need `scores`), never filled up.
         threshold: one number or [L], with floating-point predictions only.
+        unknown: [n, L] bool, labels that are neither present nor absent; none of them is in
+            `targets`. Sets are cut to `k` before these are taken out.
 
     Returns:
         The measures as fractions of 1 (not percent), the counts as whole numbers.
@@ -251,6 +256,7 @@ def multilabel_metrics(
             not go together.
     """
     targets = _checked_targets(targets, predictions, "predictions")
+    unknown = _checked_unknown(unknown, targets)
     if k is not None:
         _check_k(k)
     sets: Tensor | None = None
@@ -282,9 +288,13 @@ def multilabel_metrics(
 
     measures: dict[str, float] = {}
     if sets is not None:
+        if unknown is not None:
+            sets = sets & ~unknown
         measures |= _set_measures(sets, targets)
     if scores is not None and ranking is not None:
-        all_point, eleven_point = _average_precisions(scores, targets)
+        if unknown is not None:
+            ranking = _ranking(scores.masked_fill(unknown, -math.inf))
+        all_point, eleven_point = _average_precisions(scores, targets, unknown)
         measures["MAP@10"] = _map_at_k(ranking, targets, 10)
         measures["mAP"] = float(all_point.nanmean())
         measures["mAP-11pt"] = float(eleven_point.nanmean())
@@ -295,11 +305,17 @@ def multilabel_metrics(
         measures["labels-never-predicted"] = int((~sets.any(0)).sum())
         measures["mean-labels-predicted"] = int(sets.sum()) / len(sets)
     measures["mean-labels-true"] = int(targets.sum()) / len(targets)
+    if unknown is not None:
+        measures["labels-unknown"] = int(unknown.sum())
     return measures
 
 
 def per_label_metrics(
-    predictions: Tensor, targets: Tensor, *, scores: Tensor | None = None
+    predictions: Tensor,
+    targets: Tensor,
+    *,
+    scores: Tensor | None = None,
+    unknown: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Measure every label by itself.
 
@@ -307,6 +323,7 @@ def per_label_metrics(
         predictions: [n, L] bool, the predicted sets.
         targets: [n, L] bool or 0/1 integers.
         scores: [n, L] floating point, the ranking for AP; without it there is none.
+        unknown: [n, L] bool, labels that are neither present nor absent.
 
     Returns:
         [L] tensors. float64: `precision` (0 for a label never predicted), `recall`, `F1`, and
@@ -319,10 +336,11 @@ def per_label_metrics(
     targets = _checked_targets(targets, predictions, "predictions")
     if predictions.dtype != torch.bool:
         raise ValueError(f"predictions must be [n, L] bool sets, got {predictions.dtype}")
-    per_label = _per_label(predictions, targets)
+    unknown = _checked_unknown(unknown, targets)
+    per_label = _per_label(predictions if unknown is None else predictions & ~unknown, targets)
     if scores is not None:
         per_label["AP"], per_label["AP-11pt"] = _average_precisions(
-            _checked_scores(scores, like=predictions), targets
+            _checked_scores(scores, like=predictions), targets, unknown
         )
     return per_label
 
@@ -405,6 +423,23 @@ def _checked_targets(targets: Tensor, like: Tensor, like_name: str) -> Tensor:
     if len(wrong):
         raise ValueError(f"targets must be bool or 0/1 integers, got the value {int(wrong[0])}")
     return targets.bool()
+
+
+def _checked_unknown(unknown: Tensor | None, targets: Tensor) -> Tensor | None:
+    """Check unknown labels against checked targets; None where there is none."""
+    if unknown is None:
+        return None
+    if unknown.shape != targets.shape or unknown.dtype != torch.bool:
+        raise ValueError(
+            f"unknown must be [n, L] bool like targets {list(targets.shape)}, got "
+            f"{list(unknown.shape)} {unknown.dtype}"
+        )
+    unknown = unknown.to(targets.device)
+    both = (unknown & targets).nonzero()
+    if len(both):
+        row, label = both[0].tolist()
+        raise ValueError(f"a label must not be true and unknown, got label {label} in row {row}")
+    return unknown
 
 
 def _check_k(k: int) -> None:
@@ -503,8 +538,10 @@ def _counts_at_positives(sorted_scores: Tensor, positive_scores: Tensor) -> tupl
     return correct, predicted
 
 
-def _average_precisions(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """All-point and 11-point average precision, each [L] float64."""
+def _average_precisions(
+    scores: Tensor, targets: Tensor, unknown: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """All-point and 11-point average precision, each [L] float64; unknown pairs are left out."""
     num_labels = scores.shape[1]
     all_point = scores.new_full((num_labels,), math.nan, dtype=torch.float64)
     eleven_point = all_point.clone()
@@ -513,7 +550,10 @@ def _average_precisions(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
     tenths = torch.arange(10, -1, -1, device=scores.device)
     for label in truths.any(1).nonzero().squeeze(1).tolist():
         positive_scores = columns[label][truths[label]].sort().values
-        correct, predicted = _counts_at_positives(sorted_columns[label], positive_scores)
+        sorted_scores = sorted_columns[label]
+        if unknown is not None and bool(unknown[:, label].any()):
+            sorted_scores = columns[label][~unknown[:, label]].sort().values
+        correct, predicted = _counts_at_positives(sorted_scores, positive_scores)
         precision = correct.double() / predicted
         # Recall rises by 1 / positives at each positive, so the area is the mean precision there.
         all_point[label] = precision.mean()

@@ -10,9 +10,12 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let a long run search more than the daily one: `pytest --searches 10000`."""
+    """Let a long run try more than the daily one: `pytest --searches 10000 --mutations 2000`."""
     parser.addoption(
         "--searches", type=int, default=1000, help="random searches to hold against float64"
+    )
+    parser.addoption(
+        "--mutations", type=int, default=300, help="broken data files to read, over all formats"
     )
 
 

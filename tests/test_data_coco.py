@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+import tracemalloc
 import types
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,44 @@ def test_boxes_stay_with_their_records(single: tuple[Path, Path]) -> None:
     assert boxes.xywh.tolist() == [[1, 2, 3, 4], [2, 2, 1, 1], [9, 9, 1, 1], [0, 0, 5.5, 6]]
 
 
+@pytest.mark.parametrize(
+    "outline", [[[1.5, 2, 3, 4, 5, 6]], {"size": [6, 8], "counts": "a0b"}, [], None, "x", {"id": 1}]
+)
+def test_outlines_are_not_looked_at(single: tuple[Path, Path], outline: Any) -> None:
+    data = document()
+    for annotation in data["annotations"]:
+        annotation["segmentation"] = outline
+    assert label_lists(load_changed(single, data)) == [[0], [0, 1], []]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32-be"])
+def test_encodings_of_json(single: tuple[Path, Path], encoding: str) -> None:
+    data = document()
+    data["categories"][0]["name"] = "été"
+    single[0].write_bytes(json.dumps(data, ensure_ascii=False).encode(encoding))
+    assert load_coco(*single).label_names == ("été", "cat", "bird")
+
+
+def test_memory_stays_below_that_of_plain_json(single: tuple[Path, Path]) -> None:
+    """Most of a real file is outlines, which must be gone while the rest is read."""
+    data = document()
+    outline = [[float(i) / 7 for i in range(20_000)]]
+    for annotation in data["annotations"]:
+        annotation["segmentation"] = outline
+    single[0].write_text(json.dumps(data))
+    size = single[0].stat().st_size
+    peaks = []
+    for read in (lambda: json.loads(single[0].read_text()), lambda: load_coco(*single)):
+        tracemalloc.start()
+        kept = read()
+        after, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        peaks.append(peak)
+        assert kept
+    assert after < size / 4
+    assert peaks[1] < 0.9 * peaks[0]
+
+
 def test_annotations_without_boxes(single: tuple[Path, Path]) -> None:
     data = document()
     for annotation in data["annotations"]:
@@ -177,8 +216,11 @@ BAD_FILES: dict[str, tuple[Any, str]] = {
     "empty": ("", "must be valid JSON, got Expecting value at line 1, column 1"),
     "deep": ("[" * 200_000, "must be valid JSON, got"),
     "endless number": ('{"images": ' + "1" * 5000 + "}", "must be valid JSON, got"),
+    "deep inside": ('{"info": ' + "[" * 200_000 + "]" * 200_000 + "}", "must be valid JSON, got"),
+    "key twice": ('{"images": [{"id": 1, "id": 2}]}', "'id' twice in the object with id 2"),
+    "key twice on top": ('{"images": [], "images": []}', "'images' twice in the object with id N"),
     "not an object": ("[]", "must hold a JSON object, got a list"),
-    "no images": (change("images", drop=True), "images is missing, found annotations, categ"),
+    "no images": (change("images", drop=True), "images is missing, found 'annotations', 'cat"),
     "no annotations": (change("annotations", drop=True), "annotations is missing"),
     "no categories": (change("categories", drop=True), "categories is missing"),
     "images no list": (change("images", to={}), "images must be a list, got an object"),
@@ -215,6 +257,7 @@ BAD_FILES: dict[str, tuple[Any, str]] = {
     "file_name up": (image_7("file_name", to="sub/../../x"), "image 7 .*leaves"),
     "file_name up, backslash": (image_7("file_name", to="s\\..\\x"), "image 7 .*leaves"),
     "file_name NUL": (image_7("file_name", to="a\0.png"), "image 7 .*not a file name"),
+    "file_name line feed": (image_7("file_name", to="a\n.png"), "image 7 .*not a file name"),
     "file_name half": (image_7("file_name", to="\ud800"), "image 7 .*not a file name"),
     "file_name URL": (image_7("file_name", to="http://h/a.png"), "image 7 .*a URL"),
     "file_name long": (image_7("file_name", to="x" * 5000), "image 7 must exist"),
@@ -336,14 +379,14 @@ def test_missing_extra(single: tuple[Path, Path], monkeypatch: pytest.MonkeyPatc
         load_coco(*single)
 
 
-@pytest.mark.parametrize("spec", ["", "coco", "coco:", "voc:x", "labels.json", ":x"])
+@pytest.mark.parametrize("spec", ["", "coco", "coco:", "voc:", "pascal:x", "labels.json", ":x"])
 def test_unknown_kinds(spec: str) -> None:
     with pytest.raises(DataError, match="data must be one of coco:ROOT, .*scenes:ROOT, features"):
         load_dataset(spec)
 
 
 def test_options_are_checked(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="images is only for coco sources"):
+    with pytest.raises(DataError, match="images is only for coco, nuswide, csv sources"):
         load_dataset("scenes:x", images=tmp_path)
     with pytest.raises(ValueError, match="on_bad_image must be one of error, skip, got 'ignore'"):
         load_dataset("coco:x", on_bad_image="ignore")  # type: ignore[arg-type]
@@ -457,6 +500,17 @@ def test_selection_keeps_everything_aligned() -> None:
     assert twice.labels(0).dtype == np.int32 and twice.labels(0).tolist() == [0, 2]
 
 
+def test_unknown_labels_are_selected_with_their_records() -> None:
+    dataset = small_dataset(
+        unknown_indptr=np.array([0, 1, 3, 3]), unknown_indices=np.array([1, 0, 2])
+    )
+    expected = torch.tensor([[0, 1, 0], [1, 0, 1], [0, 0, 0]], dtype=torch.bool)
+    torch.testing.assert_close(dataset.unknown_matrix(), expected)
+    for chosen in ([], [1], [2, 1, 1, 0]):
+        torch.testing.assert_close(dataset.select(chosen).unknown_matrix(), expected[chosen])
+    assert not small_dataset().unknown_matrix().any()
+
+
 @pytest.mark.parametrize("indices", [[3], [-1], torch.tensor([0, 5])])
 def test_indices_out_of_range(indices: Any) -> None:
     with pytest.raises(IndexError, match=r"indices must be in 0\.\.2, got"):
@@ -489,6 +543,14 @@ def test_masks_are_not_indices() -> None:
         ({"splits": {"train": np.array([3])}}, r"split train must hold records 0\.\.2, got 3\.\.3"),
         ({"splits": {" ": np.array([0])}}, "split must have a non-empty name"),
         ({"rows": np.array([1])}, r"rows must be \[3\]"),
+        ({"unknown_indptr": np.array([0, 0, 0, 0])}, "must come together, got one"),
+        ({"unknown_indptr": np.array([0, 1]), "unknown_indices": np.array([1])}, "cover 3 records"),
+        ({"unknown_indptr": np.array([0, 0, 0, 1]), "unknown_indices": np.array([3])},
+         r"unknown_indices must be in 0\.\.2, got 3\.\.3"),
+        ({"unknown_indptr": np.array([0, 1, 1, 1]), "unknown_indices": np.array([2])},
+         "record 0 has 'z' as label and as unknown"),
+        ({"unknown_indptr": np.array([0, 0, 2, 2]), "unknown_indices": np.array([1, 1])},
+         "unknown_indices must be ascending and unique"),
         ({"boxes": Boxes(np.array([0, 1]), np.array([0]), np.zeros((1, 4)))}, "cover 3 records"),
         ({"boxes": Boxes(np.array([0, 0, 0, 1]), np.array([0]), np.zeros((1, 3)))}, "xywh"),
     ],

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import sources
 
-from cnnrnn.data import DataError, load_dataset
+from cnnrnn.data import DataError, Problems, load_dataset
 from cnnrnn.data.features import load_features
 
 
@@ -126,6 +128,29 @@ def test_objects_are_never_unpickled(tmp_path: Path) -> None:
     assert not (tmp_path / "sprung").exists()
 
 
+def test_an_array_that_unpacks_to_far_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "f.npz"
+    np.savez_compressed(file, **arrays(features=np.zeros((5, 200_000), np.float32)))
+    assert load_features(file).features is not None
+    monkeypatch.setattr("cnnrnn.data.features.MAX_UNPACKED_BYTES", 1 << 20)
+    with pytest.raises(DataError, match="features.npy must not unpack .* 500 times .* 4000128 byt"):
+        load_features(file)
+    np.savez(file, **arrays(features=np.zeros((5, 200_000), np.float32)))
+    assert load_features(file).features is not None
+
+
+def test_an_array_whose_header_claims_terabytes(tmp_path: Path) -> None:
+    file = write(tmp_path / "f.npz")
+    data = file.read_bytes()
+    shape = b"'shape': (5, 2), }"
+    claimed = b"'shape': (5, 10**12), }".replace(b"10**12", b"1" + b"0" * 11)
+    place = data.index(shape)
+    end = place + len(claimed)
+    file.write_bytes(data[:place] + claimed + data[end:])
+    with pytest.raises(DataError, match="f.npz: features must be a complete array"):
+        load_features(file)
+
+
 def test_no_npz_at_all(tmp_path: Path) -> None:
     np.save(tmp_path / "array.npy", np.zeros(3))
     (tmp_path / "text.npz").write_text("hello")
@@ -135,7 +160,7 @@ def test_no_npz_at_all(tmp_path: Path) -> None:
             load_features(tmp_path / name)
     with pytest.raises(DataError, match="nowhere.npz must be an .npz file, found no such file"):
         load_features(tmp_path / "nowhere.npz")
-    with pytest.raises(DataError, match="must be an .npz file, found a folder"):
+    with pytest.raises(DataError, match="must hold a file per split, such as train.svm"):
         load_features(tmp_path)
     with zipfile.ZipFile(tmp_path / "other.npz", "w") as archive:
         archive.writestr("features", "no array")
@@ -165,3 +190,123 @@ def test_cut_and_altered_files(tmp_path: Path) -> None:
         else:  # a byte that means nothing, or the name of the optional array
             np.testing.assert_array_equal(dataset.label_indices, whole.label_indices)
             np.testing.assert_array_equal(dataset.features, whole.features)
+
+
+# svmlight text.
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    pytest.importorskip("sklearn")
+    return sources.write_svmlight(tmp_path / "text")
+
+
+def test_svmlight(text: Path) -> None:
+    dataset = load_dataset(f"features:{text / 'train.svm'}")
+    assert dataset.source == f"features:{text / 'train.svm'}"
+    assert dataset.label_names == ("0", "2")
+    assert [dataset.labels(i).tolist() for i in range(3)] == [[0, 1], [], [1]]
+    assert {name: rows.tolist() for name, rows in dataset.splits.items()} == {"all": [0, 1, 2]}
+    assert dataset.features is not None and dataset.features.dtype == np.float32
+    expected = np.array([[0.5, 0, 2], [0, 1e-3, 0], [-1, 0, 0]], np.float32)
+    np.testing.assert_array_equal(dataset.features, expected)
+
+
+def test_svmlight_per_split(text: Path) -> None:
+    dataset = load_features(text)
+    assert {name: rows.tolist() for name, rows in dataset.splits.items()} == {
+        "test": [0], "train": [1, 2, 3]
+    }  # fmt: skip
+    assert dataset.label_names == ("0", "1", "2") and dataset.labels(0).tolist() == [1]
+    assert dataset.features is not None and dataset.features[0].tolist() == [0, 0, 0, 7]
+
+
+def test_svmlight_numbers_from_0_where_a_file_does(text: Path) -> None:
+    (text / "test.svm").write_text("1 0:7\n")
+    features = load_features(text).features
+    assert features is not None and features.shape == (4, 4)
+    assert features[:, 0].tolist() == [7, 0, 0, 0] and features[1].tolist() == [0, 0.5, 0, 2]
+
+
+def test_svmlight_vocabulary(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("sky\nsea\nboat\n")
+    dataset = load_dataset(f"features:{text},vocabulary={tmp_path / 'names.txt'}")
+    assert dataset.label_names == ("sky", "sea", "boat")
+    assert dataset.label_matrix().int().tolist() == [[0, 1, 0], [1, 0, 1], [0, 0, 0], [0, 0, 1]]
+    (tmp_path / "names.txt").write_text("sky\nsea\n")
+    with pytest.raises(DataError, match=r"train.svm, line 1: labels must be in 0\.\.1 as in the v"):
+        load_features(text, tmp_path / "names.txt")
+    with pytest.raises(DataError, match="names its labels itself: vocabulary is only for svmlight"):
+        load_features(write(tmp_path / "f.npz"), tmp_path / "names.txt")
+
+
+BAD_LINES = {
+    "no colon": (b"1 5", "line 2 must be labels and feature:value pairs, got '1 5'"),
+    "header": (b"2000 500 374", "line 2 must be labels and feature:value pairs, got '2000 500"),
+    "no number": (b"1 1:x", "line 2 must be labels and"),
+    "label words": (b"sky 1:1", "line 2 must be labels and"),
+    "label gap": (b"1,,2 1:1", "line 2 must be labels and"),
+    "index minus": (b"1 -1:1", "line 2 must be labels and"),
+    "index twice": (b"1 2:1 2:1", "line 2 must be .*sorted and unique"),
+    "index down": (b"1 2:1 1:1", "line 2 must be .*sorted and unique"),
+    "index huge": (b"1 99999999999999999999:1", "line 2 must be .*too large"),
+    "not text": (b"\xff\xfe\0 1:1", "line 2 must be labels and"),
+    "value nan": (b"1 1:nan", "line 2: features must be finite in float32, got nan"),
+    "value inf": (b"1 1:-inf", "line 2: features must be finite in float32, got -inf"),
+    "value 1e400": (b"1 1:1e400", "line 2: features must be finite in float32, got inf"),
+    "value 1e300": (b"1 1:1 2:1e300", "line 2: features must be finite in float32, got inf"),
+    "label nan": (b"nan 1:1", "line 2: labels must be whole numbers from 0, got nan"),
+    "label inf": (b"inf 1:1", "line 2: labels must be whole numbers from 0, got inf"),
+    "label half": (b"1.5 1:1", "line 2: labels must be whole numbers from 0, got 1.5"),
+    "label minus": (b"-1 1:1", "line 2: labels must be whole numbers from 0, got -1"),
+    "label huge": (b"1e300 1:1", r"line 2: labels must be whole numbers from 0, got 1e\+300"),
+    "label twice": (b"3,3 1:1", "line 2: labels must be unique, got 3 twice"),
+    "bomb": (b"1 2000000000:1", "width that fits memory, got 2 lines with .* up to 2000000000"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_LINES)
+def test_svmlight_errors_name_file_and_line(text: Path, case: str) -> None:
+    line, message = BAD_LINES[case]
+    file = text / "train.svm"
+    file.write_bytes(b"0 1:1\n" + line + b"\n")
+    with pytest.raises(DataError, match=message) as caught:
+        load_features(file)
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_svmlight_layout_errors(text: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere.svm must be a file, found no such file"):
+        load_features(tmp_path / "nowhere.svm")
+    (text / "train.libsvm").write_text("1 1:1\n")
+    with pytest.raises(DataError, match="one file per split, found train.libsvm and train.svm"):
+        load_features(text)
+    (text / "train.svm").write_text("# nothing\n\n")
+    with pytest.raises(DataError, match="train.svm must hold at least one record, got none"):
+        load_features(text / "train.svm")
+    (text / "train.svm").write_text(" 1:1\n")
+    with pytest.raises(DataError, match="train.svm must hold at least one label, got none"):
+        load_features(text / "train.svm")
+
+
+def test_svmlight_missing_extra(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "cnnrnn\[vision\]"'):
+        load_features(text)
+
+
+def test_every_problem_is_kept(text: Path, tmp_path: Path) -> None:
+    (text / "train.svm").write_text("1 1:1\nx 1:1\n2 1:nan\n\n3 2:2\n-1 1:1\n4 1:1 1:1\n")
+    problems = Problems(keep=True)
+    dataset = load_features(text, problems=problems)
+    lines = [message.partition("train.svm, ")[2][:6] for message in problems.messages]
+    assert sorted(lines) == ["line 2", "line 3", "line 6", "line 7"]
+    assert dataset.label_names == ("1", "3") and len(dataset.split("train")) == 2
+    labels, features = np.array(arrays()["labels"]), np.array(arrays()["features"])
+    labels[1, 0], features[3, 1] = 7, np.nan
+    file = write(tmp_path / "f.npz", labels=labels, features=features)
+    problems = Problems(keep=True)
+    dataset = load_features(file, problems=problems)
+    assert [message[:5] for message in problems.messages] == ["row 1", "row 3"]
+    assert dataset.rows.tolist() == [0, 2, 4] and dataset.splits["val"].tolist() == [2]
+    assert [dataset.labels(i).tolist() for i in range(3)] == [[0, 2], [1], [2]]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from cnnrnn.config import Preprocessing
 from cnnrnn.data import BadImageError, DataError, Dataset
@@ -194,6 +194,13 @@ def test_bad_files_name_path_and_record(tmp_path: Path) -> None:
         assert isinstance(error, DataError)
 
 
+def test_jpeg_2000_is_not_read(tmp_path: Path) -> None:
+    """Its decoder makes a picture of a file that is cut short."""
+    file = save(tmp_path / "x.jp2", noise())
+    with pytest.raises(BadImageError, match="no image in a known format"):
+        decode_image(file)
+
+
 def test_ghostscript_is_never_started(tmp_path: Path) -> None:
     file = save(tmp_path / "x.eps", noise())
     with pytest.raises(BadImageError, match="no image in a known format"):
@@ -214,6 +221,34 @@ def test_truncated_files(tmp_path: Path, suffix: str) -> None:
             assert str(file) in str(error) and "\n" not in str(error)
         else:  # only a trailer is missing
             assert cut <= 16 or suffix == "tiff"  # PNG: an empty chunk and a checksum
+            np.testing.assert_array_equal(np.asarray(image), pixels)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize(
+    ("suffix", "options", "trailer"),
+    [("png", {}, 20), ("jpg", {}, 2), ("jpg", {"progressive": True}, 2), ("webp", {}, 0),
+     ("webp", {"lossless": True}, 0), ("gif", {}, 2), ("bmp", {}, 0), ("ppm", {}, 0),
+     ("avif", {}, 0), ("tiff", {}, 0), ("tiff", {"compression": "tiff_deflate"}, 0),
+     ("tiff", {"compression": "tiff_lzw"}, 0), ("tiff", {"compression": "jpeg"}, 0)],
+)  # fmt: skip
+def test_a_picture_cut_at_every_length(
+    tmp_path: Path, suffix: str, options: dict[str, Any], trailer: int
+) -> None:
+    """Only where no more than checksums and end marks are gone may it still be read."""
+    if suffix == "avif" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    whole = save(tmp_path / f"whole.{suffix}", noise(6, 8), **options)
+    data, pixels = whole.read_bytes(), np.asarray(decode_image(whole))
+    file = tmp_path / f"cut.{suffix}"
+    for length in range(len(data)):
+        file.write_bytes(data[:length])
+        try:
+            image = decode_image(file)
+        except BadImageError as error:
+            assert str(file) in str(error) and "\n" not in str(error)
+        else:
+            assert len(data) - length <= trailer, length
             np.testing.assert_array_equal(np.asarray(image), pixels)
 
 

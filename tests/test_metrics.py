@@ -17,6 +17,8 @@ from sklearn.metrics import (
     average_precision_score,
     f1_score,
     precision_recall_fscore_support,
+    precision_score,
+    recall_score,
 )
 from torch import Tensor
 
@@ -618,3 +620,66 @@ def test_options_must_go_together() -> None:
         metrics.average_precision(scores, TARGETS, "voc")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="metric must be O-F1, got 'C-F1'"):
         metrics.best_threshold(scores, TARGETS, "C-F1")  # type: ignore[arg-type]
+
+
+# Labels that are neither present nor absent.
+
+
+def with_unknown(seed: int, images: int = 23, labels: int = 7) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, 9, (images, labels), generator=generator) / 8  # with ties
+    draw = torch.rand(images, labels, generator=generator)
+    return scores, draw < 0.3, draw > 0.8
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_unknown_pairs_are_left_out(seed):
+    scores, targets, unknown = with_unknown(seed)
+    measures = metrics.multilabel_metrics(scores, targets, threshold=0.5, unknown=unknown)
+    per_label = metrics.per_label_metrics(scores >= 0.5, targets, scores=scores, unknown=unknown)
+    known = ~unknown
+    sets = scores >= 0.5
+    expected = [
+        average_precision_score(targets[known[:, i], i], scores[known[:, i], i]) for i in range(7)
+    ]
+    assert per_label["AP"].tolist() == pytest.approx(expected)
+    assert measures["mAP"] == pytest.approx(sum(expected) / 7)
+    assert measures["O-P"] == pytest.approx(precision_score(targets[known], sets[known]))
+    assert measures["O-R"] == pytest.approx(recall_score(targets[known], sets[known]))
+    precisions = [precision_score(targets[k, i], sets[k, i], zero_division=0)
+                  for i, k in enumerate(known.T)]  # fmt: skip
+    assert measures["C-P"] == pytest.approx(sum(precisions) / 7)
+    assert measures["labels-unknown"] == int(unknown.sum())
+    same = ((sets == targets) | unknown).all(1)
+    assert measures["exact-match"] == pytest.approx(same.double().mean().item())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_unknown_labels_take_no_rank(seed):
+    """MAP@10 is that of a data set whose unknown labels do not exist, image by image."""
+    scores, targets, unknown = with_unknown(seed, labels=20)
+    values = [
+        metrics.map_at_k(scores[i : i + 1, ~unknown[i]], targets[i : i + 1, ~unknown[i]], 10)
+        for i in range(len(scores))
+        if targets[i].any()
+    ]
+    measures = metrics.multilabel_metrics(scores, targets, unknown=unknown)
+    assert measures["MAP@10"] == pytest.approx(sum(values) / len(values))
+
+
+def test_nothing_unknown_changes_nothing():
+    scores, targets, _ = with_unknown(0)
+    expected = metrics.multilabel_metrics(scores, targets, k=3)
+    measures = metrics.multilabel_metrics(scores, targets, k=3, unknown=torch.zeros_like(targets))
+    assert measures == {**expected, "labels-unknown": 0}
+
+
+def test_unknown_is_checked():
+    scores, targets, unknown = with_unknown(0)
+    with pytest.raises(ValueError, match=r"unknown must be \[n, L\] bool like targets \[23, 7\]"):
+        metrics.multilabel_metrics(scores, targets, unknown=unknown[:, 1:])
+    with pytest.raises(ValueError, match=r"unknown must be .* torch.int64"):
+        metrics.per_label_metrics(targets, targets, unknown=unknown.long())
+    row, label = targets.nonzero()[0].tolist()
+    with pytest.raises(ValueError, match=f"true and unknown, got label {label} in row {row}"):
+        metrics.multilabel_metrics(scores, targets, unknown=targets)

@@ -2,30 +2,56 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
-from cnnrnn.config import OnBadImage
+from cnnrnn.config import NusWideOptions, OnBadImage, TableOptions
 from cnnrnn.data.dataset import Boxes, DataError, Dataset
 from cnnrnn.data.images import BadImageError
+from cnnrnn.data.problems import Problems
 
-__all__ = ["BadImageError", "Boxes", "DataError", "Dataset", "load_dataset"]
+__all__ = ["BadImageError", "Boxes", "DataError", "Dataset", "Problems", "load_dataset"]
 
-_KINDS = "coco:ROOT, coco:FILE.json (with images=FOLDER), scenes:ROOT, features:FILE.npz"
+_KINDS = (
+    "coco:ROOT, coco:FILE.json (with images=FOLDER), voc:ROOT, nuswide:ROOT, csv:FILE, "
+    "scenes:ROOT, features:FILE"
+)
+_OPTIONS = {
+    "coco": (),
+    "voc": (),
+    "nuswide": tuple(field.name for field in dataclasses.fields(NusWideOptions)),
+    "csv": tuple(field.name for field in dataclasses.fields(TableOptions)),
+    "scenes": (),
+    "features": ("vocabulary",),
+}
+_WITH_IMAGE_FOLDER = ("coco", "nuswide", "csv")
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def load_dataset(
-    spec: str, *, images: str | Path | None = None, on_bad_image: OnBadImage = "error"
+    spec: str,
+    *,
+    images: str | Path | None = None,
+    on_bad_image: OnBadImage = "error",
+    problems: Problems | None = None,
 ) -> Dataset:
     """Read the dataset that a spec names.
 
     Args:
-        spec: `coco:ROOT`, `coco:FILE.json`, `scenes:ROOT` or `features:FILE.npz`. A scenes
-            folder that does not exist is generated first.
-        images: image folder of a `coco:` source.
+        spec: `coco:ROOT`, `coco:FILE.json`, `voc:ROOT`, `nuswide:ROOT`, `csv:FILE`, `csv:FOLDER`,
+            `scenes:ROOT`, `features:FILE` or `features:FOLDER`. A scenes folder that does not
+            exist is generated first. Options follow a comma, as in
+            `csv:FILE,labels=tags,delimiter=space` (`TableOptions`),
+            `nuswide:ROOT,labels=tags` (`NusWideOptions`) and `features:FILE.svm,vocabulary=FILE`.
+        images: image folder of a `coco:`, `nuswide:` or `csv:` source.
         on_bad_image: `error` stops at a missing image, `skip` leaves it out with a warning.
+        problems: takes what is wrong with the source; without it the first problem is raised.
 
     Returns:
         The dataset with all its splits.
@@ -37,23 +63,64 @@ def load_dataset(
     if on_bad_image not in ("error", "skip"):
         raise ValueError(f"on_bad_image must be one of error, skip, got {on_bad_image!r}")
     kind, _, location = spec.partition(":")
-    if kind not in ("coco", "scenes", "features") or not location:
+    if kind not in _OPTIONS or not location or "\0" in location:
         raise DataError(f"data must be one of {_KINDS}, got {spec!r}")
-    if images is not None and kind != "coco":
-        raise DataError(f"images is only for coco sources, got {spec!r} and images={str(images)!r}")
+    if images is not None and kind not in _WITH_IMAGE_FOLDER:
+        raise DataError(
+            f"images is only for {', '.join(_WITH_IMAGE_FOLDER)} sources, got {spec!r} and "
+            f"images={str(images)!r}"
+        )
+    location, options = _split_options(kind, location)
     path = Path(location).expanduser()
+    common: dict[str, Any] = {"on_bad_image": on_bad_image, "problems": problems}
     if kind == "features":
         from cnnrnn.data.features import load_features
 
-        return load_features(path)
+        return load_features(path, options.get("vocabulary"), problems=problems)
+    if kind == "voc":
+        from cnnrnn.data.voc import load_voc
+
+        return load_voc(path, **common)
+    if kind == "nuswide":
+        from cnnrnn.data.nuswide import load_nuswide
+
+        return load_nuswide(path, images, _made(NusWideOptions, spec, options), **common)
+    if kind == "csv":
+        from cnnrnn.data.table import load_table
+
+        return load_table(path, images, _made(TableOptions, spec, options), **common)
 
     from cnnrnn.data.coco import load_coco
 
     if kind == "scenes":
         if not path.exists():
             _generate_scenes(path)
-        return replace(load_coco(path, on_bad_image=on_bad_image), source=f"scenes:{path}")
-    return load_coco(path, images, on_bad_image=on_bad_image)
+        return replace(load_coco(path, **common), source=f"scenes:{path}")
+    return load_coco(path, images, **common)
+
+
+def _split_options(kind: str, location: str) -> tuple[str, dict[str, str]]:
+    """Split `PATH,name=value,...` at the commas that stand before a name."""
+    known = _OPTIONS[kind]
+    if not known:
+        return location, {}
+    path, *words = re.split(r",(?=[a-z_]+=)", location)
+    options: dict[str, str] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in known:
+            raise DataError(f"an option of {kind} must be one of {', '.join(known)}, got {name!r}")
+        if name in options:
+            raise DataError(f"an option must be given once, got {name} twice in {location!r}")
+        options[name] = value
+    return path, options
+
+
+def _made(options: type[T], spec: str, values: dict[str, str]) -> T:
+    try:
+        return options(**values)
+    except ValueError as error:
+        raise DataError(f"{spec}: {error}") from error
 
 
 def _generate_scenes(root: Path) -> None:

@@ -47,6 +47,10 @@ class Dataset:
         features: [n, F] float32, finite, or None.
         boxes: boxes of the records, or None.
         rows: [n] int64, each record's number in its source; 0..n-1 unless it was selected.
+        unknown_indptr: [n+1] int64, or None where every label is known; record i owns
+            `unknown_indices[unknown_indptr[i]:unknown_indptr[i+1]]`.
+        unknown_indices: int32, ascending and unique within a record: labels that are neither
+            present nor absent, such as VOC's difficult ones; never among the record's labels.
 
     Raises:
         DataError: the parts do not fit together.
@@ -61,18 +65,17 @@ class Dataset:
     features: npt.NDArray[np.float32] | None = None
     boxes: Boxes | None = None
     rows: npt.NDArray[np.int64] = None  # type: ignore[assignment]  # filled in below
+    unknown_indptr: npt.NDArray[np.int64] | None = None
+    unknown_indices: npt.NDArray[np.int32] | None = None
 
     def __post_init__(self) -> None:
         """Check that the parts fit together and bring arrays to their types."""
         self._check_names()
-        indptr, indices = self._checked_csr("label_", self.label_indptr, self.label_indices)
+        indptr, indices = self._checked_sets("label_", self.label_indptr, self.label_indices)
         count = len(indptr) - 1
-        starts_record = np.zeros(len(indices), dtype=bool)
-        starts_record[indptr[:-1][np.diff(indptr) > 0]] = True
-        if not np.all(starts_record[1:] | (np.diff(indices) > 0)):
-            self._fail("label_indices must be ascending and unique within each record")
         self._set("label_indptr", indptr)
         self._set("label_indices", indices)
+        self._check_unknown(count)
 
         rows = np.arange(count) if self.rows is None else np.asarray(self.rows)
         self._set("rows", rows.astype(np.int64, copy=False))
@@ -95,7 +98,7 @@ class Dataset:
         for position, name in enumerate(self.label_names):
             if not isinstance(name, str) or not name.strip():
                 self._fail(f"label {position} must have a non-empty string as name, got {name!r}")
-            if not _is_text(name):
+            if not is_text(name):
                 self._fail(f"label {position} must have a name that is valid text, got {name!a}")
             if name in seen:
                 self._fail(
@@ -126,6 +129,35 @@ class Dataset:
                 f"{prefix}indices must be in 0..{count - 1}, got {values.min()}..{values.max()}"
             )
         return pointers, values.astype(np.int32, copy=False)
+
+    def _checked_sets(
+        self, prefix: str, indptr: npt.ArrayLike, indices: npt.ArrayLike
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+        pointers, values = self._checked_csr(prefix, indptr, indices)
+        starts_record = np.zeros(len(values), dtype=bool)
+        starts_record[pointers[:-1][np.diff(pointers) > 0]] = True
+        if not np.all(starts_record[1:] | (np.diff(values) > 0)):
+            self._fail(f"{prefix}indices must be ascending and unique within each record")
+        return pointers, values
+
+    def _check_unknown(self, count: int) -> None:
+        if self.unknown_indptr is None or self.unknown_indices is None:
+            if self.unknown_indptr is not None or self.unknown_indices is not None:
+                self._fail("unknown_indptr and unknown_indices must come together, got one")
+            return
+        pointers, values = self._checked_sets("unknown_", self.unknown_indptr, self.unknown_indices)
+        if len(pointers) != count + 1:
+            self._fail(f"unknown_indptr must cover {count} records, got {len(pointers) - 1}")
+        present, unknown = (
+            np.repeat(np.arange(count), np.diff(rows)) * len(self.label_names) + labels
+            for rows, labels in ((self.label_indptr, self.label_indices), (pointers, values))
+        )
+        both = np.intersect1d(present, unknown)
+        if len(both):
+            record, label = divmod(int(both[0]), len(self.label_names))
+            self._fail(f"record {record} has {self.label_names[label]!r} as label and as unknown")
+        self._set("unknown_indptr", pointers)
+        self._set("unknown_indices", values)
 
     def _check_features(self, count: int) -> None:
         if self.features is None:
@@ -163,7 +195,7 @@ class Dataset:
         splits: dict[str, npt.NDArray[np.int64]] = {}
         for name, records in self.splits.items():
             array = np.asarray(records)
-            if not name.strip() or not _is_text(name):
+            if not name.strip() or not is_text(name):
                 self._fail(f"a split must have a non-empty name, got {name!a}")
             if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
                 self._fail(f"split {name} must be a vector of record indices, got {array.dtype}")
@@ -187,7 +219,17 @@ class Dataset:
 
     def label_matrix(self, indices: Indices | None = None) -> torch.Tensor:
         """Return the label sets of `indices` (all records by default) as bool [m, L]."""
-        pointers, labels = self._label_rows(indices)
+        return self._matrix(*self._label_rows(indices))
+
+    def unknown_matrix(self) -> torch.Tensor:
+        """Return the labels of each record that are neither present nor absent, bool [n, L]."""
+        if self.unknown_indptr is None or self.unknown_indices is None:
+            return torch.zeros(len(self), len(self.label_names), dtype=torch.bool)
+        return self._matrix(self.unknown_indptr, self.unknown_indices)
+
+    def _matrix(
+        self, pointers: npt.NDArray[np.int64], labels: npt.NDArray[np.int32]
+    ) -> torch.Tensor:
         matrix = torch.zeros(len(pointers) - 1, len(self.label_names), dtype=torch.bool)
         rows = np.repeat(np.arange(len(pointers) - 1), np.diff(pointers))
         matrix[torch.from_numpy(rows), torch.from_numpy(labels.astype(np.int64))] = True
@@ -233,6 +275,10 @@ class Dataset:
         if self.boxes is not None:
             indptr, positions = _csr_rows(self.boxes.indptr, chosen)
             boxes = Boxes(indptr, self.boxes.label_indices[positions], self.boxes.xywh[positions])
+        unknown_indptr, unknown_indices = self.unknown_indptr, self.unknown_indices
+        if unknown_indptr is not None and unknown_indices is not None:
+            unknown_indptr, positions = _csr_rows(unknown_indptr, chosen)
+            unknown_indices = unknown_indices[positions]
         paths = self.image_paths
         return Dataset(
             source=self.source,
@@ -243,6 +289,8 @@ class Dataset:
             features=None if self.features is None else self.features[chosen],
             boxes=boxes,
             rows=self.rows[chosen],
+            unknown_indptr=unknown_indptr,
+            unknown_indices=unknown_indices,
         )
 
     def split(self, name: str) -> Dataset:
@@ -282,10 +330,19 @@ def _location(source: str) -> str:
     return source.partition(":")[2] or source
 
 
-def _is_text(value: str) -> bool:
-    """Whether a string can be written as UTF-8 (JSON can smuggle in half a character)."""
+def is_text(value: str) -> bool:
+    """Tell whether a string can be written as UTF-8 (JSON can smuggle in half a character)."""
     try:
         value.encode()
     except UnicodeEncodeError:
         return False
     return True
+
+
+def csr(
+    rows: Sequence[Sequence[int]],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+    """Return rows of label indices as compressed rows: pointers [n+1] and indices."""
+    pointers = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    indices = np.fromiter((label for row in rows for label in row), np.int32, int(pointers[-1]))
+    return pointers, indices

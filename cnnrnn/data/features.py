@@ -1,4 +1,4 @@
-"""Datasets of precomputed features in an .npz file."""
+"""Datasets of precomputed features: arrays in an .npz file, or svmlight text."""
 
 from __future__ import annotations
 
@@ -11,15 +11,30 @@ import numpy as np
 import numpy.typing as npt
 
 from cnnrnn.data.dataset import DataError, Dataset
+from cnnrnn.data.files import reason
+from cnnrnn.data.problems import Problems
+from cnnrnn.data.svmlight import SVMLIGHT_SUFFIXES, load_svmlight
+
+MAX_UNPACKED_BYTES = 1 << 30
+MAX_UNPACKED_RATIO = 500
+"""An array that is larger than both allow, in bytes and to its size in the file, is an error."""
 
 
-def load_features(path: str | Path) -> Dataset:
+def load_features(
+    path: str | Path,
+    vocabulary: str | Path | None = None,
+    *,
+    problems: Problems | None = None,
+) -> Dataset:
     """Read a dataset of feature vectors.
 
     Args:
         path: an .npz file with `features` [n, F] float, `labels` [n, L] 0/1 or bool,
             `label_names` [L] strings and, optionally, `split` [n] strings; without `split` every
-            record is in one split, `all`. Nothing is unpickled.
+            record is in one split, `all`. Nothing is unpickled. Or what `load_svmlight` reads: a
+            folder, or a file that ends in .svm, .svmlight or .libsvm.
+        vocabulary: label names of svmlight text.
+        problems: takes what is wrong; without it the first problem is raised.
 
     Returns:
         The dataset, its features as float32.
@@ -28,6 +43,11 @@ def load_features(path: str | Path) -> Dataset:
         DataError: the file or one of its arrays is not as described.
     """
     path = Path(path)
+    if path.is_dir() or path.suffix in SVMLIGHT_SUFFIXES:
+        return load_svmlight(path, vocabulary, problems=problems)
+    if vocabulary is not None:
+        raise DataError(f"{path} names its labels itself: vocabulary is only for svmlight text")
+    problems = problems or Problems()
     arrays = _read_arrays(path)
     features, labels, names = arrays["features"], arrays["labels"], arrays["label_names"]
     _require_array(path, "features", features, "f", "[n, F] floats", ndim=2)
@@ -44,24 +64,43 @@ def load_features(path: str | Path) -> Dataset:
     for name, array in (("features", features), ("labels", labels)):
         if 0 in array.shape:
             raise DataError(f"{path}: {name} must not be empty, got {list(array.shape)}")
-    bad = (labels != 0) & (labels != 1)
-    if bad.any():
-        row, column = (int(position) for position in np.argwhere(bad)[0])
-        raise DataError(
-            f"row {row} of {path}: labels must be 0 or 1, got {labels[row, column]} "
-            f"in column {column}"
-        )
+    splits = _splits(path, arrays.get("split"), count)
+    kept = _right_rows(path, features, labels, problems)
+    if len(kept) < count:
+        features, labels = features[kept], labels[kept]
+        splits = {name: np.flatnonzero(np.isin(kept, rows)) for name, rows in splits.items()}
     rows, columns = np.nonzero(labels)
     return Dataset(
         source=f"features:{path}",
         label_names=_strings(path, "label_names", names),
-        label_indptr=np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=count))]),
+        label_indptr=np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(kept)))]),
         label_indices=columns.astype(np.int32),
-        splits=_splits(path, arrays.get("split"), count),
-        image_paths=None,
+        splits=splits,
         features=features,
-        boxes=None,
+        rows=kept,
     )
+
+
+def _right_rows(
+    path: Path, features: npt.NDArray[Any], labels: npt.NDArray[Any], problems: Problems
+) -> npt.NDArray[np.int64]:
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf
+        finite = np.isfinite(features.astype(np.float32, copy=False))
+    wrong = np.zeros(len(labels), dtype=bool)
+    for name, array, expected, right in (
+        ("labels", labels, "0 or 1", (labels == 0) | (labels == 1)),
+        ("features", features, "finite in float32", finite),
+    ):
+        for row in np.flatnonzero(~right.all(1)):
+            column = int(np.argmin(right[row]))
+            problems.add(
+                f"row {row} of {path}: {name} must be {expected}, got {array[row, column]} "
+                f"in column {column}"
+            )
+            wrong[row] = True
+    if wrong.all():
+        raise DataError(f"{path} must hold at least one row that is right, found none")
+    return np.flatnonzero(~wrong)
 
 
 def _read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
@@ -75,7 +114,15 @@ def _read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
                 raise zipfile.BadZipFile("no zip archive")
             archive = stack.enter_context(np.load(path, allow_pickle=False))
         except Exception as error:  # numpy and zipfile raise nearly anything on broken files
-            raise DataError(f"{path} must be a complete .npz file, got {_reason(error)}") from error
+            raise DataError(f"{path} must be a complete .npz file, got {reason(error)}") from error
+        for member in archive.zip.infolist():
+            if member.file_size > max(
+                MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO * member.compress_size
+            ):
+                raise DataError(
+                    f"{path}: {member.filename} must not unpack to more than {MAX_UNPACKED_RATIO} "
+                    f"times its size, got {member.file_size} bytes from {member.compress_size}"
+                )
         for name in ("features", "labels", "label_names", "split"):
             if name in archive.files:
                 arrays[name] = _read_array(path, archive, name)
@@ -91,12 +138,7 @@ def _read_array(path: Path, archive: Any, name: str) -> npt.NDArray[Any]:
     except Exception as error:  # as above
         if "allow_pickle" in str(error):
             raise DataError(f"{path}: {name} must be a plain array, got Python objects") from error
-        raise DataError(f"{path}: {name} must be a complete array, got {_reason(error)}") from error
-
-
-def _reason(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
+        raise DataError(f"{path}: {name} must be a complete array, got {reason(error)}") from error
 
 
 def _require_array(
@@ -110,7 +152,7 @@ def _strings(path: Path, name: str, array: npt.NDArray[Any]) -> tuple[str, ...]:
     try:
         return tuple(array.tolist())
     except Exception as error:  # numbers that are no character
-        raise DataError(f"{path}: {name} must be text, {_reason(error)}") from error
+        raise DataError(f"{path}: {name} must be text, {reason(error)}") from error
 
 
 def _splits(

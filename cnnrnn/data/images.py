@@ -21,8 +21,9 @@ from cnnrnn.data.dataset import DataError, Dataset
 MAX_PIXELS = 178_956_970
 """Largest picture that is decoded, in pixels (Pillow's own limit for decompression bombs)."""
 
-# Raster formats that Pillow decodes by itself; EPS, for one, would start Ghostscript.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+# Raster formats that Pillow decodes by itself, and not when they are cut short: EPS would start
+# Ghostscript, and half a JPEG 2000 file gives a picture.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 
 # EXIF's orientation to what turns the picture upright.
 _UPRIGHT = {

@@ -1,0 +1,197 @@
+"""`check_source` against counts made by hand or by brute force."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sources
+
+from cnnrnn.cli import main
+from cnnrnn.data import Dataset
+from cnnrnn.data.check import Pair, SplitCounts, check_source, prefix_sharing
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    return sources.write_csv(tmp_path / "table")
+
+
+def test_counts(table: Path) -> None:
+    report = check_source(f"csv:{table}")
+    assert (report.records, report.problems, report.warnings) == (4, [], [])
+    assert report.splits == {
+        "train": SplitCounts(2, 1, 1.0, 2),
+        "val": SplitCounts(1, 0, 1.0, 1),
+        "test": SplitCounts(1, 0, 3.0, 3),
+    }
+    assert list(report.label_counts.items()) == [
+        ("sea", 2), ("sky", 2), ("boat", 1), ("traffic light", 1)
+    ]  # fmt: skip
+    assert report.set_sizes == {0: 1, 1: 1, 2: 1, 3: 1}
+    assert report.pairs == [Pair("sea", "sky", 2), Pair("sea", "boat", 1), Pair("sky", "boat", 1)]
+    assert (report.unreadable, report.duplicates) == (0, [])
+
+
+def random_dataset(records: int, labels: int, seed: int) -> Dataset:
+    generator = np.random.default_rng(seed)
+    matrix = generator.random((records, labels)) < generator.random(labels) / 2
+    rows, columns = np.nonzero(matrix)
+    return Dataset(
+        source="features:here",
+        label_names=tuple(f"label {i}" for i in range(labels)),
+        label_indptr=np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=records))]),
+        label_indices=columns.astype(np.int32),
+        features=np.zeros((records, 1), np.float32),
+    )
+
+
+@pytest.mark.parametrize(("records", "labels"), [(0, 3), (1, 1), (50, 1), (997, 13), (9001, 5)])
+def test_prefixes_and_pairs_by_brute_force(
+    monkeypatch: pytest.MonkeyPatch, records: int, labels: int
+) -> None:
+    dataset = random_dataset(records, labels, seed=records)
+    counts = dataset.label_counts()
+    order = sorted(range(labels), key=lambda label: -counts[label])
+    paths = [[label for label in order if label in set(dataset.labels(i))] for i in range(records)]
+    visits = Counter(tuple(path[: i + 1]) for path in paths for i in range(len(path)))
+    monkeypatch.setattr("cnnrnn.data.check.VISITED_PREFIXES", 7)
+    sharing = prefix_sharing(dataset, np.array(order))
+    assert (sharing.steps, sharing.distinct) == (sum(visits.values()), len(visits))
+    top = sum(sorted(visits.values())[-7:]) / max(sharing.steps, 1)
+    assert sharing.visited_share == pytest.approx(top)
+
+    monkeypatch.setattr("cnnrnn.data.check.load_dataset", lambda *args, **kwargs: dataset)
+    report = check_source("features:here", pairs=1000)
+    together = Counter(pair for path in paths for pair in itertools.combinations(path, 2))
+    expected = {(f"label {a}", f"label {b}"): n for (a, b), n in together.items()}
+    assert {(p.first, p.second): p.records for p in report.pairs} == expected
+    assert [p.records for p in report.pairs] == sorted(expected.values(), reverse=True)
+
+
+def test_duplicates_and_unreadable_pictures(table: Path) -> None:
+    folder = table.parent
+    shutil.copy(folder / "a.png", folder / "e.png")  # train and test, other labels
+    shutil.copy(folder / "a.png", folder / "sub" / "b.png")
+    (folder / "c d.png").write_bytes((folder / "c d.png").read_bytes()[:-30])
+    for workers in (0, 2):
+        report = check_source(f"csv:{table}", workers=workers)
+        names = [str(folder / name) for name in ("a.png", "sub/b.png", "e.png")]
+        assert report.duplicates == [names]
+        assert (report.duplicates_across_splits, report.duplicates_with_other_labels) == (1, 1)
+        assert report.unreadable == 1
+        assert len(report.problems) == 1
+        assert (
+            f"{folder / 'c d.png'} (record 2 of csv:{table}) must be a readable"
+            in (report.problems[0])
+        )
+
+
+def test_copies_within_overlapping_splits_do_not_leak(tmp_path: Path) -> None:
+    pytest.importorskip("defusedxml")
+    root = sources.write_voc(tmp_path / "VOC2007")
+    pictures = root / "JPEGImages"
+    shutil.copy(pictures / "000001.jpg", pictures / "2008_000003.jpg")  # both in train, trainval
+    report = check_source(f"voc:{root}")
+    assert (len(report.duplicates), report.duplicates_across_splits) == (1, 0)
+    assert report.unknown_labels == 1
+    shutil.copy(pictures / "000002.jpg", pictures / "000001.jpg")  # in val, and both in trainval
+    assert check_source(f"voc:{root}").duplicates_across_splits == 1
+
+
+def test_unreadable_pictures_are_no_duplicates(table: Path) -> None:
+    for name in ("a.png", "e.png"):
+        (table.parent / name).write_bytes(b"no picture")
+    report = check_source(f"csv:{table}")
+    assert (report.unreadable, report.duplicates) == (2, [])
+
+
+def test_duplicate_rows_of_features(tmp_path: Path) -> None:
+    file = tmp_path / "f.npz"
+    np.savez(file, features=np.array([[1.0, 2], [3, 4], [1, 2]]), labels=np.eye(3),
+             label_names=np.array(["a", "b", "c"]))  # fmt: skip
+    report = check_source(f"features:{file}")
+    assert report.duplicates == [[f"row 0 of {file}", f"row 2 of {file}"]]
+    assert (report.duplicates_across_splits, report.duplicates_with_other_labels) == (0, 1)
+
+
+def test_everything_wrong_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("pycocotools")
+    root = sources.write_coco(tmp_path / "coco")
+    file = root / "annotations" / "instances_train2017.json"
+    data = json.loads(file.read_text())
+    data["annotations"][0]["image_id"] = 77
+    data["annotations"][1]["category_id"] = 88
+    data["annotations"][2]["bbox"] = [1, float("nan"), 3, 4]
+    data["images"][1]["file_name"] = "../1.png"
+    data["images"].append({"id": 0, "file_name": "0.png"})
+    file.write_text(json.dumps(data))
+    (root / "val2017" / "2.png").unlink()
+    (root / "val2017" / "3.png").write_bytes(b"no picture")
+    report = check_source(f"coco:{root}")
+    expected = ("images[2]", "annotation 1 ", "annotation 2 ", "annotation 3 ", "image 1 ",
+                "image 2", "3.png")  # fmt: skip
+    for part in expected:
+        assert sum(part in problem for problem in report.problems) == 1, (part, report.problems)
+    assert len(report.problems) == len(expected)
+    assert {name: counts.records for name, counts in report.splits.items()} == {
+        "train": 1, "val": 1
+    }  # fmt: skip
+
+
+def test_a_part_that_cannot_be_read_does_not_hide_the_others(tmp_path: Path) -> None:
+    pytest.importorskip("pycocotools")
+    root = sources.write_coco(tmp_path / "coco")
+    (root / "annotations" / "instances_train2017.json").write_text("{")
+    (root / "val2017" / "2.png").unlink()
+    report = check_source(f"coco:{root}")
+    assert len(report.problems) == 2 and report.records == 1
+    assert "instances_train2017.json must be valid JSON" in report.problems[0]
+
+
+def test_a_source_that_cannot_be_read_at_all(tmp_path: Path) -> None:
+    report = check_source(f"csv:{tmp_path / 'nowhere.csv'}")
+    assert report.records == 0 and len(report.problems) == 1
+    assert report.lines()[0] == f"csv:{tmp_path / 'nowhere.csv'}: 0 records, 0 labels"
+    assert report.lines()[-1] == "1 problems"
+    assert "data must be one of coco:ROOT" in check_source("pictures").problems[0]
+
+
+def test_on_the_command_line(
+    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "report.json"
+    assert main(["data", "check", f"csv:{table}", "--labels=3", "--json", str(file)]) == 0
+    out = capsys.readouterr().out
+    for part in ("4 records, 4 labels", "train           2               1   1.00     2",
+                 "0: 1, 1: 1, 2: 1, 3: 1", "sea", "and 1 more", "sea + sky: 2, 100.0 % of the",
+                 "4 different ones for 6 steps", "unreadable pictures: 0", "no problems",
+                 ):  # fmt: skip
+        assert part in out, part
+    report = json.loads(file.read_text())
+    assert report["splits"]["test"]["most_labels"] == 3 and report["problems"] == []
+    assert report["pairs"][0] == {"first": "sea", "second": "sky", "records": 2}
+
+    (table.parent / "a.png").unlink()
+    assert main(["data", "check", f"csv:{table}", "--workers=1"]) == 1
+    assert "problem: " in (out := capsys.readouterr().out) and out.endswith("1 problems\n")
+    shutil.move(table, tmp_path / "moved.csv")
+    words = ["data", "check", f"csv:{tmp_path / 'moved.csv'}", "--images", str(table.parent)]
+    assert main(words) == 1 and "line 2 must exist as" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [("--workers=-1", "at least 0, got 20 and -1"), ("--labels=-2", "at least 0, got -2 and 0"),
+     ("--json=nowhere/x.json", "--json nowhere/x.json must be in a folder that exists")],
+)  # fmt: skip
+def test_options_are_checked(
+    table: Path, capsys: pytest.CaptureFixture[str], word: str, message: str
+) -> None:
+    assert main(["data", "check", f"csv:{table}", word]) == 1
+    assert message in capsys.readouterr().err

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cnnrnn.classifier import CNNRNN, FEATURES_ONLY
+from cnnrnn.config import ModelConfig, SearchConfig
+from cnnrnn.data import Dataset
+from cnnrnn.evaluation import evaluate, write_per_label
+from cnnrnn.labels import LabelSpace
+from cnnrnn.metrics import multilabel_metrics
+from cnnrnn.model import Head
+
+NAMES = ("a", "b", "c")
+
+
+def test_unknown_labels_reach_the_measures_in_path_order(tmp_path: Path) -> None:
+    """The model's order of labels is not the data's, and record 0 has none that is unknown."""
+    generator = np.random.default_rng(0)
+    states = generator.integers(-1, 2, (40, 3))  # -1 unknown, 0 absent, 1 present
+    states[0] = [1, 0, 1]
+    parts = []
+    for value in (1, -1):
+        rows, labels = np.nonzero(states == value)
+        parts += [np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=40))]), labels]
+    dataset = Dataset(
+        "features:here",
+        NAMES,
+        parts[0],
+        parts[1].astype(np.int32),
+        features=generator.standard_normal((40, 4)).astype(np.float32),
+        unknown_indptr=parts[2],
+        unknown_indices=parts[3].astype(np.int32),
+    )
+    torch.manual_seed(0)
+    config = ModelConfig(backbone=FEATURES_ONLY, trunk_dim=0, joint_dim=4, hidden_dim=4)
+    space = LabelSpace(("c", "a", "b"), (2, 0, 1))
+    model = CNNRNN(config, space, Head.from_config(config, 3, 4), None, SearchConfig(max_labels=3))
+    evaluation = evaluate(model.eval(), dataset, k=None)
+
+    targets, unknown = (torch.from_numpy(states[:, [2, 0, 1]] == value) for value in (1, -1))
+    scores = evaluation.inference.mixed(model.calibration.mix_weight)
+    expected = multilabel_metrics(
+        evaluation.inference.sets, targets, scores=scores, unknown=unknown
+    )
+    assert evaluation.metrics["path"] == expected
+    assert expected["labels-unknown"] == int((states == -1).sum())
+    write_per_label(tmp_path / "labels.csv", model, evaluation)
+    rows = list(csv.DictReader((tmp_path / "labels.csv").open()))
+    predicted = (evaluation.inference.sets & ~unknown).sum(0).tolist()
+    assert [int(row["predicted"]) for row in rows] == predicted
