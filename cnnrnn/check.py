@@ -50,7 +50,7 @@ def _cuda_search() -> str:
     from cnnrnn import _C
 
     if _C.WITH_CUDA:
-        return "in this build"
+        return "in this build; not measured on hardware yet, so only for implementation='native'"
     return "not in this build; on a GPU the backbone runs there, the search on the CPU"
 
 

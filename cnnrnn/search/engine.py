@@ -51,7 +51,8 @@ def beam_search(
         image_embedding: `head.embed(features)` of B images, float32; B may be 0.
         config: search options; `SearchConfig()` by default.
         implementation: `native` is the compiled search, on the GPU for tensors that are there where
-            this build has CUDA, else on the CPU; `reference` is plain torch; `auto` is native.
+            this build has CUDA, else on the CPU; `auto` is native on the CPU, until the search on a
+            GPU has been measured; `reference` is plain torch.
         marginals: also return each label's probability, summed over every visited path.
         on_nonfinite: `raise`, or `mark` such images with log-probability NaN and go on. Under
             torch.compile and torch.export, where values are not known, they are marked.
@@ -73,9 +74,11 @@ def beam_search(
     if precision not in ("exact", "fast"):
         raise ValueError(f"precision must be exact or fast, got {precision!r}")
     if implementation in ("auto", "native"):
+        device = search_device(image_embedding.joint) if implementation == "native" else _CPU
+        arguments = (head, image_embedding, config, max_labels, marginals, precision, device)
         if torch.compiler.is_compiling():
-            return _traced(head, image_embedding, config, max_labels, marginals, precision)
-        result, nonfinite = _native(head, image_embedding, config, max_labels, marginals, precision)
+            return _traced(*arguments)
+        result, nonfinite = _native(*arguments)
     elif implementation == "reference":
         result = reference.beam_search(
             head, image_embedding, config, max_labels=max_labels, marginals=marginals
@@ -257,11 +260,11 @@ def _native(
     max_labels: int,
     marginals: bool,
     precision: Precision,
+    device: torch.device,
 ) -> tuple[SearchResult, int]:
     """Run the compiled search; return the result and how many images are marked."""
     joint, logits = embedding.joint, embedding.label_logits
     given = joint.device
-    device = search_device(joint)
     if device != given or joint.dtype != torch.float32:
         embedding = embedding.to(device, torch.float32)
         joint, logits = embedding.joint, embedding.label_logits
@@ -282,12 +285,13 @@ def _traced(
     max_labels: int,
     marginals: bool,
     precision: Precision,
+    device: torch.device,
 ) -> SearchResult:
     """Put the registered op into the graph that torch.compile or torch.export is making."""
     given = embedding.joint.device
     tensors = (embedding.joint, embedding.label_logits, *head_parameters(head))
     labels, lengths, log_probs, sums = torch.ops.cnnrnn.beam_search(
-        *_detached(tensors, search_device(embedding.joint)),
+        *_detached(tensors, device),
         head.cell,
         head.activation,
         *_options(config, max_labels),

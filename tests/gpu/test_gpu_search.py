@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -17,13 +18,15 @@ from replay import (
 
 from cnnrnn.config import SearchConfig
 from cnnrnn.model import Head, ImageEmbedding
-from cnnrnn.search import NonFiniteError, beam_search, engine
+from cnnrnn.search import NonFiniteError, engine
+from cnnrnn.search import beam_search as public_search
 from cnnrnn.search.engine import head_parameters, make_cuda_head
 
 LABEL_COUNTS = (1, 2, 5, 31, 32, 33, 80, 81, 200)
 JOINT_DIMS = (3, 16, 64, 64)
 CONFIG = SearchConfig(beam_size=4, max_labels=5)
 GPU = torch.device("cuda", 0)
+beam_search = partial(public_search, implementation="native")
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -246,7 +249,7 @@ def test_too_little_memory_names_batch_and_bytes(head):
 def test_the_reference_runs_on_the_gpu_too(head):
     head = head.to(GPU)
     embedding = images(head, 3, 1).to(GPU, torch.float32)
-    expected = beam_search(head, embedding, CONFIG, "reference")
-    found = beam_search(head, embedding, CONFIG, "native")
+    expected = public_search(head, embedding, CONFIG, "reference")
+    found = beam_search(head, embedding, CONFIG)
     torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=1e-4, atol=1e-4)
     assert engine.search_device(embedding.joint) == GPU
