@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 PAD = -1
 
@@ -93,6 +95,43 @@ def increasing_paths(targets: Tensor) -> Tensor:
     starts = sizes.cumsum(0) - sizes
     paths[rows, torch.arange(len(rows), device=rows.device) - starts[rows]] = columns
     return paths
+
+
+class PrefixTrie(NamedTuple):
+    """The distinct prefixes of a batch's paths, shorter ones first; node 0 is the empty prefix.
+
+    Attributes:
+        nodes: [B, T+1] each path's prefixes, from the empty one to the whole path; -1 past the end.
+        labels: for each length from 1 on, [n] the last labels of its prefixes.
+        parents: for each length from 1 on, [n] which prefix of one label less each of them extends,
+            numbered among those of that length, ascending.
+    """
+
+    nodes: Tensor
+    labels: tuple[Tensor, ...]
+    parents: tuple[Tensor, ...]
+
+
+def prefix_trie(paths: Tensor) -> PrefixTrie:
+    """Find the prefixes that a batch's paths share: [B, T] labels padded with -1."""
+    nodes = functional.pad(torch.full_like(paths, -1), (1, 0))
+    at = paths.new_zeros(len(paths))  # each path's prefix among those of its length
+    alive = torch.arange(len(paths), device=paths.device)
+    first, count = 0, 1
+    width = int(paths.max()) + 1 if paths.numel() else 1
+    labels, parents = [], []
+    for step in range(paths.shape[1]):
+        alive = alive[paths[alive, step] != PAD]
+        if not len(alive):
+            break
+        keys = at[alive] * width + paths[alive, step]
+        distinct, of_path = keys.unique(return_inverse=True)
+        first, count = first + count, len(distinct)
+        nodes[alive, step + 1] = first + of_path
+        at[alive] = of_path
+        labels.append(distinct % width)
+        parents.append(distinct // width)
+    return PrefixTrie(nodes, tuple(labels), tuple(parents))
 
 
 def path_sets(labels: Tensor, num_labels: int) -> Tensor:

@@ -29,14 +29,12 @@ def sequence_loss(scores: Tensor, paths: Tensor, order: Order) -> Tensor:
     padded = functional.pad(paths, (0, 1), value=PAD)
     targets = padded.masked_fill(padded == PAD, end)
     lengths = (paths != PAD).sum(1, keepdim=True)
-    past_end = torch.arange(T + 1, device=paths.device) > lengths
+    steps = torch.arange(T + 1, device=paths.device) <= lengths  # others hold whatever they do
+    rows = scores[steps]
     if order != "free":
-        scores = scores.masked_fill(forbidden_labels(paths, end, order), -torch.inf)
-    scores = scores.masked_fill(past_end[:, :, None], 0)  # whatever stands there, NaN included
-    losses = functional.cross_entropy(
-        scores.reshape(B * (T + 1), end + 1), targets.reshape(-1), reduction="none"
-    ).view(B, T + 1)
-    return losses.masked_fill(past_end, 0).sum(1)
+        rows = rows.masked_fill(forbidden_labels(paths, end, order)[steps], -torch.inf)
+    losses = functional.cross_entropy(rows, targets[steps], reduction="none")
+    return losses.new_zeros(B, T + 1).masked_scatter(steps, losses).sum(1)
 
 
 def forbidden_labels(paths: Tensor, num_labels: int, order: Order) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cnnrnn.config import Activation, Cell, ModelConfig
+from cnnrnn.labels import PrefixTrie, prefix_trie
 
 UNTRAINED_MAX_LABELS = 20
 PREFIX_BYTES = 512 << 20
@@ -81,6 +82,16 @@ class LSTMRecurrence(nn.LSTMCell):
         """Return the label's part of the gates with all biases: [M, D] -> [M, 4H]."""
         return functional.linear(inputs, self.weight_ih, self.bias_ih + self.bias_hh)
 
+    def recurrent_gates(self, state: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the state's part of the gates, which all labels after it share: [M, 4H]."""
+        return functional.linear(state[0], self.weight_hh)
+
+    def apply_gates(self, gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+        """Return output and cell [M, H] for the sum of both parts [M, 4H] and the cell before."""
+        i, f, g, o = gates.chunk(4, dim=1)
+        cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+        return o.sigmoid() * cell.tanh(), cell
+
 
 class PaperRecurrence(nn.Module):
     """Equation 1 taken literally: ReLU everywhere, no biases, the cell r feeds back.
@@ -99,15 +110,21 @@ class PaperRecurrence(nn.Module):
 
     def step(self, inputs: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Advance one step; arguments and result as in `LSTMRecurrence.step`."""
-        previous = state[1]
-        gates = self.input_gates(inputs) + functional.linear(previous, self.weight_hh)
-        x, i, f, g = gates.relu().chunk(4, dim=1)
-        cell = f * previous + i * x
-        return cell * g, cell
+        return self.apply_gates(self.input_gates(inputs) + self.recurrent_gates(state), state[1])
 
     def input_gates(self, inputs: Tensor) -> Tensor:
         """Return the label's part of the gates: [M, D] -> [M, 4H]."""
         return functional.linear(inputs, self.weight_ih)
+
+    def recurrent_gates(self, state: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the state's part, as `LSTMRecurrence.recurrent_gates`: the cell feeds back."""
+        return functional.linear(state[1], self.weight_hh)
+
+    def apply_gates(self, gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+        """Return output and cell, as `LSTMRecurrence.apply_gates`."""
+        x, i, f, g = gates.relu().chunk(4, dim=1)
+        cell = f * cell + i * x
+        return cell * g, cell
 
 
 class Trunk(nn.Sequential):
@@ -299,8 +316,11 @@ class Head(nn.Module):
         Returns:
             [..., L+1] scores, END last.
         """
-        projected = self.joint_dropout(self.output_projection(outputs))
-        total = projected + embedding.joint
+        return self._score_projected(self.output_projection(outputs), embedding.joint)
+
+    def _score_projected(self, projected: Tensor, joint: Tensor) -> Tensor:
+        """Like `score`, of U_o o [..., D] and the images' joint embeddings [..., D]."""
+        total = self.joint_dropout(projected) + joint
         if self.activation != "identity":
             total = total.relu() if self.activation == "relu" else total.tanh()
         return functional.linear(
@@ -310,34 +330,44 @@ class Head(nn.Module):
     def forward(self, features: Tensor, paths: Tensor) -> tuple[Tensor, Tensor | None]:
         """Score every step of given paths (teacher forcing).
 
+        The recurrence runs over the batch's distinct prefixes, not over its paths: a recurrent
+        state knows nothing of the image.
+
         Args:
             features: [B, F].
             paths: [B, T] int64 label indices padded with -1.
 
         Returns:
-            Scores [B, T+1, L+1] of the label after each prefix, chain term included; and the
-            independent classifier's scores [B, L], or None without a chain term.
+            Scores [B, T+1, L+1] of the label after each prefix, chain term included, 0 past the end
+            of a path; and the independent classifier's scores [B, L], or None without a chain term.
         """
         embedding, label_scores = self.embed_with_label_scores(features)
-        scores = self.score(self.path_outputs(paths), ImageEmbedding(embedding.joint[:, None]))
-        scores = scores if scores.dtype == torch.float64 else scores.float()
+        trie = prefix_trie(paths)
+        steps = (trie.nodes >= 0).nonzero(as_tuple=True)  # image and step of M rows
+        projected = self.output_projection(self.prefix_outputs(trie))  # [prefixes, D]
+        rows = self._score_projected(projected[trie.nodes[steps]], embedding.joint[steps[0]])
+        rows = rows if rows.dtype == torch.float64 else rows.float()
         if embedding.label_logits is not None:
-            scores = scores + embedding.label_logits[:, None]
-        return scores, label_scores
+            rows = rows + embedding.label_logits[steps[0]]
+        scores = rows.new_zeros(*trie.nodes.shape, self.num_labels + 1)
+        return scores.index_put(steps, rows), label_scores
 
-    def path_outputs(self, paths: Tensor) -> Tensor:
-        """Return the recurrent output after each prefix: [B, T] paths -> [B, T+1, H].
+    def prefix_outputs(self, trie: PrefixTrie) -> Tensor:
+        """Return the recurrent output after each distinct prefix: [prefixes, H].
 
-        Past the end of a path stand outputs that are never used; they begin from zero, so that a
-        paper cell cannot run out of range there and spoil the gradient.
+        Prefixes that differ in their last label share the product with the recurrent weights.
         """
-        rows = paths.masked_fill(paths < 0, self.end)
-        state = self.extend(rows.new_full((len(rows),), self.start), self.initial_state(len(rows)))
+        recurrence = self.recurrence
+        start = torch.tensor([self.start], device=trie.nodes.device)
+        state = self.extend(start, self.initial_state(1))
         outputs = [state[0]]
-        for labels, past_end in zip(rows.unbind(1), (paths < 0)[:, :, None].unbind(1), strict=True):
+        counts = [len(labels) for labels in trie.labels]
+        every_label = torch.cat([start[:0], *trie.labels])  # one product for all lengths
+        input_gates = recurrence.input_gates(self.label_embedding[every_label]).split(counts)
+        for gates, parents in zip(input_gates, trie.parents, strict=True):
+            extended, of_prefix = parents.unique_consecutive(return_inverse=True)
             output, cell = state
-            state = self.extend(
-                labels, (output.masked_fill(past_end, 0), cell.masked_fill(past_end, 0))
-            )
+            shared = recurrence.recurrent_gates((output[extended], cell[extended]))
+            state = recurrence.apply_gates(gates + shared[of_prefix], cell[parents])
             outputs.append(state[0])
-        return torch.stack(outputs, dim=1)
+        return torch.cat(outputs)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cnnrnn.labels import LabelSpace, increasing_paths, path_sets
+from cnnrnn.labels import LabelSpace, increasing_paths, path_sets, prefix_trie
 
 NAMES = ("sky", "sea", "boat", "buoy", "cow")
 
@@ -98,3 +98,43 @@ def test_path_sets_of_beams_repeats_and_any_order():
     expected = torch.tensor([[[1, 0, 1], [0, 0, 0]], [[0, 1, 0], [1, 1, 1]]], dtype=torch.bool)
     assert torch.equal(path_sets(labels, 3), expected)
     assert path_sets(labels[:, :, :0], 3).sum() == 0
+
+
+def test_prefix_trie_by_hand():
+    paths = torch.tensor([[0, 2, -1], [1, -1, -1], [0, 2, 3], [-1, -1, -1], [0, 1, -1]])
+    trie = prefix_trie(paths)
+    # (), (0), (1), (0, 1), (0, 2), (0, 2, 3)
+    assert trie.nodes.tolist() == [
+        [0, 1, 4, -1], [0, 2, -1, -1], [0, 1, 4, 5], [0, -1, -1, -1], [0, 1, 3, -1],
+    ]  # fmt: skip
+    assert [labels.tolist() for labels in trie.labels] == [[0, 1], [1, 2], [3]]
+    assert [parents.tolist() for parents in trie.parents] == [[0, 0], [0, 0], [1]]
+
+
+@pytest.mark.parametrize(("batch", "length"), [(0, 0), (0, 3), (1, 0), (3, 2)])
+def test_prefix_trie_of_empty_paths(batch, length):
+    trie = prefix_trie(torch.full((batch, length), -1))
+    assert trie.nodes.tolist() == [[0] + [-1] * length] * batch
+    assert trie.labels == () and trie.parents == ()
+
+
+def test_prefix_trie_holds_each_prefix_once(device):
+    generator = torch.Generator().manual_seed(0)
+    paths = increasing_paths(torch.rand(200, 9, generator=generator) < 0.3).to(device)
+    trie = prefix_trie(paths)
+    prefixes = [()]
+    first = 0
+    for labels, parents in zip(trie.labels, trie.parents, strict=True):
+        assert (parents.diff() >= 0).all()
+        count = len(prefixes)
+        longer = [
+            (*prefixes[first + parent], label)
+            for parent, label in zip(parents.tolist(), labels.tolist(), strict=True)
+        ]
+        prefixes += longer
+        first = count
+    assert len(set(prefixes)) == len(prefixes)
+    for path, nodes in zip(paths.tolist(), trie.nodes.tolist(), strict=True):
+        path = [label for label in path if label >= 0]
+        found = [prefixes[node] for node in nodes if node >= 0]
+        assert found == [tuple(path[:step]) for step in range(len(path) + 1)]

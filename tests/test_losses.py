@@ -134,12 +134,15 @@ def test_probabilities_of_all_sets_sum_to_one(num_labels, chain_term):
     assert float((-losses).exp().sum()) == pytest.approx(1.0, abs=1e-12)
 
 
+@pytest.mark.parametrize("cell", ["lstm", "paper"])
 @pytest.mark.parametrize("order", ORDERS)
-def test_gradient_of_head_and_loss(order):
+def test_gradient_of_head_and_loss(order, cell):
     torch.manual_seed(0)
-    head = Head(4, 3, joint_dim=5, hidden_dim=4, activation="tanh", chain_term=True).double()
-    paths = {"increasing": [[0, 2], [3, -1], [-1, -1]], "unique": [[2, 0], [3, -1], [-1, -1]],
-             "free": [[2, 2], [3, -1], [-1, -1]]}[order]  # fmt: skip
+    head = Head(
+        4, 3, joint_dim=5, hidden_dim=4, cell=cell, activation="tanh", chain_term=True
+    ).double()
+    paths = {"increasing": [[0, 2], [0, 3], [-1, -1]], "unique": [[2, 0], [2, -1], [-1, -1]],
+             "free": [[2, 2], [2, -1], [-1, -1]]}[order]  # fmt: skip
     names = [name for name, _ in head.named_parameters()]
     values = tuple(p.detach().clone().requires_grad_() for p in head.parameters())
     features = torch.randn(3, 3, dtype=torch.float64)

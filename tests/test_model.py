@@ -44,6 +44,36 @@ def test_teacher_forcing_is_the_recurrence_step_by_step(cell, activation, chain_
             torch.testing.assert_close(scores[row, step], expected)
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_sharing_prefixes_changes_neither_value_nor_gradient(cell):
+    head = make_head(cell, chain_term=True)
+    features = torch.randn(6, 3, dtype=torch.float64)
+    # Shared from the start, shared in part, a whole path within another, the same path twice.
+    paths = torch.tensor([[0, 1, 2], [0, 1, 4], [0, -1, -1], [3, -1, -1], [0, 1, 2], [-1, -1, -1]])
+    found = head.train()(features, paths)[0]
+    weights = torch.randn_like(found)
+    (found * weights).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in head.named_parameters()}
+    head.zero_grad()
+
+    embedding = head.embed(features)
+    expected = torch.zeros_like(found)
+    rows = []
+    for image, path in enumerate(paths.tolist()):
+        state = head.extend(torch.tensor([head.start]), head.initial_state(1))
+        for step, label in enumerate([*[p for p in path if p >= 0], None]):
+            score = head.score(state[0], type(embedding)(embedding.joint[image : image + 1]))
+            row = score[0] + embedding.label_logits[image]
+            expected[image, step] = row.detach()
+            rows.append((row * weights[image, step]).sum())
+            if label is not None:
+                state = head.extend(torch.tensor([label]), state)
+    sum(rows).backward()
+    torch.testing.assert_close(found, expected)
+    for name, parameter in head.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name])
+
+
 def cell_step(head, cell, r, o, w):
     recurrence = head.recurrence
     if cell == "lstm":
