@@ -45,7 +45,7 @@ kernel-report: $(VENV)/installed-dev
 # On a machine with a GPU: build for it, test, check memory and races, time; one JSON with COMMIT in
 # it. With the Python that has torch, and nothing installed.
 gpu-check:
-	$(PYTHON) tests/gpu/check.py --commit "$(COMMIT)"
+	$(PYTHON) tests/gpu/check.py --commit "$(COMMIT)" $(ARGS)
 
 # Time the search against its opponents, and make the documentation's tables from the figures.
 bench: $(VENV)/installed-dev

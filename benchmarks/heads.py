@@ -75,18 +75,29 @@ def trained_head(num_labels: int, chain_term: bool) -> TrainedHead:
             f"num_labels must be one of {', '.join(map(str, EPOCHS))}, got {num_labels}"
         )
     sets, features = _images(num_labels)
-    configs = _configs(num_labels, chain_term)
-    digest = hashlib.sha256(np.packbits(sets).tobytes())
-    digest.update(repr((VERSION, sets.shape, FEATURE_DIM, SIGNAL, SEED, configs)).encode())
-    name = f"{num_labels}-{'chain' if chain_term else 'plain'}-{digest.hexdigest()[:16]}"
-    if not (CACHE / name).is_dir():
-        _train(sets, features, configs, CACHE / name)
+    place = _place(num_labels, chain_term, sets)
+    if not place.is_dir():
+        _train(sets, features, _configs(num_labels, chain_term), place)
     held_out = slice(TRAIN_IMAGES + VAL_IMAGES, None)
     return TrainedHead(
-        load_checkpoint(CACHE / name).head,
+        load_checkpoint(place).head,
         torch.from_numpy(sets[held_out]),
         torch.from_numpy(features[held_out]),
     )
+
+
+def is_trained(num_labels: int, chain_term: bool) -> bool:
+    """Whether the cache holds that head, so that `trained_head` takes seconds."""
+    return _place(num_labels, chain_term, _images(num_labels)[0]).is_dir()
+
+
+def _place(num_labels: int, chain_term: bool, sets: np.ndarray) -> Path:
+    """Return the cache folder of a head: what it was made from is in the name."""
+    configs = _configs(num_labels, chain_term)
+    digest = hashlib.sha256(np.packbits(sets).tobytes())
+    digest.update(repr((VERSION, sets.shape, FEATURE_DIM, SIGNAL, SEED, configs)).encode())
+    kind = "chain" if chain_term else "plain"
+    return CACHE / f"{num_labels}-{kind}-{digest.hexdigest()[:16]}"
 
 
 def _images(num_labels: int) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from cnnrnn.losses import binary_cross_entropy, forbidden_labels, sequence_loss
 from cnnrnn.model import Head, ImageEmbedding
 
 IMAGES, FEATURES, LABELS = 82_783, 2048, 80
+TURN = 4  # batches: what disturbs one disturbs all
 
 
 def shared_prefixes(head: Head, features: Tensor, targets: Tensor) -> Tensor:
@@ -106,27 +108,35 @@ def _with_auxiliary(losses: Tensor, label_scores: Tensor | None, targets: Tensor
 
 
 def epoch(
-    loss: Callable[[Tensor, Tensor], Tensor], module: nn.Module, features: Tensor,
-    targets: Tensor, batch: int, most_batches: int | None,
-) -> float:  # fmt: skip
-    """Train one epoch, or its first batches; return seconds an image."""
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
+    losses: dict[str, tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]],
+    features: Tensor,
+    targets: Tensor,
+    batch: int,
+) -> dict[str, float]:
+    """Train an epoch of each, by turns of a few batches; return seconds an epoch."""
+    optimizers = {
+        name: torch.optim.AdamW(module.parameters(), lr=1e-3)
+        for name, (module, _) in losses.items()
+    }
+    seconds = dict.fromkeys(losses, 0.0)
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
-    parts = order.split(batch)[:most_batches]
-    began = time.perf_counter()
-    for part in parts:
-        optimizer.zero_grad(set_to_none=True)
-        loss(features[part], targets[part]).mean().backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 5.0)
-        optimizer.step()
-    return (time.perf_counter() - began) / sum(map(len, parts))
+    parts = order.split(batch)
+    for first in range(0, len(parts), TURN):
+        for name, (module, loss) in losses.items():
+            began = time.perf_counter()
+            for part in parts[first : first + TURN]:
+                optimizers[name].zero_grad(set_to_none=True)
+                loss(features[part], targets[part]).mean().backward()
+                nn.utils.clip_grad_norm_(module.parameters(), 5.0)
+                optimizers[name].step()
+            seconds[name] += time.perf_counter() - began
+    return seconds
 
 
 def main() -> None:
     """Check, time and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--batches", type=int, help="of an epoch; all by default")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -134,15 +144,15 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(IMAGES, FEATURES, generator=generator)
     for hidden_dim in (512, ModelConfig().hidden_dim):
-        results = {}
+        losses: dict[str, tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]] = {}
         for name in ("distinct prefixes", "packed sequences", "padded paths"):
             torch.manual_seed(0)
             head = Head.from_config(ModelConfig(hidden_dim=hidden_dim), LABELS, FEATURES)
             module: nn.Module = Packed(head) if name == "packed sequences" else head
             loss = {
-                "distinct prefixes": lambda f, t, h=head: shared_prefixes(h, f, t),
+                "distinct prefixes": partial(shared_prefixes, head),
                 "packed sequences": module,
-                "padded paths": lambda f, t, h=head: padded_loop(h, f, t),
+                "padded paths": partial(padded_loop, head),
             }[name]
             module.eval()
             with torch.no_grad():
@@ -150,17 +160,15 @@ def main() -> None:
                 torch.testing.assert_close(
                     loss(features[:64], targets[:64]), expected, rtol=1e-4, atol=1e-4
                 )
-            module.train()
-            results[name] = epoch(
-                loss, module, features, targets, arguments.batch, arguments.batches
-            )
+            losses[name] = (module.train(), loss)
+        results = epoch(losses, features, targets, arguments.batch)
         fastest = results["distinct prefixes"]
         trie = prefix_trie(increasing_paths(targets[: arguments.batch]))
         rows, nodes = int((trie.nodes >= 0).sum()), 1 + sum(map(len, trie.labels))
         print(f"H = {hidden_dim}, batches of {arguments.batch}: the first one has {rows} steps, "
               f"{trie.nodes.numel()} with padding, {nodes} distinct prefixes")  # fmt: skip
         for name, seconds in results.items():
-            print(f"  {name:18} epoch {seconds * IMAGES:6.1f} s  {1 / seconds:8,.0f} images/s  "
+            print(f"  {name:18} epoch {seconds:6.1f} s  {IMAGES / seconds:8,.0f} images/s  "
                   f"{seconds / fastest:5.2f}x", flush=True)  # fmt: skip
 
 

@@ -199,6 +199,9 @@ Query check_request(const Request& r, int64_t L, int64_t D, at::Device device) {
               .stop = parse<cnnrnn::Stop>(
                   "stop", r.stop,
                   {{"n_best", cnnrnn::Stop::kNBest}, {"literal", cnnrnn::Stop::kLiteral}}),
+              .precision = parse<cnnrnn::Precision>(
+                  "precision", r.precision,
+                  {{"exact", cnnrnn::Precision::kExact}, {"fast", cnnrnn::Precision::kFast}}),
           },
       .joint = checked("joint", r.joint, {B, D}, device),
       .label_logits = checked("label_logits", r.label_logits, {B, L + 1}, device),
@@ -277,8 +280,8 @@ class TorchCudaHead : public std::enable_shared_from_this<TorchCudaHead> {
     TorchMemory scratch(device_);
     try {
       Query query = check_request(request, head_->num_labels(), head_->joint_dim(), device_);
-      query.out.stats =
-          head_->search(query.options, query.images(), query.output(), &scratch, handle(stream));
+      query.out.stats = head_->search(query.options, query.images(), query.output(), &scratch,
+                                      handle(stream), request.rounds);
       if (head_->was_captured()) {
         outlive_graphs();
       } else {
@@ -318,6 +321,9 @@ auto* cuda_registry = new cnnrnn::HeadRegistry<TorchCudaHead>;
 void after_fork_in_child() {
   forked = true;
   cpu_registry = new cnnrnn::HeadRegistry<CpuHead>;  // a thread may have held the old one's lock
+#if defined(CNNRNN_WITH_CUDA)
+  cuda_registry = new cnnrnn::HeadRegistry<TorchCudaHead>;
+#endif
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> op_result(const Outputs& out) {
@@ -380,7 +386,7 @@ TORCH_LIBRARY(cnnrnn, m) {
       "int cache_generation=0, int prefix_bytes=536870912, "
       "str precision='exact') "
       "-> (Tensor labels, Tensor lengths, Tensor log_probs, Tensor marginals)",
-      {at::Tag::pt2_compliant_tag});
+      {at::Tag::pt2_compliant_tag, at::Tag::cudagraph_unsafe});
 }
 TORCH_LIBRARY_IMPL(cnnrnn, CPU, m) { m.impl("beam_search", &beam_search_op); }
 #if defined(CNNRNN_WITH_CUDA)

@@ -242,6 +242,33 @@ def test_a_captured_search_marks_images_that_find_no_room(library):
     assert torch.equal(log_probs.isnan().all(1), marked) and (labels[marked] == -1).all()
     assert torch.equal(labels[~marked], whole[0][~marked])
     assert torch.equal(log_probs[~marked], whole[2][~marked])
+    # What it left in the table stops no later search.
+    again = small.beam_search(*arguments)
+    assert torch.equal(again[0], whole[0]) and torch.equal(again[2], whole[2])
+
+
+def test_marginals_of_marked_images_are_marked(library, head):
+    embedding = images(head, 30, 1)
+    arguments = (embedding.joint, None, 4, 5, 0, "increasing", False, "n_best", True)
+    found = emulated.EmulatedHead(library, head).beam_search(*arguments, rounds=0, captured=True)
+    marked = found[1][:, 0] == -1
+    assert marked.any() and torch.equal(found[3].isnan().all(1), marked)
+
+
+@pytest.mark.parametrize("overflowing", [range(7), (3, 4, 6)])
+def test_scores_that_overflow_mark_what_the_cpu_search_marks(library, overflowing):
+    head = random_head(torch.Generator().manual_seed(0), 6, joint_dim=16, hidden_dim=8)
+    head.activation = "relu"
+    with torch.no_grad():
+        head.output_projection.weight.zero_()
+        head.label_embedding.fill_(0.1)
+        head.label_embedding[list(overflowing)] = -1e38
+    embedding = ImageEmbedding(torch.full((3, 16), 1e3))
+    pack = partial(emulated.EmulatedHead, library)
+    found = run_compiled(head, embedding, CONFIG, 5, pack=pack)
+    expected = run_compiled(head, embedding, CONFIG, 5)
+    assert expected[2].isnan().all()
+    assert torch.equal(found[2].isnan(), expected[2].isnan())
 
 
 def test_a_captured_search_of_one_launch_marks_images_that_miss_a_state(library, head):

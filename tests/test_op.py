@@ -170,3 +170,16 @@ def test_a_forked_child_may_call_it():
         outputs = torch.ops.cnnrnn.beam_search(*arguments(head, embedding))
         os._exit(0 if all(map(torch.equal, outputs, expected)) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_precision_that_is_not_there_is_refused():
+    head = head_of(3)
+    inputs = arguments(head, images(head, 2))
+    message = "precision must be one of exact, fast, got 'half'|precision must be exact or fast"
+    with pytest.raises(ValueError, match=message):
+        torch.ops.cnnrnn.beam_search(*inputs, "half")
+    with pytest.raises(ValueError, match=message):
+        beam_search(head, images(head, 2), CONFIG, precision="half")
+    exact = torch.ops.cnnrnn.beam_search(*inputs, "exact")
+    fast = torch.ops.cnnrnn.beam_search(*inputs, "fast")  # on the CPU, the same
+    assert torch.equal(exact[2], fast[2])

@@ -126,8 +126,21 @@ class _Kept(NamedTuple):
 
 
 _kept: weakref.WeakKeyDictionary[Head, dict[torch.device, _Kept]] = weakref.WeakKeyDictionary()
-if hasattr(os, "register_at_fork"):  # another thread may have been using a head at the fork
-    os.register_at_fork(after_in_child=_kept.clear)
+_inherited: list[object] = []
+
+
+def _leave_to_the_parent() -> None:
+    """Begin anew in a forked child: another thread may have been using a head at the fork.
+
+    What the parent packed stays where it is; freeing what lies on a GPU would need CUDA, which a
+    forked child cannot use.
+    """
+    _inherited.extend(_kept.values())
+    _kept.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_the_parent)
 
 
 def search_device(tensor: Tensor) -> torch.device:
@@ -146,6 +159,7 @@ def packed_head(head: Head, device: torch.device = _CPU) -> PackedHead:
         replaced = any(values.get(name) is not value for values, name, value in kept.places)
         if not replaced and kept.key == _weights_key(head, kept.places):
             return kept.packed
+    _kept.get(head, {}).pop(device, None)  # before another takes as much memory
     places = tuple(_searched(head))
     tensors = [tensor for tensor in head_parameters(head) if tensor is not None]
     if not _edits_are_seen(tensors, places):

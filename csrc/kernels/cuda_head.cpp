@@ -155,6 +155,15 @@ SearchStats CudaHead::search(const SearchOptions& options, const ImageEmbeddings
   if (!captured) {
     check_cuda(cudaStreamWaitEvent(stream, last_call_, 0), "waiting for the last search");
   }
+  const int64_t slice = std::min(B, kSliceImages);
+  const Scratch scratch{{allocate<int32_t>(memory, slice), allocate<int32_t>(memory, slice)},
+                        captured ? nullptr : allocate<int32_t>(memory, slice)};
+  SearchPass pass{};
+  pass.rules = {options, L, output.marginals != nullptr};
+  pass.images = images;
+  pass.output = output;
+  pass.parked_beams = memory->allocate(B * parked_beam_bytes(options.beam_size));
+  // From here on all is in the stream's order: an allocation that fails leaves nothing behind.
   check_cuda(cudaMemsetAsync(&head_.counts->call, 0, sizeof(CallCounts), stream),
              "clearing counts");
   if (output.marginals != nullptr) {
@@ -165,22 +174,8 @@ SearchStats CudaHead::search(const SearchOptions& options, const ImageEmbeddings
     check_cuda(cudaMemsetAsync(output.trace, 0xff, B * (T + 1) * N * 2 * sizeof(int32_t), stream),
                "clearing the trace");
   }
-  if (captured) {  // what no pass ends stays so: -1 and NaN
-    check_cuda(cudaMemsetAsync(output.labels, 0xff, B * N * T * sizeof(int64_t), stream),
-               "clearing labels");
-    check_cuda(cudaMemsetAsync(output.lengths, 0xff, B * N * sizeof(int64_t), stream),
-               "clearing lengths");
-    check_cuda(cudaMemsetAsync(output.log_probs, 0xff, B * N * sizeof(float), stream),
-               "clearing log-probabilities");
-  }
-  const int64_t slice = std::min(B, kSliceImages);
-  const Scratch scratch{{allocate<int32_t>(memory, slice), allocate<int32_t>(memory, slice)},
-                        captured ? nullptr : allocate<int32_t>(memory, slice)};
-  SearchPass pass{};
-  pass.rules = {options, L, output.marginals != nullptr};
-  pass.images = images;
-  pass.output = output;
-  pass.parked_beams = memory->allocate(B * parked_beam_bytes(options.beam_size));
+  // A captured search that found the table full has left prefixes in it that nobody makes.
+  if (was_captured_ && !captured) make_prefix_room(head_, 0, 0, true, stream);
   for (pass.first_image = 0; pass.first_image < B; pass.first_image += slice) {
     pass.count = static_cast<int32_t>(std::min(slice, B - pass.first_image));
     if (captured) {
@@ -227,7 +222,7 @@ void CudaHead::search_slice(const SearchPass& slice, const Scratch& scratch, cud
     waiting.push_back(std::move(images));
     make_prefix_room(head_, head_.node_capacity + 1, 0, true, stream);
   };
-  int64_t parked = run_rounds(slice, scratch, stream);
+  int64_t parked = run_rounds(slice, scratch, slice.first_image == 0, stream);
   if (parked > 0) set_aside(parked, false);
   bool was_empty = true;  // the table, when the next ones begin
   while (!waiting.empty()) {
@@ -239,7 +234,7 @@ void CudaHead::search_slice(const SearchPass& slice, const Scratch& scratch, cud
     SearchPass pass = slice;
     pass.image_list = scratch.again;
     pass.count = static_cast<int32_t>(images.size());
-    parked = run_rounds(pass, scratch, stream);
+    parked = run_rounds(pass, scratch, false, stream);
     if (parked > 0) set_aside(parked, was_empty && parked > 1);
     was_empty = parked > 0;
   }
@@ -247,12 +242,16 @@ void CudaHead::search_slice(const SearchPass& slice, const Scratch& scratch, cud
 
 // Runs passes until no image waits, or the table is full: returns how many wait then, listed in
 // scratch.parked[0].
-int64_t CudaHead::run_rounds(SearchPass pass, const Scratch& scratch, cudaStream_t stream) {
+int64_t CudaHead::run_rounds(SearchPass pass, const Scratch& scratch, bool counts_are_clear,
+                             cudaStream_t stream) {
   CallCounts* const call = &head_.counts->call;
-  check_cuda(cudaMemsetAsync(&call->full, 0, sizeof call->full, stream), "clearing counts");
-  check_cuda(cudaMemsetAsync(call->parked, 0, sizeof call->parked, stream), "clearing counts");
-  int now = 0;
-  while (true) {
+  if (!counts_are_clear) {
+    check_cuda(cudaMemsetAsync(&call->full, 0, sizeof call->full, stream), "clearing counts");
+    check_cuda(cudaMemsetAsync(call->parked, 0, sizeof call->parked, stream), "clearing counts");
+  }
+  unsigned long long made = counts_are_clear ? 0 : counts_->call.made;
+  for (int64_t round = 0;; ++round) {
+    const int now = static_cast<int>(round % 2);
     pass.parked = scratch.parked[now];
     pass.parked_count = &call->parked[now];
     search_images(head_, pass, device_, stream);
@@ -267,13 +266,16 @@ int64_t CudaHead::run_rounds(SearchPass pass, const Scratch& scratch, cudaStream
       }
       return parked;
     }
+    if (counts_->call.made == made) {
+      throw std::logic_error("images wait for prefix states that nobody makes");
+    }
+    made = counts_->call.made;
     make_states(head_, parked * pass.rules.options.beam_size, &call->parked[1 - now],
                 device_.multiprocessors, stream);
     pass.resumes = true;
     pass.image_list = pass.parked;
     pass.image_count = nullptr;
     pass.count = static_cast<int32_t>(parked);
-    now = 1 - now;
   }
 }
 
@@ -289,11 +291,14 @@ void CudaHead::enqueue_rounds(SearchPass pass, const Scratch& scratch, int64_t r
     make_prefix_room(head_, std::min<int64_t>(nodes, head_.node_capacity / 2),
                      std::min<int64_t>(nodes, head_.parent_capacity / 2), true, stream);
   }
-  check_cuda(cudaMemsetAsync(call->parked, 0, sizeof call->parked, stream), "clearing counts");
+  if (pass.first_image > 0) {
+    check_cuda(cudaMemsetAsync(call->parked, 0, sizeof call->parked, stream), "clearing counts");
+  }
   for (int64_t round = 0;; ++round) {
     const int now = static_cast<int>(round % 2);
     pass.parked = scratch.parked[now];
     pass.parked_count = &call->parked[now];
+    pass.marks_parked = round == rounds;
     search_images(head_, pass, device_, stream);
     if (round == rounds) return;
     make_states(head_, pass.count * N, &call->parked[1 - now], device_.multiprocessors, stream);

@@ -51,7 +51,8 @@ class CudaHead {
   struct Scratch;
 
   void search_slice(const SearchPass& slice, const Scratch& scratch, cudaStream_t stream);
-  int64_t run_rounds(SearchPass pass, const Scratch& scratch, cudaStream_t stream);
+  int64_t run_rounds(SearchPass pass, const Scratch& scratch, bool counts_are_clear,
+                     cudaStream_t stream);
   void enqueue_rounds(SearchPass pass, const Scratch& scratch, int64_t rounds, cudaStream_t stream);
   void read_counts(cudaStream_t stream);
 

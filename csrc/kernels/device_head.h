@@ -83,6 +83,7 @@ struct SearchPass {
   int64_t first_image;
   int32_t count;          // with image_count, the most there can be
   bool resumes;           // the images go on from where they were parked
+  bool marks_parked;      // no pass follows: the result of an image that waits is a mark
   int32_t* parked;        // [B] takes the images that wait for states
   int32_t* parked_count;  // how many
 };

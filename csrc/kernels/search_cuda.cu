@@ -458,7 +458,7 @@ __device__ void offer_step_ends(const BeamRules& rules, const Tile<S, kCapacity>
     if (step.kind == PathStep::Kind::kOnlyEnds) step.end_score = beam.live[j].score;
     if (step.kind != PathStep::Kind::kScored) continue;
     step.log_sum_exp = tile.log_sum_exp[first_row + j];
-    if (isnan(step.log_sum_exp)) {
+    if (!(step.log_sum_exp > -INFINITY)) {  // NaN, or every score is -inf
       step.kind = PathStep::Kind::kNotFinite;
       continue;
     }
@@ -481,8 +481,7 @@ __device__ __forceinline__ bool continuation(const BeamRules& rules, const Tile<
   const bool scored = step.kind == PathStep::Kind::kScored;
   const TopN<int32_t, kCapacity>& labels = tile.labels[first_row + j];
   if (scored && at < labels.size) {
-    *found = {image.beam.live[j].score + step_log_prob(labels.scores[at], step.log_sum_exp),
-              labels.items[at]};
+    *found = {labels.scores[at], labels.items[at]};
     return found->score > image.floor;
   }
   if (!rules.options.end_takes_slot || at != (scored ? labels.size : 0)) return false;
@@ -498,6 +497,17 @@ __device__ void choose_continuations(const BeamRules& rules, const Tile<S, kCapa
                                      TileShape shape) {
   const int per_path = rules.options.beam_size + 1;  // its best labels and END
   const int per_image = shape.rows * per_path;
+  // From a label's score in its row to that of the path which it continues.
+  for (int c = lane_id(); c < shape.images * per_image; c += kWarpLanes) {
+    const int r = c / per_path, j = r % shape.rows, at = c % per_path;
+    const ImageState<kCapacity>& image = tile.images[r / shape.rows];
+    TopN<int32_t, kCapacity>& labels = tile.labels[r];
+    if (!image.active || j >= image.beam.live_count || at >= labels.size) continue;
+    if (image.steps[j].kind != PathStep::Kind::kScored) continue;
+    labels.scores[at] =
+        image.beam.live[j].score + step_log_prob(labels.scores[at], image.steps[j].log_sum_exp);
+  }
+  __syncwarp();
   for (int c = lane_id(); c < shape.images * per_image; c += kWarpLanes) {
     const int m = c / per_image, j = c % per_image / per_path;
     ImageState<kCapacity>& image = tile.images[m];
@@ -524,7 +534,8 @@ __device__ void choose_continuations(const BeamRules& rules, const Tile<S, kCapa
   __syncwarp();
 }
 
-enum class Outcome { kNone, kTakesStep, kEnds, kParks, kNotFinite };
+// kLost: it would be parked, and no pass follows.
+enum class Outcome { kNone, kTakesStep, kEnds, kParks, kLost, kNotFinite };
 
 template <int kCapacity>
 __device__ Outcome decide(const BeamRules& rules, ImageState<kCapacity>* image) {
@@ -540,18 +551,19 @@ __device__ Outcome decide(const BeamRules& rules, ImageState<kCapacity>* image) 
   return Outcome::kTakesStep;
 }
 
-// Writes path i of an image that has ended.
+// Writes path i of an image that has ended, or the mark of one that has no result.
 template <int kCapacity>
 __device__ void write_path(const DeviceHead& head, const BeamRules& rules,
                            const SearchOutput& output, const ImageState<kCapacity>& image, int i,
-                           bool nonfinite) {
+                           Outcome outcome) {
   const int64_t T = rules.options.max_labels;
   const int64_t row = static_cast<int64_t>(image.image) * rules.options.beam_size + i;
   const FinishedPaths<kCapacity>& done = image.beam.done;
-  const bool there = !nonfinite && i < done.size;
+  const bool ended = outcome == Outcome::kEnds;
+  const bool there = ended && i < done.size;
   const int32_t length = there ? done.items[i].length : 0;
-  output.log_probs[row] = nonfinite ? NAN : there ? done.scores[i] : -INFINITY;
-  output.lengths[row] = length;
+  output.log_probs[row] = !ended ? NAN : there ? done.scores[i] : -INFINITY;
+  output.lengths[row] = outcome == Outcome::kLost ? -1 : length;
   int64_t* const labels = output.labels + row * T;
   for (int64_t t = length; t < T; ++t) labels[t] = -1;
   if (length == 0) return;
@@ -576,6 +588,7 @@ template <typename S, int kCapacity>
 __device__ void begin_tile(const DeviceHead& head, const SearchPass& pass,
                            const Tile<S, kCapacity>& tile, TileShape shape, int first, int count) {
   const int beam_size = pass.rules.options.beam_size;
+  __syncwarp();  // the last tile's images have been read
   for (int m = 0; m < shape.images; ++m) {
     ImageState<kCapacity>& image = tile.images[m];
     const bool there = first + m < count;
@@ -658,6 +671,7 @@ __device__ void end_step(const DeviceHead& head, const SearchPass& pass,
     take_step(rules, image.best, image.steps, image.done, &beam, trace);
     if (beam.live_count == 0) outcome = Outcome::kEnds;
   }
+  if (outcome == Outcome::kParks && pass.marks_parked) outcome = Outcome::kLost;
   if (outcome == Outcome::kParks) {
     const ImageState<kCapacity>& image = tile.images[lane];
     static_cast<Beam<kCapacity>*>(pass.parked_beams)[image.image] = image.beam;
@@ -667,22 +681,21 @@ __device__ void end_step(const DeviceHead& head, const SearchPass& pass,
   __syncwarp();
   // Lane r serves row r of the tile.
   const int row_image = lane % kTileRows / shape.rows, j = lane % shape.rows;
-  const int of_row = __shfl_sync(~0u, static_cast<int>(outcome), row_image);
+  const auto of_row = static_cast<Outcome>(__shfl_sync(~0u, static_cast<int>(outcome), row_image));
   if (lane < kTileRows && j < N) {
     const ImageState<kCapacity>& image = tile.images[row_image];
-    const bool nonfinite = of_row == static_cast<int>(Outcome::kNotFinite);
-    if (of_row == static_cast<int>(Outcome::kParks) && (image.needed >> j & 1) != 0) {
-      request_state(head, image.beam.live[j].parent, image.beam.live[j].label);
-    }
-    if (of_row == static_cast<int>(Outcome::kEnds) || nonfinite) {
-      write_path(head, rules, pass.output, image, j, nonfinite);
+    if (of_row == Outcome::kParks) {
+      if ((image.needed >> j & 1) != 0) {
+        request_state(head, image.beam.live[j].parent, image.beam.live[j].label);
+      }
+    } else if (of_row != Outcome::kNone && of_row != Outcome::kTakesStep) {
+      write_path(head, rules, pass.output, image, j, of_row);
     }
   }
   if (pass.output.marginals != nullptr) {
     for (int m = 0; m < shape.images; ++m) {
-      if (__shfl_sync(~0u, static_cast<int>(outcome), m) != static_cast<int>(Outcome::kNotFinite)) {
-        continue;
-      }
+      const auto of_image = static_cast<Outcome>(__shfl_sync(~0u, static_cast<int>(outcome), m));
+      if (of_image != Outcome::kNotFinite && of_image != Outcome::kLost) continue;
       float* const sums =
           pass.output.marginals + static_cast<int64_t>(tile.images[m].image) * head.num_labels;
       for (int l = lane; l < head.num_labels; l += kWarpLanes) sums[l] = NAN;
@@ -745,6 +758,9 @@ __global__ void __launch_bounds__(kMostWarps* kWarpLanes, kBlocksEach)
   const int stride = kResident ? kResidentJoint : head.joint_stride;
   const bool marginals = pass.output.marginals != nullptr;
   const TileShape shape = tile_shape(rules.options.beam_size);
+  const int count = pass.image_count == nullptr ? pass.count : *pass.image_count;
+  const int tiles = (count + shape.images - 1) / shape.images;
+  if (static_cast<int>(blockIdx.x) * warps >= tiles) return;  // as most of a pass that resumes few
   unsigned char* const panels = dynamic_shared;
   const Tile<S, kCapacity> tile =
       tile_at<S, kCapacity>(dynamic_shared + staged * panel_bytes<S>(stride) +
@@ -754,8 +770,6 @@ __global__ void __launch_bounds__(kMostWarps* kWarpLanes, kBlocksEach)
     copy_panels(panels, panels_of<S>(head), staged * static_cast<int>(panel_bytes<S>(stride)));
     __syncthreads();
   }
-  const int count = pass.image_count == nullptr ? pass.count : *pass.image_count;
-  const int tiles = (count + shape.images - 1) / shape.images;
   unsigned lookups = 0;
   for (int block = static_cast<int>(blockIdx.x) * warps; block < tiles;
        block += static_cast<int>(gridDim.x) * warps) {
@@ -872,8 +886,9 @@ void launch_search(const DeviceHead& head, const SearchPass& pass, const CudaDev
   const auto kernel =
       resident ? search_tiles<S, kCapacity, true> : search_tiles<S, kCapacity, false>;
   const int64_t bytes = staged * panel + warps * tile;
+  // The most there is, always: the limit is the kernel's, and another head's thread may set it too.
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(bytes)),
+                                  static_cast<int>(device.shared_bytes)),
              "asking for shared memory");
   const int64_t blocks =
       std::min((tiles + warps - 1) / warps, int64_t{device.multiprocessors} * kBlocksEach);

@@ -28,6 +28,9 @@ import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+from build_backend import find_nvcc  # noqa: E402  # of this source tree
+
 BUILD = ROOT / "build" / "gpu"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
@@ -38,6 +41,8 @@ def say(line: str) -> None:
 
 def build() -> None:
     """Build `cnnrnn._C` in the source tree, and the program for compute-sanitizer."""
+    os.environ["CNNRNN_CUDA"] = "1"
+    nvcc = find_nvcc()
     major, minor = torch.cuda.get_device_capability()
     configure = [
         "cmake", "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja",
@@ -45,7 +50,8 @@ def build() -> None:
         f"-DCNNRNN_TORCH_INCLUDE_DIRS={';'.join(include_paths())}",
         f"-DCNNRNN_TORCH_LIBRARY_DIRS={';'.join(library_paths())}",
         f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={ROOT / 'cnnrnn'}",
-        "-DCNNRNN_CUDA=ON", f"-DCNNRNN_CUDA_ARCHITECTURES={major}{minor}",
+        "-DCNNRNN_CUDA=ON",
+        f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCNNRNN_CUDA_ARCHITECTURES={major}{minor}",
     ]  # fmt: skip
     subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
     subprocess.run(["cmake", "--build", str(BUILD), "--target", "_C", "gpu_sanitized"], check=True)
@@ -56,21 +62,38 @@ def build() -> None:
     (ROOT / "cnnrnn" / "_build_info.py").write_text(record, encoding="utf-8")
 
 
+def run(command: list[str], seconds: int) -> tuple[int | None, str]:
+    """Run a command; return its exit status, None where it was stopped, and what it printed."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    try:
+        result = subprocess.run(
+            command, cwd=ROOT, env=environment, text=True, timeout=seconds,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        return result.returncode, result.stdout
+    except subprocess.TimeoutExpired as stopped:
+        printed = stopped.stdout or b""
+        return None, printed.decode(errors="replace") if isinstance(printed, bytes) else printed
+
+
 def run_tests(searches: int) -> dict[str, Any]:
     """Run the tests; return their counts and what they print of their figures."""
     report = BUILD / "tests.xml"
+    report.unlink(missing_ok=True)  # of an earlier run
     command = [
         sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "tests/gpu",
         "tests/test_kernel_maths.py", f"--searches={searches}", f"--junitxml={report}",
     ]  # fmt: skip
-    result = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
-    print(result.stdout[-6000:], result.stderr[-2000:], flush=True)
-    suite = xml.etree.ElementTree.parse(report).getroot().find("testsuite")
-    counts = {} if suite is None else {
-        name: int(suite.get(name, "0")) for name in ("tests", "failures", "errors", "skipped")
-    }  # fmt: skip
-    figures = re.findall(r"^\.*(.*(?:excused|changed)[^\n]*)$", result.stdout, re.M)
-    return {"passed": result.returncode == 0, **counts, "said": figures}
+    status, printed = run(command, 180)
+    print(printed[-6000:], flush=True)
+    counts: dict[str, int] = {}
+    if report.exists():
+        suite = xml.etree.ElementTree.parse(report).getroot().find("testsuite")
+        if suite is not None:
+            names = ("tests", "failures", "errors", "skipped")
+            counts = {name: int(suite.get(name, "0")) for name in names}
+    figures = re.findall(r"^\.*(.*(?:excused|changed)[^\n]*)$", printed, re.M)
+    return {"passed": status == 0, "exit_status": status, **counts, "said": figures}
 
 
 def run_sanitizers() -> dict[str, dict[str, Any]]:
@@ -85,21 +108,27 @@ def run_sanitizers() -> dict[str, dict[str, Any]]:
         else:
             runs[name] = [tool, "--tool", name, "--error-exitcode", "9", program]
     for name, command in runs.items():
-        try:
-            result = subprocess.run(command, capture_output=True, text=True, timeout=90)
-        except subprocess.TimeoutExpired:
-            found[name] = {"outcome": "not done after 90 s"}
-            continue
-        text = result.stdout + result.stderr
-        unsupported = "not supported" in text
+        status, printed = run(command, 40)
         outcome = (
-            "nothing found" if result.returncode == 0
-            else "does not work here" if unsupported
+            "not done after 40 s" if status is None
+            else "nothing found" if status == 0
+            else "does not work here" if "not supported" in printed
             else "errors"
         )  # fmt: skip
-        found[name] = {"outcome": outcome, "last_lines": text.strip().splitlines()[-6:]}
+        found[name] = {"outcome": outcome, "last_lines": printed.strip().splitlines()[-6:]}
         say(f"{name}: {outcome}")
     return found
+
+
+def run_benchmarks() -> dict[str, Any]:
+    """Time the search; what was measured is kept where a later case fails."""
+    figures = BUILD / "figures.json"
+    figures.unlink(missing_ok=True)
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--out", str(figures)]
+    status, printed = run(command, 240)
+    print(printed[-6000:], flush=True)
+    rows = json.loads(figures.read_text(encoding="utf-8")) if figures.exists() else []
+    return {"ended": status == 0, "figures": rows}
 
 
 def driver_version() -> str:
@@ -117,6 +146,8 @@ def main() -> int:
     parser.add_argument("--commit", required=True, help="of the sources, for the record")
     parser.add_argument("--out", type=Path, help="JSON to write")
     parser.add_argument("--searches", type=int, default=300, help="random searches of the tests")
+    steps = ("tests", "compute-sanitizer", "benchmarks")
+    parser.add_argument("--only", nargs="+", choices=steps, default=steps, help="of the steps")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         say("torch sees no GPU here; this check needs one")
@@ -140,23 +171,18 @@ def main() -> int:
         return results[key]
 
     step("build", build)
-    tests = step("tests", lambda: run_tests(arguments.searches))
-    sanitizers = step("compute-sanitizer", run_sanitizers)
-
-    def benchmarks() -> Any:
-        figures = BUILD / "figures.json"
-        command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--out", str(figures)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        ended = subprocess.run(command, cwd=ROOT, env=environment).returncode == 0
-        return {
-            "ended": ended,
-            "figures": json.loads(figures.read_text()) if figures.exists() else [],
-        }
-
-    figures = step("benchmarks", benchmarks)
+    works = {
+        "tests": lambda: run_tests(arguments.searches),
+        "compute-sanitizer": run_sanitizers,
+        "benchmarks": run_benchmarks,
+    }
+    for key, work in works.items():
+        if key in arguments.only:
+            step(key, work)
     say(f"{time.perf_counter() - began:.0f} s; figures in {out}")
-    clean = all(run["outcome"] != "errors" for run in sanitizers.values())
-    return 0 if tests["passed"] and clean and figures["ended"] else 1
+    tests, tools = results.get("tests", {}), results.get("compute-sanitizer", {})
+    right = tests.get("passed", True) and results.get("benchmarks", {}).get("ended", True)
+    return 0 if right and all(tool["outcome"] != "errors" for tool in tools.values()) else 1
 
 
 if __name__ == "__main__":
