@@ -785,12 +785,15 @@ __global__ void __launch_bounds__(kMostWarps* kWarpLanes, kBlocksEach)
           active ? begin_step<S, kCapacity, kResident>(head, pass, tile, shape, &sums)
                  : head.panels;
       const Rows joint(tile.joint, stride);
+      const auto score_panel = [&](int panel, const unsigned char* weights) {
+        S::template multiply<kJoint>(joint, weights, stride, z);
+        complete_scores<S>(head, rules, pass.images, tile, shape.rows, panel,
+                           reinterpret_cast<const float*>(weights + S::bias_at(stride)), z,
+                           &nonfinite);
+      };
       for_each_panel<S, kResident>(
           head, panels, staged, first_panel, [&](int panel, const unsigned char* weights) {
-            S::template multiply<kJoint>(joint, weights, stride, z);
-            complete_scores<S>(head, rules, pass.images, tile, shape.rows, panel,
-                               reinterpret_cast<const float*>(weights + S::bias_at(stride)), z,
-                               &nonfinite);
+            score_panel(panel, weights);
             take_panel<S>(head, tile, rules.options.beam_size, panel, z, &sums);
           });
       Outcome outcome = Outcome::kNone;
@@ -810,14 +813,11 @@ __global__ void __launch_bounds__(kMostWarps* kWarpLanes, kBlocksEach)
         __syncwarp();
       }
       if (marginals) {
-        for_each_panel<S, kResident>(
-            head, panels, staged, first_panel, [&](int panel, const unsigned char* weights) {
-              S::template multiply<kJoint>(joint, weights, stride, z);
-              complete_scores<S>(head, rules, pass.images, tile, shape.rows, panel,
-                                 reinterpret_cast<const float*>(weights + S::bias_at(stride)), z,
-                                 &nonfinite);
-              add_marginals<S>(head, pass.output, tile, shape, panel, z);
-            });
+        for_each_panel<S, kResident>(head, panels, staged, first_panel,
+                                     [&](int panel, const unsigned char* weights) {
+                                       score_panel(panel, weights);
+                                       add_marginals<S>(head, pass.output, tile, shape, panel, z);
+                                     });
       }
       if (active) end_step(head, pass, tile, shape, outcome);
     }
