@@ -13,7 +13,7 @@ import pytest
 import sources
 
 from cnnrnn.cli import main
-from cnnrnn.data import Dataset
+from cnnrnn.data import DataError, Dataset
 from cnnrnn.data.check import Pair, SplitCounts, check_source, prefix_sharing
 
 
@@ -102,6 +102,82 @@ def test_copies_within_overlapping_splits_do_not_leak(tmp_path: Path) -> None:
     assert report.unknown_labels == 1
     shutil.copy(pictures / "000002.jpg", pictures / "000001.jpg")  # in val, and both in trainval
     assert check_source(f"voc:{root}").duplicates_across_splits == 1
+
+
+def split_dataset(splits: dict[str, list[int]], contents: list[int]) -> Dataset:
+    return Dataset(
+        source="features:here",
+        label_names=("a",),
+        label_indptr=np.arange(len(contents) + 1),
+        label_indices=np.zeros(len(contents), np.int32),
+        splits={name: np.array(rows, np.int64) for name, rows in splits.items()},
+        features=np.array(contents, np.float32)[:, None],
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_overlap_and_copies_across_splits_by_brute_force(
+    monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    count = int(generator.integers(1, 13))
+    splits = {
+        name: np.flatnonzero(generator.random(count) < generator.random()).tolist()
+        for name in "abcd"
+    }
+    contents = generator.integers(0, count, count).tolist()
+    dataset = split_dataset(splits, contents)
+    monkeypatch.setattr("cnnrnn.data.check.load_dataset", lambda *args, **kwargs: dataset)
+    report = check_source("features:here")
+
+    expected, across = [], set()
+    for first, second in itertools.combinations(splits, 2):
+        ours, theirs = set(splits[first]), set(splits[second])
+        both = sorted(ours & theirs)
+        if both and not ours <= theirs and not theirs <= ours:
+            expected.append(
+                (
+                    f"splits {first} and {second} must not share records",
+                    f"got {len(both)} in both, the first of them row {both[0]} of here",
+                )
+            )
+        across |= {contents[i] for i in ours - theirs} & {contents[i] for i in theirs - ours}
+    assert len(report.problems) == len(expected)
+    for problem, parts in zip(report.problems, expected, strict=True):
+        assert all(part in problem for part in parts), problem
+    assert report.duplicates_across_splits == len(across)
+
+
+def test_a_record_in_train_and_test_is_a_problem(tmp_path: Path) -> None:
+    root = sources.write_nuswide(tmp_path / "nuswide")
+    images = root / "ImageList" / "TestImagelist.txt"
+    images.write_text(images.read_text() + sources.NUS_IMAGES[0] + "\n")
+    shutil.copy(root / "Flickr/actor/0002_22.jpg", root / "Flickr/zoo/0004_9.jpg")
+    report = check_source(f"nuswide:{root}")
+    assert len(report.problems) == 1 and report.duplicates_across_splits == 1
+    assert (
+        f"nuswide:{root}: splits train and test must not share records unless one holds the "
+        f"other, got 1 in both, the first of them {root / 'Flickr/actor/0001_21.jpg'}"
+    ) == report.problems[0]
+
+
+def test_a_column_of_ids_is_no_split(table: Path) -> None:
+    rows = [f"{i}.png,sky,{i}\n" for i in range(101)]
+    for i in range(101):
+        (table.parent / f"{i}.png").touch()
+    table.write_text("image,labels,split\n" + "".join(rows))
+    report = check_source(f"csv:{table}")
+    assert (
+        f"{table}: column 'split' must name at most 100 splits, got 101: split=COLUMN names "
+        "another column"
+    ) == report.problems[0]
+    file = table.parent / "f.npz"
+    np.savez(file, features=np.zeros((101, 1)), labels=np.ones((101, 1)),
+             label_names=np.array(["a"]), split=np.arange(101).astype(str))  # fmt: skip
+    problems = check_source(f"features:{file}").problems
+    assert problems == [f"{file}: split must name at most 100 splits, got 101"]
+    with pytest.raises(DataError, match="features:here: splits must be at most 100, got 101"):
+        split_dataset({str(i): [0] for i in range(101)}, [1])
 
 
 def test_unreadable_pictures_are_no_duplicates(table: Path) -> None:

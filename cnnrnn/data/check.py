@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -83,7 +84,8 @@ class SourceReport:
         pairs: the labels that occur together most often.
         prefixes: sharing of label prefixes, over all records.
         duplicates: names of records with the same content, in groups.
-        duplicates_across_splits: groups in two splits that have no record in common.
+        duplicates_across_splits: groups that have a record in one split only and a copy of it
+            in another split only.
         duplicates_with_other_labels: groups whose records differ in labels.
         unreadable: pictures that cannot be read.
     """
@@ -209,6 +211,8 @@ def check_source(
         return SourceReport(spec, problems.messages, notes)
     digests = _read_contents(dataset, workers, problems, progress)
     groups = _groups(digests)
+    masks = _split_masks(dataset)
+    _check_overlap(dataset, masks, problems)
     order = np.argsort(-dataset.label_counts(), kind="stable")
     counts = dataset.label_counts()
     sizes = np.bincount(np.diff(dataset.label_indptr))
@@ -225,7 +229,9 @@ def check_source(
         pairs=_frequent_pairs(dataset, order[:CO_OCCURRENCE_LABELS], pairs),
         prefixes=prefix_sharing(dataset, order),
         duplicates=[[dataset.record_name(i) for i in group] for group in groups],
-        duplicates_across_splits=_across_splits(dataset, groups),
+        duplicates_across_splits=sum(
+            _is_across_splits([masks[i] for i in group]) for group in groups
+        ),
         duplicates_with_other_labels=sum(
             len({dataset.labels(i).tobytes() for i in group}) > 1 for group in groups
         ),
@@ -341,15 +347,50 @@ def _groups(digests: Sequence[bytes | None]) -> list[list[int]]:
     return [group for group in records.values() if len(group) > 1]
 
 
-def _across_splits(dataset: Dataset, groups: list[list[int]]) -> int:
-    """Count the groups that lie in two splits which have no record in common."""
-    members = {name: set(records.tolist()) for name, records in dataset.splits.items()}
-    apart = [
-        (first, second)
-        for first, second in itertools.combinations(members.values(), 2)
-        if first.isdisjoint(second)
-    ]
-    return sum(
-        any(not first.isdisjoint(group) and not second.isdisjoint(group) for first, second in apart)
-        for group in groups
+def _split_masks(dataset: Dataset) -> list[int]:
+    """Return the splits of each record as bits, bit i for the split i."""
+    masks = [0] * len(dataset)
+    for position, records in enumerate(dataset.splits.values()):
+        for record in records.tolist():
+            masks[record] |= 1 << position
+    return masks
+
+
+def _check_overlap(dataset: Dataset, masks: list[int], problems: Problems) -> None:
+    """Name two splits that share records, where neither holds the other as trainval does train."""
+    names = list(dataset.splits)
+    sizes = [0] * len(names)
+    shared: Counter[tuple[int, int]] = Counter()
+    examples: dict[tuple[int, int], int] = {}
+    firsts = {mask: record for record, mask in reversed(list(enumerate(masks)))}
+    for mask, count in Counter(masks).items():  # in the order of their first records
+        members = _bits(mask)
+        for split in members:
+            sizes[split] += count
+        for pair in itertools.combinations(members, 2):
+            shared[pair] += count
+            examples.setdefault(pair, firsts[mask])
+    for (first, second), count in sorted(shared.items()):
+        if count == min(sizes[first], sizes[second]):
+            continue
+        problems.add(
+            f"{dataset.source}: splits {names[first]} and {names[second]} must not share records "
+            f"unless one holds the other, got {count:,} in both, the first of them "
+            f"{dataset.record_name(examples[first, second])}"
+        )
+
+
+def _is_across_splits(masks: list[int]) -> bool:
+    """Tell whether one record is in a split without another, and that in a split without it."""
+    outside: dict[int, int] = {}  # split to the splits that some record of it is not in
+    for mask in set(masks):
+        for split in _bits(mask):
+            outside[split] = outside.get(split, 0) | ~mask
+    return any(
+        outside[first] >> second & 1 and outside[second] >> first & 1
+        for first, second in itertools.combinations(outside, 2)
     )
+
+
+def _bits(mask: int) -> list[int]:
+    return [position for position in range(mask.bit_length()) if mask >> position & 1]

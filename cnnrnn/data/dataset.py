@@ -11,6 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+MAX_SPLITS = 100
+"""More are refused: something else than splits was taken for them, such as ids."""
+
 Indices = Sequence[int] | npt.NDArray[np.integer[Any]] | torch.Tensor
 
 
@@ -192,6 +195,8 @@ class Dataset:
         self._set("boxes", Boxes(pointers, labels, xywh))
 
     def _check_splits(self, count: int) -> None:
+        if len(self.splits) > MAX_SPLITS:
+            self._fail(f"splits must be at most {MAX_SPLITS}, got {len(self.splits):,}")
         splits: dict[str, npt.NDArray[np.int64]] = {}
         for name, records in self.splits.items():
             array = np.asarray(records)

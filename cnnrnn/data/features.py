@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cnnrnn.data.dataset import DataError, Dataset
+from cnnrnn.data.dataset import MAX_SPLITS, DataError, Dataset
 from cnnrnn.data.files import reason
 from cnnrnn.data.problems import Problems
 from cnnrnn.data.svmlight import SVMLIGHT_SUFFIXES, load_svmlight
@@ -168,4 +168,8 @@ def _splits(
         if not name.strip():
             raise DataError(f"row {row} of {path}: split must be a non-empty name, got {name!r}")
         members.setdefault(name, []).append(row)
+    if len(members) > MAX_SPLITS:
+        raise DataError(
+            f"{path}: split must name at most {MAX_SPLITS} splits, got {len(members):,}"
+        )
     return {name: np.asarray(rows, dtype=np.int64) for name, rows in members.items()}

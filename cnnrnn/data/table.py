@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cnnrnn.config import OnBadImage, TableOptions
-from cnnrnn.data.dataset import DataError, Dataset, csr
+from cnnrnn.data.dataset import MAX_SPLITS, DataError, Dataset, csr
 from cnnrnn.data.files import existing_images, name_problem, read_names, read_text, reason, short
 from cnnrnn.data.problems import Problems
 
@@ -142,6 +142,12 @@ def _read_table(
             rows.append(_Row(line, image, labels, name or split))
         if doubtful is None and any(sign in text.strip() for sign in _OTHER_DELIMITERS):
             doubtful = line, text
+    splits = {row.split for row in rows}
+    if split_column is not None and len(splits) > MAX_SPLITS:
+        raise DataError(
+            f"{file}: column {short(header[split_column])} must name at most {MAX_SPLITS} splits, "
+            f"got {len(splits):,}: split=COLUMN names another column"
+        )
     if (
         options.delimiter is None
         and vocabulary is None
