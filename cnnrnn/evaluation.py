@@ -59,7 +59,8 @@ def evaluate(
         progress: told how many pictures are done.
 
     Raises:
-        DataError: the dataset is empty, or has features of another kind than the model reads.
+        DataError: the dataset is empty, or has features of another kind or number than the model
+            reads.
         ValueError: the label names differ.
     """
     if not len(dataset):
@@ -73,6 +74,12 @@ def evaluate(
         if model.backbone is not None:
             raise DataError(f"{dataset.source} holds feature vectors, but the model reads pictures")
         features = torch.from_numpy(dataset.features)
+        if features.shape[1] != model.head.feature_dim:
+            raise DataError(
+                f"{dataset.source} must hold vectors of {model.head.feature_dim} features like "
+                f"those that the model was trained on, got {features.shape[1]}: for svmlight text "
+                f"say features={model.head.feature_dim}, and first=0 or first=1"
+            )
     elif model.backbone is None:
         raise DataError(f"{dataset.source} holds pictures, but the model reads feature vectors")
     else:

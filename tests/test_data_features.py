@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import sources
 
+from cnnrnn.config import SvmlightOptions
 from cnnrnn.data import DataError, Problems, load_dataset
 from cnnrnn.data.features import load_features
 
@@ -235,9 +236,80 @@ def test_svmlight_vocabulary(text: Path, tmp_path: Path) -> None:
     assert dataset.label_matrix().int().tolist() == [[0, 1, 0], [1, 0, 1], [0, 0, 0], [0, 0, 1]]
     (tmp_path / "names.txt").write_text("sky\nsea\n")
     with pytest.raises(DataError, match=r"train.svm, line 1: labels must be in 0\.\.1 as in the v"):
-        load_features(text, tmp_path / "names.txt")
-    with pytest.raises(DataError, match="names its labels itself: vocabulary is only for svmlight"):
-        load_features(write(tmp_path / "f.npz"), tmp_path / "names.txt")
+        load_features(text, SvmlightOptions(str(tmp_path / "names.txt")))
+    with pytest.raises(DataError, match="names its labels and features itself: vocabulary, feat"):
+        load_features(write(tmp_path / "f.npz"), SvmlightOptions(str(tmp_path / "names.txt")))
+
+
+def test_svmlight_numbers_of_features(text: Path) -> None:
+    file = text / "test.svm"
+    for options, expected in (
+        ("", [0, 0, 0, 7]), ("first=0", [0, 0, 0, 0, 7]), ("features=6", [0, 0, 0, 7, 0, 0]),
+        ("features=6,first=0", [0, 0, 0, 0, 7, 0]), ("first=1,features=4", [0, 0, 0, 7]),
+    ):  # fmt: skip
+        features = load_dataset(f"features:{file}{',' if options else ''}{options}").features
+        assert features is not None and features.tolist() == [expected], options
+    for options, message in (
+        (SvmlightOptions(features=3), r"be in 1\.\.3, got 4: features=COUNT and first=0 or 1 say"),
+        (SvmlightOptions(features=4, first=0), r"be in 0\.\.3, got 4"),
+    ):
+        with pytest.raises(DataError, match="test.svm, line 1: feature numbers must " + message):
+            load_features(file, options)
+    file.write_text("1 4:7\n\n1 0:1 4:7\n2 1:1\n")
+    problems = Problems(keep=True)
+    dataset = load_features(file, SvmlightOptions(first=1), problems=problems)
+    assert dataset.features is not None and dataset.features.tolist() == [
+        [0, 0, 0, 7],
+        [1, 0, 0, 0],
+    ]
+    assert [dataset.labels(i).tolist() for i in range(2)] == [[0], [1]]
+    assert len(problems.messages) == 1
+    assert "test.svm, line 3: feature numbers must start at 1, got 0" in problems.messages[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("features=0", "features must be at least 1, got 0"),
+        ("features=many", "features must be a whole number, got 'many'"),
+        ("features=-3", "features must be a whole number, got '-3'"),
+        ("first=2", "first must be 0 or 1, got 2"),
+        (
+            "features=1000000000000",
+            "width that fits memory, got 1 lines with .* 1000000000000 in 6",
+        ),
+        ("width=3", "option of features must be one of vocabulary, features, first, got 'width'"),
+    ],
+)
+def test_svmlight_options_are_checked(text: Path, options: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load_dataset(f"features:{text / 'test.svm'},{options}")
+
+
+def test_svmlight_that_unpacks_to_far_more(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line of 11 bytes with a vector of 2,000,000 features; then the same in enough text."""
+    file = text / "train.svm"
+    file.write_text("1 2000000:1\n")
+    assert load_features(file).features is not None
+    monkeypatch.setattr("cnnrnn.data.svmlight.MAX_UNPACKED_BYTES", 1 << 20)
+    with pytest.raises(DataError, match="got 1 lines with feature numbers up to 2000000 in 12 byt"):
+        load_features(file)
+    file.write_text("1 " + " ".join(f"{i}:1" for i in range(1, 20_000)) + " 2000000:1\n")
+    features = load_features(file).features
+    assert features is not None and features.sum() == 20_000 and features.flags.owndata
+
+
+def test_svmlight_beyond_memory(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zeros = np.zeros
+
+    def scarce(shape: Any, *args: Any, **options: Any) -> Any:
+        if shape == (1, 4):
+            raise MemoryError
+        return zeros(shape, *args, **options)
+
+    monkeypatch.setattr(np, "zeros", scarce)
+    with pytest.raises(DataError, match="test.svm must hold feature vectors of a width that fits"):
+        load_features(text / "test.svm")
 
 
 BAD_LINES = {

@@ -84,8 +84,8 @@ def test_mutated_files(name: str, tmp_path: Path, pytestconfig: pytest.Config) -
     outcomes: Counter[str] = Counter()
 
     @settings(
-        derandomize=True, max_examples=-(-pytestconfig.getoption("mutations") // len(SOURCES)), deadline=None,
-        database=None, suppress_health_check=list(HealthCheck),
+        max_examples=-(-pytestconfig.getoption("mutations") // len(SOURCES)), deadline=None,
+        derandomize=True, database=None, suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(file=st.sampled_from(list(whole)), edits=EDITS)
     def run(file: Path, edits: list[Edit]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cnnrnn.config import SvmlightOptions
 from cnnrnn.data.dataset import MAX_SPLITS, DataError, Dataset
 from cnnrnn.data.files import reason
 from cnnrnn.data.problems import Problems
@@ -22,7 +23,7 @@ MAX_UNPACKED_RATIO = 500
 
 def load_features(
     path: str | Path,
-    vocabulary: str | Path | None = None,
+    options: SvmlightOptions | None = None,
     *,
     problems: Problems | None = None,
 ) -> Dataset:
@@ -33,7 +34,7 @@ def load_features(
             `label_names` [L] strings and, optionally, `split` [n] strings; without `split` every
             record is in one split, `all`. Nothing is unpickled. Or what `load_svmlight` reads: a
             folder, or a file that ends in .svm, .svmlight or .libsvm.
-        vocabulary: label names of svmlight text.
+        options: of svmlight text.
         problems: takes what is wrong; without it the first problem is raised.
 
     Returns:
@@ -44,9 +45,12 @@ def load_features(
     """
     path = Path(path)
     if path.is_dir() or path.suffix in SVMLIGHT_SUFFIXES:
-        return load_svmlight(path, vocabulary, problems=problems)
-    if vocabulary is not None:
-        raise DataError(f"{path} names its labels itself: vocabulary is only for svmlight text")
+        return load_svmlight(path, options, problems=problems)
+    if options not in (None, SvmlightOptions()):
+        raise DataError(
+            f"{path} names its labels and features itself: vocabulary, features and first are only "
+            "for svmlight text"
+        )
     problems = problems or Problems()
     arrays = _read_arrays(path)
     features, labels, names = arrays["features"], arrays["labels"], arrays["label_names"]
