@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -345,6 +346,14 @@ def test_svmlight_errors_name_file_and_line(text: Path, case: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         load_features(file)
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_svmlight_labels_are_compared_in_linear_time(text: Path) -> None:
+    (text / "train.svm").write_text(",".join(map(str, range(100_000))) + ",99999 1:1\n")
+    start = time.perf_counter()
+    with pytest.raises(DataError, match="line 1: labels must be unique, got 99999 twice"):
+        load_features(text / "train.svm")
+    assert time.perf_counter() - start < 20
 
 
 def test_svmlight_layout_errors(text: Path, tmp_path: Path) -> None:

@@ -80,6 +80,9 @@ def test_split_files(root: Path, tmp_path: Path) -> None:
     (tmp_path / "val.txt").write_text("actor/0002_22.jpg\nactor/0003_22.jpg\n")
     with pytest.raises(DataError, match="val.txt, line 2: an image must be one of the image list"):
         load_nuswide(root, options=NusWideOptions(val=str(tmp_path / "val.txt")))
+    (tmp_path / "val.txt").write_text("./actor//0002_22.jpg\n")
+    dataset = load_nuswide(root, options=NusWideOptions(val=str(tmp_path / "val.txt")))
+    assert dataset.splits["val"].tolist() == [1]
     (tmp_path / "val.txt").write_text("actor/0002_22.jpg\nactor\\0002_22.jpg\n")
     with pytest.raises(DataError, match="val.txt, line 2: images must be unique, got 'actor/0002"):
         load_nuswide(root, options=NusWideOptions(val=str(tmp_path / "val.txt")))
@@ -172,6 +175,8 @@ BAD_FILES: dict[str, tuple[NusWideOptions, str, bytes, str]] = {
     "name blank": (NusWideOptions(), LIST, b"\na\n" * 4, r"line 1: .*got '' \(empty\)"),
     "name twice": (NusWideOptions(), LIST, b"zoo/0001_23.jpg\nzoo\\0001_23.jpg\na\nb\n",
                    "line 2: images must be unique, got 'zoo/0001_23.jpg' as in line 1"),
+    "name twice, dot": (NusWideOptions(), LIST, b"zoo/1.jpg\n./zoo//1.jpg\na\nb\n",
+                        "line 2: images must be unique, got './zoo//1.jpg' as in line 1"),
     "list not UTF-8": (NusWideOptions(), LIST, b"a\n\xff\n", "line 2: text must be UTF-8"),
     "list empty": (NusWideOptions(), LIST, b"", "each of the 0 images"),
 }  # fmt: skip

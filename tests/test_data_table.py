@@ -89,6 +89,18 @@ def test_a_folder_with_a_table_per_split(file: Path) -> None:
         load_table(file.parent)
 
 
+@pytest.mark.parametrize("name", ["valid", "validation", "dev"])
+def test_other_names_of_val(file: Path, name: str) -> None:
+    text = file.read_text()
+    file.write_text(text.replace("val", name))
+    assert members(load_table(file)) == {"train": [0, 1], "val": [2], "test": [3]}
+    file.write_text(text.replace("test", name))
+    assert members(load_table(file)) == {"train": [0, 1], "val": [2], name: [3]}
+    file.write_text("image,labels\na.png,sky\n")
+    file.rename(file.with_name(f"{name}.csv"))
+    assert members(load_table(file.parent)) == {"val": [0]}
+
+
 def test_vocabulary(file: Path, tmp_path: Path) -> None:
     words = tmp_path / "words.txt"
     words.write_text("sky\nnever\nsea\ntraffic light\nboat\n")
@@ -147,6 +159,10 @@ BAD_TABLES = {
     "path URL": (GOOD + "https://h/b.png,sky,val\n", "line 3: .*a URL"),
     "path long": (GOOD + "x" * 5000 + ",sky,val\n", "labels.csv: line 3 must exist as"),
     "image twice": (GOOD + "a.png,sky,val\n", "line 3: images must be unique, got 'a.png' as in"),
+    "image twice, dot": (GOOD + "./a.png,sky,val\n", "line 3: images must .* './a.png' as in"),
+    "image twice, slash": (GOOD + "a.png/,sky,val\n", "line 3: images must .* 'a.png/' as in"),
+    "label control": (GOOD + '"sub/b.png","a\nb",val\n', r"line 3: .*control .*, got 'a\\nb'"),
+    "split control": (GOOD + "sub/b.png,sky,v\x1bl\n", r"split must .*control .* got 'v\\x1bl'"),
     "label empty": (GOOD + "sub/b.png,sky;;sea,val\n", "line 3: labels must be non-empty names"),
     "label twice": (GOOD + "sub/b.png,sky;sky,val\n", "line 3: labels must be unique, got 'sky'"),
     "split empty": (GOOD + "sub/b.png,sky, \n", "line 3: split must be a non-empty name, got ' '"),

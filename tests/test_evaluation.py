@@ -61,6 +61,19 @@ def test_unknown_labels_reach_the_measures_in_path_order(tmp_path: Path) -> None
     assert [int(row["predicted"]) for row in rows] == predicted
 
 
+def test_a_source_with_some_of_the_labels() -> None:
+    def dataset(names: tuple[str, ...]) -> Dataset:
+        return Dataset("csv:x.csv", names, np.array([0, 2, 3]), np.array([0, 1, 1], np.int32),
+                       features=np.ones((2, 4), np.float32))  # fmt: skip
+
+    evaluation = evaluate(feature_model(), dataset(("b", "c")), k=None)
+    assert evaluation.targets.int().tolist() == [[1, 0, 1], [1, 0, 0]]
+    assert evaluation.metrics["path"]["labels-without-positives"] == 1
+    message = "csv:x.csv must .* among the model's 3, got 1 of 2 .* such as 'd': .*vocabulary=FILE"
+    with pytest.raises(DataError, match=message):
+        evaluate(feature_model(), dataset(("b", "d")))
+
+
 def test_a_file_of_another_width(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     (tmp_path / "names.txt").write_text("a\nb\nc\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def load_nuswide(
         label_names, rows, labels = _read_tags(root, len(names), problems)
     else:
         label_names, rows, labels = _read_concepts(root, places, problems)
-    splits = _read_splits(root, options, {names[i]: i for i in right}, problems)
+    splits = _read_splits(root, options, {os.path.normpath(names[i]): i for i in right}, problems)
     kept = [
         right[i]
         for i in existing_images(
@@ -176,13 +177,13 @@ def _right_names(names: list[str], places: list[_ImageList], problems: Problems)
                 f"{places[0].file}, line {_line(places, row)}: an image must be a file inside the "
                 f"image folder, got {short(name)} ({problem})"
             )
-        elif name in seen:
+        elif (same := os.path.normpath(name)) in seen:
             problems.add(
                 f"{places[0].file}, line {_line(places, row)}: images must be unique, got "
-                f"{short(name)} as in line {_line(places, seen[name])}"
+                f"{short(name)} as in line {_line(places, seen[same])}"
             )
         else:
-            seen[name] = row
+            seen[same] = row
     return list(seen.values())
 
 
@@ -313,18 +314,19 @@ def _read_splits(
     splits = {}
     for name, file in files.items():
         with problems.part():
-            members: dict[str, int] = {}
+            members: dict[int, None] = {}
             for number, image in enumerate(_read_image_list(file), 1):
-                if image not in rows:
+                row = rows.get(os.path.normpath(image))
+                if row is None:
                     problems.add(
                         f"{file}, line {number}: an image must be one of the image list, got "
                         f"{short(image)}"
                     )
-                elif image in members:
+                elif row in members:
                     problems.add(
                         f"{file}, line {number}: images must be unique, got {short(image)} again"
                     )
                 else:
-                    members[image] = rows[image]
-            splits[name] = np.array(list(members.values()), dtype=np.int64)
+                    members[row] = None
+            splits[name] = np.array(list(members), dtype=np.int64)
     return splits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cnnrnn.config import OnBadImage, TableOptions
-from cnnrnn.data.dataset import MAX_SPLITS, DataError, Dataset, csr
+from cnnrnn.data.dataset import CONTROL, MAX_SPLITS, DataError, Dataset, csr
 from cnnrnn.data.files import existing_images, name_problem, read_names, read_text, reason, short
 from cnnrnn.data.problems import Problems
 
@@ -21,6 +22,7 @@ IMAGE_COLUMNS = (
 LABEL_COLUMNS = ("labels", "tags", "label")
 SPLIT_COLUMNS = ("split", "is_valid")
 _IS_VALID = {"true": "val", "1": "val", "false": "train", "0": "train"}
+_NAMES_OF_VAL = ("valid", "validation", "dev")
 _OTHER_DELIMITERS = ("|", ",", " ")
 
 
@@ -35,8 +37,9 @@ def load_table(
     """Read a table with a header row and a row per image.
 
     A folder is read as one table per split: every `<split>.csv` or `<split>.tsv` in it. In a
-    single file a column may name the split; without one there is one split, `all`. Cells are
-    separated by commas, in `.tsv` files by tabs. An image without labels has an empty cell.
+    single file a column may name the split; without one there is one split, `all`. A split called
+    `valid`, `validation` or `dev` is `val` where it is the only one of these. Cells are separated
+    by commas, in `.tsv` files by tabs. An image without labels has an empty cell.
 
     Args:
         path: the file or the folder.
@@ -135,10 +138,10 @@ def _read_table(
                 f"{place}: {header[split_column]} must be {_split_values(header[split_column])}, "
                 f"got {short(cells[split_column])}"
             )
-        elif image in seen:
-            problems.add(f"{place}: images must be unique, got {short(image)} as in {seen[image]}")
+        elif (same := os.path.normpath(image)) in seen:
+            problems.add(f"{place}: images must be unique, got {short(image)} as in {seen[same]}")
         else:
-            seen[image] = f"{file.name}, line {line}"
+            seen[same] = f"{file.name}, line {line}"
             rows.append(_Row(line, image, labels, name or split))
         if doubtful is None and any(sign in text.strip() for sign in _OTHER_DELIMITERS):
             doubtful = line, text
@@ -213,11 +216,15 @@ def _row_problem(
     problem = name_problem(image)
     if problem is not None:
         return f"an image must be a file inside the image folder, got {short(image)} ({problem})"
-    for position, label in enumerate(labels):
+    seen: set[str] = set()
+    for label in labels:
         if not label:
             return f"labels must be non-empty names, got {short(';'.join(labels))}"
-        if label in labels[:position]:
+        if label in seen:
             return f"labels must be unique, got {short(label)} twice"
+        if CONTROL.search(label):
+            return f"labels must be names without control characters, got {short(label)}"
+        seen.add(label)
         if vocabulary is not None and label not in vocabulary:
             return (
                 f"labels must be among the {len(vocabulary)} of the vocabulary, got {short(label)}"
@@ -256,6 +263,9 @@ def _join(
     splits: dict[str, list[int]] = {}
     for position, row in enumerate(rows):
         splits.setdefault(row.split, []).append(position)
+    others = [name for name in splits if name in _NAMES_OF_VAL]
+    if "val" not in splits and len(others) == 1:
+        splits = {"val" if name in others else name: group for name, group in splits.items()}
     label_indptr, label_indices = csr(
         [sorted(vocabulary[label] for label in row.labels) for row in rows]
     )
