@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -234,7 +237,7 @@ def test_a_source_that_cannot_be_read_at_all(tmp_path: Path) -> None:
     report = check_source(f"csv:{tmp_path / 'nowhere.csv'}")
     assert report.records == 0 and len(report.problems) == 1
     assert report.lines()[0] == f"csv:{tmp_path / 'nowhere.csv'}: 0 records, 0 labels"
-    assert report.lines()[-1] == "1 problems"
+    assert report.lines()[-1] == "1 problem"
     assert "data must be one of coco:ROOT" in check_source("pictures").problems[0]
 
 
@@ -255,10 +258,47 @@ def test_on_the_command_line(
 
     (table.parent / "a.png").unlink()
     assert main(["data", "check", f"csv:{table}", "--workers=1"]) == 1
-    assert "problem: " in (out := capsys.readouterr().out) and out.endswith("1 problems\n")
+    assert "problem: " in (out := capsys.readouterr().out) and out.endswith("\n1 problem\n")
     shutil.move(table, tmp_path / "moved.csv")
     words = ["data", "check", f"csv:{tmp_path / 'moved.csv'}", "--images", str(table.parent)]
     assert main(words) == 1 and "line 2 must exist as" in capsys.readouterr().out
+
+
+def test_what_follows_from_a_problem_is_none(table: Path) -> None:
+    table.write_text("image,labels\n../a.png,sky\n")
+    report = check_source(f"csv:{table}")
+    assert len(report.problems) == 1 and "line 2: an image must be" in report.problems[0]
+    table.write_text("image,labels\n")
+    report = check_source(f"csv:{table}")
+    assert len(report.problems) == 1 and "must hold at least one image" in report.problems[0]
+
+
+def test_pairs_among_the_most_frequent_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a matrix that is as wide as the label space."""
+    dataset = random_dataset(97, 11, seed=0)
+    order = np.argsort(-dataset.label_counts(), kind="stable")
+    matrix = dataset.label_matrix().numpy()
+    monkeypatch.setattr("cnnrnn.data.check.CO_OCCURRENCE_LABELS", 4)
+    monkeypatch.setattr("cnnrnn.data.check._BLOCK", 10)
+    monkeypatch.setattr("cnnrnn.data.check.load_dataset", lambda *args, **kwargs: dataset)
+    monkeypatch.setattr(Dataset, "label_matrix", None)
+    report = check_source("features:here", pairs=1000)
+    expected = {
+        (f"label {a}", f"label {b}"): int((matrix[:, a] & matrix[:, b]).sum())
+        for a, b in itertools.combinations(order[:4], 2)
+    }
+    assert {(p.first, p.second): p.records for p in report.pairs} == expected
+
+
+def test_names_that_are_no_text_leave_as_they_came(table: Path) -> None:
+    """A folder of bytes that are no UTF-8, on a standard output that is strict."""
+    folder = os.fsdecode(os.fsencode(table.parent.parent) + b"/\xff")
+    os.rename(table.parent, folder)
+    done = subprocess.run(
+        [sys.executable, "-m", "cnnrnn", "data", "check", f"csv:{folder}/labels.csv"],
+        capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"}, check=True,
+    )  # fmt: skip
+    assert os.fsencode(f"csv:{folder}/labels.csv: 4 records") in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -382,6 +382,14 @@ def test_suffix_must_name_a_split(tmp_path: Path, suffix: str) -> None:
         load_coco(tmp_path)
 
 
+def test_a_huge_id_of_a_missing_image(single: tuple[Path, Path]) -> None:
+    data = change("images", 0, "id", to=10**3000)
+    data["annotations"] = []
+    (single[1] / NAMES[0]).unlink()
+    with pytest.raises(DataError, match="image a number of more than 60 digits must exist"):
+        load_changed(single, data)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

@@ -214,6 +214,13 @@ def test_svmlight(text: Path) -> None:
     np.testing.assert_array_equal(dataset.features, expected)
 
 
+def test_svmlight_suffixes_in_any_case_and_words_in_comments(text: Path) -> None:
+    (text / "train.svm").write_text("0 1:1 # a_b\n")
+    (text / "train.svm").rename(text / "train.SVM")
+    assert len(load_features(text / "train.SVM")) == 1
+    assert set(load_features(text).splits) == {"train", "test"}
+
+
 def test_svmlight_per_split(text: Path) -> None:
     dataset = load_features(text)
     assert {name: rows.tolist() for name, rows in dataset.splits.items()} == {
@@ -319,6 +326,9 @@ BAD_LINES = {
     "no number": (b"1 1:x", "line 2 must be labels and"),
     "label words": (b"sky 1:1", "line 2 must be labels and"),
     "label gap": (b"1,,2 1:1", "line 2 must be labels and"),
+    "index underscore": (b"1 1_0:1", "line 2 must be labels and .*'1 1_0:1' .a number with _"),
+    "value underscore": (b"1 1:1_0 # a_b", "line 2 must be labels and .*a number with _"),
+    "label underscore": (b"1_0 1:1", "line 2 must be labels and .*a number with _"),
     "index minus": (b"1 -1:1", "line 2 must be labels and"),
     "index twice": (b"1 2:1 2:1", "line 2 must be .*sorted and unique"),
     "index down": (b"1 2:1 1:1", "line 2 must be .*sorted and unique"),

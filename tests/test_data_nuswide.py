@@ -9,6 +9,7 @@ import sources
 
 from cnnrnn.config import NusWideOptions
 from cnnrnn.data import DataError, Problems, load_dataset
+from cnnrnn.data.files import read_blocks
 from cnnrnn.data.nuswide import load_nuswide
 
 TAGS = NusWideOptions(labels="tags")
@@ -90,6 +91,15 @@ def test_split_files(root: Path, tmp_path: Path) -> None:
         load_nuswide(root, options=NusWideOptions(val="nowhere.txt"))
 
 
+def test_the_home_folder_in_options(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "few.txt").write_text("zoo/0001_23.jpg\n")
+    dataset = load_nuswide(root, options=NusWideOptions(val="~/few.txt"))
+    assert dataset.splits["val"].tolist() == [2]
+
+
 def test_without_lists_of_splits(root: Path) -> None:
     for name in ("TrainImagelist.txt", "TestImagelist.txt"):
         (root / "ImageList" / name).unlink()
@@ -141,6 +151,15 @@ def test_every_way_to_write_bits(
         (root / "AllTags1k.txt").write_text("\n".join(lines))
     dataset = load_nuswide(root, options=TAGS)
     np.testing.assert_array_equal(dataset.label_matrix().int().numpy(), matrix)
+
+
+def test_blank_lines_at_the_end(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cnnrnn.data.nuswide.read_blocks", lambda file: read_blocks(file, 2))
+    for name, options in ((LABELS, NusWideOptions()), (ALL_TAGS, TAGS)):
+        expected = load_nuswide(root, options=options).label_indices.tolist()
+        with (root / name).open("ab") as file:
+            file.write(b"\n \r\n\n")
+        assert load_nuswide(root, options=options).label_indices.tolist() == expected
 
 
 LABELS = "Groundtruth/AllLabels/Labels_sky.txt"

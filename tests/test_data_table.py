@@ -125,6 +125,37 @@ def test_a_forgotten_delimiter_is_an_error(file: Path, labels: str) -> None:
     assert label_names(dataset) == [["sky"], [labels.strip('"')]]
 
 
+def test_one_table_of_a_folder_shows_the_delimiter(file: Path) -> None:
+    file.rename(file.with_name("train.csv"))
+    (file.parent / "val.csv").write_text("image,labels,split\nc d.png,traffic light,val\n")
+    text = (file.parent / "train.csv").read_text()
+    (file.parent / "train.csv").write_text(text.replace("c d.png,traffic light,val\n", ""))
+    assert "traffic light" in load_table(file.parent).label_names
+
+
+def test_headers_in_any_case(file: Path) -> None:
+    file.write_text("Image,LABELS,Is_Valid\na.png,sky,1\nsub/b.png,sky,0\n")
+    assert members(load_table(file)) == {"val": [0], "train": [1]}
+    with pytest.raises(DataError, match="found 'Image', 'LABELS', 'Is_Valid' in the header row"):
+        load_table(file, options=TableOptions(image="image"))
+
+
+def test_suffixes_in_any_case(file: Path) -> None:
+    file.unlink()
+    (file.parent / "train.CSV").write_text("image,labels\na.png,sky\n")
+    (file.parent / "val.TSV").write_text("image\tlabels\nsub/b.png\tsky\n")
+    assert members(load_table(file.parent)) == {"train": [0], "val": [1]}
+
+
+def test_the_home_folder_in_options(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "words.txt").write_text("sky\nsea\nboat\ntraffic light\n")
+    dataset = load_dataset(f"csv:{file},vocabulary=~/words.txt", images="~/table")
+    assert dataset.label_names[0] == "sky"
+
+
 def test_missing_images(file: Path) -> None:
     (file.parent / "c d.png").unlink()
     message = r"labels.csv: line 4 must exist as .*c d.png, found no such file \(1 of 4 images"

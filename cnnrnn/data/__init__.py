@@ -74,6 +74,7 @@ def load_dataset(
         )
     location, options = _split_options(kind, location)
     path = Path(location).expanduser()
+    images = None if images is None else Path(images).expanduser()
     common: dict[str, Any] = {"on_bad_image": on_bad_image, "problems": problems}
     if kind == "features":
         from cnnrnn.data.features import load_features

@@ -119,7 +119,8 @@ class SourceReport:
             lines += [*self._split_lines(), *self._label_lines(labels), *self._content_lines()]
         lines += [f"left out: {note}" for note in self.warnings]
         lines += [f"problem: {problem}" for problem in self.problems]
-        lines.append(f"{len(self.problems):,} problems" if self.problems else "no problems")
+        count = len(self.problems)
+        lines.append(f"{f'{count:,}' if count else 'no'} problem{'' if count == 1 else 's'}")
         return lines
 
     def _split_lines(self) -> list[str]:
@@ -249,8 +250,14 @@ def _split_counts(dataset: Dataset, records: npt.NDArray[np.int64]) -> SplitCoun
 def _frequent_pairs(dataset: Dataset, labels: npt.NDArray[np.int64], most: int) -> list[Pair]:
     """Return the pairs of `labels` that occur together most often."""
     together = torch.zeros(len(labels), len(labels), dtype=torch.int64)
-    for rows in torch.arange(len(dataset)).split(_BLOCK):
-        block = dataset.label_matrix(rows)[:, labels].float()
+    column = np.full(len(dataset.label_names), -1, dtype=np.int64)
+    column[labels] = np.arange(len(labels))
+    for start in range(0, len(dataset), _BLOCK):
+        pointers = dataset.label_indptr[start : start + _BLOCK + 1]
+        columns = column[dataset.label_indices[pointers[0] : pointers[-1]]]
+        rows = np.repeat(np.arange(len(pointers) - 1), np.diff(pointers))[columns >= 0]
+        block = torch.zeros(len(pointers) - 1, len(labels))
+        block[torch.from_numpy(rows), torch.from_numpy(columns[columns >= 0])] = 1
         together += (block.T @ block).long()  # exact: counts of a block are far below 2^24
     counts = together.triu(1).flatten()
     best = counts.sort(descending=True, stable=True).indices[:most].tolist()

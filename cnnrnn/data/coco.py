@@ -18,7 +18,7 @@ import numpy as np
 from cnnrnn.config import OnBadImage
 from cnnrnn.data.dataset import CONTROL, Boxes, DataError, Dataset, csr, is_text
 from cnnrnn.data.files import existing_images, name_problem, read_bytes, reason, short
-from cnnrnn.data.problems import Problems
+from cnnrnn.data.problems import EmptySourceError, Problems
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -78,7 +78,9 @@ def load_coco(
                                          part.categories)  # fmt: skip
             parts.append((source, part))
     if not any(part.paths for _, part in parts):
-        raise DataError(f"{path} must hold at least one image, got empty images in every file")
+        raise EmptySourceError(
+            f"{path} must hold at least one image, got empty images in every file"
+        )
     return _join(f"coco:{path}", parts)
 
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from cnnrnn.config import SvmlightOptions
 from cnnrnn.data.dataset import MAX_SPLITS, DataError, Dataset
 from cnnrnn.data.files import reason
-from cnnrnn.data.problems import Problems
+from cnnrnn.data.problems import EmptySourceError, Problems
 from cnnrnn.data.svmlight import SVMLIGHT_SUFFIXES, load_svmlight
 
 MAX_UNPACKED_BYTES = 1 << 30
@@ -44,7 +44,7 @@ def load_features(
         DataError: the file or one of its arrays is not as described.
     """
     path = Path(path)
-    if path.is_dir() or path.suffix in SVMLIGHT_SUFFIXES:
+    if path.is_dir() or path.suffix.lower() in SVMLIGHT_SUFFIXES:
         return load_svmlight(path, options, problems=problems)
     if options not in (None, SvmlightOptions()):
         raise DataError(
@@ -103,7 +103,7 @@ def _right_rows(
             )
             wrong[row] = True
     if wrong.all():
-        raise DataError(f"{path} must hold at least one row that is right, found none")
+        raise EmptySourceError(f"{path} must hold at least one row that is right, found none")
     return np.flatnonzero(~wrong)
 
 

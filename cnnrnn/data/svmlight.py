@@ -13,7 +13,7 @@ import numpy.typing as npt
 from cnnrnn.config import SvmlightOptions
 from cnnrnn.data.dataset import DataError, Dataset, csr
 from cnnrnn.data.files import read_bytes, read_names, reason, short
-from cnnrnn.data.problems import Problems
+from cnnrnn.data.problems import EmptySourceError, Problems
 
 SVMLIGHT_SUFFIXES = (".svm", ".svmlight", ".libsvm")
 MAX_UNPACKED_BYTES = 1 << 28
@@ -66,7 +66,7 @@ def load_svmlight(
         splits[name] = np.arange(count, count + len(part.labels))
         count += len(part.labels)
     if not count:
-        raise DataError(f"{path} must hold at least one record, got none")
+        raise EmptySourceError(f"{path} must hold at least one record, got none")
     label_sets = [labels for part in parts for labels in part.labels]
     if names is None:
         numbers = sorted({label for labels in label_sets for label in labels})
@@ -74,7 +74,7 @@ def load_svmlight(
         position = {number: i for i, number in enumerate(numbers)}
         label_sets = [[position[label] for label in labels] for labels in label_sets]
     if not names:
-        raise DataError(f"{path} must hold at least one label, got none in any line")
+        raise EmptySourceError(f"{path} must hold at least one label, got none in any line")
     label_indptr, label_indices = csr(label_sets)
     return Dataset(
         source=f"features:{path}",
@@ -97,7 +97,7 @@ class _Part(NamedTuple):
 def _svmlight_files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    files = sorted(file for file in path.iterdir() if file.suffix in SVMLIGHT_SUFFIXES)
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SVMLIGHT_SUFFIXES)
     if not files:
         raise DataError(f"{path} must hold a file per split, such as train.svm, found none")
     for first, second in zip(files, files[1:], strict=False):
@@ -115,6 +115,8 @@ def _read_part(file: Path, label_count: int | None, problems: Problems) -> _Part
         for number, line in enumerate(data.split(b"\n"), 1)
         if line.partition(b"#")[0].strip()  # others are no records to scikit-learn either
     ]
+    if b"_" in data:  # Python would take 1_0 as 10
+        lines = [entry for entry in lines if _has_plain_numbers(file, entry, problems)]
     try:
         features, labels = _parse(lines)
     except (ValueError, OverflowError) as whole:
@@ -152,6 +154,16 @@ def _parse(lines: Sequence[tuple[int, bytes]]) -> tuple[Any, list[tuple[float, .
     text = io.BytesIO(b"\n".join(line for _, line in lines))
     features, labels = load_svmlight_file(text, dtype=np.float32, multilabel=True, zero_based=True)
     return features, labels
+
+
+def _has_plain_numbers(file: Path, entry: tuple[int, bytes], problems: Problems) -> bool:
+    if b"_" not in entry[1].partition(b"#")[0]:
+        return True
+    problems.add(
+        f"{file}, line {entry[0]} must be labels and feature:value pairs, got "
+        f"{short(entry[1].decode('latin-1'))} (a number with _)"
+    )
+    return False
 
 
 def _is_right_line(file: Path, entry: tuple[int, bytes], problems: Problems) -> bool:
