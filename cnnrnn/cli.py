@@ -388,7 +388,8 @@ def _data(parser: ArgumentParser, options: Namespace) -> int:
         options.source, images=options.images, workers=options.workers,
         pairs=options.labels, progress=terminal_progress,
     )  # fmt: skip
-    print("\n".join(report.lines(options.labels)))
+    with _output(None) as stream:
+        print("\n".join(report.lines(options.labels)), file=stream)
     if options.json is not None:
         text = json.dumps(report.as_dict(), indent=2) + "\n"
         Path(options.json).write_text(text, encoding="utf-8")

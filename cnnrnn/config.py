@@ -339,3 +339,26 @@ class TableOptions:
     def __post_init__(self) -> None:
         """Check the delimiter."""
         _require(self.delimiter != "", "delimiter must not be empty, got ''")
+
+
+@dataclass(frozen=True)
+class SvmlightOptions:
+    """How svmlight text of a `features:` source is read.
+
+    Attributes:
+        vocabulary: file with label names, one per line, label 0 first; None takes the label
+            numbers that occur, with their digits as names.
+        features: F, how many features a record has; None takes those up to the highest number
+            that occurs.
+        first: number of the first feature, 0 or 1; None takes 0 where a 0 occurs, else 1.
+    """
+
+    vocabulary: str | None = None
+    features: int | None = None
+    first: Literal[0, 1] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if self.features is not None:
+            _require(self.features >= 1, f"features must be at least 1, got {self.features}")
+        _require(self.first in (None, 0, 1), f"first must be 0 or 1, got {self.first}")

@@ -50,7 +50,7 @@ def evaluate(
     Args:
         model: where its weights are decides the device.
         dataset: pictures, or feature vectors for a model without a backbone; its label names must
-            be the model's, in any order.
+            be among the model's, in any order, and those that it lacks have no positives.
         k: also measure sets cut to k labels.
         search: the model's own by default.
         batch_size: pictures per step.
@@ -59,20 +59,26 @@ def evaluate(
         progress: told how many pictures are done.
 
     Raises:
-        DataError: the dataset is empty, or has features of another kind than the model reads.
-        ValueError: the label names differ.
+        DataError: the dataset is empty, or has features of another kind or number than the model
+            reads, or labels that the model lacks.
     """
     if not len(dataset):
         raise DataError(f"{dataset.source} has no images to evaluate on")
-    space = model.label_space
-    targets = space.from_source(dataset.label_matrix(), dataset.label_names)
+    columns = _model_columns(model, dataset)
+    targets = _in_columns(dataset.label_matrix(), columns, len(model.labels))
     unknown = None
     if dataset.unknown_indices is not None:
-        unknown = space.from_source(dataset.unknown_matrix(), dataset.label_names)
+        unknown = _in_columns(dataset.unknown_matrix(), columns, len(model.labels))
     if dataset.features is not None:
         if model.backbone is not None:
             raise DataError(f"{dataset.source} holds feature vectors, but the model reads pictures")
         features = torch.from_numpy(dataset.features)
+        if features.shape[1] != model.head.feature_dim:
+            raise DataError(
+                f"{dataset.source} must hold vectors of {model.head.feature_dim} features like "
+                f"those that the model was trained on, got {features.shape[1]}: for svmlight text "
+                f"say features={model.head.feature_dim}, and first=0 or first=1"
+            )
     elif model.backbone is None:
         raise DataError(f"{dataset.source} holds pictures, but the model reads feature vectors")
     else:
@@ -91,6 +97,26 @@ def evaluate(
     inference = infer(model.head, features.to(model.device), search or model.search)
     metrics = decision_metrics(inference, targets, model.calibration, k, unknown)
     return Evaluation(metrics, inference, targets, unknown)
+
+
+def _model_columns(model: CNNRNN, dataset: Dataset) -> list[int]:
+    """Return which of the model's labels each of the dataset's is."""
+    position = {name: column for column, name in enumerate(model.labels)}
+    others = [name for name in dataset.label_names if name not in position]
+    if others:
+        raise DataError(
+            f"{dataset.source} must have labels that are among the model's {len(position)}, got "
+            f"{len(others)} of {len(dataset.label_names)} that are not, such as {others[0]!a}: in "
+            "svmlight text vocabulary=FILE names the labels"
+        )
+    return [position[name] for name in dataset.label_names]
+
+
+def _in_columns(matrix: Tensor, columns: list[int], num_labels: int) -> Tensor:
+    """Spread a matrix over the model's labels: [n, M] bool to [n, L], False in the others."""
+    result = matrix.new_zeros(len(matrix), num_labels)
+    result[:, columns] = matrix
+    return result
 
 
 def write_per_label(path: Path, model: CNNRNN, evaluation: Evaluation) -> None:

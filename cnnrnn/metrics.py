@@ -293,7 +293,9 @@ def multilabel_metrics(
         measures |= _set_measures(sets, targets)
     if scores is not None and ranking is not None:
         if unknown is not None:
-            ranking = _ranking(scores.masked_fill(unknown, -math.inf))
+            # Behind all others, also behind those of score -inf.
+            last = unknown.gather(1, ranking).byte().sort(dim=1, stable=True).indices
+            ranking = ranking.gather(1, last)
         all_point, eleven_point = _average_precisions(scores, targets, unknown)
         measures["MAP@10"] = _map_at_k(ranking, targets, 10)
         measures["mAP"] = float(all_point.nanmean())

@@ -321,7 +321,7 @@ def test_help_and_version(capsys):
         (["train", "--data={features}", "--search.beam-size=17"], "beam_size must be in 1..16"),
         (["predict", "nothing.png", "--model={run}"], "nothing.png must be a readable image"),
         (["predict", "nothing.png", "--model={run}", "--top-k=0"], "top_k must be at least 1"),
-        (["evaluate", "--data={features}", "--split=all", "--model={run}"], "labels are not the m"),
+        (["evaluate", "--data={features}", "--split=all", "--model={run}"], "among the model's"),
     ],
 )
 def test_errors_are_one_sentence(run, features, tmp_path, capsys, words, message):

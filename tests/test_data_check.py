@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import pytest
 import sources
 
 from cnnrnn.cli import main
-from cnnrnn.data import Dataset
+from cnnrnn.data import DataError, Dataset
 from cnnrnn.data.check import Pair, SplitCounts, check_source, prefix_sharing
 
 
@@ -104,6 +107,82 @@ def test_copies_within_overlapping_splits_do_not_leak(tmp_path: Path) -> None:
     assert check_source(f"voc:{root}").duplicates_across_splits == 1
 
 
+def split_dataset(splits: dict[str, list[int]], contents: list[int]) -> Dataset:
+    return Dataset(
+        source="features:here",
+        label_names=("a",),
+        label_indptr=np.arange(len(contents) + 1),
+        label_indices=np.zeros(len(contents), np.int32),
+        splits={name: np.array(rows, np.int64) for name, rows in splits.items()},
+        features=np.array(contents, np.float32)[:, None],
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_overlap_and_copies_across_splits_by_brute_force(
+    monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    count = int(generator.integers(1, 13))
+    splits = {
+        name: np.flatnonzero(generator.random(count) < generator.random()).tolist()
+        for name in "abcd"
+    }
+    contents = generator.integers(0, count, count).tolist()
+    dataset = split_dataset(splits, contents)
+    monkeypatch.setattr("cnnrnn.data.check.load_dataset", lambda *args, **kwargs: dataset)
+    report = check_source("features:here")
+
+    expected, across = [], set()
+    for first, second in itertools.combinations(splits, 2):
+        ours, theirs = set(splits[first]), set(splits[second])
+        both = sorted(ours & theirs)
+        if both and not ours <= theirs and not theirs <= ours:
+            expected.append(
+                (
+                    f"splits {first} and {second} must not share records",
+                    f"got {len(both)} in both, the first of them row {both[0]} of here",
+                )
+            )
+        across |= {contents[i] for i in ours - theirs} & {contents[i] for i in theirs - ours}
+    assert len(report.problems) == len(expected)
+    for problem, parts in zip(report.problems, expected, strict=True):
+        assert all(part in problem for part in parts), problem
+    assert report.duplicates_across_splits == len(across)
+
+
+def test_a_record_in_train_and_test_is_a_problem(tmp_path: Path) -> None:
+    root = sources.write_nuswide(tmp_path / "nuswide")
+    images = root / "ImageList" / "TestImagelist.txt"
+    images.write_text(images.read_text() + sources.NUS_IMAGES[0] + "\n")
+    shutil.copy(root / "Flickr/actor/0002_22.jpg", root / "Flickr/zoo/0004_9.jpg")
+    report = check_source(f"nuswide:{root}")
+    assert len(report.problems) == 1 and report.duplicates_across_splits == 1
+    assert (
+        f"nuswide:{root}: splits train and test must not share records unless one holds the "
+        f"other, got 1 in both, the first of them {root / 'Flickr/actor/0001_21.jpg'}"
+    ) == report.problems[0]
+
+
+def test_a_column_of_ids_is_no_split(table: Path) -> None:
+    rows = [f"{i}.png,sky,{i}\n" for i in range(101)]
+    for i in range(101):
+        (table.parent / f"{i}.png").touch()
+    table.write_text("image,labels,split\n" + "".join(rows))
+    report = check_source(f"csv:{table}")
+    assert (
+        f"{table}: column 'split' must name at most 100 splits, got 101: split=COLUMN names "
+        "another column"
+    ) == report.problems[0]
+    file = table.parent / "f.npz"
+    np.savez(file, features=np.zeros((101, 1)), labels=np.ones((101, 1)),
+             label_names=np.array(["a"]), split=np.arange(101).astype(str))  # fmt: skip
+    problems = check_source(f"features:{file}").problems
+    assert problems == [f"{file}: split must name at most 100 splits, got 101"]
+    with pytest.raises(DataError, match="features:here: splits must be at most 100, got 101"):
+        split_dataset({str(i): [0] for i in range(101)}, [1])
+
+
 def test_unreadable_pictures_are_no_duplicates(table: Path) -> None:
     for name in ("a.png", "e.png"):
         (table.parent / name).write_bytes(b"no picture")
@@ -158,7 +237,7 @@ def test_a_source_that_cannot_be_read_at_all(tmp_path: Path) -> None:
     report = check_source(f"csv:{tmp_path / 'nowhere.csv'}")
     assert report.records == 0 and len(report.problems) == 1
     assert report.lines()[0] == f"csv:{tmp_path / 'nowhere.csv'}: 0 records, 0 labels"
-    assert report.lines()[-1] == "1 problems"
+    assert report.lines()[-1] == "1 problem"
     assert "data must be one of coco:ROOT" in check_source("pictures").problems[0]
 
 
@@ -179,10 +258,47 @@ def test_on_the_command_line(
 
     (table.parent / "a.png").unlink()
     assert main(["data", "check", f"csv:{table}", "--workers=1"]) == 1
-    assert "problem: " in (out := capsys.readouterr().out) and out.endswith("1 problems\n")
+    assert "problem: " in (out := capsys.readouterr().out) and out.endswith("\n1 problem\n")
     shutil.move(table, tmp_path / "moved.csv")
     words = ["data", "check", f"csv:{tmp_path / 'moved.csv'}", "--images", str(table.parent)]
     assert main(words) == 1 and "line 2 must exist as" in capsys.readouterr().out
+
+
+def test_what_follows_from_a_problem_is_none(table: Path) -> None:
+    table.write_text("image,labels\n../a.png,sky\n")
+    report = check_source(f"csv:{table}")
+    assert len(report.problems) == 1 and "line 2: an image must be" in report.problems[0]
+    table.write_text("image,labels\n")
+    report = check_source(f"csv:{table}")
+    assert len(report.problems) == 1 and "must hold at least one image" in report.problems[0]
+
+
+def test_pairs_among_the_most_frequent_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a matrix that is as wide as the label space."""
+    dataset = random_dataset(97, 11, seed=0)
+    order = np.argsort(-dataset.label_counts(), kind="stable")
+    matrix = dataset.label_matrix().numpy()
+    monkeypatch.setattr("cnnrnn.data.check.CO_OCCURRENCE_LABELS", 4)
+    monkeypatch.setattr("cnnrnn.data.check._BLOCK", 10)
+    monkeypatch.setattr("cnnrnn.data.check.load_dataset", lambda *args, **kwargs: dataset)
+    monkeypatch.setattr(Dataset, "label_matrix", None)
+    report = check_source("features:here", pairs=1000)
+    expected = {
+        (f"label {a}", f"label {b}"): int((matrix[:, a] & matrix[:, b]).sum())
+        for a, b in itertools.combinations(order[:4], 2)
+    }
+    assert {(p.first, p.second): p.records for p in report.pairs} == expected
+
+
+def test_names_that_are_no_text_leave_as_they_came(table: Path) -> None:
+    """A folder of bytes that are no UTF-8, on a standard output that is strict."""
+    folder = os.fsdecode(os.fsencode(table.parent.parent) + b"/\xff")
+    os.rename(table.parent, folder)
+    done = subprocess.run(
+        [sys.executable, "-m", "cnnrnn", "data", "check", f"csv:{folder}/labels.csv"],
+        capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"}, check=True,
+    )  # fmt: skip
+    assert os.fsencode(f"csv:{folder}/labels.csv: 4 records") in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+import time
 import tracemalloc
 import types
 from pathlib import Path
@@ -179,6 +180,24 @@ def test_folder_with_images_elsewhere(tmp_path: Path) -> None:
     assert len(load_coco(tmp_path / "root", tmp_path)) == 3
 
 
+def test_a_split_without_its_image_folder_is_left_out(tmp_path: Path) -> None:
+    write_split(tmp_path, "train2017")
+    write_split(tmp_path, "val2017")
+    (tmp_path / "val2017").rename(tmp_path / "elsewhere")
+    with pytest.warns(UserWarning, match="instances_val2017.json must have its images in .*, found "
+                                         "no such folder; split val is left out"):  # fmt: skip
+        dataset = load_coco(tmp_path)
+    assert set(dataset.splits) == {"train"} and len(dataset) == 3
+
+
+def test_keys_that_occur_twice_are_found_in_linear_time(single: tuple[Path, Path]) -> None:
+    pairs = ", ".join(f'"{i}": 0' for i in range(100_000))
+    start = time.perf_counter()
+    with pytest.raises(DataError, match="'99999' twice"):
+        load_changed(single, "{" + pairs + ', "99999": 0}')
+    assert time.perf_counter() - start < 20
+
+
 def test_empty_split_is_legal_beside_another(tmp_path: Path) -> None:
     write_split(tmp_path, "train")
     write_split(tmp_path, "val", {**document(), "images": [], "annotations": []})
@@ -248,6 +267,11 @@ BAD_FILES: dict[str, tuple[Any, str]] = {
     "bbox beyond float32": (annotation_2("bbox", 0, to=10**400), "annotation 2 .*bbox"),
     "bbox string": (annotation_2("bbox", 0, to="1"), "annotation 2 .*bbox"),
     "bbox null": (annotation_2("bbox", to=None), "annotation 2 .*bbox.*None"),
+    "bbox negative": (annotation_2("bbox", 2, to=-1), "annotation 2 .*width and height at least 0"),
+    "bbox upwards": (annotation_2("bbox", 3, to=-0.5), "annotation 2 .*width and height at least"),
+    "name control": (change("categories", 1, "name", to="a\x7f"), r"category 3 .*control .*'a"),
+    "file_name twice": (image_7("file_name", to="a.png"), "got 'a.png' for images 10 and 7"),
+    "file_name again": (image_7("file_name", to="./a.png/"), "'./a.png/' for images 10 and 7"),
     "file_name missing": (image_7("file_name", drop=True), "image 7 .*got none"),
     "file_name number": (image_7("file_name", to=3), "image 7 .*got 3 .not a string"),
     "file_name empty": (image_7("file_name", to=""), "image 7 .*empty"),
@@ -356,6 +380,14 @@ def test_suffix_must_name_a_split(tmp_path: Path, suffix: str) -> None:
     file.write_text(json.dumps(document()))
     with pytest.raises(DataError, match="must have a split's name after instances_"):
         load_coco(tmp_path)
+
+
+def test_a_huge_id_of_a_missing_image(single: tuple[Path, Path]) -> None:
+    data = change("images", 0, "id", to=10**3000)
+    data["annotations"] = []
+    (single[1] / NAMES[0]).unlink()
+    with pytest.raises(DataError, match="image a number of more than 60 digits must exist"):
+        load_changed(single, data)
 
 
 @pytest.mark.parametrize(
@@ -530,6 +562,8 @@ def test_masks_are_not_indices() -> None:
         ({"label_names": ("x", "x", "z")}, "unique, got 'x' as labels 0 and 1"),
         ({"label_names": ("x", "", "z")}, "label 1 must have a non-empty string as name, got ''"),
         ({"label_names": ("x", 3, "z")}, "label 1 must have a non-empty string as name, got 3"),
+        ({"label_names": ("x", "y\n", "z")}, r"label 1 .* without control .*got 'y\\n'"),
+        ({"splits": {"a\x1b[2J": np.array([0])}}, r"a split .* without control .*got 'a\\x1b"),
         ({"label_indptr": np.array([0, 2, 2, 4])}, r"must run from 0 to 3, got \[0, 4\]"),
         ({"label_indptr": np.array([0, 3, 2, 3])}, "label_indptr must not decrease"),
         ({"label_indptr": np.array([])}, "label_indptr must run from 0 to 3"),

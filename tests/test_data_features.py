@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import sources
 
+from cnnrnn.config import SvmlightOptions
 from cnnrnn.data import DataError, Problems, load_dataset
 from cnnrnn.data.features import load_features
 
@@ -212,6 +214,13 @@ def test_svmlight(text: Path) -> None:
     np.testing.assert_array_equal(dataset.features, expected)
 
 
+def test_svmlight_suffixes_in_any_case_and_words_in_comments(text: Path) -> None:
+    (text / "train.svm").write_text("0 1:1 # a_b\n")
+    (text / "train.svm").rename(text / "train.SVM")
+    assert len(load_features(text / "train.SVM")) == 1
+    assert set(load_features(text).splits) == {"train", "test"}
+
+
 def test_svmlight_per_split(text: Path) -> None:
     dataset = load_features(text)
     assert {name: rows.tolist() for name, rows in dataset.splits.items()} == {
@@ -235,9 +244,80 @@ def test_svmlight_vocabulary(text: Path, tmp_path: Path) -> None:
     assert dataset.label_matrix().int().tolist() == [[0, 1, 0], [1, 0, 1], [0, 0, 0], [0, 0, 1]]
     (tmp_path / "names.txt").write_text("sky\nsea\n")
     with pytest.raises(DataError, match=r"train.svm, line 1: labels must be in 0\.\.1 as in the v"):
-        load_features(text, tmp_path / "names.txt")
-    with pytest.raises(DataError, match="names its labels itself: vocabulary is only for svmlight"):
-        load_features(write(tmp_path / "f.npz"), tmp_path / "names.txt")
+        load_features(text, SvmlightOptions(str(tmp_path / "names.txt")))
+    with pytest.raises(DataError, match="names its labels and features itself: vocabulary, feat"):
+        load_features(write(tmp_path / "f.npz"), SvmlightOptions(str(tmp_path / "names.txt")))
+
+
+def test_svmlight_numbers_of_features(text: Path) -> None:
+    file = text / "test.svm"
+    for options, expected in (
+        ("", [0, 0, 0, 7]), ("first=0", [0, 0, 0, 0, 7]), ("features=6", [0, 0, 0, 7, 0, 0]),
+        ("features=6,first=0", [0, 0, 0, 0, 7, 0]), ("first=1,features=4", [0, 0, 0, 7]),
+    ):  # fmt: skip
+        features = load_dataset(f"features:{file}{',' if options else ''}{options}").features
+        assert features is not None and features.tolist() == [expected], options
+    for options, message in (
+        (SvmlightOptions(features=3), r"be in 1\.\.3, got 4: features=COUNT and first=0 or 1 say"),
+        (SvmlightOptions(features=4, first=0), r"be in 0\.\.3, got 4"),
+    ):
+        with pytest.raises(DataError, match="test.svm, line 1: feature numbers must " + message):
+            load_features(file, options)
+    file.write_text("1 4:7\n\n1 0:1 4:7\n2 1:1\n")
+    problems = Problems(keep=True)
+    dataset = load_features(file, SvmlightOptions(first=1), problems=problems)
+    assert dataset.features is not None and dataset.features.tolist() == [
+        [0, 0, 0, 7],
+        [1, 0, 0, 0],
+    ]
+    assert [dataset.labels(i).tolist() for i in range(2)] == [[0], [1]]
+    assert len(problems.messages) == 1
+    assert "test.svm, line 3: feature numbers must start at 1, got 0" in problems.messages[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("features=0", "features must be at least 1, got 0"),
+        ("features=many", "features must be a whole number, got 'many'"),
+        ("features=-3", "features must be a whole number, got '-3'"),
+        ("first=2", "first must be 0 or 1, got 2"),
+        (
+            "features=1000000000000",
+            "width that fits memory, got 1 lines with .* 1000000000000 in 6",
+        ),
+        ("width=3", "option of features must be one of vocabulary, features, first, got 'width'"),
+    ],
+)
+def test_svmlight_options_are_checked(text: Path, options: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load_dataset(f"features:{text / 'test.svm'},{options}")
+
+
+def test_svmlight_that_unpacks_to_far_more(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line of 11 bytes with a vector of 2,000,000 features; then the same in enough text."""
+    file = text / "train.svm"
+    file.write_text("1 2000000:1\n")
+    assert load_features(file).features is not None
+    monkeypatch.setattr("cnnrnn.data.svmlight.MAX_UNPACKED_BYTES", 1 << 20)
+    with pytest.raises(DataError, match="got 1 lines with feature numbers up to 2000000 in 12 byt"):
+        load_features(file)
+    file.write_text("1 " + " ".join(f"{i}:1" for i in range(1, 20_000)) + " 2000000:1\n")
+    features = load_features(file).features
+    assert features is not None and features.sum() == 20_000 and features.flags.owndata
+
+
+def test_svmlight_beyond_memory(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zeros = np.zeros
+
+    def scarce(shape: Any, *args: Any, **options: Any) -> Any:
+        if shape == (1, 4):
+            raise MemoryError
+        return zeros(shape, *args, **options)
+
+    monkeypatch.setattr(np, "zeros", scarce)
+    with pytest.raises(DataError, match="test.svm must hold feature vectors of a width that fits"):
+        load_features(text / "test.svm")
 
 
 BAD_LINES = {
@@ -246,6 +326,9 @@ BAD_LINES = {
     "no number": (b"1 1:x", "line 2 must be labels and"),
     "label words": (b"sky 1:1", "line 2 must be labels and"),
     "label gap": (b"1,,2 1:1", "line 2 must be labels and"),
+    "index underscore": (b"1 1_0:1", "line 2 must be labels and .*'1 1_0:1' .a number with _"),
+    "value underscore": (b"1 1:1_0 # a_b", "line 2 must be labels and .*a number with _"),
+    "label underscore": (b"1_0 1:1", "line 2 must be labels and .*a number with _"),
     "index minus": (b"1 -1:1", "line 2 must be labels and"),
     "index twice": (b"1 2:1 2:1", "line 2 must be .*sorted and unique"),
     "index down": (b"1 2:1 1:1", "line 2 must be .*sorted and unique"),
@@ -273,6 +356,14 @@ def test_svmlight_errors_name_file_and_line(text: Path, case: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         load_features(file)
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_svmlight_labels_are_compared_in_linear_time(text: Path) -> None:
+    (text / "train.svm").write_text(",".join(map(str, range(100_000))) + ",99999 1:1\n")
+    start = time.perf_counter()
+    with pytest.raises(DataError, match="line 1: labels must be unique, got 99999 twice"):
+        load_features(text / "train.svm")
+    assert time.perf_counter() - start < 20
 
 
 def test_svmlight_layout_errors(text: Path, tmp_path: Path) -> None:

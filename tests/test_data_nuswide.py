@@ -9,6 +9,7 @@ import sources
 
 from cnnrnn.config import NusWideOptions
 from cnnrnn.data import DataError, Problems, load_dataset
+from cnnrnn.data.files import read_blocks
 from cnnrnn.data.nuswide import load_nuswide
 
 TAGS = NusWideOptions(labels="tags")
@@ -80,11 +81,23 @@ def test_split_files(root: Path, tmp_path: Path) -> None:
     (tmp_path / "val.txt").write_text("actor/0002_22.jpg\nactor/0003_22.jpg\n")
     with pytest.raises(DataError, match="val.txt, line 2: an image must be one of the image list"):
         load_nuswide(root, options=NusWideOptions(val=str(tmp_path / "val.txt")))
+    (tmp_path / "val.txt").write_text("./actor//0002_22.jpg\n")
+    dataset = load_nuswide(root, options=NusWideOptions(val=str(tmp_path / "val.txt")))
+    assert dataset.splits["val"].tolist() == [1]
     (tmp_path / "val.txt").write_text("actor/0002_22.jpg\nactor\\0002_22.jpg\n")
     with pytest.raises(DataError, match="val.txt, line 2: images must be unique, got 'actor/0002"):
         load_nuswide(root, options=NusWideOptions(val=str(tmp_path / "val.txt")))
     with pytest.raises(DataError, match="nowhere.txt must be a file, found no such file"):
         load_nuswide(root, options=NusWideOptions(val="nowhere.txt"))
+
+
+def test_the_home_folder_in_options(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "few.txt").write_text("zoo/0001_23.jpg\n")
+    dataset = load_nuswide(root, options=NusWideOptions(val="~/few.txt"))
+    assert dataset.splits["val"].tolist() == [2]
 
 
 def test_without_lists_of_splits(root: Path) -> None:
@@ -140,6 +153,15 @@ def test_every_way_to_write_bits(
     np.testing.assert_array_equal(dataset.label_matrix().int().numpy(), matrix)
 
 
+def test_blank_lines_at_the_end(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cnnrnn.data.nuswide.read_blocks", lambda file: read_blocks(file, 2))
+    for name, options in ((LABELS, NusWideOptions()), (ALL_TAGS, TAGS)):
+        expected = load_nuswide(root, options=options).label_indices.tolist()
+        with (root / name).open("ab") as file:
+            file.write(b"\n \r\n\n")
+        assert load_nuswide(root, options=options).label_indices.tolist() == expected
+
+
 LABELS = "Groundtruth/AllLabels/Labels_sky.txt"
 ALL_TAGS = "NUS_WID_Tags/AllTags1k.txt"
 LIST = "ImageList/Imagelist.txt"
@@ -172,6 +194,8 @@ BAD_FILES: dict[str, tuple[NusWideOptions, str, bytes, str]] = {
     "name blank": (NusWideOptions(), LIST, b"\na\n" * 4, r"line 1: .*got '' \(empty\)"),
     "name twice": (NusWideOptions(), LIST, b"zoo/0001_23.jpg\nzoo\\0001_23.jpg\na\nb\n",
                    "line 2: images must be unique, got 'zoo/0001_23.jpg' as in line 1"),
+    "name twice, dot": (NusWideOptions(), LIST, b"zoo/1.jpg\n./zoo//1.jpg\na\nb\n",
+                        "line 2: images must be unique, got './zoo//1.jpg' as in line 1"),
     "list not UTF-8": (NusWideOptions(), LIST, b"a\n\xff\n", "line 2: text must be UTF-8"),
     "list empty": (NusWideOptions(), LIST, b"", "each of the 0 images"),
 }  # fmt: skip

@@ -89,6 +89,18 @@ def test_a_folder_with_a_table_per_split(file: Path) -> None:
         load_table(file.parent)
 
 
+@pytest.mark.parametrize("name", ["valid", "validation", "dev"])
+def test_other_names_of_val(file: Path, name: str) -> None:
+    text = file.read_text()
+    file.write_text(text.replace("val", name))
+    assert members(load_table(file)) == {"train": [0, 1], "val": [2], "test": [3]}
+    file.write_text(text.replace("test", name))
+    assert members(load_table(file)) == {"train": [0, 1], "val": [2], name: [3]}
+    file.write_text("image,labels\na.png,sky\n")
+    file.rename(file.with_name(f"{name}.csv"))
+    assert members(load_table(file.parent)) == {"val": [0]}
+
+
 def test_vocabulary(file: Path, tmp_path: Path) -> None:
     words = tmp_path / "words.txt"
     words.write_text("sky\nnever\nsea\ntraffic light\nboat\n")
@@ -111,6 +123,37 @@ def test_a_forgotten_delimiter_is_an_error(file: Path, labels: str) -> None:
         load_table(file)
     dataset = load_table(file, options=TableOptions(delimiter=";"))
     assert label_names(dataset) == [["sky"], [labels.strip('"')]]
+
+
+def test_one_table_of_a_folder_shows_the_delimiter(file: Path) -> None:
+    file.rename(file.with_name("train.csv"))
+    (file.parent / "val.csv").write_text("image,labels,split\nc d.png,traffic light,val\n")
+    text = (file.parent / "train.csv").read_text()
+    (file.parent / "train.csv").write_text(text.replace("c d.png,traffic light,val\n", ""))
+    assert "traffic light" in load_table(file.parent).label_names
+
+
+def test_headers_in_any_case(file: Path) -> None:
+    file.write_text("Image,LABELS,Is_Valid\na.png,sky,1\nsub/b.png,sky,0\n")
+    assert members(load_table(file)) == {"val": [0], "train": [1]}
+    with pytest.raises(DataError, match="found 'Image', 'LABELS', 'Is_Valid' in the header row"):
+        load_table(file, options=TableOptions(image="image"))
+
+
+def test_suffixes_in_any_case(file: Path) -> None:
+    file.unlink()
+    (file.parent / "train.CSV").write_text("image,labels\na.png,sky\n")
+    (file.parent / "val.TSV").write_text("image\tlabels\nsub/b.png\tsky\n")
+    assert members(load_table(file.parent)) == {"train": [0], "val": [1]}
+
+
+def test_the_home_folder_in_options(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "words.txt").write_text("sky\nsea\nboat\ntraffic light\n")
+    dataset = load_dataset(f"csv:{file},vocabulary=~/words.txt", images="~/table")
+    assert dataset.label_names[0] == "sky"
 
 
 def test_missing_images(file: Path) -> None:
@@ -147,6 +190,10 @@ BAD_TABLES = {
     "path URL": (GOOD + "https://h/b.png,sky,val\n", "line 3: .*a URL"),
     "path long": (GOOD + "x" * 5000 + ",sky,val\n", "labels.csv: line 3 must exist as"),
     "image twice": (GOOD + "a.png,sky,val\n", "line 3: images must be unique, got 'a.png' as in"),
+    "image twice, dot": (GOOD + "./a.png,sky,val\n", "line 3: images must .* './a.png' as in"),
+    "image twice, slash": (GOOD + "a.png/,sky,val\n", "line 3: images must .* 'a.png/' as in"),
+    "label control": (GOOD + '"sub/b.png","a\nb",val\n', r"line 3: .*control .*, got 'a\\nb'"),
+    "split control": (GOOD + "sub/b.png,sky,v\x1bl\n", r"split must .*control .* got 'v\\x1bl'"),
     "label empty": (GOOD + "sub/b.png,sky;;sea,val\n", "line 3: labels must be non-empty names"),
     "label twice": (GOOD + "sub/b.png,sky;sky,val\n", "line 3: labels must be unique, got 'sky'"),
     "split empty": (GOOD + "sub/b.png,sky, \n", "line 3: split must be a non-empty name, got ' '"),

@@ -74,6 +74,26 @@ def test_a_split_named_like_a_label(root: Path) -> None:
         load_voc(root)
 
 
+def test_a_split_of_ones_own(root: Path) -> None:
+    """train_small.txt is no file of the label train where there is no split small."""
+    main = root / "ImageSets" / "Main"
+    (main / "train_small.txt").write_text("2008_000003\n")
+    (main / "dog_tiny.txt").write_text("000001 -1\n")
+    dataset = load_voc(root)
+    assert set(dataset.splits) == {"train", "val", "trainval", "test", "train_small"}
+    assert dataset.splits["train_small"].tolist() == [1]
+
+
+def test_a_test_split_may_lack_annotations(root: Path) -> None:
+    (root / "ImageSets" / "Main" / "test.txt").write_text("000004\n000005\n")
+    for file in root.glob("ImageSets/Main/*_test.txt"):
+        file.write_text("000004 -1\n000005 -1\n")
+    with pytest.warns(UserWarning, match=r"test.txt: 1 of its 2 images have no annotation, the "
+                                         r"first is line 2 \(image 000005\)"):  # fmt: skip
+        dataset = load_voc(root)
+    assert dataset.splits["test"].tolist() == [3]
+
+
 def test_a_missing_difficult_means_0(root: Path) -> None:
     file = root / "Annotations" / "000002.xml"
     file.write_text(file.read_text().replace("<difficult>0</difficult>", ""))

@@ -4,17 +4,27 @@ import csv
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from cnnrnn.classifier import CNNRNN, FEATURES_ONLY
 from cnnrnn.config import ModelConfig, SearchConfig
-from cnnrnn.data import Dataset
+from cnnrnn.data import DataError, Dataset, load_dataset
 from cnnrnn.evaluation import evaluate, write_per_label
 from cnnrnn.labels import LabelSpace
 from cnnrnn.metrics import multilabel_metrics
 from cnnrnn.model import Head
 
 NAMES = ("a", "b", "c")
+
+
+def feature_model() -> CNNRNN:
+    """Of 4 features and the labels c, a, b."""
+    torch.manual_seed(0)
+    config = ModelConfig(backbone=FEATURES_ONLY, trunk_dim=0, joint_dim=4, hidden_dim=4)
+    space = LabelSpace(("c", "a", "b"), (2, 0, 1))
+    head = Head.from_config(config, 3, 4)
+    return CNNRNN(config, space, head, None, SearchConfig(max_labels=3)).eval()
 
 
 def test_unknown_labels_reach_the_measures_in_path_order(tmp_path: Path) -> None:
@@ -35,11 +45,8 @@ def test_unknown_labels_reach_the_measures_in_path_order(tmp_path: Path) -> None
         unknown_indptr=parts[2],
         unknown_indices=parts[3].astype(np.int32),
     )
-    torch.manual_seed(0)
-    config = ModelConfig(backbone=FEATURES_ONLY, trunk_dim=0, joint_dim=4, hidden_dim=4)
-    space = LabelSpace(("c", "a", "b"), (2, 0, 1))
-    model = CNNRNN(config, space, Head.from_config(config, 3, 4), None, SearchConfig(max_labels=3))
-    evaluation = evaluate(model.eval(), dataset, k=None)
+    model = feature_model()
+    evaluation = evaluate(model, dataset, k=None)
 
     targets, unknown = (torch.from_numpy(states[:, [2, 0, 1]] == value) for value in (1, -1))
     scores = evaluation.inference.mixed(model.calibration.mix_weight)
@@ -52,3 +59,29 @@ def test_unknown_labels_reach_the_measures_in_path_order(tmp_path: Path) -> None
     rows = list(csv.DictReader((tmp_path / "labels.csv").open()))
     predicted = (evaluation.inference.sets & ~unknown).sum(0).tolist()
     assert [int(row["predicted"]) for row in rows] == predicted
+
+
+def test_a_source_with_some_of_the_labels() -> None:
+    def dataset(names: tuple[str, ...]) -> Dataset:
+        return Dataset("csv:x.csv", names, np.array([0, 2, 3]), np.array([0, 1, 1], np.int32),
+                       features=np.ones((2, 4), np.float32))  # fmt: skip
+
+    evaluation = evaluate(feature_model(), dataset(("b", "c")), k=None)
+    assert evaluation.targets.int().tolist() == [[1, 0, 1], [1, 0, 0]]
+    assert evaluation.metrics["path"]["labels-without-positives"] == 1
+    message = "csv:x.csv must .* among the model's 3, got 1 of 2 .* such as 'd': .*vocabulary=FILE"
+    with pytest.raises(DataError, match=message):
+        evaluate(feature_model(), dataset(("b", "d")))
+
+
+def test_a_file_of_another_width(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    (tmp_path / "names.txt").write_text("a\nb\nc\n")
+    file = tmp_path / "test.svm"
+    file.write_text("0,2 1:0.5 3:2\n1 2:1\n")
+    source = f"features:{file},vocabulary={tmp_path / 'names.txt'}"
+    message = f"features:{file} must hold vectors of 4 features .*, got 3: .* features=4, and first"
+    with pytest.raises(DataError, match=message):
+        evaluate(feature_model(), load_dataset(source))
+    evaluation = evaluate(feature_model(), load_dataset(f"{source},features=4,first=1"))
+    assert evaluation.targets.int().tolist() == [[1, 1, 0], [0, 0, 1]]

@@ -667,6 +667,14 @@ def test_unknown_labels_take_no_rank(seed):
     assert measures["MAP@10"] == pytest.approx(sum(values) / len(values))
 
 
+def test_unknown_labels_rank_behind_scores_of_minus_infinity():
+    scores = torch.tensor([[2.0, 1.0, -math.inf]])
+    targets = torch.tensor([[False, False, True]])
+    unknown = torch.tensor([[True, True, False]])
+    measures = metrics.multilabel_metrics(scores, targets, unknown=unknown)
+    assert measures["MAP@10"] == 1.0
+
+
 def test_nothing_unknown_changes_nothing():
     scores, targets, _ = with_unknown(0)
     expected = metrics.multilabel_metrics(scores, targets, k=3)

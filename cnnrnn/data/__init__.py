@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cnnrnn.config import NusWideOptions, OnBadImage, TableOptions
+from cnnrnn.config import NusWideOptions, OnBadImage, SvmlightOptions, TableOptions
 from cnnrnn.data.dataset import Boxes, DataError, Dataset
 from cnnrnn.data.images import BadImageError
 from cnnrnn.data.problems import Problems
@@ -26,7 +27,7 @@ _OPTIONS = {
     "nuswide": tuple(field.name for field in dataclasses.fields(NusWideOptions)),
     "csv": tuple(field.name for field in dataclasses.fields(TableOptions)),
     "scenes": (),
-    "features": ("vocabulary",),
+    "features": tuple(field.name for field in dataclasses.fields(SvmlightOptions)),
 }
 _WITH_IMAGE_FOLDER = ("coco", "nuswide", "csv")
 _log = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ def load_dataset(
             `scenes:ROOT`, `features:FILE` or `features:FOLDER`. A scenes folder that does not
             exist is generated first. Options follow a comma, as in
             `csv:FILE,labels=tags,delimiter=space` (`TableOptions`),
-            `nuswide:ROOT,labels=tags` (`NusWideOptions`) and `features:FILE.svm,vocabulary=FILE`.
+            `nuswide:ROOT,labels=tags` (`NusWideOptions`) and
+            `features:FILE.svm,vocabulary=FILE,features=500,first=1` (`SvmlightOptions`).
         images: image folder of a `coco:`, `nuswide:` or `csv:` source.
         on_bad_image: `error` stops at a missing image, `skip` leaves it out with a warning.
         problems: takes what is wrong with the source; without it the first problem is raised.
@@ -72,11 +74,16 @@ def load_dataset(
         )
     location, options = _split_options(kind, location)
     path = Path(location).expanduser()
+    images = None if images is None else Path(images).expanduser()
     common: dict[str, Any] = {"on_bad_image": on_bad_image, "problems": problems}
     if kind == "features":
         from cnnrnn.data.features import load_features
 
-        return load_features(path, options.get("vocabulary"), problems=problems)
+        values: dict[str, str | int] = {**options}
+        for name in ("features", "first"):
+            if name in options:
+                values[name] = _whole_number(spec, name, options[name])
+        return load_features(path, _made(SvmlightOptions, spec, values), problems=problems)
     if kind == "voc":
         from cnnrnn.data.voc import load_voc
 
@@ -116,7 +123,13 @@ def _split_options(kind: str, location: str) -> tuple[str, dict[str, str]]:
     return path, options
 
 
-def _made(options: type[T], spec: str, values: dict[str, str]) -> T:
+def _whole_number(spec: str, name: str, text: str) -> int:
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise DataError(f"{spec}: {name} must be a whole number, got {text!r}")
+    return int(text)
+
+
+def _made(options: type[T], spec: str, values: Mapping[str, str | int]) -> T:
     try:
         return options(**values)
     except ValueError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -83,7 +84,8 @@ class SourceReport:
         pairs: the labels that occur together most often.
         prefixes: sharing of label prefixes, over all records.
         duplicates: names of records with the same content, in groups.
-        duplicates_across_splits: groups in two splits that have no record in common.
+        duplicates_across_splits: groups that have a record in one split only and a copy of it
+            in another split only.
         duplicates_with_other_labels: groups whose records differ in labels.
         unreadable: pictures that cannot be read.
     """
@@ -117,7 +119,8 @@ class SourceReport:
             lines += [*self._split_lines(), *self._label_lines(labels), *self._content_lines()]
         lines += [f"left out: {note}" for note in self.warnings]
         lines += [f"problem: {problem}" for problem in self.problems]
-        lines.append(f"{len(self.problems):,} problems" if self.problems else "no problems")
+        count = len(self.problems)
+        lines.append(f"{f'{count:,}' if count else 'no'} problem{'' if count == 1 else 's'}")
         return lines
 
     def _split_lines(self) -> list[str]:
@@ -209,6 +212,8 @@ def check_source(
         return SourceReport(spec, problems.messages, notes)
     digests = _read_contents(dataset, workers, problems, progress)
     groups = _groups(digests)
+    masks = _split_masks(dataset)
+    _check_overlap(dataset, masks, problems)
     order = np.argsort(-dataset.label_counts(), kind="stable")
     counts = dataset.label_counts()
     sizes = np.bincount(np.diff(dataset.label_indptr))
@@ -225,7 +230,9 @@ def check_source(
         pairs=_frequent_pairs(dataset, order[:CO_OCCURRENCE_LABELS], pairs),
         prefixes=prefix_sharing(dataset, order),
         duplicates=[[dataset.record_name(i) for i in group] for group in groups],
-        duplicates_across_splits=_across_splits(dataset, groups),
+        duplicates_across_splits=sum(
+            _is_across_splits([masks[i] for i in group]) for group in groups
+        ),
         duplicates_with_other_labels=sum(
             len({dataset.labels(i).tobytes() for i in group}) > 1 for group in groups
         ),
@@ -243,8 +250,14 @@ def _split_counts(dataset: Dataset, records: npt.NDArray[np.int64]) -> SplitCoun
 def _frequent_pairs(dataset: Dataset, labels: npt.NDArray[np.int64], most: int) -> list[Pair]:
     """Return the pairs of `labels` that occur together most often."""
     together = torch.zeros(len(labels), len(labels), dtype=torch.int64)
-    for rows in torch.arange(len(dataset)).split(_BLOCK):
-        block = dataset.label_matrix(rows)[:, labels].float()
+    column = np.full(len(dataset.label_names), -1, dtype=np.int64)
+    column[labels] = np.arange(len(labels))
+    for start in range(0, len(dataset), _BLOCK):
+        pointers = dataset.label_indptr[start : start + _BLOCK + 1]
+        columns = column[dataset.label_indices[pointers[0] : pointers[-1]]]
+        rows = np.repeat(np.arange(len(pointers) - 1), np.diff(pointers))[columns >= 0]
+        block = torch.zeros(len(pointers) - 1, len(labels))
+        block[torch.from_numpy(rows), torch.from_numpy(columns[columns >= 0])] = 1
         together += (block.T @ block).long()  # exact: counts of a block are far below 2^24
     counts = together.triu(1).flatten()
     best = counts.sort(descending=True, stable=True).indices[:most].tolist()
@@ -341,15 +354,50 @@ def _groups(digests: Sequence[bytes | None]) -> list[list[int]]:
     return [group for group in records.values() if len(group) > 1]
 
 
-def _across_splits(dataset: Dataset, groups: list[list[int]]) -> int:
-    """Count the groups that lie in two splits which have no record in common."""
-    members = {name: set(records.tolist()) for name, records in dataset.splits.items()}
-    apart = [
-        (first, second)
-        for first, second in itertools.combinations(members.values(), 2)
-        if first.isdisjoint(second)
-    ]
-    return sum(
-        any(not first.isdisjoint(group) and not second.isdisjoint(group) for first, second in apart)
-        for group in groups
+def _split_masks(dataset: Dataset) -> list[int]:
+    """Return the splits of each record as bits, bit i for the split i."""
+    masks = [0] * len(dataset)
+    for position, records in enumerate(dataset.splits.values()):
+        for record in records.tolist():
+            masks[record] |= 1 << position
+    return masks
+
+
+def _check_overlap(dataset: Dataset, masks: list[int], problems: Problems) -> None:
+    """Name two splits that share records, where neither holds the other as trainval does train."""
+    names = list(dataset.splits)
+    sizes = [0] * len(names)
+    shared: Counter[tuple[int, int]] = Counter()
+    examples: dict[tuple[int, int], int] = {}
+    firsts = {mask: record for record, mask in reversed(list(enumerate(masks)))}
+    for mask, count in Counter(masks).items():  # in the order of their first records
+        members = _bits(mask)
+        for split in members:
+            sizes[split] += count
+        for pair in itertools.combinations(members, 2):
+            shared[pair] += count
+            examples.setdefault(pair, firsts[mask])
+    for (first, second), count in sorted(shared.items()):
+        if count == min(sizes[first], sizes[second]):
+            continue
+        problems.add(
+            f"{dataset.source}: splits {names[first]} and {names[second]} must not share records "
+            f"unless one holds the other, got {count:,} in both, the first of them "
+            f"{dataset.record_name(examples[first, second])}"
+        )
+
+
+def _is_across_splits(masks: list[int]) -> bool:
+    """Tell whether one record is in a split without another, and that in a split without it."""
+    outside: dict[int, int] = {}  # split to the splits that some record of it is not in
+    for mask in set(masks):
+        for split in _bits(mask):
+            outside[split] = outside.get(split, 0) | ~mask
+    return any(
+        outside[first] >> second & 1 and outside[second] >> first & 1
+        for first, second in itertools.combinations(outside, 2)
     )
+
+
+def _bits(mask: int) -> list[int]:
+    return [position for position in range(mask.bit_length()) if mask >> position & 1]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
+import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from cnnrnn.config import OnBadImage
-from cnnrnn.data.dataset import Boxes, DataError, Dataset, csr, is_text
+from cnnrnn.data.dataset import CONTROL, Boxes, DataError, Dataset, csr, is_text
 from cnnrnn.data.files import existing_images, name_problem, read_bytes, reason, short
-from cnnrnn.data.problems import Problems
+from cnnrnn.data.problems import EmptySourceError, Problems
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -34,8 +37,9 @@ def load_coco(
 
     A folder is read in the standard layout: every `annotations/instances_<suffix>.json` is a
     split, named by its suffix without a trailing year, with its images in `<suffix>/` or
-    `images/<suffix>/`. A single file becomes one split, `all`. Labels are categories in the order
-    of the file; several annotations of one category on one image are one label, crowds included.
+    `images/<suffix>/`; a split without such a folder is left out with a warning. A single file
+    becomes one split, `all`. Labels are categories in the order of the file; several annotations
+    of one category on one image are one label, crowds included.
 
     Args:
         root_or_json: the folder, or one annotation file.
@@ -74,7 +78,9 @@ def load_coco(
                                          part.categories)  # fmt: skip
             parts.append((source, part))
     if not any(part.paths for _, part in parts):
-        raise DataError(f"{path} must hold at least one image, got empty images in every file")
+        raise EmptySourceError(
+            f"{path} must hold at least one image, got empty images in every file"
+        )
     return _join(f"coco:{path}", parts)
 
 
@@ -99,6 +105,7 @@ def _standard_layout(root: Path, images: Path | None) -> list[_Source]:
     if not files:
         raise DataError(f"{root} must hold annotations/instances_*.json, found none")
     sources: list[_Source] = []
+    missing: list[tuple[str, str]] = []
     for file in files:
         suffix = file.stem.removeprefix("instances_")
         split = re.sub(r"(?<=[^\d])\d{4}$", "", suffix).rstrip("_-")
@@ -112,12 +119,17 @@ def _standard_layout(root: Path, images: Path | None) -> list[_Source]:
         bases = [root, root / "images"] if images is None else [images]
         folders = [base / suffix for base in bases]
         existing = [folder for folder in folders if folder.is_dir()]
-        if not existing:
-            raise DataError(
-                f"{file} must have its images in {' or '.join(map(str, folders))}, "
-                "found no such folder"
+        if existing:
+            sources.append(_Source(split, file, existing[0]))
+        else:
+            places = " or ".join(map(str, folders))
+            missing.append(
+                (split, f"{file} must have its images in {places}, found no such folder")
             )
-        sources.append(_Source(split, file, existing[0]))
+    if not sources:
+        raise DataError(missing[0][1])
+    for split, message in missing:
+        warnings.warn(f"{message}; split {split} is left out", stacklevel=3)
     return sources
 
 
@@ -140,8 +152,8 @@ def _read_part(source: _Source, on_bad_image: OnBadImage, problems: Problems) ->
         paths=[], labels=[], box_labels=[], boxes=[],
     )  # fmt: skip
     for position in existing_images(
-        source.file, source.image_folder, lambda i: f"image {image_ids[i]}", names, on_bad_image,
-        problems,
+        source.file, source.image_folder, lambda i: f"image {short(image_ids[i])}", names,
+        on_bad_image, problems,
     ):  # fmt: skip
         annotations = coco.loadAnns(coco.getAnnIds(imgIds=[image_ids[position]]))
         boxed = [annotation for annotation in annotations if "bbox" in annotation]
@@ -179,8 +191,7 @@ def _without_segmentation(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Drop the outlines as soon as they are read: they are most of the memory and not needed."""
     record = dict(pairs)
     if len(record) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise _KeyTwiceError(
             f"keys of an object must be unique, got {short(twice)} twice in the object with id "
             f"{short(record.get('id'))}"
@@ -204,7 +215,7 @@ def _checked(file: Path, data: Any, problems: Problems) -> dict[str, Records]:
     images, image_ids = _with_ids(file, "images", data["images"], problems)
     categories, category_ids = _with_ids(file, "categories", data["categories"], problems)
     annotations, _ = _with_ids(file, "annotations", data["annotations"], problems)
-    images = [image for image in images if _has_file_name(file, image, problems)]
+    images = _with_file_names(file, images, problems)
     categories = _with_names(file, categories, problems)
     annotations = [
         annotation
@@ -262,6 +273,11 @@ def _with_names(file: Path, categories: Records, problems: Problems) -> Records:
                 f"{file}: category {short(category_id)} must have a non-empty name, got "
                 f"{short(name)}"
             )
+        elif CONTROL.search(name):
+            problems.add(
+                f"{file}: category {short(category_id)} must have a name without control "
+                f"characters, got {short(name)}"
+            )
         elif name in names:
             problems.add(
                 f"{file}: category names must be unique, got {short(name)} for categories "
@@ -287,17 +303,28 @@ def _refers(
     return False
 
 
-def _has_file_name(file: Path, image: dict[str, Any], problems: Problems) -> bool:
-    name = image.get("file_name")
-    problem = name_problem(name)
-    if problem is None:
-        return True
-    found = short(name) if "file_name" in image else "none"
-    problems.add(
-        f"{file}: image {short(image['id'])} must have a file_name inside the image folder, "
-        f"got {found} ({problem})"
-    )
-    return False
+def _with_file_names(file: Path, images: Records, problems: Problems) -> Records:
+    """Return the images that have a file of their own inside the image folder."""
+    seen: dict[str, int] = {}
+    kept: Records = []
+    for image in images:
+        name, image_id = image.get("file_name"), image["id"]
+        problem = name_problem(name)
+        if problem is not None:
+            found = short(name) if "file_name" in image else "none"
+            problems.add(
+                f"{file}: image {short(image_id)} must have a file_name inside the image folder, "
+                f"got {found} ({problem})"
+            )
+        elif (same := os.path.normpath(str(name))) in seen:
+            problems.add(
+                f"{file}: file names must be unique, got {short(name)} for images "
+                f"{short(seen[same])} and {short(image_id)}"
+            )
+        else:
+            seen[same] = image_id
+            kept.append(image)
+    return kept
 
 
 def _has_box_or_none(file: Path, annotation: dict[str, Any], problems: Problems) -> bool:
@@ -305,7 +332,7 @@ def _has_box_or_none(file: Path, annotation: dict[str, Any], problems: Problems)
         return True
     problems.add(
         f"{file}: annotation {short(annotation['id'])} must have a bbox of four finite numbers, "
-        f"got {short(annotation['bbox'])}"
+        f"width and height at least 0, got {short(annotation['bbox'])}"
     )
     return False
 
@@ -316,6 +343,7 @@ def _is_box(value: object) -> bool:
         and len(value) == 4
         # False for NaN and infinity as well
         and all(type(number) in (int, float) and abs(number) <= _FLOAT32_MAX for number in value)
+        and min(value[2:]) >= 0
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+MAX_SPLITS = 100
+"""More are refused: something else than splits was taken for them, such as ids."""
 
 Indices = Sequence[int] | npt.NDArray[np.integer[Any]] | torch.Tensor
 
@@ -100,6 +105,10 @@ class Dataset:
                 self._fail(f"label {position} must have a non-empty string as name, got {name!r}")
             if not is_text(name):
                 self._fail(f"label {position} must have a name that is valid text, got {name!a}")
+            if CONTROL.search(name):
+                self._fail(
+                    f"label {position} must have a name without control characters, got {name!a}"
+                )
             if name in seen:
                 self._fail(
                     f"label names must be unique, got {name!r} as labels {seen[name]} "
@@ -192,11 +201,15 @@ class Dataset:
         self._set("boxes", Boxes(pointers, labels, xywh))
 
     def _check_splits(self, count: int) -> None:
+        if len(self.splits) > MAX_SPLITS:
+            self._fail(f"splits must be at most {MAX_SPLITS}, got {len(self.splits):,}")
         splits: dict[str, npt.NDArray[np.int64]] = {}
         for name, records in self.splits.items():
             array = np.asarray(records)
             if not name.strip() or not is_text(name):
                 self._fail(f"a split must have a non-empty name, got {name!a}")
+            if CONTROL.search(name):
+                self._fail(f"a split must have a name without control characters, got {name!a}")
             if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
                 self._fail(f"split {name} must be a vector of record indices, got {array.dtype}")
             if array.size and (array.min() < 0 or array.max() >= count):

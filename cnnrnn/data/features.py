@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cnnrnn.data.dataset import DataError, Dataset
+from cnnrnn.config import SvmlightOptions
+from cnnrnn.data.dataset import MAX_SPLITS, DataError, Dataset
 from cnnrnn.data.files import reason
-from cnnrnn.data.problems import Problems
+from cnnrnn.data.problems import EmptySourceError, Problems
 from cnnrnn.data.svmlight import SVMLIGHT_SUFFIXES, load_svmlight
 
 MAX_UNPACKED_BYTES = 1 << 30
@@ -22,7 +23,7 @@ MAX_UNPACKED_RATIO = 500
 
 def load_features(
     path: str | Path,
-    vocabulary: str | Path | None = None,
+    options: SvmlightOptions | None = None,
     *,
     problems: Problems | None = None,
 ) -> Dataset:
@@ -33,7 +34,7 @@ def load_features(
             `label_names` [L] strings and, optionally, `split` [n] strings; without `split` every
             record is in one split, `all`. Nothing is unpickled. Or what `load_svmlight` reads: a
             folder, or a file that ends in .svm, .svmlight or .libsvm.
-        vocabulary: label names of svmlight text.
+        options: of svmlight text.
         problems: takes what is wrong; without it the first problem is raised.
 
     Returns:
@@ -43,10 +44,13 @@ def load_features(
         DataError: the file or one of its arrays is not as described.
     """
     path = Path(path)
-    if path.is_dir() or path.suffix in SVMLIGHT_SUFFIXES:
-        return load_svmlight(path, vocabulary, problems=problems)
-    if vocabulary is not None:
-        raise DataError(f"{path} names its labels itself: vocabulary is only for svmlight text")
+    if path.is_dir() or path.suffix.lower() in SVMLIGHT_SUFFIXES:
+        return load_svmlight(path, options, problems=problems)
+    if options not in (None, SvmlightOptions()):
+        raise DataError(
+            f"{path} names its labels and features itself: vocabulary, features and first are only "
+            "for svmlight text"
+        )
     problems = problems or Problems()
     arrays = _read_arrays(path)
     features, labels, names = arrays["features"], arrays["labels"], arrays["label_names"]
@@ -99,7 +103,7 @@ def _right_rows(
             )
             wrong[row] = True
     if wrong.all():
-        raise DataError(f"{path} must hold at least one row that is right, found none")
+        raise EmptySourceError(f"{path} must hold at least one row that is right, found none")
     return np.flatnonzero(~wrong)
 
 
@@ -168,4 +172,8 @@ def _splits(
         if not name.strip():
             raise DataError(f"row {row} of {path}: split must be a non-empty name, got {name!r}")
         members.setdefault(name, []).append(row)
+    if len(members) > MAX_SPLITS:
+        raise DataError(
+            f"{path}: split must name at most {MAX_SPLITS} splits, got {len(members):,}"
+        )
     return {name: np.asarray(rows, dtype=np.int64) for name, rows in members.items()}

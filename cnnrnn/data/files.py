@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from cnnrnn.config import OnBadImage
-from cnnrnn.data.dataset import DataError, is_text
+from cnnrnn.data.dataset import CONTROL, DataError, is_text
 from cnnrnn.data.problems import Problems
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # most are, which spares the closer look
 
 
@@ -105,7 +104,7 @@ def name_problem(name: object) -> str | None:
         return None
     if not PurePosixPath(name).name:
         return "empty" if not PurePosixPath(name).is_absolute() else "absolute"
-    if _CONTROL.search(name) or not is_text(name):
+    if CONTROL.search(name) or not is_text(name):
         return "not a file name"
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://|data:", name):
         return "a URL"

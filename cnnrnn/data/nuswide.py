@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from cnnrnn.data.files import (
     read_names,
     short,
 )
-from cnnrnn.data.problems import Problems
+from cnnrnn.data.problems import EmptySourceError, Problems
 
 _ZERO, _ONE, _LINE_FEED = b"01\n"
 _SPACES = np.frombuffer(b" \t\r\n", dtype=np.uint8)
@@ -71,7 +73,7 @@ def load_nuswide(
         label_names, rows, labels = _read_tags(root, len(names), problems)
     else:
         label_names, rows, labels = _read_concepts(root, places, problems)
-    splits = _read_splits(root, options, {names[i]: i for i in right}, problems)
+    splits = _read_splits(root, options, {os.path.normpath(names[i]): i for i in right}, problems)
     kept = [
         right[i]
         for i in existing_images(
@@ -80,7 +82,7 @@ def load_nuswide(
         )
     ]  # fmt: skip
     if not kept:
-        raise DataError(f"{places[0].file} must name at least one image, found none")
+        raise EmptySourceError(f"{places[0].file} must name at least one image, found none")
 
     position = np.full(len(names), -1, dtype=np.int64)
     position[kept] = np.arange(len(kept))
@@ -176,13 +178,13 @@ def _right_names(names: list[str], places: list[_ImageList], problems: Problems)
                 f"{places[0].file}, line {_line(places, row)}: an image must be a file inside the "
                 f"image folder, got {short(name)} ({problem})"
             )
-        elif name in seen:
+        elif (same := os.path.normpath(name)) in seen:
             problems.add(
                 f"{places[0].file}, line {_line(places, row)}: images must be unique, got "
-                f"{short(name)} as in line {_line(places, seen[name])}"
+                f"{short(name)} as in line {_line(places, seen[same])}"
             )
         else:
-            seen[name] = row
+            seen[same] = row
     return list(seen.values())
 
 
@@ -239,7 +241,7 @@ def _read_bits(
     rows: list[npt.NDArray[np.int64]] = [np.zeros(0, dtype=np.int64)]
     columns: list[npt.NDArray[np.int64]] = [np.zeros(0, dtype=np.int64)]
     line = 0
-    for block in read_blocks(file):
+    for block in _without_blank_end(read_blocks(file)):
         bits = _fast_bits(np.frombuffer(block, dtype=np.uint8), width)
         if bits is None:
             bits = _slow_bits(block, width, file, line, problems)
@@ -252,6 +254,19 @@ def _read_bits(
             f"{file} must have one line for each of the {count} images of {list_file}, got {line}"
         )
     return np.concatenate(rows), np.concatenate(columns)
+
+
+def _without_blank_end(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Leave out the blank lines behind the last that is not."""
+    blank: list[bytes] = []
+    for block in blocks:
+        end = len(block.rstrip())
+        if not end:
+            blank.append(block)
+            continue
+        cut = block.find(b"\n", end) + 1 or len(block)
+        yield b"".join([*blank, block[:cut]])
+        blank = [block[cut:]] if cut < len(block) else []
 
 
 def _fast_bits(block: Bits, width: int) -> npt.NDArray[np.bool_] | None:
@@ -301,7 +316,7 @@ def _read_splits(
 ) -> dict[str, npt.NDArray[np.int64]]:
     """Return the rows of each split, by the options' files or the set's own."""
     files = {
-        name: Path(file)
+        name: Path(file).expanduser()
         for name, file in (("train", options.train), ("val", options.val), ("test", options.test))
         if file is not None
     }
@@ -313,18 +328,19 @@ def _read_splits(
     splits = {}
     for name, file in files.items():
         with problems.part():
-            members: dict[str, int] = {}
+            members: dict[int, None] = {}
             for number, image in enumerate(_read_image_list(file), 1):
-                if image not in rows:
+                row = rows.get(os.path.normpath(image))
+                if row is None:
                     problems.add(
                         f"{file}, line {number}: an image must be one of the image list, got "
                         f"{short(image)}"
                     )
-                elif image in members:
+                elif row in members:
                     problems.add(
                         f"{file}, line {number}: images must be unique, got {short(image)} again"
                     )
                 else:
-                    members[image] = rows[image]
-            splits[name] = np.array(list(members.values()), dtype=np.int64)
+                    members[row] = None
+            splits[name] = np.array(list(members), dtype=np.int64)
     return splits

@@ -8,6 +8,10 @@ from contextlib import contextmanager
 from cnnrnn.data.dataset import DataError
 
 
+class EmptySourceError(DataError):
+    """Nothing is left of a source; beside other problems this follows from them."""
+
+
 class Problems:
     """Takes what is wrong with a source, one sentence each: raises the first, or keeps them all.
 
@@ -39,4 +43,6 @@ class Problems:
         except DataError as error:
             if not self.keep:
                 raise
+            if self.messages and isinstance(error, EmptySourceError):
+                return
             self.messages.append(str(error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -11,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from cnnrnn.config import OnBadImage, TableOptions
-from cnnrnn.data.dataset import DataError, Dataset, csr
+from cnnrnn.data.dataset import CONTROL, MAX_SPLITS, DataError, Dataset, csr
 from cnnrnn.data.files import existing_images, name_problem, read_names, read_text, reason, short
-from cnnrnn.data.problems import Problems
+from cnnrnn.data.problems import EmptySourceError, Problems
 
 IMAGE_COLUMNS = (
     "image", "fname", "file_name", "filename", "image_name", "image_path", "path", "file",
@@ -21,6 +22,7 @@ IMAGE_COLUMNS = (
 LABEL_COLUMNS = ("labels", "tags", "label")
 SPLIT_COLUMNS = ("split", "is_valid")
 _IS_VALID = {"true": "val", "1": "val", "false": "train", "0": "train"}
+_NAMES_OF_VAL = ("valid", "validation", "dev")
 _OTHER_DELIMITERS = ("|", ",", " ")
 
 
@@ -35,8 +37,9 @@ def load_table(
     """Read a table with a header row and a row per image.
 
     A folder is read as one table per split: every `<split>.csv` or `<split>.tsv` in it. In a
-    single file a column may name the split; without one there is one split, `all`. Cells are
-    separated by commas, in `.tsv` files by tabs. An image without labels has an empty cell.
+    single file a column may name the split; without one there is one split, `all`. A split called
+    `valid`, `validation` or `dev` is `val` where it is the only one of these. Cells are separated
+    by commas, in `.tsv` files by tabs. An image without labels has an empty cell.
 
     Args:
         path: the file or the folder.
@@ -59,7 +62,7 @@ def load_table(
     path = Path(path)
     vocabulary = None
     if options.vocabulary is not None:
-        names = read_names(Path(options.vocabulary), "label", problems)
+        names = read_names(Path(options.vocabulary).expanduser(), "label", problems)
         vocabulary = {name: position for position, name in enumerate(names)}
     if images is not None and not Path(images).is_dir():
         raise DataError(f"{path} must come with an existing image folder, got {images}")
@@ -71,12 +74,16 @@ def load_table(
         with problems.part():
             table = _read_table(file, split, options, vocabulary, seen, problems)
             rows += _existing_rows(file, folder, table, on_bad_image, problems)
+    if options.delimiter is None and vocabulary is None:
+        with problems.part():
+            _check_delimiter(rows)
     if not rows:
-        raise DataError(f"{path} must hold at least one image, got none")
+        raise EmptySourceError(f"{path} must hold at least one image, got none")
     return _join(path, folder, rows, vocabulary)
 
 
 class _Row(NamedTuple):
+    file: Path
     line: int
     image: str
     labels: tuple[str, ...]
@@ -88,7 +95,7 @@ def _table_files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise DataError(f"{path} must be a table or a folder of tables, found no such file")
-    files = sorted(file for file in path.iterdir() if file.suffix in (".csv", ".tsv"))
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in (".csv", ".tsv"))
     if not files:
         raise DataError(f"{path} must hold a table per split, such as train.csv, found none")
     for first, second in zip(files, files[1:], strict=False):
@@ -112,10 +119,9 @@ def _read_table(
     image_column = _column(file, header, "image", options.image, IMAGE_COLUMNS)
     label_column = _column(file, header, "labels", options.labels, LABEL_COLUMNS)
     split_column = None
-    if options.split is not None or set(SPLIT_COLUMNS) & set(header):
+    if options.split is not None or set(SPLIT_COLUMNS) & set(map(str.lower, header)):
         split_column = _column(file, header, "split", options.split, SPLIT_COLUMNS)
     rows: list[_Row] = []
-    doubtful: tuple[int, str] | None = None
     for line, cells in lines:
         place = f"{file}, line {line}"
         if len(cells) != len(header):
@@ -135,32 +141,39 @@ def _read_table(
                 f"{place}: {header[split_column]} must be {_split_values(header[split_column])}, "
                 f"got {short(cells[split_column])}"
             )
-        elif image in seen:
-            problems.add(f"{place}: images must be unique, got {short(image)} as in {seen[image]}")
+        elif (same := os.path.normpath(image)) in seen:
+            problems.add(f"{place}: images must be unique, got {short(image)} as in {seen[same]}")
         else:
-            seen[image] = f"{file.name}, line {line}"
-            rows.append(_Row(line, image, labels, name or split))
-        if doubtful is None and any(sign in text.strip() for sign in _OTHER_DELIMITERS):
-            doubtful = line, text
-    if (
-        options.delimiter is None
-        and vocabulary is None
-        and doubtful is not None
-        and all(len(row.labels) < 2 for row in rows)
-    ):
+            seen[same] = f"{file.name}, line {line}"
+            rows.append(_Row(file, line, image, labels, name or split))
+    splits = {row.split for row in rows}
+    if split_column is not None and len(splits) > MAX_SPLITS:
         raise DataError(
-            f"{file}, line {doubtful[0]}: labels must be separated by ';', which no row has, got "
-            f"{short(doubtful[1])}: say delimiter=space or another, or delimiter=; if these are "
-            "single labels"
+            f"{file}: column {short(header[split_column])} must name at most {MAX_SPLITS} splits, "
+            f"got {len(splits):,}: split=COLUMN names another column"
         )
     return rows
+
+
+def _check_delimiter(rows: list[_Row]) -> None:
+    """Find rows that hold several labels as one, where no row has two."""
+    if any(len(row.labels) > 1 for row in rows):
+        return
+    for row in rows:
+        for label in row.labels:
+            if any(sign in label for sign in _OTHER_DELIMITERS):
+                raise DataError(
+                    f"{row.file}, line {row.line}: labels must be separated by ';', which no row "
+                    f"has, got {short(label)}: say delimiter=space or another, or delimiter=; if "
+                    "these are single labels"
+                )
 
 
 def _cells(file: Path) -> Iterator[tuple[int, list[str]]]:
     """Return the line number and cells of each row that is not empty."""
     reader = csv.reader(
         io.StringIO(read_text(file), newline=""),
-        delimiter="\t" if file.suffix == ".tsv" else ",",
+        delimiter="\t" if file.suffix.lower() == ".tsv" else ",",
         strict=True,
     )
     while True:
@@ -181,15 +194,16 @@ def _column(
     file: Path, header: list[str], what: str, name: str | None, defaults: tuple[str, ...]
 ) -> int:
     """Return the position of a column: the one named, or the first of the defaults."""
+    cells = [cell.lower() for cell in header] if name is None else header
     for candidate in defaults if name is None else (name,):
-        if header.count(candidate) > 1:
+        if cells.count(candidate) > 1:
             raise DataError(f"{file}: columns must be unique, got {short(candidate)} twice")
-        if candidate in header:
-            return header.index(candidate)
+        if candidate in cells:
+            return cells.index(candidate)
     expected = " or ".join(defaults) if name is None else short(name)
     raise DataError(
         f"{file} must have a column of {what}, {expected} ({what}=COLUMN names another), found "
-        f"{', '.join(map(short, header)) or 'nothing'}"
+        f"{', '.join(map(short, header)) or 'nothing'} in the header row"
     )
 
 
@@ -207,11 +221,15 @@ def _row_problem(
     problem = name_problem(image)
     if problem is not None:
         return f"an image must be a file inside the image folder, got {short(image)} ({problem})"
-    for position, label in enumerate(labels):
+    seen: set[str] = set()
+    for label in labels:
         if not label:
             return f"labels must be non-empty names, got {short(';'.join(labels))}"
-        if label in labels[:position]:
+        if label in seen:
             return f"labels must be unique, got {short(label)} twice"
+        if CONTROL.search(label):
+            return f"labels must be names without control characters, got {short(label)}"
+        seen.add(label)
         if vocabulary is not None and label not in vocabulary:
             return (
                 f"labels must be among the {len(vocabulary)} of the vocabulary, got {short(label)}"
@@ -222,11 +240,11 @@ def _row_problem(
 def _split_name(column: str, cell: str) -> str | None:
     """Return the split that a cell names, None where it names none."""
     name = cell.strip()
-    return _IS_VALID.get(name.lower()) if column == "is_valid" else name or None
+    return _IS_VALID.get(name.lower()) if column.lower() == "is_valid" else name or None
 
 
 def _split_values(column: str) -> str:
-    return "true or false" if column == "is_valid" else "a non-empty name"
+    return "true or false" if column.lower() == "is_valid" else "a non-empty name"
 
 
 def _existing_rows(
@@ -246,10 +264,13 @@ def _join(
         names = sorted({label for row in rows for label in row.labels})
         vocabulary = {name: position for position, name in enumerate(names)}
     if not vocabulary:
-        raise DataError(f"{path} must hold at least one label, got none in any row")
+        raise EmptySourceError(f"{path} must hold at least one label, got none in any row")
     splits: dict[str, list[int]] = {}
     for position, row in enumerate(rows):
         splits.setdefault(row.split, []).append(position)
+    others = [name for name in splits if name in _NAMES_OF_VAL]
+    if "val" not in splits and len(others) == 1:
+        splits = {"val" if name in others else name: group for name, group in splits.items()}
     label_indptr, label_indices = csr(
         [sorted(vocabulary[label] for label in row.labels) for row in rows]
     )

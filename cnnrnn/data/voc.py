@@ -14,7 +14,7 @@ import numpy as np
 from cnnrnn.config import OnBadImage
 from cnnrnn.data.dataset import Boxes, DataError, Dataset, csr
 from cnnrnn.data.files import existing_images, find_files, read_bytes, read_lines, reason, short
-from cnnrnn.data.problems import Problems
+from cnnrnn.data.problems import EmptySourceError, Problems
 
 VOC_LABELS = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -119,10 +119,7 @@ def _year_folder(root: Path) -> Path:
 
 def _read_splits(main: Path, problems: Problems) -> list[_Split]:
     order = ("train", "val", "trainval", "test")
-    files = [
-        file for file in main.glob("*.txt")
-        if file.stem.partition("_")[0] not in _INDEX or file.stem in order
-    ]  # fmt: skip
+    files = [file for file in main.glob("*.txt") if file.stem in order or _is_split(file)]
     files.sort(key=lambda file: (order.index(file.stem) if file.stem in order else 4, file.stem))
     if not files:
         raise DataError(f"{main} must hold a file of image ids per split, such as train.txt")
@@ -148,8 +145,18 @@ def _read_splits(main: Path, problems: Problems) -> list[_Split]:
     return splits
 
 
+def _is_split(file: Path) -> bool:
+    """Tell train_small.txt, a split, from train_small.txt, the label train in a split small."""
+    label, _, split = file.stem.partition("_")
+    if label not in _INDEX:
+        return True
+    if file.with_name(f"{split}.txt").exists():
+        return False
+    return len(read_bytes(file).partition(b"\n")[0].split()) == 1
+
+
 def _annotated(root: Path, splits: list[_Split], problems: Problems) -> list[_Split]:
-    """Return the splits without images that lack an annotation; VOC 2012's test has none at all."""
+    """Return the splits without images that lack an annotation, as those of a test split may."""
     result = []
     for split in splits:
         image_ids = list(split.lines)
@@ -168,6 +175,13 @@ def _annotated(root: Path, splits: list[_Split], problems: Problems) -> list[_Sp
                 continue
             raise DataError(f"{root / 'Annotations'} must hold the annotations of {split.file}, "
                             "found none")  # fmt: skip
+        if missing and split.name == "test":
+            warnings.warn(
+                f"{split.file}: {len(missing)} of its {len(image_ids)} images have no annotation, "
+                f"the first is {places[missing[0]]}; they are left out",
+                stacklevel=3,
+            )
+            missing = []
         for i in missing:
             problems.add(
                 f"{split.file}: {places[i]} must have an annotation in "
@@ -316,7 +330,7 @@ def _join(
     splits: list[_Split],
 ) -> Dataset:
     if not images:
-        raise DataError(f"{root} must hold at least one image, got none in any split")
+        raise EmptySourceError(f"{root} must hold at least one image, got none in any split")
     records = [objects[image_id] for image_id, _ in images]
     certain = [[o for o in record if not o.difficult] for record in records]
     labels = [sorted({o.label for o in record}) for record in certain]
