@@ -1,8 +1,8 @@
 """What `precision="fast"` changes, without a GPU: `python benchmarks/fast_precision.py`.
 
-The CUDA kernels run on the CPU (tests/emulation), halves and their products exactly as a tensor core
-has them, sums in float32, on the trained heads of heads.py; N = 4, T = 5. benchmarks/gpu.py asks the
-same of a GPU.
+The CUDA kernels run on the CPU (tests/emulation), halves and their products exactly as a tensor
+core has them, sums in float32, on the trained heads of heads.py; N = 4, T = 5. benchmarks/gpu.py
+asks the same of a GPU.
 """
 
 from __future__ import annotations
