@@ -1,12 +1,13 @@
 // Makes the states of label prefixes on the device: equations 1 and 3 for all that are missing.
 //
-// Three launches a round, whatever is missing; each reads on the device how much there is to do.
+// Four launches a round, whatever is missing; each reads on the device how much there is to do.
 // 1. multiply_rows: U_r r' of every prefix that is extended for the first time, once for all its
 //    children. Nearly all of the work: 4 H^2 multiply-adds each. A block owns 64 rows x 64 columns,
 //    a thread 4 x 4 of them, and sums over k in ascending order whatever the number of rows, so
 //    that a state is the same bits in whichever batch it is first made.
 // 2. step_cells: a thread owns one unit of one new prefix, and the first one publishes its node.
 // 3. multiply_rows: U_o o of the new prefixes, which is all that scoring reads.
+// 4. end_round: one thread says that they are ready.
 // From the roofline, not measured: 4 H^2 = 1 M multiply-adds a parent at H = 512 are 31 ns at an
 // H200's 33.5 T/s; U_r (4 MB) stays in the second-level cache.
 

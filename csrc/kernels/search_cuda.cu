@@ -3,24 +3,22 @@
 // A warp owns a tile of 16 rows. A row is a live path; the rows of an image stand side by side, as
 // many as the beam size up to a power of two, so that whatever an image decides stays within a warp
 // and no block-wide barrier is needed. In each step
-// - lane r < 16 looks up the prefix of row r in the table and the warp gathers h(U_o o + e) [16,
-// D];
+// - lane r < 16 looks up the prefix of row r in the table, and the warp gathers h(U_o o + e) of all
+//   16 rows;
 // - labels go by in panels of 32, which label_scores_cuda.h multiplies, exactly in fp32 or fast in
 //   fp16. Softmax's denominator is kept online, the N best labels of a row in a list that takes
 //   only what exceeds its worst: scores of labels are never written to memory;
 // - the N x N continuations of an image are ranked by counting, all lanes at once, and lane m of
-// the
-//   warp decides with beam.h for the m-th image what ends, lives on or is dropped;
+//   the warp decides with beam.h for the m-th image what ends, lives on or is dropped;
 // - an image that needs states that are not there enters their prefixes into the table and is
-// parked:
-//   its beam goes to memory, and another launch takes it up when the states have been made.
+//   parked: its beam goes to memory, and another launch takes it up when they have been made.
 //
 // Two kinds of kernels: with all of U_l in shared memory (D = 64), each warp at its own pace; or
 // any D and L, panels streamed through shared memory and the warps of a block in step.
 //
 // By count, not measured: a row costs 64 x 96 multiply-adds at L = 81, D = 64. B = 4,096 images of
-// 4 rows and 4 steps are 0.40 G, 12 us at an H200's 33.5 T/s of fp32; all else is about as many
-// instructions again. The table is read once a row and step: 16 bytes of a slot and 256 of U_o o.
+// 4 rows and 4 steps are 0.40 G, 12 us at an H200's 33.5 T/s of fp32, unless the loads that feed
+// them from shared memory take longer. The table is read once a row and step: 16 bytes of a slot and 256 of U_o o.
 
 #include <algorithm>
 #include <cstdint>
@@ -87,7 +85,7 @@ CNNRNN_INLINE TileShape tile_shape(int beam_size) {
   return {kTileRows / rows, rows};
 }
 
-template <typename S, int kCapacity>
+template <typename S>
 CNNRNN_INLINE int64_t joint_bytes(int stride) {
   return static_cast<int64_t>(sizeof(typename S::Element)) * kTileRows * (stride + S::kPadding);
 }
@@ -96,7 +94,7 @@ template <typename S, int kCapacity>
 CNNRNN_INLINE int64_t tile_bytes(int images, int stride, bool marginals) {
   const int64_t floats = kTileRows * (3 + (marginals ? kPanelLabels : 0));
   const int64_t bytes = images * static_cast<int64_t>(sizeof(ImageState<kCapacity>)) +
-                        joint_bytes<S, kCapacity>(stride) +
+                        joint_bytes<S>(stride) +
                         kTileRows * static_cast<int64_t>(sizeof(TopN<int32_t, kCapacity>)) +
                         floats * static_cast<int64_t>(sizeof(float));
   return (bytes + 15) / 16 * 16;
@@ -109,7 +107,7 @@ __device__ Tile<S, kCapacity> tile_at(unsigned char* shared, int images, int str
   tile.images = reinterpret_cast<ImageState<kCapacity>*>(shared);
   shared += images * sizeof(ImageState<kCapacity>);
   tile.joint = reinterpret_cast<typename S::Element*>(shared);
-  shared += joint_bytes<S, kCapacity>(stride);
+  shared += joint_bytes<S>(stride);
   tile.labels = reinterpret_cast<TopN<int32_t, kCapacity>*>(shared);
   tile.log_sum_exp = reinterpret_cast<float*>(tile.labels + kTileRows);
   tile.end = tile.log_sum_exp + kTileRows;

@@ -16,6 +16,7 @@ from replay import (
     run_compiled,
     search_with,
 )
+from torch import library
 
 from cnnrnn.config import SearchConfig
 from cnnrnn.model import Head, ImageEmbedding
@@ -243,7 +244,7 @@ def test_the_op_passes_opcheck_and_compiles(head):
     head = head.to(GPU)
     embedding = images(head, 5, 1).to(GPU, torch.float32)
     tensors = [None if t is None else t.detach() for t in head_parameters(head)]
-    torch.library.opcheck(
+    library.opcheck(
         torch.ops.cnnrnn.beam_search,
         (embedding.joint, None, *tensors, "lstm", "relu", 4, 5, 0, "increasing", False, "n_best",
          True),
