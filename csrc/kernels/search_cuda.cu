@@ -18,7 +18,8 @@
 //
 // By count, not measured: a row costs 64 x 96 multiply-adds at L = 81, D = 64. B = 4,096 images of
 // 4 rows and 4 steps are 0.40 G, 12 us at an H200's 33.5 T/s of fp32, unless the loads that feed
-// them from shared memory take longer. The table is read once a row and step: 16 bytes of a slot and 256 of U_o o.
+// them from shared memory take longer. The table is read once a row and step: 16 bytes of a slot
+// and 256 of U_o o.
 
 #include <algorithm>
 #include <cstdint>
