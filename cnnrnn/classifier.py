@@ -207,6 +207,11 @@ def _build(folder: Path, description: dict[str, Any]) -> CNNRNN:
         )
         search = _options(SearchConfig, "search", description["search"])
         calibration = _options(Calibration, "calibration", description["calibration"])
+        if len(calibration.label_thresholds) not in (0, len(labels)):
+            raise ValueError(
+                f"calibration.label_thresholds must be {len(labels)} numbers, one per label, or "
+                f"none, got {len(calibration.label_thresholds)}"
+            )
         feature_dim = _typed("feature_dim", description["feature_dim"], int)
         head = Head.from_config(config, len(labels), feature_dim)
         head.max_labels = _typed("max_labels", description["max_labels"], int)
@@ -246,8 +251,11 @@ def _options(kind: type[T], name: str, values: Any) -> T:
 def _typed(name: str, value: Any, kind: Any) -> Any:
     """Return a JSON value if it is of a type, a list as tuple where that is the type."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin is tuple and isinstance(value, list) and len(value) == len(parts):
-        return tuple(_typed(name, v, part) for v, part in zip(value, parts, strict=True))
+    if origin is tuple and isinstance(value, list):
+        of_any_length = parts[-1] is Ellipsis
+        kinds = parts[:1] * len(value) if of_any_length else parts
+        if len(value) == len(kinds):
+            return tuple(_typed(name, v, part) for v, part in zip(value, kinds, strict=True))
     if origin is list and isinstance(value, list):
         return [_typed(name, item, parts[0]) for item in value]
     if origin is typing.Literal and value in parts:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from cnnrnn import __version__
-from cnnrnn.config import ModelConfig, SearchConfig, TrainConfig
+from cnnrnn.config import DECISIONS, ModelConfig, SearchConfig, TrainConfig
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -179,8 +179,9 @@ def _predict_parser() -> ArgumentParser:
     parser.add_argument("--top_k", type=int | None, help="keep at most this many labels")
     parser.add_argument("--min_labels", type=int | None, help="forbid shorter label paths")
     parser.add_argument(
-        "--decide", type=str, default="path", choices=["path", "threshold"],
-        help="labels of the best path, or those above the calibrated threshold",
+        "--decide", type=str, default="path", choices=list(DECISIONS),
+        help="labels of the best path, those above the calibrated threshold or above each label's "
+        "own, or the calibrated number of labels",
     )  # fmt: skip
     parser.add_argument("--threshold", type=float | None, help="another threshold on the scores")
     _add_run_options(parser, batch_size=64)
@@ -295,10 +296,10 @@ def metrics_table(metrics: dict[str, dict[str, float]], title: str) -> str:
              f"{first['images-without-labels']:,.0f} without labels, "
              f"{first['labels-without-positives']:.0f} labels without positives"]  # fmt: skip
     widths = {name: max(6, len(name)) + 2 for name in TABLE_METRICS}
-    lines.append(" " * 9 + "".join(f"{name:>{width}}" for name, width in widths.items()))
+    lines.append(" " * 16 + "".join(f"{name:>{width}}" for name, width in widths.items()))
     for decision, values in metrics.items():
         cells = "".join(f"{100 * values[name]:{width}.1f}" for name, width in widths.items())
-        lines.append(f"{decision:<9}{cells}")
+        lines.append(f"{decision.replace('_', ' '):<16}{cells}")
     return "\n".join(lines)
 
 

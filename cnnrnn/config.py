@@ -13,7 +13,8 @@ Cell = Literal["lstm", "paper"]
 Activation = Literal["relu", "tanh", "identity"]
 Order = Literal["increasing", "unique", "free"]
 Stop = Literal["n_best", "literal"]
-Decide = Literal["path", "threshold"]
+Decide = Literal["path", "threshold", "label_thresholds", "k"]
+DECISIONS: tuple[Decide, ...] = ("path", "threshold", "label_thresholds", "k")
 OnBadImage = Literal["error", "skip"]
 
 MAX_BEAM_SIZE = 16
@@ -71,6 +72,7 @@ class ModelConfig:
         freeze_backbone: keep the backbone fixed, in eval mode; its features are cached on disk.
         image_size: side of the square input in pixels; None takes the backbone's own.
         trunk_dim: width of the hidden layer between image feature and head; 0 for none.
+        trunk_skip: the head reads the image feature itself beside the hidden layer.
         joint_dim: D, width of the joint space of labels and images.
         hidden_dim: H, width of the recurrent state.
         cell: `lstm`, or `paper` for equation 1 taken literally.
@@ -88,6 +90,7 @@ class ModelConfig:
     freeze_backbone: bool = True
     image_size: int | None = None
     trunk_dim: int = 512
+    trunk_skip: bool = False
     joint_dim: int = 64
     hidden_dim: int = 128
     cell: Cell = "lstm"
@@ -122,6 +125,7 @@ class ModelConfig:
         return cls(
             backbone="vgg16",
             trunk_dim=0,
+            trunk_skip=False,
             joint_dim=64,
             hidden_dim=512,
             cell="paper",
@@ -186,16 +190,24 @@ class Calibration:
     """What a validation split decided, kept with the model.
 
     Attributes:
-        threshold: a label is present from this score on, under `decide="threshold"`.
+        threshold: a label is present from this score on, under `decide="threshold"`; the one with
+            the best O-F1.
         mix_weight: weight of the chain term's own score beside the path marginal, in logit space.
+        label_thresholds: one threshold per label, in path order, under `decide="label_thresholds"`;
+            each the one with the label's best F1. Empty where they were not calibrated: then
+            `threshold` is every label's.
+        k: how many labels each image gets under `decide="k"`; the number with the best O-F1.
     """
 
     threshold: float = 0.5
     mix_weight: float = 0.5
+    label_thresholds: tuple[float, ...] = ()
+    k: int = 1
 
     def __post_init__(self) -> None:
-        """Check the weight."""
+        """Check the ranges."""
         _require(0 <= self.mix_weight <= 1, f"mix_weight must be in [0, 1], got {self.mix_weight}")
+        _require(self.k >= 1, f"k must be at least 1, got {self.k}")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""From image features to a decided label set: the best path, or a threshold on mixed marginals."""
+"""From image features to a decided label set: the best path, or a cut through mixed marginals."""
 
 from __future__ import annotations
 
@@ -7,8 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cnnrnn.config import Calibration, SearchConfig
-from cnnrnn.metrics import best_threshold, multilabel_metrics
+from cnnrnn.config import DECISIONS, Calibration, Decide, SearchConfig
+from cnnrnn.metrics import (
+    best_k,
+    best_label_thresholds,
+    best_threshold,
+    multilabel_metrics,
+    threshold_sets,
+    top_k_sets,
+)
 from cnnrnn.model import Head
 from cnnrnn.search import NonFiniteError, SearchResult, beam_search
 
@@ -95,7 +102,7 @@ def mixed_scores(marginals: Tensor, label_scores: Tensor | None, weight: float) 
 
 
 def calibrate(inference: Inference, targets: Tensor) -> Calibration:
-    """Choose mixing weight and threshold on validation data.
+    """Choose mixing weight, thresholds and k on validation data.
 
     The weight has the best sum of O-F1 (at its own best threshold) and mAP; 0 where the model has
     no chain term to mix in.
@@ -104,15 +111,41 @@ def calibrate(inference: Inference, targets: Tensor) -> Calibration:
         inference: of the validation images.
         targets: [n, L] bool.
     """
-    best: tuple[float, Calibration] | None = None
-    for weight in MIX_WEIGHTS if inference.label_scores is not None else (0.0,):
+    weights = MIX_WEIGHTS if inference.label_scores is not None else (0.0,)
+
+    def merit(weight: float) -> float:
         scores = inference.mixed(weight)
-        threshold, of1 = best_threshold(scores, targets)
-        merit = of1 + mean_average_precision(scores, targets)
-        if best is None or merit > best[0]:
-            best = (merit, Calibration(threshold, weight))
-    assert best is not None
-    return best[1]
+        return best_threshold(scores, targets)[1] + mean_average_precision(scores, targets)
+
+    weight = max(weights, key=merit)
+    scores = inference.mixed(weight)
+    threshold, _ = best_threshold(scores, targets)
+    label_thresholds = best_label_thresholds(scores, targets, otherwise=threshold)
+    k, _ = best_k(scores, targets)
+    return Calibration(threshold, weight, tuple(label_thresholds.tolist()), k)
+
+
+def decided_sets(
+    decide: Decide, sets: Tensor, scores: Tensor, calibration: Calibration
+) -> Tensor:
+    """Return the label sets of a decision: [n, L] bool.
+
+    Args:
+        decide: `path` takes the best path's set, the others cut through the scores as calibrated.
+        sets: [n, L] bool, the sets of the best paths.
+        scores: [n, L] mixed marginals.
+        calibration: thresholds and k.
+    """
+    if decide == "path":
+        return sets
+    if decide == "threshold":
+        return threshold_sets(scores, calibration.threshold)
+    if decide == "k":
+        return top_k_sets(scores, calibration.k)
+    if decide == "label_thresholds":
+        cuts = calibration.label_thresholds
+        return threshold_sets(scores, torch.tensor(cuts) if cuts else calibration.threshold)
+    raise ValueError(f"decide must be one of {', '.join(DECISIONS)}, got {decide!r}")
 
 
 def mean_average_precision(scores: Tensor, targets: Tensor) -> float:
@@ -128,25 +161,26 @@ def decision_metrics(
     k: int | None = None,
     unknown: Tensor | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Measure both decisions, ranked by the mixed marginals.
+    """Measure every decision, ranked by the mixed marginals.
 
     Args:
         inference: of the images.
         targets: [n, L] bool.
-        calibration: threshold and mixing weight.
+        calibration: thresholds, k and mixing weight.
         k: also report at most k labels of the best path (`path@k`) and exactly k labels by score
             (`top@k`).
         unknown: [n, L] bool, labels that are neither present nor absent.
 
     Returns:
-        Metrics of `path` and `threshold`, and of the two at k.
+        Metrics by decision (`DECISIONS`), and of the two at k.
     """
     scores = inference.mixed(calibration.mix_weight)
+    decided = {
+        decide: decided_sets(decide, inference.sets, scores, calibration) for decide in DECISIONS
+    }
     rows = {
-        "path": multilabel_metrics(inference.sets, targets, scores=scores, unknown=unknown),
-        "threshold": multilabel_metrics(
-            scores, targets, threshold=calibration.threshold, unknown=unknown
-        ),
+        decide: multilabel_metrics(sets, targets, scores=scores, unknown=unknown)
+        for decide, sets in decided.items()
     }
     if k is not None:
         rows[f"path@{k}"] = multilabel_metrics(

@@ -137,6 +137,33 @@ def best_threshold(
     return (middle if lower < middle <= upper else upper), float(f1[best])
 
 
+def best_label_thresholds(
+    scores: Tensor, targets: Tensor, otherwise: float, at_least: int = 1
+) -> Tensor:
+    """Find the threshold of each label that gives its best F1.
+
+    Args:
+        scores: [n, L] floating point.
+        targets: [n, L] bool or 0/1 integers.
+        otherwise: the threshold of labels with fewer positives than `at_least`, for which there is
+            nothing to choose by.
+        at_least: positives that a threshold of its own takes.
+
+    Returns:
+        [L] thresholds in the type of `scores`.
+
+    Raises:
+        ValueError: when shapes, types or values are wrong, or there is no image.
+    """
+    scores = _checked_scores(scores)
+    targets = _checked_targets(targets, scores, "scores")
+    thresholds = torch.full_like(scores[0], otherwise)
+    for label in (targets.sum(0) >= max(at_least, 1)).nonzero()[:, 0].tolist():
+        column = slice(label, label + 1)
+        thresholds[label], _ = best_threshold(scores[:, column], targets[:, column])
+    return thresholds
+
+
 def best_k(scores: Tensor, targets: Tensor) -> tuple[int, float]:
     """Find the number of labels per image that gives the best O-F1.
 

@@ -128,16 +128,32 @@ class PaperRecurrence(nn.Module):
 
 
 class Trunk(nn.Sequential):
-    """Dropout, and a hidden layer where `trunk_dim` is not 0, between image feature and head."""
+    """Dropout, and a hidden layer where `trunk_dim` is not 0, between image feature and head.
+
+    With `skip`, the image feature goes on beside the hidden layer: [hidden, feature].
+    """
 
     def __init__(
-        self, feature_dim: int, trunk_dim: int, input_dropout: float, hidden_dropout: float
+        self,
+        feature_dim: int,
+        trunk_dim: int,
+        input_dropout: float,
+        hidden_dropout: float,
+        skip: bool = False,
     ) -> None:
         layers: list[nn.Module] = [nn.Dropout(input_dropout)]
         if trunk_dim:
             layers += [nn.Linear(feature_dim, trunk_dim), nn.ReLU(), nn.Dropout(hidden_dropout)]
         super().__init__(*layers)
-        self.output_dim = trunk_dim or feature_dim
+        self.skip = skip and trunk_dim > 0
+        self.output_dim = (trunk_dim or feature_dim) + (feature_dim if self.skip else 0)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return what the head reads of image features: [B, F] to [B, output_dim]."""
+        hidden = features = self[0](features)
+        for layer in list(self)[1:]:
+            hidden = layer(hidden)
+        return torch.cat([hidden, features], dim=1) if self.skip else hidden
 
 
 class Head(nn.Module):
@@ -152,6 +168,7 @@ class Head(nn.Module):
         activation: h of equation 4.
         chain_term: add an independent classifier's next-label logits.
         trunk_dim: width of a hidden layer on the image feature; 0 for none.
+        trunk_skip: read the image feature itself beside the hidden layer.
         score_bias: learn one bias per label and END.
         projection_bias: learn a bias in U_I.
         input_dropout: dropout on the image feature.
@@ -183,6 +200,7 @@ class Head(nn.Module):
         chain_term: bool = False,
         *,
         trunk_dim: int = 0,
+        trunk_skip: bool = False,
         score_bias: bool = True,
         projection_bias: bool = True,
         input_dropout: float = 0.0,
@@ -213,7 +231,7 @@ class Head(nn.Module):
             torch.empty(num_labels + 2, joint_dim).uniform_(-bound, bound)
         )
         self.score_bias = nn.Parameter(torch.zeros(num_labels + 1)) if score_bias else None
-        self.trunk = Trunk(feature_dim, trunk_dim, input_dropout, hidden_dropout)
+        self.trunk = Trunk(feature_dim, trunk_dim, input_dropout, hidden_dropout, trunk_skip)
         width = self.trunk.output_dim
         self.image_projection = nn.Linear(width, joint_dim, bias=projection_bias)
         self.output_projection = nn.Linear(hidden_dim, joint_dim, bias=False)
@@ -254,6 +272,7 @@ class Head(nn.Module):
             config.activation,
             config.chain_term,
             trunk_dim=config.trunk_dim,
+            trunk_skip=config.trunk_skip,
             score_bias=config.score_bias,
             projection_bias=config.projection_bias,
             input_dropout=config.input_dropout,

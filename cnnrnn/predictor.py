@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from cnnrnn.classifier import CNNRNN, load_checkpoint
-from cnnrnn.config import Calibration, Decide, OnBadImage, Preprocessing, SearchConfig
+from cnnrnn.config import DECISIONS, Calibration, Decide, OnBadImage, Preprocessing, SearchConfig
 from cnnrnn.data import BadImageError, DataError
 from cnnrnn.data.images import decode_image, normalize, to_rgb, to_tensor
-from cnnrnn.decisions import Inference, infer
+from cnnrnn.decisions import Inference, decided_sets, infer
 from cnnrnn.fit import resolve_device
 from cnnrnn.labels import PAD
-from cnnrnn.metrics import cut_to_k, threshold_sets
+from cnnrnn.metrics import cut_to_k
 from cnnrnn.search import NonFiniteError
 
 DEMO_MODEL = Path(__file__).parent / "scenes_model"
@@ -143,8 +143,9 @@ def predict(
         top_k: keep at most this many labels, those with the best scores.
         beam_size: N, 1 to 16; the model's own by default.
         min_labels: forbid shorter label paths.
-        decide: `path` takes the best path's labels, `threshold` those whose score reaches the
-            threshold chosen on validation data.
+        decide: `path` takes the best path's labels; `threshold` those whose score reaches the
+            threshold chosen on validation data, `label_thresholds` each label's own; `k` the
+            number of best-scored labels chosen there.
         threshold: overrides that threshold, and implies `decide="threshold"`.
         batch_size: images per step.
         device: `cpu`, `cuda`, `cuda:N` or `auto`; None leaves a model where it is, and puts a
@@ -294,8 +295,8 @@ class _Options:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}")
         if self.threshold is not None and not math.isfinite(self.threshold):
             raise ValueError(f"threshold must be a finite number, got {self.threshold}")
-        if self.decide not in ("path", "threshold"):
-            raise ValueError(f"decide must be path or threshold, got {self.decide!r}")
+        if self.decide not in DECISIONS:
+            raise ValueError(f"decide must be one of {', '.join(DECISIONS)}, got {self.decide!r}")
 
 
 def _search_of(model: CNNRNN, beam_size: int | None, min_labels: int | None) -> SearchConfig:
@@ -343,11 +344,9 @@ def _decide(model: CNNRNN, features: Tensor, search: SearchConfig, options: _Opt
     inference = infer(model.head, features, search)
     calibration: Calibration = model.calibration
     scores = inference.mixed(calibration.mix_weight)
-    if options.decide == "threshold":
-        cut = calibration.threshold if options.threshold is None else options.threshold
-        sets = threshold_sets(scores, cut)
-    else:
-        sets = inference.sets
+    if options.threshold is not None:
+        calibration = replace(calibration, threshold=options.threshold)
+    sets = decided_sets(options.decide, inference.sets, scores, calibration)
     if options.top_k is not None:
         sets = cut_to_k(sets, scores, options.top_k)
     return _Batch(inference, sets, scores)

@@ -31,7 +31,7 @@ def make_model(config=CONFIG, names=NAMES, seed=0, feature_dim=None):
     head.max_labels = 3
     space = LabelSpace.by_frequency(names, np.arange(len(names)))
     search = SearchConfig(beam_size=5, order="unique")
-    return CNNRNN(config, space, head, backbone, search, Calibration(0.3, 0.25)).eval()
+    return CNNRNN(config, space, head, backbone, search, Calibration(0.3, 0.25, (0.1, 0.2, 0.3, 0.4), 2)).eval()
 
 
 def pictures(count=5):
@@ -240,6 +240,9 @@ def test_every_value_of_another_type_is_refused(folder):
         (("search", "beam_size"), True),
         (("search", "order"), "sideways"),
         (("calibration", "threshold"), None),
+        (("calibration", "label_thresholds"), [0.5]),
+        (("calibration", "label_thresholds"), ["a", "b", "c", "d"]),
+        (("calibration", "k"), 0),
         (("model", "score_bias"), "no"),
         (("model", "joint_dim"), 4.0),
         (("model", "hidden_dim"), 10**13),

@@ -18,6 +18,7 @@ import yaml
 
 from cnnrnn.classifier import load_checkpoint
 from cnnrnn.cli import main
+from cnnrnn.config import DECISIONS
 from cnnrnn.data.scenes import write_scenes
 
 TINY = ["--model.backbone=small", "--model.pretrained=false", "--model.image-size=16",
@@ -66,7 +67,7 @@ def test_train_prints_a_table_and_reports_to_stderr(features, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "validation, 3 labels: 18 images" in out
     assert f"best checkpoint: {tmp_path / 'best'}" in out
-    for word in ("path", "threshold", "path@3", "top@3", "O-F1", "MAP@10", "exact-match"):
+    for word in ("path", "threshold", "label thresholds", "path@3", "top@3", "O-F1", "MAP@10", "exact-match"):
         assert word in out
     assert "train images 42" in err and "path   2" in err
 
@@ -169,7 +170,7 @@ def test_evaluate_writes_table_json_and_csv(run, scenes, tmp_path, capsys):
         raise AssertionError(f"{constant} is no JSON")
 
     metrics = json.loads((tmp_path / "all.json").read_text(), parse_constant=refuse)
-    assert metrics.keys() == {"path", "threshold", "path@2", "top@2"}
+    assert metrics.keys() == {*DECISIONS, "path@2", "top@2"}
     assert metrics["path"]["images"] == 11 and 0 <= metrics["threshold"]["O-F1"] <= 1
     rows = list(csv.DictReader((tmp_path / "all.csv").open()))
     assert [next(iter(row.values())) for row in rows] == list(load_checkpoint(run).labels)

@@ -165,6 +165,31 @@ def test_best_threshold_is_the_exact_maximum(case: tuple[Tensor, Tensor]) -> Non
     assert last == 0 or threshold > cuts[last - 1]
 
 
+@settings(max_examples=100, deadline=None)
+@given(tied_cases())
+def test_label_thresholds_are_each_labels_exact_maximum(case: tuple[Tensor, Tensor]) -> None:
+    scores, targets = case
+    cuts = metrics.best_label_thresholds(scores, targets, otherwise=0.25)
+    sets = metrics.threshold_sets(scores, cuts)
+    for label in range(scores.shape[1]):
+        column = slice(label, label + 1)
+        if not targets[:, label].any():
+            assert cuts[label] == 0.25
+            continue
+        every_cut = [
+            brute_o_f1(scores[:, column] >= cut, targets[:, column])
+            for cut in scores[:, label].tolist()
+        ]
+        assert brute_o_f1(sets[:, column], targets[:, column]) == max(every_cut)
+
+
+def test_labels_with_few_positives_keep_the_other_threshold() -> None:
+    scores = torch.tensor([[0.9, 0.9], [0.8, 0.2], [0.1, 0.1]])
+    targets = torch.tensor([[True, True], [True, False], [False, False]])
+    cuts = metrics.best_label_thresholds(scores, targets, otherwise=0.7, at_least=2)
+    assert cuts.tolist() == pytest.approx([0.45, 0.7])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_best_threshold_between_neighbouring_floats(dtype: torch.dtype) -> None:
     low = torch.tensor(1.0, dtype=dtype)

@@ -293,3 +293,14 @@ def test_without_timm_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
     with pytest.raises(ModuleNotFoundError, match=r'run `pip install "cnnrnn\[vision\]"`'):
         make_backbone(ModelConfig(backbone="resnet18", pretrained=False))
+
+
+def test_a_head_with_a_skip_reads_the_feature_beside_the_hidden_layer():
+    torch.manual_seed(0)
+    head = Head(3, 4, joint_dim=5, hidden_dim=6, chain_term=True, trunk_dim=2, trunk_skip=True)
+    features = torch.randn(7, 4)
+    hidden = torch.relu(features @ head.trunk[1].weight.T + head.trunk[1].bias)
+    torch.testing.assert_close(head.trunk(features), torch.cat([hidden, features], dim=1))
+    assert head.label_classifier.in_features == head.image_projection.in_features == 2 + 4
+    without_layer = Head(3, 4, trunk_dim=0, trunk_skip=True)
+    assert torch.equal(without_layer.trunk(features), features)

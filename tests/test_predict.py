@@ -18,7 +18,8 @@ from cnnrnn import BadImageError, DataError, ModelConfig, SearchConfig
 from cnnrnn.backbones import make_backbone
 from cnnrnn.classifier import CNNRNN
 from cnnrnn.config import Calibration
-from cnnrnn.decisions import calibrate, infer, mixed_scores
+from cnnrnn.decisions import calibrate, decided_sets, infer, mixed_scores
+from cnnrnn.metrics import best_k
 from cnnrnn.labels import LabelSpace
 from cnnrnn.model import Head
 from cnnrnn.predictor import DEMO_MODEL, predict_features
@@ -295,7 +296,10 @@ def test_arrays_and_tensors_of_another_shape_or_type(model):
         ({"beam_size": 17}, "beam_size must be in 1..16, got 17"),
         ({"min_labels": -1}, "min_labels must be at least 0, got -1"),
         ({"min_labels": 4}, "min_labels (4) must not exceed max_labels (3)"),
-        ({"decide": "vote"}, "decide must be path or threshold, got 'vote'"),
+        (
+            {"decide": "vote"},
+            "decide must be one of path, threshold, label_thresholds, k, got 'vote'",
+        ),
         ({"threshold": math.nan}, "threshold must be a finite number, got nan"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"on_bad_image": "ignore"}, "on_bad_image must be error or skip, got 'ignore'"),
@@ -345,6 +349,20 @@ def test_threshold_decisions(model, arrays):
     assert not any(p.labels for p in model.predict(arrays, threshold=1.5))
     cut = model.predict(arrays, threshold=0.0, top_k=2)
     assert {len(p.labels) for p in cut} == {2}
+
+
+def test_decisions_by_each_labels_threshold_and_by_k(model, arrays):
+    cuts = dict(zip(NAMES, torch.linspace(0.2, 0.6, len(NAMES)).tolist(), strict=True))
+    model.calibration = Calibration(0.4, 0.25, tuple(cuts.values()), k=2)
+    for prediction in model.predict(arrays, decide="label_thresholds"):
+        assert prediction.labels == [n for n in NAMES if prediction.scores[n] >= cuts[n]]
+    for prediction in model.predict(arrays, decide="k"):
+        best = sorted(NAMES, key=lambda n: -prediction.scores[n])[:2]
+        assert prediction.labels == [n for n in NAMES if n in best]
+    model.calibration = Calibration(0.4, 0.25)  # one that was never calibrated label by label
+    common = model.predict(arrays, decide="threshold")
+    for one, other in zip(model.predict(arrays, decide="label_thresholds"), common, strict=True):
+        assert one.labels == other.labels
 
 
 def test_beam_size(model, arrays):
@@ -422,6 +440,11 @@ def test_calibration_chooses_what_separates():
     calibration = calibrate(inference, targets)
     sets = inference.mixed(calibration.mix_weight) >= calibration.threshold
     assert torch.equal(sets, targets)
+    by_label = decided_sets(
+        "label_thresholds", inference.sets, inference.mixed(calibration.mix_weight), calibration
+    )
+    assert torch.equal(by_label, targets)
+    assert calibration.k == best_k(inference.mixed(calibration.mix_weight), targets)[0]
     plain = infer(make_model(False, feature_dim=7).head.eval(), features, SearchConfig())
     assert calibrate(plain, targets).mix_weight == 0.0
 
