@@ -35,7 +35,10 @@ class IndependentClassifier(nn.Module):
     def __init__(self, config: ModelConfig, num_labels: int, feature_dim: int) -> None:
         super().__init__()
         self.trunk = Trunk(
-            feature_dim, config.trunk_dim, config.input_dropout, config.hidden_dropout,
+            feature_dim,
+            config.trunk_dim,
+            config.input_dropout,
+            config.hidden_dropout,
             config.trunk_skip,
         )
         self.classifier = nn.Linear(self.trunk.output_dim, num_labels)

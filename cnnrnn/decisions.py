@@ -125,9 +125,7 @@ def calibrate(inference: Inference, targets: Tensor) -> Calibration:
     return Calibration(threshold, weight, tuple(label_thresholds.tolist()), k)
 
 
-def decided_sets(
-    decide: Decide, sets: Tensor, scores: Tensor, calibration: Calibration
-) -> Tensor:
+def decided_sets(decide: Decide, sets: Tensor, scores: Tensor, calibration: Calibration) -> Tensor:
     """Return the label sets of a decision: [n, L] bool.
 
     Args:
@@ -178,7 +176,7 @@ def decision_metrics(
     decided = {
         decide: decided_sets(decide, inference.sets, scores, calibration) for decide in DECISIONS
     }
-    rows = {
+    rows: dict[str, dict[str, float]] = {
         decide: multilabel_metrics(sets, targets, scores=scores, unknown=unknown)
         for decide, sets in decided.items()
     }

@@ -31,7 +31,9 @@ def make_model(config=CONFIG, names=NAMES, seed=0, feature_dim=None):
     head.max_labels = 3
     space = LabelSpace.by_frequency(names, np.arange(len(names)))
     search = SearchConfig(beam_size=5, order="unique")
-    return CNNRNN(config, space, head, backbone, search, Calibration(0.3, 0.25, (0.1, 0.2, 0.3, 0.4), 2)).eval()
+    return CNNRNN(
+        config, space, head, backbone, search, Calibration(0.3, 0.25, (0.1, 0.2, 0.3, 0.4), 2)
+    ).eval()
 
 
 def pictures(count=5):

@@ -67,7 +67,16 @@ def test_train_prints_a_table_and_reports_to_stderr(features, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "validation, 3 labels: 18 images" in out
     assert f"best checkpoint: {tmp_path / 'best'}" in out
-    for word in ("path", "threshold", "label thresholds", "path@3", "top@3", "O-F1", "MAP@10", "exact-match"):
+    for word in (
+        "path",
+        "threshold",
+        "label thresholds",
+        "path@3",
+        "top@3",
+        "O-F1",
+        "MAP@10",
+        "exact-match",
+    ):
         assert word in out
     assert "train images 42" in err and "path   2" in err
 

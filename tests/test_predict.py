@@ -19,8 +19,8 @@ from cnnrnn.backbones import make_backbone
 from cnnrnn.classifier import CNNRNN
 from cnnrnn.config import Calibration
 from cnnrnn.decisions import calibrate, decided_sets, infer, mixed_scores
-from cnnrnn.metrics import best_k
 from cnnrnn.labels import LabelSpace
+from cnnrnn.metrics import best_k
 from cnnrnn.model import Head
 from cnnrnn.predictor import DEMO_MODEL, predict_features
 from cnnrnn.search import NonFiniteError
