@@ -8,7 +8,7 @@ import torch
 from cnnrnn.backbones import make_backbone
 from cnnrnn.config import ModelConfig
 from cnnrnn.labels import increasing_paths, prefix_trie
-from cnnrnn.model import Head, ImageEmbedding, chain_logits
+from cnnrnn.model import Dropout, Head, ImageEmbedding, chain_logits
 from cnnrnn.recurrence import LSTMRecurrence, PaperRecurrence, prefix_outputs
 
 CELLS = ["lstm", "paper"]
@@ -248,6 +248,21 @@ def test_dropout_works_in_training_alone():
     assert not torch.equal(first[0], second[0]) and not torch.equal(first[1], second[1])
     head.eval()
     torch.testing.assert_close(head(features, paths), head(features, paths), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.0, 0.25, 1.0])
+def test_dropout_keeps_a_share_and_scales_it(p, dtype):
+    torch.manual_seed(0)
+    inputs = torch.ones(100, 101, dtype=dtype, requires_grad=True)
+    dropped = Dropout(p)(inputs)
+    kept = dropped != 0
+    assert dropped.dtype == dtype
+    assert float(kept.double().mean()) == pytest.approx(1 - p, abs=0.08 * p)
+    scale = torch.tensor(1 / (1 - p) if p < 1 else 0.0, dtype=dtype)
+    torch.testing.assert_close(dropped, kept * scale)
+    (gradient,) = torch.autograd.grad(dropped.sum(), inputs)
+    torch.testing.assert_close(gradient, dropped)
 
 
 def test_joint_dropout_falls_on_both_projections():
