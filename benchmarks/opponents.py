@@ -20,7 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cnnrnn.model import Head, ImageEmbedding, LSTMRecurrence
+from cnnrnn.model import Head, ImageEmbedding
+from cnnrnn.recurrence import LSTMRecurrence
 
 
 class Paths(NamedTuple):

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cnnrnn.config import Activation, Cell, ModelConfig
-from cnnrnn.labels import PrefixTrie, prefix_trie
+from cnnrnn.labels import prefix_trie
+from cnnrnn.recurrence import LSTMRecurrence, PaperRecurrence, prefix_outputs
 
 UNTRAINED_MAX_LABELS = 20
 PREFIX_BYTES = 512 << 20
@@ -62,69 +63,19 @@ def chain_logits(label_scores: Tensor) -> Tensor:
     return functional.pad(v + after, (0, 1))
 
 
-class LSTMRecurrence(nn.LSTMCell):
-    """A standard LSTM over label embeddings (the paper's r and o are its cell and output)."""
+class Dropout(nn.Dropout):
+    """Dropout whose mask on a CPU is a comparison with uniform numbers.
 
-    def step(self, inputs: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Advance one step.
-
-        Args:
-            inputs: [M, D] label embeddings.
-            state: output [M, H] and cell [M, H] before the step.
-
-        Returns:
-            Output [M, H] and cell [M, H] after it.
-        """
-        output, cell = super().forward(inputs, state)
-        return output, cell
-
-    def input_gates(self, inputs: Tensor) -> Tensor:
-        """Return the label's part of the gates with all biases: [M, D] -> [M, 4H]."""
-        return functional.linear(inputs, self.weight_ih, self.bias_ih + self.bias_hh)
-
-    def recurrent_gates(self, state: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the state's part of the gates, which all labels after it share: [M, 4H]."""
-        return functional.linear(state[0], self.weight_hh)
-
-    def apply_gates(self, gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-        """Return output and cell [M, H] for the sum of both parts [M, 4H] and the cell before."""
-        i, f, g, o = gates.chunk(4, dim=1)
-        cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
-        return o.sigmoid() * cell.tanh(), cell
-
-
-class PaperRecurrence(nn.Module):
-    """Equation 1 taken literally: ReLU everywhere, no biases, the cell r feeds back.
-
-    x = relu(U_r r' + U_w w), i, f and g likewise; r = f * r' + i * x; o = r * g.
-    Rows of the weights come in the order x, i, f, g.
+    torch draws a CPU's mask with `bernoulli_`, which takes seven times as long on one that is not
+    Intel's: a sixth of a training step on cached features.
     """
 
-    def __init__(self, input_size: int, hidden_size: int) -> None:
-        super().__init__()
-        self.weight_ih = nn.Parameter(torch.empty(4 * hidden_size, input_size))
-        self.weight_hh = nn.Parameter(torch.empty(4 * hidden_size, hidden_size))
-        bound = 1.0 / math.sqrt(hidden_size)  # literal ReLU cells grow without bound otherwise
-        nn.init.uniform_(self.weight_ih, -bound, bound)
-        nn.init.uniform_(self.weight_hh, -bound, bound)
-
-    def step(self, inputs: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Advance one step; arguments and result as in `LSTMRecurrence.step`."""
-        return self.apply_gates(self.input_gates(inputs) + self.recurrent_gates(state), state[1])
-
-    def input_gates(self, inputs: Tensor) -> Tensor:
-        """Return the label's part of the gates: [M, D] -> [M, 4H]."""
-        return functional.linear(inputs, self.weight_ih)
-
-    def recurrent_gates(self, state: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the state's part, as `LSTMRecurrence.recurrent_gates`: the cell feeds back."""
-        return functional.linear(state[1], self.weight_hh)
-
-    def apply_gates(self, gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-        """Return output and cell, as `LSTMRecurrence.apply_gates`."""
-        x, i, f, g = gates.relu().chunk(4, dim=1)
-        cell = f * cell + i * x
-        return cell * g, cell
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Drop and scale in training, pass through otherwise."""
+        if not self.training or inputs.device.type != "cpu" or self.p in (0, 1):
+            return super().forward(inputs)
+        kept = torch.rand(inputs.shape, dtype=torch.float32).ge_(self.p).to(inputs.dtype)
+        return inputs * kept.div_(1 - self.p)
 
 
 class Trunk(nn.Sequential):
@@ -141,9 +92,9 @@ class Trunk(nn.Sequential):
         hidden_dropout: float,
         skip: bool = False,
     ) -> None:
-        layers: list[nn.Module] = [nn.Dropout(input_dropout)]
+        layers: list[nn.Module] = [Dropout(input_dropout)]
         if trunk_dim:
-            layers += [nn.Linear(feature_dim, trunk_dim), nn.ReLU(), nn.Dropout(hidden_dropout)]
+            layers += [nn.Linear(feature_dim, trunk_dim), nn.ReLU(), Dropout(hidden_dropout)]
         super().__init__(*layers)
         self.skip = skip and trunk_dim > 0
         self.output_dim = (trunk_dim or feature_dim) + (feature_dim if self.skip else 0)
@@ -241,7 +192,7 @@ class Head(nn.Module):
             else PaperRecurrence(joint_dim, hidden_dim)
         )
         self.label_classifier = nn.Linear(width, num_labels) if chain_term else None
-        self.joint_dropout = nn.Dropout(joint_dropout)
+        self.joint_dropout = Dropout(joint_dropout)
 
     @property
     def end(self) -> int:
@@ -363,30 +314,11 @@ class Head(nn.Module):
         embedding, label_scores = self.embed_with_label_scores(features)
         trie = prefix_trie(paths)
         steps = (trie.nodes >= 0).nonzero(as_tuple=True)  # image and step of M rows
-        projected = self.output_projection(self.prefix_outputs(trie))  # [prefixes, D]
+        outputs = prefix_outputs(self.recurrence, self.label_embedding, self.start, trie)
+        projected = self.output_projection(outputs)  # [prefixes, D]
         rows = self._score_projected(projected[trie.nodes[steps]], embedding.joint[steps[0]])
         rows = rows if rows.dtype == torch.float64 else rows.float()
         if embedding.label_logits is not None:
             rows = rows + embedding.label_logits[steps[0]]
         scores = rows.new_zeros(*trie.nodes.shape, self.num_labels + 1)
         return scores.index_put(steps, rows), label_scores
-
-    def prefix_outputs(self, trie: PrefixTrie) -> Tensor:
-        """Return the recurrent output after each distinct prefix: [prefixes, H].
-
-        Prefixes that differ in their last label share the product with the recurrent weights.
-        """
-        recurrence = self.recurrence
-        start = torch.tensor([self.start], device=trie.nodes.device)
-        state = self.extend(start, self.initial_state(1))
-        outputs = [state[0]]
-        counts = [len(labels) for labels in trie.labels]
-        every_label = torch.cat([start[:0], *trie.labels])  # one product for all lengths
-        input_gates = recurrence.input_gates(self.label_embedding[every_label]).split(counts)
-        for gates, parents in zip(input_gates, trie.parents, strict=True):
-            extended, of_prefix = parents.unique_consecutive(return_inverse=True)
-            output, cell = state
-            shared = recurrence.recurrent_gates((output[extended], cell[extended]))
-            state = recurrence.apply_gates(gates + shared[of_prefix], cell[parents])
-            outputs.append(state[0])
-        return torch.cat(outputs)

@@ -7,7 +7,9 @@ import torch
 
 from cnnrnn.backbones import make_backbone
 from cnnrnn.config import ModelConfig
-from cnnrnn.model import Head, ImageEmbedding, LSTMRecurrence, PaperRecurrence, chain_logits
+from cnnrnn.labels import increasing_paths, prefix_trie
+from cnnrnn.model import Dropout, Head, ImageEmbedding, chain_logits
+from cnnrnn.recurrence import LSTMRecurrence, PaperRecurrence, prefix_outputs
 
 CELLS = ["lstm", "paper"]
 ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh, "identity": lambda x: x}
@@ -44,34 +46,76 @@ def test_teacher_forcing_is_the_recurrence_step_by_step(cell, activation, chain_
             torch.testing.assert_close(scores[row, step], expected)
 
 
+# Shared from the start, shared in part, a whole path within another, the same path twice, none.
+SHARED = torch.tensor([[0, 1, 2], [0, 1, 4], [0, -1, -1], [3, -1, -1], [0, 1, 2], [-1, -1, -1]])
+PATHS = {
+    "shared": SHARED,
+    "random": increasing_paths(torch.rand(31, 5, generator=torch.Generator().manual_seed(0)) < 0.6),
+    "one": torch.tensor([[4, 0, 0, 3, -1]]),
+    "all empty": torch.full((3, 2), -1),
+    "T 0": torch.full((3, 0), -1),
+    "B 0": torch.full((0, 3), -1),
+}
+
+
+@pytest.mark.parametrize("paths", PATHS.values(), ids=PATHS.keys())
 @pytest.mark.parametrize("cell", CELLS)
-def test_sharing_prefixes_changes_neither_value_nor_gradient(cell):
-    head = make_head(cell, chain_term=True)
-    features = torch.randn(6, 3, dtype=torch.float64)
-    # Shared from the start, shared in part, a whole path within another, the same path twice.
-    paths = torch.tensor([[0, 1, 2], [0, 1, 4], [0, -1, -1], [3, -1, -1], [0, 1, 2], [-1, -1, -1]])
-    found = head.train()(features, paths)[0]
+def test_sharing_prefixes_changes_neither_value_nor_gradient(cell, paths):
+    head = make_head(cell, chain_term=True).train()
+    features = torch.randn(len(paths), 3, dtype=torch.float64)
+    found = head(features, paths)[0]
     weights = torch.randn_like(found)
-    (found * weights).sum().backward()
-    gradients = {name: p.grad.clone() for name, p in head.named_parameters()}
-    head.zero_grad()
+    parameters = dict(head.named_parameters())
+    gradients = torch.autograd.grad((found * weights).sum(), list(parameters.values()))
 
     embedding = head.embed(features)
     expected = torch.zeros_like(found)
-    rows = []
+    total = 0 * sum(parameter.sum() for parameter in parameters.values())
     for image, path in enumerate(paths.tolist()):
         state = head.extend(torch.tensor([head.start]), head.initial_state(1))
         for step, label in enumerate([*[p for p in path if p >= 0], None]):
             score = head.score(state[0], type(embedding)(embedding.joint[image : image + 1]))
             row = score[0] + embedding.label_logits[image]
             expected[image, step] = row.detach()
-            rows.append((row * weights[image, step]).sum())
+            total = total + (row * weights[image, step]).sum()
             if label is not None:
                 state = head.extend(torch.tensor([label]), state)
-    sum(rows).backward()
-    torch.testing.assert_close(found, expected)
-    for name, parameter in head.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name])
+    expected_gradients = torch.autograd.grad(total, list(parameters.values()))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+    for name, *both in zip(parameters, gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(
+            *both, rtol=1e-12, atol=1e-13, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradient_of_teacher_forcing_by_finite_differences(cell):
+    head = make_head(cell)
+    features = torch.randn(len(SHARED), 3, dtype=torch.float64)
+    names, values = zip(*head.named_parameters(), strict=True)
+
+    def scores(*parameters):
+        named = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(head, named, (features, SHARED))[0]
+
+    assert torch.autograd.gradcheck(scores, values)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_prefix_outputs_under_autocast(cell, device):
+    torch.manual_seed(0)
+    head = Head(5, 3, joint_dim=16, hidden_dim=32, cell=cell).to(device)
+    parameters = [head.label_embedding, *head.recurrence.parameters()]
+    results = []
+    for enabled in (False, True):
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            trie = prefix_trie(PATHS["random"].to(device))
+            outputs = prefix_outputs(head.recurrence, head.label_embedding, head.start, trie)
+        gradients = torch.autograd.grad(outputs.square().sum(), parameters)
+        results.append([outputs.detach(), *gradients])
+    for narrow, full in zip(*reversed(results), strict=True):
+        assert narrow.dtype == torch.float32
+        assert 0 < float((narrow - full).norm()) < 0.02 * float(full.norm())
 
 
 def cell_step(head, cell, r, o, w):
@@ -204,6 +248,21 @@ def test_dropout_works_in_training_alone():
     assert not torch.equal(first[0], second[0]) and not torch.equal(first[1], second[1])
     head.eval()
     torch.testing.assert_close(head(features, paths), head(features, paths), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.0, 0.25, 1.0])
+def test_dropout_keeps_a_share_and_scales_it(p, dtype):
+    torch.manual_seed(0)
+    inputs = torch.ones(100, 101, dtype=dtype, requires_grad=True)
+    dropped = Dropout(p)(inputs)
+    kept = dropped != 0
+    assert dropped.dtype == dtype
+    assert float(kept.double().mean()) == pytest.approx(1 - p, abs=0.08 * p)
+    scale = torch.tensor(1 / (1 - p) if p < 1 else 0.0, dtype=dtype)
+    torch.testing.assert_close(dropped, kept * scale)
+    (gradient,) = torch.autograd.grad(dropped.sum(), inputs)
+    torch.testing.assert_close(gradient, dropped)
 
 
 def test_joint_dropout_falls_on_both_projections():
