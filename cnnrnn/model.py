@@ -36,6 +36,11 @@ class ImageEmbedding:
     def __len__(self) -> int:
         return len(self.joint)
 
+    def of(self, images: Tensor) -> ImageEmbedding:
+        """Return the embeddings of some images: [M] int64 indices."""
+        logits = None if self.label_logits is None else self.label_logits[images]
+        return ImageEmbedding(self.joint[images], logits)
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> ImageEmbedding:
         """Move to a device, and to a dtype where one is given."""
         logits = None if self.label_logits is None else self.label_logits.to(device, dtype)

@@ -5,12 +5,15 @@ Letters: B images, T the most labels of an image, L labels (END not counted).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from cnnrnn.config import SearchConfig, TrainConfig
-from cnnrnn.labels import LabelSpace
+from cnnrnn.config import PathLoss, SearchConfig, TrainConfig
+from cnnrnn.labels import PAD, LabelSpace, increasing_paths
+from cnnrnn.losses import forbidden_labels
 from cnnrnn.model import Head
 
 _SMALLEST = 1e-7
@@ -41,6 +44,11 @@ def require_search_order(config: TrainConfig, search: SearchConfig) -> None:
     Raises:
         ValueError: the paths go down in label index, and the search allows only those that go up.
     """
+    if config.loss != "sequence" and search.order != "unique":
+        raise ValueError(
+            f"search.order must be unique for loss {config.loss}, got {search.order}; pass "
+            "--search.order unique"
+        )
     if config.label_order == "shuffled" and search.order == "increasing":
         raise ValueError(
             "search.order must be unique or free for label_order shuffled, got increasing; pass "
@@ -92,3 +100,107 @@ def permute_labels(
         ]
         for tensor in (parameter, *same_shape):
             tensor[: head.num_labels] = tensor[order.to(tensor.device)]
+
+
+class OwnSteps(NamedTuple):
+    """A head's scores along the labels that it predicts itself.
+
+    Attributes:
+        scores: [B, T+1, L+1] of the label after each prefix, chain term included, 0 past the end.
+        prefixes: [B, T] int64 the labels predicted, padded with -1.
+        label_scores: [B, L] the independent classifier's scores, or None without a chain term.
+    """
+
+    scores: Tensor
+    prefixes: Tensor
+    label_scores: Tensor | None
+
+
+def own_steps(head: Head, features: Tensor, lengths: Tensor) -> OwnSteps:
+    """Run a head greedily on its own predictions, a given number of labels long.
+
+    Each step's input is the label that the step before scored best, in the same pass and under the
+    same dropout, among those not yet predicted; END is left out. Images that have predicted the
+    same labels so far share one recurrent state.
+
+    Args:
+        head: in train or eval mode.
+        features: [B, F].
+        lengths: [B] labels to predict, at most L.
+
+    Returns:
+        The scores after each prefix, the empty and the whole one included.
+    """
+    embedding, label_scores = head.embed_with_label_scores(features)
+    B, L, T = len(features), head.num_labels, int(lengths.max()) if len(lengths) else 0
+    device = embedding.joint.device
+    prefixes = torch.full((B, T), PAD, device=device)
+    taken = torch.zeros(B, L + 1, dtype=torch.bool, device=device)
+    taken[:, head.end] = True
+    at = torch.zeros(B, dtype=torch.int64, device=device)  # each image's state among the distinct
+    state = head.extend(torch.tensor([head.start], device=device), head.initial_state(1))
+    steps = []
+    for step in range(T + 1):
+        images = (lengths >= step).nonzero()[:, 0]
+        rows = head.score(state[0][at[images]], embedding.of(images))
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        if embedding.label_logits is not None:
+            rows = rows + embedding.label_logits[images]
+        steps.append(rows.new_zeros(B, L + 1).index_put((images,), rows))
+        if step == T:
+            break
+        images = (lengths > step).nonzero()[:, 0]
+        labels = steps[step].detach()[images].masked_fill(taken[images], -torch.inf).argmax(1)
+        prefixes[images, step] = labels
+        taken[images, labels] = True
+        distinct, at[images] = (at[images] * L + labels).unique(return_inverse=True)
+        output, cell = state
+        state = head.extend(distinct % L, (output[distinct // L], cell[distinct // L]))
+    return OwnSteps(torch.stack(steps, 1), prefixes, label_scores)
+
+
+@torch.no_grad()
+def aligned_paths(scores: Tensor, prefixes: Tensor, targets: Tensor, loss: PathLoss) -> Tensor:
+    """Order each image's labels by the steps that predict them best.
+
+    Yazici et al., "Orderless Recurrent Models for Multi-label Classification", CVPR 2020. Of all
+    orders `mla` takes the one of least cross-entropy; `pla` first leaves a label that was predicted
+    and is present at the step that predicted it, and orders the others so.
+
+    From the paper: the recurrence reads the model's own predictions, there are as many steps as the
+    image has labels, and END comes after them. Ours: a label that was predicted may not be
+    predicted again, nor END before its step, and the softmax runs over what is not yet predicted,
+    as in a search of order `unique`; so no label is aligned with a step after it was predicted.
+
+    Args:
+        scores: [B, T+1, L+1] after each prefix, END last.
+        prefixes: [B, T] int64 the labels predicted, padded with -1, as many as the image has.
+        targets: [B, L] bool.
+        loss: `pla` or `mla`.
+
+    Returns:
+        [B, T] int64 the labels present in aligned order, padded with -1.
+    """
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f'loss {loss} needs scipy: pip install "cnnrnn[vision]"'
+        ) from error
+
+    paths = increasing_paths(targets)
+    B, T = paths.shape
+    forbidden = forbidden_labels(prefixes, targets.shape[1], "unique")
+    costs = -scores.masked_fill(forbidden, -torch.inf).log_softmax(2)[:, :T]  # [B, T, L+1]
+    costs = costs.gather(2, paths.clamp(min=0)[:, None].expand(B, T, T))  # [B, step, label]
+    if loss == "pla":
+        present = targets.gather(1, prefixes.clamp(min=0)) & (prefixes != PAD)
+        other = paths[:, None] != prefixes[:, :, None]
+        costs = costs.masked_fill(present[:, :, None] & other, torch.inf)
+    matrices = costs.nan_to_num(0.0, posinf=torch.inf).cpu().numpy()  # NaN is the loss's to report
+    order = torch.arange(T).repeat(B, 1)
+    for image, length in enumerate((paths != PAD).sum(1).tolist()):
+        if length > 1:
+            _, columns = linear_sum_assignment(matrices[image, :length, :length])
+            order[image, :length] = torch.from_numpy(columns)
+    return paths.gather(1, order.to(paths.device))

@@ -33,7 +33,14 @@ from cnnrnn.labels import increasing_paths, shuffled_paths
 from cnnrnn.losses import binary_cross_entropy, sequence_loss
 from cnnrnn.metrics import best_threshold, multilabel_metrics
 from cnnrnn.model import Head
-from cnnrnn.orders import first_label_space, label_ease, permute_labels, require_search_order
+from cnnrnn.orders import (
+    aligned_paths,
+    first_label_space,
+    label_ease,
+    own_steps,
+    permute_labels,
+    require_search_order,
+)
 from cnnrnn.progress import Progress, no_progress
 from cnnrnn.search.engine import resolve_max_labels
 
@@ -278,11 +285,17 @@ def _path_stage(
     last: list[tuple[Inference, Tensor]] = []
 
     def loss(batch: Batch) -> Tensor:
-        paths = increasing_paths(batch.targets)
-        if config.label_order == "shuffled":
-            paths = shuffled_paths(paths, generator)
-        scores, label_scores = head(_features(model, batch.inputs), paths)
-        losses = sequence_loss(scores, paths, order)
+        features = _features(model, batch.inputs)
+        if config.loss == "sequence":
+            paths = increasing_paths(batch.targets)
+            if config.label_order == "shuffled":
+                paths = shuffled_paths(paths, generator)
+            scores, label_scores = head(features, paths)
+            losses = sequence_loss(scores, paths, order)
+        else:
+            scores, prefixes, label_scores = own_steps(head, features, batch.targets.sum(1))
+            paths = aligned_paths(scores, prefixes, batch.targets, config.loss)
+            losses = sequence_loss(scores, paths, order, prefixes)
         if label_scores is not None and config.aux_weight:
             losses = losses + config.aux_weight * binary_cross_entropy(label_scores, batch.targets)
         return losses
