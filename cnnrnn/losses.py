@@ -45,17 +45,17 @@ def sequence_loss(
 def forbidden_labels(paths: Tensor, num_labels: int, order: Order) -> Tensor:
     """Return what may not follow each prefix of each path: [B, T] -> [B, T+1, L+1] bool."""
     B, T = paths.shape
-    labels = torch.arange(num_labels + 1, device=paths.device)
     if order == "increasing":
+        labels = torch.arange(num_labels + 1, device=paths.device)
         last = functional.pad(paths, (1, 0), value=-1)  # [B, T+1]
         forbidden = labels <= last[:, :, None]
     else:
         forbidden = torch.zeros(B, T + 1, num_labels + 1, dtype=torch.bool, device=paths.device)
-        for t in range(T if order == "unique" else 0):
-            rows = paths[:, t].clamp(min=0)
-            forbidden[:, t + 1 :] |= (labels == rows[:, None])[:, None] & (paths[:, t] != PAD)[
-                :, None, None
-            ]
+        if order == "unique":
+            columns = paths.masked_fill(paths == PAD, num_labels)
+            forbidden[:, 1:].scatter_(2, columns[:, :, None], True)
+            for t in range(1, T + 1):
+                forbidden[:, t] |= forbidden[:, t - 1]
     forbidden[:, :, num_labels] = False
     return forbidden
 

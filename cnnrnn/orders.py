@@ -190,17 +190,20 @@ def aligned_paths(scores: Tensor, prefixes: Tensor, targets: Tensor, loss: PathL
 
     paths = increasing_paths(targets)
     B, T = paths.shape
-    forbidden = forbidden_labels(prefixes, targets.shape[1], "unique")
-    costs = -scores.masked_fill(forbidden, -torch.inf).log_softmax(2)[:, :T]  # [B, T, L+1]
-    costs = costs.gather(2, paths.clamp(min=0)[:, None].expand(B, T, T))  # [B, step, label]
+    steps = prefixes != PAD  # [B, T]
+    forbidden = forbidden_labels(prefixes, targets.shape[1], "unique")[:, :T]
+    rows = scores[:, :T][steps].masked_fill(forbidden[steps], -torch.inf)
+    masses = scores.new_zeros(B, T).masked_scatter(steps, rows.logsumexp(1))
+    columns = paths.clamp(min=0)[:, None].expand(B, T, T)
+    costs = masses[:, :, None] - scores[:, :T].gather(2, columns)  # [B, step, label]
+    costs = costs.masked_fill(forbidden.gather(2, columns), torch.inf)
     if loss == "pla":
-        present = targets.gather(1, prefixes.clamp(min=0)) & (prefixes != PAD)
+        present = targets.gather(1, prefixes.clamp(min=0)) & steps
         other = paths[:, None] != prefixes[:, :, None]
         costs = costs.masked_fill(present[:, :, None] & other, torch.inf)
     matrices = costs.nan_to_num(0.0, posinf=torch.inf).cpu().numpy()  # NaN is the loss's to report
-    order = torch.arange(T).repeat(B, 1)
-    for image, length in enumerate((paths != PAD).sum(1).tolist()):
+    order = np.tile(np.arange(T), (B, 1))
+    for image, length in enumerate(steps.sum(1).tolist()):
         if length > 1:
-            _, columns = linear_sum_assignment(matrices[image, :length, :length])
-            order[image, :length] = torch.from_numpy(columns)
-    return paths.gather(1, order.to(paths.device))
+            order[image, :length] = linear_sum_assignment(matrices[image, :length, :length])[1]
+    return paths.gather(1, torch.from_numpy(order).to(paths.device))
