@@ -347,6 +347,10 @@ class Head(nn.Module):
             of a path; and the independent classifier's scores [B, L], or None without a chain term.
         """
         embedding, label_scores = self.embed_with_label_scores(features)
+        return self.score_paths(embedding, paths), label_scores
+
+    def score_paths(self, embedding: ImageEmbedding, paths: Tensor) -> Tensor:
+        """Score every step of given paths of embedded images; see `forward`: [B, T+1, L+1]."""
         trie = prefix_trie(paths)
         steps = (trie.nodes >= 0).nonzero(as_tuple=True)  # image and step of M rows
         projected = self.output_projection(self.prefix_outputs(trie))  # [prefixes, D]
@@ -355,7 +359,7 @@ class Head(nn.Module):
         if embedding.label_logits is not None:
             rows = rows + embedding.label_logits[steps[0]]
         scores = rows.new_zeros(*trie.nodes.shape, self.num_labels + 1)
-        return scores.index_put(steps, rows), label_scores
+        return scores.index_put(steps, rows)
 
     def prefix_outputs(self, trie: PrefixTrie) -> Tensor:
         """Return the recurrent output after each distinct prefix: [prefixes, H].
