@@ -81,8 +81,8 @@ def test_named_labels_score_the_same_in_another_order(cell):
     permute_labels(head, order)
     renamed = torch.cat([order.argsort(), torch.tensor([-1])])[paths]  # -1 is the last
     after, _ = head(features, renamed)
-    torch.testing.assert_close(after[:, :, :7], before[:, :, order], rtol=0, atol=0)
-    torch.testing.assert_close(after[:, :, 7], before[:, :, 7], rtol=0, atol=0)
+    torch.testing.assert_close(after[:, :, :7], before[:, :, order])
+    torch.testing.assert_close(after[:, :, 7], before[:, :, 7])
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
