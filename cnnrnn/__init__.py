@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from cnnrnn.classifier import CNNRNN, CheckpointError
     from cnnrnn.config import ModelConfig, Preprocessing, SearchConfig, TrainConfig
     from cnnrnn.data import BadImageError, DataError, load_dataset
+    from cnnrnn.ensemble import Ensemble, set_log_probs
     from cnnrnn.model import Head, ImageEmbedding
     from cnnrnn.predictor import Prediction, load, predict, predict_features, predict_iter
     from cnnrnn.search import NonFiniteError, SearchResult, beam_search
@@ -24,6 +25,7 @@ _HOMES = {
     "CNNRNN": "cnnrnn.classifier",
     "CheckpointError": "cnnrnn.classifier",
     "DataError": "cnnrnn.data",
+    "Ensemble": "cnnrnn.ensemble",
     "Head": "cnnrnn.model",
     "ImageEmbedding": "cnnrnn.model",
     "ModelConfig": "cnnrnn.config",
@@ -39,6 +41,7 @@ _HOMES = {
     "predict": "cnnrnn.predictor",
     "predict_features": "cnnrnn.predictor",
     "predict_iter": "cnnrnn.predictor",
+    "set_log_probs": "cnnrnn.ensemble",
 }
 
 __all__ = [
@@ -46,6 +49,7 @@ __all__ = [
     "CNNRNN",
     "CheckpointError",
     "DataError",
+    "Ensemble",
     "Head",
     "ImageEmbedding",
     "ModelConfig",
@@ -63,6 +67,7 @@ __all__ = [
     "predict",
     "predict_features",
     "predict_iter",
+    "set_log_probs",
 ]
 
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +21,7 @@ from cnnrnn.labels import LabelSpace
 from cnnrnn.model import Head, ImageEmbedding
 
 if TYPE_CHECKING:
+    from cnnrnn.decisions import Inference
     from cnnrnn.predictor import Prediction
 
 T = TypeVar("T")
@@ -74,6 +75,11 @@ class CNNRNN(nn.Module):
         """Where the weights are."""
         return self.head.label_embedding.device
 
+    @property
+    def feature_dim(self) -> int:
+        """F, the width of the feature vectors that the head reads."""
+        return self.head.feature_dim
+
     def features(self, images: Tensor) -> Tensor:
         """Return the backbone's features [B, F] of normalised images [B, 3, S, S]."""
         if self.backbone is None:
@@ -87,6 +93,12 @@ class CNNRNN(nn.Module):
     def forward(self, images: Tensor) -> ImageEmbedding:
         """Embed normalised images [B, 3, S, S] for the search."""
         return self.head.embed(self.features(images))
+
+    def infer(self, features: Tensor, search: SearchConfig | None = None) -> Inference:
+        """Search feature vectors [n, F]; the model's own search by default."""
+        from cnnrnn.decisions import infer
+
+        return infer(self.head, features, search or self.search)
 
     def predict(self, images: Any, **options: Any) -> list[Prediction]:
         """Predict label sets of images; arguments as in `cnnrnn.predict`."""
@@ -103,43 +115,20 @@ class CNNRNN(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write a checkpoint folder, whole or not at all.
 
-        The folder is written beside its place and moved there. A process killed between the two
-        moves leaves the former checkpoint in a hidden folder, where `load_checkpoint` finds it.
-
         Args:
             path: the folder; a former checkpoint there is replaced.
         """
+        replace_folder(path, self.write)
+
+    def write(self, folder: Path) -> None:
+        """Write a checkpoint's files into a folder that is there."""
         from safetensors.torch import save_file
 
-        target = Path(os.path.abspath(path))
-        if target.exists() and not target.is_dir():
-            raise CheckpointError(f"{target} is a file, not a folder for a checkpoint")
-        if target.exists() and not (target / CONFIG_FILE).is_file() and any(target.iterdir()):
-            raise CheckpointError(f"{target} is not empty and holds no checkpoint; not replaced")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.parent / f".{target.name}.partial-{os.getpid()}"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        try:
-            weights = {name: value.contiguous() for name, value in self.state_dict().items()}
-            save_file(weights, partial / WEIGHTS_FILE)
-            (partial / CONFIG_FILE).write_text(
-                json.dumps(self._description(), indent=2, ensure_ascii=False) + "\n",
-                encoding="utf-8",
-            )
-            # safetensors makes its file for the owner alone; the umask decides, as for the other.
-            shutil.copymode(partial / CONFIG_FILE, partial / WEIGHTS_FILE)
-            for file in partial.iterdir():
-                _flush(file)
-            former = _former(target)
-            if target.exists():  # else a process was killed here, and the former is all there is
-                shutil.rmtree(former, ignore_errors=True)
-                target.rename(former)
-            partial.rename(target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        shutil.rmtree(former, ignore_errors=True)
+        weights = {name: value.contiguous() for name, value in self.state_dict().items()}
+        save_file(weights, folder / WEIGHTS_FILE)
+        write_description(folder, self._description())
+        # safetensors makes its file for the owner alone; the umask decides, as for the other.
+        shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
 
     def _description(self) -> dict[str, Any]:
         return {
@@ -167,6 +156,12 @@ def load_checkpoint(path: str | Path) -> CNNRNN:
     Raises:
         CheckpointError: the folder is missing or incomplete, or its parts do not fit together.
     """
+    found = find_checkpoint(path)
+    return _build(found, _read_config(found / CONFIG_FILE))
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """Return the checkpoint folder that a path stands for; see `load_checkpoint`."""
     folder = Path(path)
     candidates = [folder, folder / "best", _former(folder), _former(folder / "best")]
     found = next((c for c in candidates if (c / CONFIG_FILE).is_file()), None)
@@ -174,25 +169,81 @@ def load_checkpoint(path: str | Path) -> CNNRNN:
         raise CheckpointError(
             f"{folder} is not a checkpoint: neither it nor {folder / 'best'} holds {CONFIG_FILE}"
         )
-    return _build(found, _read_config(found / CONFIG_FILE))
+    return found
+
+
+def replace_folder(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Write a checkpoint folder, whole or not at all.
+
+    The folder is written beside its place and moved there. A process killed between the two
+    moves leaves the former checkpoint in a hidden folder, where `find_checkpoint` finds it.
+
+    Args:
+        path: the folder; a former checkpoint there is replaced.
+        write: gets an empty folder to fill.
+    """
+    target = Path(os.path.abspath(path))
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target} is a file, not a folder for a checkpoint")
+    if target.exists() and not (target / CONFIG_FILE).is_file() and any(target.iterdir()):
+        raise CheckpointError(f"{target} is not empty and holds no checkpoint; not replaced")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.parent / f".{target.name}.partial-{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        write(partial)
+        for file in partial.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        former = _former(target)
+        if target.exists():  # else a process was killed here, and the former is all there is
+            shutil.rmtree(former, ignore_errors=True)
+            target.rename(former)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def write_description(folder: Path, description: dict[str, Any]) -> None:
+    """Write the JSON that says what a checkpoint folder holds."""
+    text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
+    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def read_description(file: Path) -> Any:
+    """Read that JSON, whatever it holds.
+
+    Raises:
+        CheckpointError: it is no JSON.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        description = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+    description = read_description(file)
+    if isinstance(description, dict) and "members" in description:
+        raise CheckpointError(f"{file.parent} holds an ensemble; cnnrnn.load reads it")
     expected = {"format", "model", "feature_dim", "labels", "source_index", "preprocessing",
                 "max_labels", "search", "calibration"}  # fmt: skip
     if not isinstance(description, dict) or not expected <= description.keys():
         missing = sorted(expected - set(description)) if isinstance(description, dict) else "object"
         raise CheckpointError(f"{file} lacks {missing}; it is not a checkpoint of cnnrnn")
-    if description["format"] != FORMAT:
-        raise CheckpointError(
-            f"{file} has format {description['format']}, this release reads {FORMAT}; "
-            "upgrade cnnrnn"
-        )
+    require_format(file, description["format"])
     return description
+
+
+def require_format(file: Path, found: Any) -> None:
+    """Refuse a checkpoint of another format."""
+    if found != FORMAT:
+        raise CheckpointError(
+            f"{file} has format {found}, this release reads {FORMAT}; upgrade cnnrnn"
+        )
 
 
 def _build(folder: Path, description: dict[str, Any]) -> CNNRNN:
@@ -200,26 +251,24 @@ def _build(folder: Path, description: dict[str, Any]) -> CNNRNN:
     from safetensors.torch import load_file
 
     try:
-        config = _options(ModelConfig, "model", description["model"])
+        config = read_options(ModelConfig, "model", description["model"])
         labels = LabelSpace(
-            tuple(_typed("labels", description["labels"], list[str])),
-            tuple(_typed("source_index", description["source_index"], list[int])),
+            tuple(typed("labels", description["labels"], list[str])),
+            tuple(typed("source_index", description["source_index"], list[int])),
         )
-        search = _options(SearchConfig, "search", description["search"])
-        calibration = _options(Calibration, "calibration", description["calibration"])
-        if len(calibration.label_thresholds) not in (0, len(labels)):
-            raise ValueError(
-                f"calibration.label_thresholds must be {len(labels)} numbers, one per label, or "
-                f"none, got {len(calibration.label_thresholds)}"
-            )
-        feature_dim = _typed("feature_dim", description["feature_dim"], int)
+        search = read_options(SearchConfig, "search", description["search"])
+        calibration = read_options(Calibration, "calibration", description["calibration"])
+        require_label_thresholds(calibration, len(labels))
+        feature_dim = typed("feature_dim", description["feature_dim"], int)
         head = Head.from_config(config, len(labels), feature_dim)
-        head.max_labels = _typed("max_labels", description["max_labels"], int)
+        head.max_labels = typed("max_labels", description["max_labels"], int)
         if head.max_labels < 0:
             raise ValueError(f"max_labels must be at least 0, got {head.max_labels}")
         backbone = None
         if description["preprocessing"] is not None:
-            preprocessing = _options(Preprocessing, "preprocessing", description["preprocessing"])
+            preprocessing = read_options(
+                Preprocessing, "preprocessing", description["preprocessing"]
+            )
             backbone = make_backbone(config, load_pretrained=False)
             backbone.preprocessing = preprocessing
     except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a size beyond memory
@@ -238,26 +287,35 @@ def _build(folder: Path, description: dict[str, Any]) -> CNNRNN:
     return model.eval()
 
 
-def _options(kind: type[T], name: str, values: Any) -> T:
+def read_options(kind: type[T], name: str, values: Any) -> T:
     """Build a config dataclass from JSON values, of which each must be there and of its type."""
-    _typed(name, values, dict)
+    typed(name, values, dict)
     fields = typing.get_type_hints(kind)
     if values.keys() != fields.keys():
         odd = sorted(values.keys() ^ fields.keys())
         raise ValueError(f"{name} has fields missing or unknown: {', '.join(odd)}")
-    return kind(**{key: _typed(f"{name}.{key}", v, fields[key]) for key, v in values.items()})
+    return kind(**{key: typed(f"{name}.{key}", v, fields[key]) for key, v in values.items()})
 
 
-def _typed(name: str, value: Any, kind: Any) -> Any:
+def require_label_thresholds(calibration: Calibration, num_labels: int) -> None:
+    """Raise a ValueError where thresholds of a checkpoint are not one per label."""
+    if len(calibration.label_thresholds) not in (0, num_labels):
+        raise ValueError(
+            f"calibration.label_thresholds must be {num_labels} numbers, one per label, or none, "
+            f"got {len(calibration.label_thresholds)}"
+        )
+
+
+def typed(name: str, value: Any, kind: Any) -> Any:
     """Return a JSON value if it is of a type, a list as tuple where that is the type."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple and isinstance(value, list):
         of_any_length = parts[-1] is Ellipsis
         kinds = parts[:1] * len(value) if of_any_length else parts
         if len(value) == len(kinds):
-            return tuple(_typed(name, v, part) for v, part in zip(value, kinds, strict=True))
+            return tuple(typed(name, v, part) for v, part in zip(value, kinds, strict=True))
     if origin is list and isinstance(value, list):
-        return [_typed(name, item, parts[0]) for item in value]
+        return [typed(name, item, parts[0]) for item in value]
     if origin is typing.Literal and value in parts:
         return value
     if origin is types.UnionType:

@@ -15,17 +15,19 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from cnnrnn import __version__
-from cnnrnn.config import DECISIONS, ModelConfig, SearchConfig, TrainConfig
+from cnnrnn.config import DECISIONS, LabelOrder, ModelConfig, SearchConfig, TrainConfig
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
+    from cnnrnn.ensemble import EnsembleResult
     from cnnrnn.predictor import Prediction
+    from cnnrnn.train import TrainResult
 
 TABLE_METRICS = ("C-P", "C-R", "C-F1", "O-P", "O-R", "O-F1", "MAP@10", "mAP", "mAP-11pt",
                  "exact-match", "example-F1")  # fmt: skip
@@ -142,6 +144,13 @@ def _train_parser(preset: str) -> ArgumentParser:
         "--preset", type=str, default="ours", choices=["ours", "paper"],
         help="defaults: this project's recipe, or the paper's (VGG-16 fc7, RMSprop, its cell)",
     )  # fmt: skip
+    parser.add_argument(
+        "--members", type=int, default=1, help="train an ensemble of so many, with seeds in a row"
+    )
+    parser.add_argument(
+        "--member_orders", type=str | None,
+        help="label order of each member, such as frequency,rare,random; label_order's without",
+    )  # fmt: skip
     parser.add_class_arguments(TrainConfig, None)
     parser.add_class_arguments(ModelConfig, "model")
     parser.add_class_arguments(SearchConfig, "search")
@@ -220,6 +229,7 @@ def _data_check_parser() -> ArgumentParser:
 
 def _train(parser: ArgumentParser, options: Namespace) -> int:
     from cnnrnn.data import load_dataset
+    from cnnrnn.ensemble import train_ensemble
     from cnnrnn.progress import terminal_progress
     from cnnrnn.train import train
 
@@ -235,13 +245,41 @@ def _train(parser: ArgumentParser, options: Namespace) -> int:
     def save_options() -> None:
         (out / "config.yaml").write_text(_yaml(resolved), encoding="utf-8")
 
-    result = train(
-        dataset, out, model, search, config, on_start=save_options,
-        say=lambda line: print(line, file=sys.stderr, flush=True), progress=terminal_progress,
-    )  # fmt: skip
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    orders = _member_orders(options.members, options.member_orders, config)
+    result: TrainResult | EnsembleResult
+    if len(orders) == 1 and options.member_orders is None:
+        result = train(
+            dataset, out, model, search, config, on_start=save_options, say=say,
+            progress=terminal_progress,
+        )  # fmt: skip
+    else:
+        result = train_ensemble(
+            dataset, out, model, search, config, orders, on_start=save_options, say=say,
+            progress=terminal_progress,
+        )  # fmt: skip
     print(metrics_table(result.metrics, f"validation, {len(result.model.labels)} labels"))
     print(f"best checkpoint: {out / 'best'}")
     return 0
+
+
+def _member_orders(members: int, names: str | None, config: TrainConfig) -> list[LabelOrder]:
+    """Return the label order of each member of an ensemble; one member alone is no ensemble."""
+    if members < 1:
+        raise ValueError(f"--members must be at least 1, got {members}")
+    if names is None:
+        return [config.label_order] * members
+    orders = [cast("LabelOrder", name) for name in names.split(",")]
+    for order in orders:
+        replace(config, label_order=order)  # checks it
+    if len(orders) != members:
+        raise ValueError(
+            f"--member_orders must name {members} label orders for --members {members}, "
+            f"got {len(orders)}: {names}"
+        )
+    return orders
 
 
 def _yaml(values: dict[str, Any]) -> str:
@@ -265,8 +303,6 @@ def _evaluate(parser: ArgumentParser, options: Namespace) -> int:
         dataset = dataset.split(options.split)
     search = None
     if options.beam_size is not None:
-        from dataclasses import replace
-
         search = replace(model.search, beam_size=options.beam_size)
     evaluation = evaluate(
         model, dataset, k=options.k, search=search, batch_size=options.batch_size,

@@ -7,14 +7,16 @@ Wang et al. (CVPR 2016) as far as the paper states it. What it does not state is
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Cell = Literal["lstm", "paper"]
 Activation = Literal["relu", "tanh", "identity"]
 Order = Literal["increasing", "unique", "free"]
 Stop = Literal["n_best", "literal"]
 Decide = Literal["path", "threshold", "label_thresholds", "k"]
-DECISIONS: tuple[Decide, ...] = ("path", "threshold", "label_thresholds", "k")
+DECISIONS: tuple[Decide, ...] = get_args(Decide)
+PathLoss = Literal["sequence", "pla", "mla"]
+LabelOrder = Literal["frequency", "rare", "given", "random", "easiest", "shuffled"]
 OnBadImage = Literal["error", "skip"]
 
 MAX_BEAM_SIZE = 16
@@ -228,7 +230,15 @@ class TrainConfig:
         aux_weight: weight of the chain term's binary cross-entropy beside the sequence loss.
         clip_norm: largest gradient norm; 0 for no clipping.
         schedule: `constant`, or `one_cycle`: up to the learning rate and down to 0 in each stage.
-        label_order: `frequency` (most frequent first in training) or `given`.
+        loss: `sequence` (cross-entropy along a path in the label order), or one that fits the order
+            to the model's own predictions: `pla` (predicted label alignment) or `mla` (minimal loss
+            alignment). These two need the search order `unique`.
+        label_order: `frequency` (most frequent first in training), `rare` (rarest first), `given`,
+            `random` (drawn once, from the seed), `easiest` (starts as `frequency` and is learned
+            again from the model after each of the first `reorder_epochs` epochs) or `shuffled` (a
+            new random order for every image of every batch; needs a search order other than
+            `increasing`).
+        reorder_epochs: epochs of the sequence loss after which `easiest` learns its order again.
         val_fraction: share of the training split held out where the data has no `val` split.
         empty: `keep` training images without labels (their target is END) or `drop` them.
         augment: flip and shift training pictures, where the backbone is trained.
@@ -254,7 +264,9 @@ class TrainConfig:
     aux_weight: float = 1.0
     clip_norm: float = 5.0
     schedule: Literal["constant", "one_cycle"] = "constant"
-    label_order: Literal["frequency", "given"] = "frequency"
+    loss: PathLoss = "sequence"
+    label_order: LabelOrder = "frequency"
+    reorder_epochs: int = 3
     val_fraction: float = 0.1
     empty: Literal["keep", "drop"] = "keep"
     augment: bool = True
@@ -270,17 +282,23 @@ class TrainConfig:
         """Check ranges and choices."""
         _require_choice("optimizer", self.optimizer, ("adamw", "rmsprop"))
         _require_choice("schedule", self.schedule, ("constant", "one_cycle"))
-        _require_choice("label_order", self.label_order, ("frequency", "given"))
+        _require_choice("loss", self.loss, get_args(PathLoss))
+        _require_choice("label_order", self.label_order, get_args(LabelOrder))
         _require_choice("empty", self.empty, ("keep", "drop"))
         _require_choice("on_bad_image", self.on_bad_image, ("error", "skip"))
         _require_choice("precision", self.precision, ("auto", "fp32", "bf16"))
+        _require(
+            self.loss == "sequence" or self.label_order not in ("easiest", "shuffled"),
+            "label_order must be frequency, rare, given or random for loss "
+            f"{self.loss}, which makes its own paths, got {self.label_order}",
+        )
         _require(self.learning_rate > 0, f"learning_rate must be > 0, got {self.learning_rate}")
         _require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
         _require(self.patience >= 1, f"patience must be at least 1, got {self.patience}")
         _require_fraction("val_fraction", self.val_fraction)
         _require(0 <= self.seed < 2**63, f"seed must be in 0..2^63-1, got {self.seed}")
         for name in ("warm_scale", "backbone_scale", "momentum", "weight_decay", "warm_epochs",
-                     "epochs", "aux_weight", "clip_norm", "workers"):  # fmt: skip
+                     "epochs", "reorder_epochs", "aux_weight", "clip_norm", "workers"):  # fmt: skip
             value = getattr(self, name)
             _require(value >= 0, f"{name} must be at least 0, got {value}")
 

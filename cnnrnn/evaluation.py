@@ -1,4 +1,4 @@
-"""Measures a model on a dataset: both decisions, and each label by itself."""
+"""Measures a model or an ensemble on a dataset: both decisions, and each label by itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from cnnrnn.classifier import CNNRNN
 from cnnrnn.config import OnBadImage, SearchConfig
 from cnnrnn.data import DataError, Dataset
-from cnnrnn.decisions import Inference, decision_metrics, infer
+from cnnrnn.decisions import Inference, decision_metrics
+from cnnrnn.ensemble import Ensemble
 from cnnrnn.features import compute_features
 from cnnrnn.metrics import per_label_metrics, write_per_label_csv
 from cnnrnn.progress import Progress, no_progress
@@ -35,7 +36,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: CNNRNN,
+    model: CNNRNN | Ensemble,
     dataset: Dataset,
     *,
     k: int | None = 3,
@@ -73,11 +74,11 @@ def evaluate(
         if model.backbone is not None:
             raise DataError(f"{dataset.source} holds feature vectors, but the model reads pictures")
         features = torch.from_numpy(dataset.features)
-        if features.shape[1] != model.head.feature_dim:
+        if features.shape[1] != model.feature_dim:
             raise DataError(
-                f"{dataset.source} must hold vectors of {model.head.feature_dim} features like "
+                f"{dataset.source} must hold vectors of {model.feature_dim} features like "
                 f"those that the model was trained on, got {features.shape[1]}: for svmlight text "
-                f"say features={model.head.feature_dim}, and first=0 or first=1"
+                f"say features={model.feature_dim}, and first=0 or first=1"
             )
     elif model.backbone is None:
         raise DataError(f"{dataset.source} holds pictures, but the model reads feature vectors")
@@ -94,12 +95,12 @@ def evaluate(
         features, targets = computed.values, targets[computed.kept]
         unknown = None if unknown is None else unknown[computed.kept]
     model.eval()
-    inference = infer(model.head, features.to(model.device), search or model.search)
+    inference = model.infer(features.to(model.device), search)
     metrics = decision_metrics(inference, targets, model.calibration, k, unknown)
     return Evaluation(metrics, inference, targets, unknown)
 
 
-def _model_columns(model: CNNRNN, dataset: Dataset) -> list[int]:
+def _model_columns(model: CNNRNN | Ensemble, dataset: Dataset) -> list[int]:
     """Return which of the model's labels each of the dataset's is."""
     position = {name: column for column, name in enumerate(model.labels)}
     others = [name for name in dataset.label_names if name not in position]
@@ -119,7 +120,7 @@ def _in_columns(matrix: Tensor, columns: list[int], num_labels: int) -> Tensor:
     return result
 
 
-def write_per_label(path: Path, model: CNNRNN, evaluation: Evaluation) -> None:
+def write_per_label(path: Path, model: CNNRNN | Ensemble, evaluation: Evaluation) -> None:
     """Write precision, recall, F1 and AP of every label's best-path decisions as CSV."""
     scores = evaluation.inference.mixed(model.calibration.mix_weight)
     rows = per_label_metrics(

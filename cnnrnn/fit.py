@@ -138,6 +138,9 @@ class Stage:
         loss: [B] losses of a batch.
         validate: measures the module, in eval mode.
         on_epoch: called after each epoch with its validation and whether it is the best so far.
+        between_epochs: called with the epochs done, where another follows, and the optimiser; may
+            change the module, and says with True that it is another one now: the best epoch and
+            patience begin anew.
     """
 
     name: str
@@ -147,6 +150,7 @@ class Stage:
     loss: Callable[[Batch], Tensor]
     validate: Callable[[], Validation]
     on_epoch: Callable[[Validation, bool], None] = lambda validation, best: None
+    between_epochs: Callable[[int, torch.optim.Optimizer], bool] = lambda epoch, optimizer: False
 
 
 def run_stage(
@@ -222,6 +226,8 @@ def run_stage(
         )  # fmt: skip
         say(_epoch_line(stage, epoch, loss, seen / seconds, validation, is_best))
         stage.on_epoch(validation, is_best)
+        if epoch < stage.epochs and stage.between_epochs(epoch, optimizer):
+            best, best_epoch = None, epoch
         if epoch - best_epoch >= config.patience:
             break
     assert best is not None

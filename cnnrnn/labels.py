@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -54,6 +55,22 @@ class LabelSpace:
         order = np.argsort(-np.asarray(counts, dtype=np.int64), kind="stable")
         return cls(tuple(names[i] for i in order), tuple(int(i) for i in order))
 
+    @classmethod
+    def rarest_first(cls, names: tuple[str, ...], counts: np.ndarray) -> LabelSpace:
+        """Order labels by frequency, rarest first; arguments and ties as in `by_frequency`."""
+        return cls.by_frequency(names, -np.asarray(counts, dtype=np.int64))
+
+    @classmethod
+    def random(cls, names: tuple[str, ...], generator: torch.Generator) -> LabelSpace:
+        """Draw one order from a generator on the CPU."""
+        return cls.given(names).permuted(torch.randperm(len(names), generator=generator).tolist())
+
+    def permuted(self, order: Sequence[int]) -> LabelSpace:
+        """Return the space whose label i is this one's label `order[i]`."""
+        return LabelSpace(
+            tuple(self.names[i] for i in order), tuple(self.source_index[i] for i in order)
+        )
+
     def from_source(self, targets: Tensor, source_names: tuple[str, ...]) -> Tensor:
         """Reorder the columns of a data source's label matrix into path order.
 
@@ -95,6 +112,20 @@ def increasing_paths(targets: Tensor) -> Tensor:
     starts = sizes.cumsum(0) - sizes
     paths[rows, torch.arange(len(rows), device=rows.device) - starts[rows]] = columns
     return paths
+
+
+def shuffled_paths(paths: Tensor, generator: torch.Generator) -> Tensor:
+    """Put the labels of each path into a random order of its own.
+
+    Args:
+        paths: [B, T] int64 label indices padded with -1.
+        generator: on the CPU.
+
+    Returns:
+        [B, T] the same labels, padding last.
+    """
+    keys = torch.rand(paths.shape, generator=generator).to(paths.device)
+    return paths.gather(1, keys.masked_fill(paths == PAD, torch.inf).argsort(1))
 
 
 class PrefixTrie(NamedTuple):

@@ -10,7 +10,9 @@ from cnnrnn.config import Order
 from cnnrnn.labels import PAD
 
 
-def sequence_loss(scores: Tensor, paths: Tensor, order: Order) -> Tensor:
+def sequence_loss(
+    scores: Tensor, paths: Tensor, order: Order, prefixes: Tensor | None = None
+) -> Tensor:
     """Cross-entropy of each step of a path, END included, summed over steps (section 3.3).
 
     The softmax runs over what `order` allows after each prefix: labels above the last one and END
@@ -20,6 +22,8 @@ def sequence_loss(scores: Tensor, paths: Tensor, order: Order) -> Tensor:
         scores: [B, T+1, L+1] of the label after each prefix, END last.
         paths: [B, T] int64 label indices padded with -1.
         order: which labels may follow.
+        prefixes: [B, T] int64, the labels that each step's scores follow, as many as the path has;
+            None for the path's own.
 
     Returns:
         [B] negative log-probability of each path.
@@ -32,7 +36,8 @@ def sequence_loss(scores: Tensor, paths: Tensor, order: Order) -> Tensor:
     steps = torch.arange(T + 1, device=paths.device) <= lengths  # others hold whatever they do
     rows = scores[steps]
     if order != "free":
-        rows = rows.masked_fill(forbidden_labels(paths, end, order)[steps], -torch.inf)
+        forbidden = forbidden_labels(paths if prefixes is None else prefixes, end, order)
+        rows = rows.masked_fill(forbidden[steps], -torch.inf)
     losses = functional.cross_entropy(rows, targets[steps], reduction="none")
     return losses.new_zeros(B, T + 1).masked_scatter(steps, losses).sum(1)
 
@@ -40,17 +45,17 @@ def sequence_loss(scores: Tensor, paths: Tensor, order: Order) -> Tensor:
 def forbidden_labels(paths: Tensor, num_labels: int, order: Order) -> Tensor:
     """Return what may not follow each prefix of each path: [B, T] -> [B, T+1, L+1] bool."""
     B, T = paths.shape
-    labels = torch.arange(num_labels + 1, device=paths.device)
     if order == "increasing":
+        labels = torch.arange(num_labels + 1, device=paths.device)
         last = functional.pad(paths, (1, 0), value=-1)  # [B, T+1]
         forbidden = labels <= last[:, :, None]
     else:
         forbidden = torch.zeros(B, T + 1, num_labels + 1, dtype=torch.bool, device=paths.device)
-        for t in range(T if order == "unique" else 0):
-            rows = paths[:, t].clamp(min=0)
-            forbidden[:, t + 1 :] |= (labels == rows[:, None])[:, None] & (paths[:, t] != PAD)[
-                :, None, None
-            ]
+        if order == "unique":
+            columns = paths.masked_fill(paths == PAD, num_labels)
+            forbidden[:, 1:].scatter_(2, columns[:, :, None], True)
+            for t in range(1, T + 1):
+                forbidden[:, t] |= forbidden[:, t - 1]
     forbidden[:, :, num_labels] = False
     return forbidden
 

@@ -37,6 +37,11 @@ class ImageEmbedding:
     def __len__(self) -> int:
         return len(self.joint)
 
+    def of(self, images: Tensor) -> ImageEmbedding:
+        """Return the embeddings of some images: [M] int64 indices."""
+        logits = None if self.label_logits is None else self.label_logits[images]
+        return ImageEmbedding(self.joint[images], logits)
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> ImageEmbedding:
         """Move to a device, and to a dtype where one is given."""
         logits = None if self.label_logits is None else self.label_logits.to(device, dtype)
@@ -312,6 +317,10 @@ class Head(nn.Module):
             of a path; and the independent classifier's scores [B, L], or None without a chain term.
         """
         embedding, label_scores = self.embed_with_label_scores(features)
+        return self.score_paths(embedding, paths), label_scores
+
+    def score_paths(self, embedding: ImageEmbedding, paths: Tensor) -> Tensor:
+        """Score every step of given paths of embedded images; see `forward`: [B, T+1, L+1]."""
         trie = prefix_trie(paths)
         steps = (trie.nodes >= 0).nonzero(as_tuple=True)  # image and step of M rows
         outputs = prefix_outputs(self.recurrence, self.label_embedding, self.start, trie)
@@ -321,4 +330,4 @@ class Head(nn.Module):
         if embedding.label_logits is not None:
             rows = rows + embedding.label_logits[steps[0]]
         scores = rows.new_zeros(*trie.nodes.shape, self.num_labels + 1)
-        return scores.index_put(steps, rows), label_scores
+        return scores.index_put(steps, rows)

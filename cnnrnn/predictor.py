@@ -21,7 +21,8 @@ from cnnrnn.classifier import CNNRNN, load_checkpoint
 from cnnrnn.config import DECISIONS, Calibration, Decide, OnBadImage, Preprocessing, SearchConfig
 from cnnrnn.data import BadImageError, DataError
 from cnnrnn.data.images import decode_image, normalize, to_rgb, to_tensor
-from cnnrnn.decisions import Inference, decided_sets, infer
+from cnnrnn.decisions import Inference, decided_sets
+from cnnrnn.ensemble import Ensemble, load_model
 from cnnrnn.fit import resolve_device
 from cnnrnn.labels import PAD
 from cnnrnn.metrics import cut_to_k
@@ -122,7 +123,7 @@ class _Item:
 
 def predict(
     images: Any,
-    model: CNNRNN | str | Path | None = None,
+    model: CNNRNN | Ensemble | str | Path | None = None,
     *,
     top_k: int | None = None,
     beam_size: int | None = None,
@@ -139,7 +140,7 @@ def predict(
         images: a path, a folder, a PIL image, an array [H, W, 3] or [B, H, W, 3] of uint8 RGB, a
             tensor [3, H, W] or [B, 3, H, W] of uint8 or of float in 0..1, or a list of these. A
             folder stands for the pictures in it and below, sorted by path.
-        model: a model, a checkpoint folder, or None for the small demo model.
+        model: a model, an ensemble, a checkpoint folder, or None for the small demo model.
         top_k: keep at most this many labels, those with the best scores.
         beam_size: N, 1 to 16; the model's own by default.
         min_labels: forbid shorter label paths.
@@ -179,7 +180,7 @@ def predict(
 
 def predict_iter(
     images: Any,
-    model: CNNRNN | str | Path | None = None,
+    model: CNNRNN | Ensemble | str | Path | None = None,
     *,
     top_k: int | None = None,
     beam_size: int | None = None,
@@ -217,7 +218,7 @@ def predict_iter(
 
 def predict_features(
     features: Tensor | np.ndarray[Any, Any],
-    model: CNNRNN | str | Path,
+    model: CNNRNN | Ensemble | str | Path,
     *,
     top_k: int | None = None,
     beam_size: int | None = None,
@@ -236,12 +237,12 @@ def predict_features(
     ]
 
 
-def load(path: str | Path | None = None) -> CNNRNN:
-    """Load a checkpoint folder, or the small demo model.
+def load(path: str | Path | None = None) -> CNNRNN | Ensemble:
+    """Load a checkpoint folder of a model or an ensemble, or the small demo model.
 
     Args:
-        path: a folder written by `model.save` or by training; None for the demo model that comes
-            with the package, which knows only the labels of the synthetic scenes.
+        path: a folder written by `model.save`, `ensemble.save` or training; None for the demo model
+            that comes with the package, which knows only the labels of the synthetic scenes.
 
     Returns:
         The model on the CPU, in eval mode.
@@ -252,7 +253,7 @@ def load(path: str | Path | None = None) -> CNNRNN:
     if path is None:
         _say_once_what_the_demo_model_knows()
         return load_checkpoint(DEMO_MODEL)
-    return load_checkpoint(path)
+    return load_model(path)
 
 
 @functools.cache
@@ -267,14 +268,16 @@ def _say_once_what_the_demo_model_knows() -> None:
 
 
 @functools.cache
-def _demo_model() -> CNNRNN:
+def _demo_model() -> CNNRNN | Ensemble:
     with torch.inference_mode(False):  # it outlives the caller's mode
         return load()
 
 
-def resolve_model(model: CNNRNN | str | Path | None, device: str | None) -> CNNRNN:
+def resolve_model(
+    model: CNNRNN | Ensemble | str | Path | None, device: str | None
+) -> CNNRNN | Ensemble:
     """Return a model in eval mode from a model, a checkpoint folder or None."""
-    if isinstance(model, CNNRNN):
+    if isinstance(model, (CNNRNN, Ensemble)):
         classifier = model
     else:
         classifier = _demo_model() if model is None else load(model)
@@ -299,7 +302,9 @@ class _Options:
             raise ValueError(f"decide must be one of {', '.join(DECISIONS)}, got {self.decide!r}")
 
 
-def _search_of(model: CNNRNN, beam_size: int | None, min_labels: int | None) -> SearchConfig:
+def _search_of(
+    model: CNNRNN | Ensemble, beam_size: int | None, min_labels: int | None
+) -> SearchConfig:
     options = {"beam_size": beam_size, "min_labels": min_labels}
     changes: dict[str, Any] = {name: v for name, v in options.items() if v is not None}
     return replace(model.search, **changes)
@@ -307,7 +312,7 @@ def _search_of(model: CNNRNN, beam_size: int | None, min_labels: int | None) -> 
 
 def _stream(
     items: Iterator[_Item],
-    model: CNNRNN,
+    model: CNNRNN | Ensemble,
     search: SearchConfig,
     options: _Options,
     batch_size: int,
@@ -340,8 +345,10 @@ def _stream(
 
 
 @torch.no_grad()
-def _decide(model: CNNRNN, features: Tensor, search: SearchConfig, options: _Options) -> _Batch:
-    inference = infer(model.head, features, search)
+def _decide(
+    model: CNNRNN | Ensemble, features: Tensor, search: SearchConfig, options: _Options
+) -> _Batch:
+    inference = model.infer(features, search)
     calibration: Calibration = model.calibration
     scores = inference.mixed(calibration.mix_weight)
     if options.threshold is not None:

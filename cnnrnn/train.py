@@ -29,10 +29,18 @@ from cnnrnn.decisions import (
 )
 from cnnrnn.features import cached_features
 from cnnrnn.fit import Batch, Log, Split, Stage, Validation, autocast, resolve_device, run_stage
-from cnnrnn.labels import LabelSpace, increasing_paths
+from cnnrnn.labels import increasing_paths, shuffled_paths
 from cnnrnn.losses import binary_cross_entropy, sequence_loss
 from cnnrnn.metrics import best_threshold, multilabel_metrics
 from cnnrnn.model import Head
+from cnnrnn.orders import (
+    aligned_paths,
+    first_label_space,
+    label_ease,
+    own_steps,
+    permute_labels,
+    require_search_order,
+)
 from cnnrnn.progress import Progress, no_progress
 from cnnrnn.search.engine import resolve_max_labels
 
@@ -84,15 +92,12 @@ def train(
     warms_up = model_config.chain_term and config.warm_epochs > 0
     if not config.epochs and not warms_up:
         raise ValueError("epochs is 0 and there is no chain term to warm up: nothing to train")
+    require_search_order(config, search_config)
     torch.manual_seed(config.seed)
     device = resolve_device(config.device)
     train_data, val_data = training_splits(dataset, config)
     counts = train_data.label_counts()
-    space = (
-        LabelSpace.by_frequency(dataset.label_names, counts)
-        if config.label_order == "frequency"
-        else LabelSpace.given(dataset.label_names)
-    )
+    space = first_label_space(dataset.label_names, counts, config)
     backbone: Backbone | None = None
     if dataset.features is not None:
         model_config = replace(model_config, backbone=FEATURES_ONLY)
@@ -138,7 +143,8 @@ def train(
         if not config.epochs:
             save(*_infer(model, val_split, config), best=True)
     if config.epochs:
-        run_stage(_path_stage(model, val_split, config, save), train_split, config, **common)
+        stage = _path_stage(model, train_split, val_split, config, generator, save)
+        run_stage(stage, train_split, config, **common)
     model = load_checkpoint(out / "best").to(device)
     inference, targets = _infer(model, val_split, config)
     return TrainResult(model, decision_metrics(inference, targets, model.calibration, k=3))
@@ -269,17 +275,27 @@ def independent_validation(scores: Tensor, targets: Tensor) -> Validation:
 
 def _path_stage(
     model: CNNRNN,
+    training: Split,
     val: Split,
     config: TrainConfig,
+    generator: torch.Generator,
     save: Callable[[Inference, Tensor, bool], None],
 ) -> Stage:
     head, order = model.head, model.search.order
     last: list[tuple[Inference, Tensor]] = []
 
     def loss(batch: Batch) -> Tensor:
-        paths = increasing_paths(batch.targets)
-        scores, label_scores = head(_features(model, batch.inputs), paths)
-        losses = sequence_loss(scores, paths, order)
+        features = _features(model, batch.inputs)
+        if config.loss == "sequence":
+            paths = increasing_paths(batch.targets)
+            if config.label_order == "shuffled":
+                paths = shuffled_paths(paths, generator)
+            scores, label_scores = head(features, paths)
+            losses = sequence_loss(scores, paths, order)
+        else:
+            scores, prefixes, label_scores = own_steps(head, features, batch.targets.sum(1))
+            paths = aligned_paths(scores, prefixes, batch.targets, config.loss)
+            losses = sequence_loss(scores, paths, order, prefixes)
         if label_scores is not None and config.aux_weight:
             losses = losses + config.aux_weight * binary_cross_entropy(label_scores, batch.targets)
         return losses
@@ -287,6 +303,13 @@ def _path_stage(
     def validate() -> Validation:
         last[:] = [_infer(model, val, config)]
         return path_validation(*last[0])
+
+    def relearn_order(epoch: int, optimizer: torch.optim.Optimizer) -> bool:
+        if config.label_order != "easiest" or epoch > config.reorder_epochs:
+            return False
+        inference, targets = _infer(model, training, config)
+        ease = label_ease(inference.marginals, targets)
+        return _reorder(model, ease.argsort(descending=True, stable=True), optimizer, training, val)
 
     warm = bool(config.warm_epochs) and head.label_classifier is not None
     shared = [module for module in (head.trunk, head.label_classifier) if module is not None]
@@ -302,8 +325,21 @@ def _path_stage(
         groups.append(_group([model.backbone], rate * (config.backbone_scale if trained else 1.0)))
     return Stage(
         "path", config.epochs, model, groups, loss, validate,
-        lambda validation, best: save(*last[0], best),
+        lambda validation, best: save(*last[0], best), relearn_order,
     )  # fmt: skip
+
+
+def _reorder(
+    model: CNNRNN, order: Tensor, optimizer: torch.optim.Optimizer, *splits: Split
+) -> bool:
+    """Put a model and the targets of its splits into another label order [L]; False for its own."""
+    if torch.equal(order, torch.arange(len(order))):
+        return False
+    permute_labels(model.head, order, optimizer)
+    model.label_space = model.label_space.permuted(order.tolist())
+    for split in splits:
+        split.targets.copy_(split.targets[:, order])
+    return True
 
 
 def path_validation(inference: Inference, targets: Tensor) -> Validation:

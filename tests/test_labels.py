@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cnnrnn.labels import LabelSpace, increasing_paths, path_sets, prefix_trie
+from cnnrnn.labels import LabelSpace, increasing_paths, path_sets, prefix_trie, shuffled_paths
 
 NAMES = ("sky", "sea", "boat", "buoy", "cow")
 
@@ -25,6 +25,26 @@ def test_equal_counts_keep_the_order_of_the_source():
 def test_frequency_order_takes_unsigned_counts():
     space = LabelSpace.by_frequency(("a", "b"), np.array([1, 2], dtype=np.uint8))
     assert space.names == ("b", "a")
+
+
+def test_rarest_first_breaks_ties_by_position_in_the_source():
+    space = LabelSpace.rarest_first(NAMES, np.array([3, 7, 3, 0, 7], dtype=np.uint8))
+    assert space.names == ("buoy", "sky", "boat", "sea", "cow")
+    assert space.source_index == (3, 0, 2, 1, 4)
+
+
+def test_a_random_order_is_drawn_from_the_generator():
+    spaces = [LabelSpace.random(NAMES, torch.Generator().manual_seed(seed)) for seed in range(20)]
+    assert spaces[3] == LabelSpace.random(NAMES, torch.Generator().manual_seed(3))
+    assert len({space.names for space in spaces}) > 10
+    for space in spaces:
+        assert tuple(NAMES[i] for i in space.source_index) == space.names
+
+
+def test_permuting_a_permuted_space():
+    space = LabelSpace.given(NAMES).permuted([4, 2, 0, 1, 3]).permuted([1, 0, 2, 4, 3])
+    assert space.names == ("boat", "cow", "sky", "buoy", "sea")
+    assert space.source_index == (2, 4, 0, 3, 1)
 
 
 def test_label_names_must_be_distinct():
@@ -98,6 +118,26 @@ def test_path_sets_of_beams_repeats_and_any_order():
     expected = torch.tensor([[[1, 0, 1], [0, 0, 0]], [[0, 1, 0], [1, 1, 1]]], dtype=torch.bool)
     assert torch.equal(path_sets(labels, 3), expected)
     assert path_sets(labels[:, :, :0], 3).sum() == 0
+
+
+def test_shuffled_paths_keep_their_labels(device):
+    generator = torch.Generator().manual_seed(0)
+    paths = increasing_paths(torch.rand(17, 7, generator=generator) < 0.4).to(device)
+    shuffled = shuffled_paths(paths, torch.Generator().manual_seed(1))
+    assert torch.equal(path_sets(shuffled, 7), path_sets(paths, 7))
+    assert torch.equal(shuffled == -1, paths == -1)
+    assert not torch.equal(shuffled, paths)
+    assert torch.equal(shuffled, shuffled_paths(paths, torch.Generator().manual_seed(1)))
+    assert shuffled_paths(paths[:0], generator).shape == paths[:0].shape
+    assert shuffled_paths(paths[:, :0], generator).shape == (17, 0)
+
+
+def test_every_order_of_a_path_is_as_likely():
+    paths = torch.tensor([[0, 2, 5, -1]]).expand(6000, 4)
+    shuffled = shuffled_paths(paths, torch.Generator().manual_seed(0))
+    orders, counts = shuffled.unique(dim=0, return_counts=True)
+    assert len(orders) == 6 and (orders[:, 3] == -1).all()
+    assert ((counts - 1000).abs() < 150).all()  # five standard deviations
 
 
 def test_prefix_trie_by_hand():

@@ -1,0 +1,444 @@
+"""Ensembles: heads of different label orders and seeds, searched each by itself and averaged.
+
+Letters: B images, M members, C candidate label sets of an image, L labels, T the longest path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cnnrnn.classifier import (
+    CNNRNN,
+    CONFIG_FILE,
+    FEATURES_ONLY,
+    FORMAT,
+    CheckpointError,
+    find_checkpoint,
+    load_checkpoint,
+    read_description,
+    read_options,
+    replace_folder,
+    require_format,
+    require_label_thresholds,
+    typed,
+    weights_digest,
+    write_description,
+)
+from cnnrnn.config import Calibration, LabelOrder, ModelConfig, SearchConfig, TrainConfig
+from cnnrnn.data import Dataset
+from cnnrnn.decisions import SEARCH_BATCH, Inference, calibrate, decision_metrics
+from cnnrnn.features import cached_features
+from cnnrnn.labels import PAD, increasing_paths, path_sets
+from cnnrnn.losses import forbidden_labels
+from cnnrnn.model import Head, ImageEmbedding
+from cnnrnn.progress import Progress, no_progress
+from cnnrnn.search import SearchResult
+from cnnrnn.search.engine import resolve_max_labels
+
+if TYPE_CHECKING:
+    from cnnrnn.predictor import Prediction
+
+SCORES_AT_ONCE = 1 << 24  # label scores held while sets are scored: 64 MB
+
+
+@torch.no_grad()
+def set_log_probs(
+    head: Head, embedding: ImageEmbedding, sets: Tensor, search: SearchConfig | None = None
+) -> Tensor:
+    """Return the log-probability that a head gives to label sets, with teacher forcing.
+
+    A set has one path under the order `increasing`, so this is what the search reports for it.
+
+    Args:
+        head: in eval mode.
+        embedding: of B images.
+        sets: [B, L] bool, one label set per image, columns in the head's path order.
+        search: as in the search, a path of `max_labels` labels ends for certain, longer ones are
+            impossible, and shorter ones than `min_labels` end only where nothing else may follow.
+            None for the search's defaults.
+
+    Returns:
+        [B] log-probabilities, -inf for an impossible set.
+
+    Raises:
+        ValueError: another search order, or shapes that do not fit.
+    """
+    search = search or SearchConfig()
+    if search.order != "increasing":
+        raise ValueError(f"search.order must be increasing to score sets, got {search.order}")
+    B, L = len(embedding), head.num_labels
+    if sets.shape != (B, L):
+        raise ValueError(f"sets must be [{B}, {L}], got {list(sets.shape)}")
+    longest = resolve_max_labels(head, search)
+    paths = increasing_paths(sets & (sets.sum(1) <= longest)[:, None])
+    steps = torch.arange(paths.shape[1] + 1, device=paths.device)
+    result = paths.new_empty(B, dtype=torch.float64)
+    size = max(1, SCORES_AT_ONCE // (len(steps) * (L + 1)))
+    for part in torch.arange(B, device=paths.device).split(size):
+        path = paths[part]
+        lengths = (path != PAD).sum(1, keepdim=True)
+        forbidden = forbidden_labels(path, L, "increasing")
+        at_last_label = functional.pad(path, (1, 0), value=PAD) == L - 1
+        forbidden[:, :, L] = (steps < search.min_labels) & ~at_last_label
+        scores = head.score_paths(embedding.of(part), path).masked_fill(forbidden, -torch.inf)
+        following = functional.pad(path, (0, 1), value=PAD)
+        following = following.masked_fill(following == PAD, L)
+        log_probs = scores.log_softmax(2).gather(2, following[:, :, None])[:, :, 0]
+        certain = (steps > lengths) | (steps == longest)
+        result[part] = log_probs.double().clamp(max=0).masked_fill(certain, 0).sum(1)
+    return result.masked_fill(sets.sum(1) > longest, -torch.inf).to(embedding.joint.dtype)
+
+
+class Ensemble(nn.Module):
+    """Several trained heads over one frozen backbone, or over feature vectors, as one model.
+
+    Scores are the mean of the members' mixed marginals. The best path is that of the label set,
+    among those of all paths that a member's search returns, to which the members give the largest
+    mean log-probability.
+
+    Args:
+        models: M models with the same label names, in path orders of their own. One of those that
+            have a backbone serves all; its weights must be the same in the others.
+        calibration: its threshold decides; the mean of the members' thresholds by default. Each
+            member mixes with its own weight.
+
+    Attributes:
+        members: the M models, without their backbones.
+        backbone: the image network; None for feature vectors.
+        labels: [L] label names, in the path order of the first member.
+        search: the first member's, which all members run.
+        calibration: what the validation split decided.
+
+    Raises:
+        ValueError: there is no model, or the models do not fit together.
+    """
+
+    members: nn.ModuleList
+
+    def __init__(self, models: Sequence[CNNRNN], calibration: Calibration | None = None) -> None:
+        super().__init__()
+        _require_one_kind(models)
+        self.backbone = next((m.backbone for m in models if m.backbone is not None), None)
+        self.members = nn.ModuleList(
+            CNNRNN(m.config, m.label_space, m.head, None, m.search, m.calibration) for m in models
+        )
+        self.search = models[0].search
+        self.labels = models[0].labels
+        threshold = sum(model.calibration.threshold for model in models) / len(models)
+        self.calibration = calibration or Calibration(threshold, 0.0)
+
+    @property
+    def models(self) -> list[CNNRNN]:
+        """The members as a typed list."""
+        return [member for member in self.members if isinstance(member, CNNRNN)]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.models[0].device
+
+    @property
+    def feature_dim(self) -> int:
+        """F, the width of the feature vectors that the heads read."""
+        return self.models[0].feature_dim
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the backbone's features [B, F] of normalised images [B, 3, S, S]."""
+        if self.backbone is None:
+            raise ValueError(
+                "this ensemble was trained on feature vectors and has no backbone; "
+                "use ensemble.predict_features(features)"
+            )
+        features: Tensor = self.backbone(images)
+        return features
+
+    @torch.no_grad()
+    def infer(self, features: Tensor, search: SearchConfig | None = None) -> Inference:
+        """Search feature vectors [n, F] with every member; the ensemble's own search by default.
+
+        Returns:
+            Sets, mean scores (as marginals, with nothing left to mix in) and paths, on the CPU, in
+            the order of `labels`.
+
+        Raises:
+            NonFiniteError: for feature vectors that give values that are not finite.
+        """
+        search = search or self.search
+        found = [model.infer(features, search) for model in self.models]
+        scores = [
+            inference.mixed(model.calibration.mix_weight)[:, self._columns(model)]
+            for model, inference in zip(self.models, found, strict=True)
+        ]
+        results = tuple(
+            self._joined(part, [inference.search[i] for inference in found], search)
+            for i, part in enumerate(features.split(SEARCH_BATCH) if len(features) else ())
+        )
+        no_sets = torch.zeros(0, len(self.labels), dtype=torch.bool)
+        sets = torch.cat([no_sets, *(result.best_sets().cpu() for result in results)])
+        return Inference(sets, torch.stack(scores).mean(0), None, results)
+
+    def calibrate(self, features: Tensor, targets: Tensor) -> None:
+        """Choose thresholds and k on validation data.
+
+        Args:
+            features: [n, F].
+            targets: [n, L] bool, columns in the order of `labels`.
+        """
+        self.calibration = calibrate(self.infer(features.to(self.device)), targets)
+
+    def predict(self, images: Any, **options: Any) -> list[Prediction]:
+        """Predict label sets of images; arguments as in `cnnrnn.predict`."""
+        from cnnrnn.predictor import predict
+
+        return predict(images, self, **options)
+
+    def predict_features(self, features: Tensor, **options: Any) -> list[Prediction]:
+        """Predict label sets of feature vectors [B, F]; options as in `cnnrnn.predict_features`."""
+        from cnnrnn.predictor import predict_features
+
+        return predict_features(features, self, **options)
+
+    def save(self, path: str | Path) -> None:
+        """Write a folder of members, whole or not at all.
+
+        Each member is a checkpoint folder by itself; the first one holds the backbone.
+
+        Args:
+            path: the folder; a former checkpoint there is replaced.
+        """
+        replace_folder(path, self._write)
+
+    def _write(self, folder: Path) -> None:
+        names = [f"members/{i}" for i in range(len(self.members))]
+        for i, (name, m) in enumerate(zip(names, self.models, strict=True)):
+            (folder / name).mkdir(parents=True)
+            backbone = None if i else self.backbone
+            CNNRNN(m.config, m.label_space, m.head, backbone, m.search, m.calibration).write(
+                folder / name
+            )
+        calibration = asdict(self.calibration)
+        write_description(folder, {"format": FORMAT, "members": names, "calibration": calibration})
+
+    def _columns(self, model: CNNRNN) -> Tensor:
+        """Return which of a member's labels each of `labels` is: [L] int64 on the CPU."""
+        position = {name: i for i, name in enumerate(model.labels)}
+        return torch.tensor([position[name] for name in self.labels])
+
+    def _joined(
+        self, features: Tensor, results: list[SearchResult], search: SearchConfig
+    ) -> SearchResult:
+        """Rank the members' label sets of B images by their mean log-probability."""
+        B, L = len(features), len(self.labels)
+        device = features.device
+        columns = [self._columns(model).to(device) for model in self.models]
+        longest = max(result.labels.shape[2] for result in results)
+        candidates, absent = [], []
+        for own_columns, result in zip(columns, results, strict=True):
+            # Ascending in the order of `labels`; what is past the end is L, which sorts last.
+            names = torch.cat([own_columns.argsort(), own_columns.new_tensor([L])])
+            labels = names[result.labels.to(device)].sort(2).values
+            candidates.append(functional.pad(labels, (0, longest - labels.shape[2]), value=L))
+            absent.append(result.log_probs.to(device) == -torch.inf)
+        paths, gone = torch.cat(candidates, 1), torch.cat(absent, 1)  # [B, C, T] and [B, C]
+        same = (paths[:, :, None] == paths[:, None]).all(3) & ~gone[:, None]
+        gone = gone | same.tril(-1).any(2)
+        image, candidate = (~gone).nonzero(as_tuple=True)
+        paths = paths.masked_fill(paths == L, PAD)
+        sets = path_sets(paths[image, candidate], L)
+        log_probs = torch.zeros(len(sets), dtype=torch.float64, device=device)
+        for model, own_columns in zip(self.models, columns, strict=True):
+            of_image = model.head.embed(features).of(image)
+            own = set_log_probs(model.head, of_image, sets[:, own_columns.argsort()], search)
+            log_probs += own / len(self.members)
+        ranked = log_probs.new_full(gone.shape, -torch.inf)
+        ranked[image, candidate] = log_probs
+        kept = int((~gone).sum(1).max()) if B else 0
+        # A set that is impossible for one member still stands before what is gone.
+        order = ranked.clamp(min=-1e300).masked_fill(gone, -torch.inf)
+        best = order.argsort(dim=1, descending=True, stable=True)[:, :kept]
+        paths = paths.masked_fill(gone[:, :, None], PAD)
+        paths = paths.gather(1, best[:, :, None].expand(B, kept, longest))
+        return SearchResult(
+            paths, (paths != PAD).sum(2), ranked.gather(1, best).to(features.dtype), L
+        )
+
+
+def _require_one_kind(models: Sequence[CNNRNN]) -> None:
+    if not models:
+        raise ValueError("an ensemble must have at least 1 model, got 0")
+    first = models[0]
+    digests = set()
+    for i, model in enumerate(models):
+        if model.config.backbone != FEATURES_ONLY and not model.config.freeze_backbone:
+            raise ValueError(f"the backbone of member {i} must be frozen to be shared, got trained")
+        if model.search.order != "increasing":
+            raise ValueError(
+                f"search.order of member {i} must be increasing, so that a label set has one path, "
+                f"got {model.search.order}"
+            )
+        for name, got, expected in (
+            ("backbone", model.config.backbone, first.config.backbone),
+            ("feature_dim", model.feature_dim, first.feature_dim),
+        ):
+            if got != expected:
+                raise ValueError(f"{name} of member {i} must be {expected} as in 0, got {got}")
+        if set(model.labels) != set(first.labels):
+            odd = sorted(set(model.labels) ^ set(first.labels))
+            raise ValueError(
+                f"labels of member {i} must be the {len(first.labels)} of member 0, got others: "
+                f"{odd[:5]}"
+            )
+        if model.backbone is not None:
+            weights = weights_digest(model.backbone.state_dict().items())
+            digests.add((weights, model.backbone.preprocessing))
+    if len(digests) > 1:
+        raise ValueError(f"the members must share one backbone, got {len(digests)} different ones")
+
+
+def load_model(path: str | Path) -> CNNRNN | Ensemble:
+    """Read the folder of a model or of an ensemble, or the best one of a training run's folder.
+
+    Args:
+        path: a folder written by `CNNRNN.save` or `Ensemble.save`, or one that holds such a folder
+            as `best`.
+
+    Returns:
+        The model on the CPU, in eval mode.
+
+    Raises:
+        CheckpointError: the folder is missing or incomplete, or its parts do not fit together.
+    """
+    folder = find_checkpoint(path)
+    file = folder / CONFIG_FILE
+    description = read_description(file)
+    if not isinstance(description, dict) or "members" not in description:
+        return load_checkpoint(folder)
+    require_format(file, description.get("format"))
+    try:
+        names = typed("members", description["members"], list[str])
+        for name in names:
+            parts = PurePosixPath(name)
+            if parts.is_absolute() or ".." in parts.parts:
+                raise ValueError(f"members must be folders below this one, got {name!r}")
+        calibration = read_options(Calibration, "calibration", description.get("calibration"))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{file} does not describe an ensemble: {error}") from error
+    models = [load_checkpoint(folder / name) for name in names]
+    try:
+        ensemble = Ensemble(models, calibration)
+        require_label_thresholds(calibration, len(ensemble.labels))
+        return ensemble.eval()
+    except ValueError as error:
+        raise CheckpointError(f"{file} names members that do not fit together: {error}") from error
+
+
+@dataclass(frozen=True)
+class EnsembleResult:
+    """A finished training of an ensemble.
+
+    Attributes:
+        model: the members' best epochs, in eval mode, calibrated on the validation split.
+        metrics: of both decisions on the validation split.
+    """
+
+    model: Ensemble
+    metrics: dict[str, dict[str, float]]
+
+
+def train_ensemble(
+    dataset: Dataset,
+    out: Path,
+    model_config: ModelConfig,
+    search_config: SearchConfig,
+    config: TrainConfig,
+    label_orders: Sequence[LabelOrder],
+    *,
+    on_start: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Progress = no_progress,
+) -> EnsembleResult:
+    """Train members one after another on one feature cache and write the ensemble as `out/best`.
+
+    Each member is a training run of its own in `out/members/N`. All train and validate on the same
+    images, and the ensemble's threshold is chosen on the validation split.
+
+    Args:
+        dataset: as in `train`.
+        out: folder for the run; made when missing.
+        model_config: the architecture; a backbone must be frozen.
+        search_config: the search, of order `increasing`.
+        config: the recipe; member i trains with its seed plus i.
+        label_orders: one per member, in place of the recipe's.
+        on_start: as in `train`.
+        say: as in `train`.
+        progress: as in `train`.
+
+    Raises:
+        ValueError: the options cannot make an ensemble, or as in `train`.
+    """
+    from cnnrnn.train import train, training_splits
+
+    if not label_orders:
+        raise ValueError("an ensemble must have at least 1 member, got 0 label orders")
+    if search_config.order != "increasing" or "shuffled" in label_orders:
+        raise ValueError(
+            "an ensemble needs paths that only go up: search.order must be increasing and no "
+            f"label order shuffled, got {search_config.order} and {', '.join(label_orders)}"
+        )
+    if dataset.features is None and not model_config.freeze_backbone:
+        raise ValueError(
+            "an ensemble shares a frozen backbone: model.freeze_backbone must be true, got false"
+        )
+    dataset = _with_fixed_splits(dataset, config)
+    cache = config.feature_cache or str(out / "features")
+    models: list[CNNRNN] = []
+    for i, order in enumerate(label_orders):
+        member = replace(config, seed=config.seed + i, label_order=order, feature_cache=cache)
+        if i and dataset.features is None:  # also where the first one's was drawn at random
+            member = replace(member, init_backbone=str(out / "members" / "0"))
+        say(f"member {i + 1} of {len(label_orders)}: label order {order}, seed {member.seed}")
+        result = train(
+            dataset, out / "members" / str(i), model_config, search_config, member,
+            on_start=lambda: None if models else on_start(), say=say, progress=progress,
+        )  # fmt: skip
+        models.append(result.model)
+    ensemble = Ensemble(models).eval()
+    _, val = training_splits(dataset, config)
+    targets = models[0].label_space.from_source(val.label_matrix(), val.label_names)
+    if val.features is not None:
+        features = torch.from_numpy(val.features)
+    else:
+        assert ensemble.backbone is not None
+        cached = cached_features(
+            ensemble.backbone, val, Path(cache), device=ensemble.device,
+            batch_size=config.batch_size, workers=config.workers,
+            on_bad_image=config.on_bad_image, progress=progress,
+        )  # fmt: skip
+        features, targets = cached.values, targets[cached.kept]
+    ensemble.calibrate(features, targets)
+    ensemble.save(out / "best")
+    inference = ensemble.infer(features.to(ensemble.device))
+    metrics = decision_metrics(inference, targets, ensemble.calibration, k=3)
+    return EnsembleResult(ensemble, metrics)
+
+
+def _with_fixed_splits(dataset: Dataset, config: TrainConfig) -> Dataset:
+    """Name the images held out for validation, which would follow each member's seed otherwise."""
+    from cnnrnn.train import training_splits
+
+    if "val" in dataset.splits:
+        return dataset
+    position = {int(row): i for i, row in enumerate(dataset.rows)}
+    train_rows, val_rows = (
+        np.array([position[int(row)] for row in part.rows])
+        for part in training_splits(dataset, config)
+    )
+    return replace(dataset, splits={"train": train_rows, "val": val_rows})
