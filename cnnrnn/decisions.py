@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from cnnrnn.config import Calibration, SearchConfig
+from cnnrnn.config import Calibration, Order, SearchConfig
+from cnnrnn.labels import PAD, increasing_paths, path_sets, prefix_trie
+from cnnrnn.losses import sequence_loss
 from cnnrnn.metrics import best_threshold, multilabel_metrics
-from cnnrnn.model import Head
+from cnnrnn.model import Head, ImageEmbedding
 from cnnrnn.search import NonFiniteError, SearchResult, beam_search
 
 MIX_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SEARCH_BATCH = 4096
+SCORES_AT_ONCE = 1 << 24
+"""Numbers that `best_common_sets` holds for one slice of images and one member."""
 _SMALLEST = 1e-7
 
 
@@ -154,3 +160,88 @@ def decision_metrics(
         )
         rows[f"top@{k}"] = multilabel_metrics(scores, targets, k=k, unknown=unknown)
     return rows
+
+
+@torch.no_grad()
+def path_log_probs(
+    head: Head, embedding: ImageEmbedding, paths: Tensor, order: Order = "increasing"
+) -> Tensor:
+    """Score given paths of each image by teacher forcing: log p(path, END | image).
+
+    It is minus the sequence loss: limits of a search, `min_labels` and `max_labels`, are unknown
+    here. The recurrence runs over the distinct prefixes of all paths.
+
+    Args:
+        head: in eval mode.
+        embedding: `head.embed(features)` of B images.
+        paths: [B, C, T] int64 label indices padded with -1, C paths for each image.
+        order: which labels may follow.
+
+    Returns:
+        [B, C] log-probabilities.
+    """
+    B, C, T = paths.shape
+    flat = paths.reshape(B * C, T)
+    trie = prefix_trie(flat)
+    steps = (trie.nodes >= 0).nonzero(as_tuple=True)
+    images = steps[0] // max(C, 1)
+    outputs = head.prefix_outputs(trie)[trie.nodes[steps]]
+    rows = head.score(outputs, ImageEmbedding(embedding.joint[images]))
+    if embedding.label_logits is not None:
+        rows = rows + embedding.label_logits[images]
+    scores = rows.new_zeros(B * C, T + 1, head.num_labels + 1).index_put(steps, rows)
+    return -sequence_loss(scores, flat, order).view(B, C)
+
+
+@torch.no_grad()
+def best_common_sets(
+    heads: Sequence[Head],
+    features: Tensor,
+    inferences: Sequence[Inference],
+    order: Order = "increasing",
+) -> Tensor:
+    """Decide for an ensemble: of all sets that a member's search returned, the most probable.
+
+    A set's probability is the geometric mean over members of that of its path in label order. The
+    first of equally good sets wins, in the order of the members and of their paths.
+
+    Args:
+        heads: M members over the same labels, in eval mode.
+        features: [n, F] on the heads' device.
+        inferences: what each member found for these features.
+        order: of the paths.
+
+    Returns:
+        [n, L] bool on the CPU.
+    """
+    num_labels = heads[0].num_labels
+    per_member = [
+        torch.cat([functional.pad(r.labels, (0, width - r.labels.shape[2]), value=PAD)
+                   for r in found.search])
+        for found in inferences
+        for width in [max(r.labels.shape[2] for r in found.search)]
+    ]  # fmt: skip
+    present = [torch.cat([r.log_probs for r in found.search]).isfinite() for found in inferences]
+    longest = max(labels.shape[2] for labels in per_member)
+    candidates = torch.cat(
+        [
+            functional.pad(labels, (0, longest - labels.shape[2]), value=PAD)
+            for labels in per_member
+        ],
+        dim=1,
+    ).to(features.device)  # [n, C, T]
+    is_candidate = torch.cat(present, dim=1).to(features.device)
+    C = candidates.shape[1]
+    at_once = max(1, SCORES_AT_ONCE // (C * (longest + 1) * (num_labels + 1)))
+    chosen = []
+    for part, paths, there in zip(
+        features.split(at_once), candidates.split(at_once), is_candidate.split(at_once), strict=True
+    ):
+        sets = path_sets(paths, num_labels)
+        in_order = increasing_paths(sets.view(-1, num_labels)).view(len(part), C, -1)
+        total = torch.stack(
+            [path_log_probs(head, head.embed(part), in_order, order) for head in heads]
+        ).mean(0)
+        best = total.masked_fill(~there, -torch.inf).argmax(1)
+        chosen.append(sets[torch.arange(len(part), device=sets.device), best].cpu())
+    return torch.cat(chosen) if chosen else torch.zeros(0, num_labels, dtype=torch.bool)
