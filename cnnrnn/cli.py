@@ -289,8 +289,7 @@ def _recipe(options: Namespace) -> tuple[TrainConfig, ModelConfig, SearchConfig]
 
 
 def _compare(parser: ArgumentParser, options: Namespace) -> int:
-    from cnnrnn.comparison import chosen_methods, compare, frozen_features
-    from cnnrnn.comparison_results import text_table
+    from cnnrnn.comparison import chosen_methods, compare, frozen_features, text_table
     from cnnrnn.data import load_dataset
     from cnnrnn.fit import resolve_device
     from cnnrnn.progress import terminal_progress

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from cnnrnn.config import Calibration, Order, SearchConfig
-from cnnrnn.labels import PAD, increasing_paths, path_sets, prefix_trie
+from cnnrnn.labels import increasing_paths, path_sets, prefix_trie
 from cnnrnn.losses import sequence_loss
 from cnnrnn.metrics import best_threshold, multilabel_metrics
 from cnnrnn.model import Head, ImageEmbedding
@@ -215,33 +214,37 @@ def best_common_sets(
         [n, L] bool on the CPU.
     """
     num_labels = heads[0].num_labels
-    per_member = [
-        torch.cat([functional.pad(r.labels, (0, width - r.labels.shape[2]), value=PAD)
-                   for r in found.search])
-        for found in inferences
-        for width in [max(r.labels.shape[2] for r in found.search)]
-    ]  # fmt: skip
-    present = [torch.cat([r.log_probs for r in found.search]).isfinite() for found in inferences]
-    longest = max(labels.shape[2] for labels in per_member)
-    candidates = torch.cat(
-        [
-            functional.pad(labels, (0, longest - labels.shape[2]), value=PAD)
-            for labels in per_member
-        ],
-        dim=1,
-    ).to(features.device)  # [n, C, T]
-    is_candidate = torch.cat(present, dim=1).to(features.device)
-    C = candidates.shape[1]
-    at_once = max(1, SCORES_AT_ONCE // (C * (longest + 1) * (num_labels + 1)))
     chosen = []
-    for part, paths, there in zip(
-        features.split(at_once), candidates.split(at_once), is_candidate.split(at_once), strict=True
+    for part, *results in zip(
+        features.split(SEARCH_BATCH) if len(features) else [features],
+        *(inference.search for inference in inferences),
+        strict=True,
     ):
-        sets = path_sets(paths, num_labels)
-        in_order = increasing_paths(sets.view(-1, num_labels)).view(len(part), C, -1)
-        total = torch.stack(
-            [path_log_probs(head, head.embed(part), in_order, order) for head in heads]
-        ).mean(0)
-        best = total.masked_fill(~there, -torch.inf).argmax(1)
-        chosen.append(sets[torch.arange(len(part), device=sets.device), best].cpu())
+        sets = torch.cat([path_sets(r.labels, num_labels) for r in results], dim=1)  # [B, C, L]
+        is_found = torch.cat([r.log_probs.isfinite() for r in results], dim=1)
+        longest = max(r.labels.shape[2] for r in results)
+        at_once = max(1, SCORES_AT_ONCE // (sets.shape[1] * (longest + 1) * (num_labels + 1)))
+        chosen += [
+            _most_probable(heads, *tensors, order)
+            for tensors in zip(
+                part.split(at_once),
+                sets.to(part.device).split(at_once),
+                is_found.to(part.device).split(at_once),
+                strict=True,
+            )
+            if len(tensors[0])
+        ]
     return torch.cat(chosen) if chosen else torch.zeros(0, num_labels, dtype=torch.bool)
+
+
+def _most_probable(
+    heads: Sequence[Head], features: Tensor, sets: Tensor, is_found: Tensor, order: Order
+) -> Tensor:
+    """Return the most probable of each image's sets: [B, F], [B, C, L], [B, C] -> [B, L]."""
+    B, C, L = sets.shape
+    paths = increasing_paths(sets.view(B * C, L)).view(B, C, -1)
+    log_probs = torch.stack(
+        [path_log_probs(head, head.embed(features), paths, order) for head in heads]
+    ).mean(0)
+    best = log_probs.masked_fill(~is_found, -torch.inf).argmax(1)
+    return sets[torch.arange(B, device=sets.device), best].cpu()
