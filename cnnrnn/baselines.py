@@ -36,6 +36,10 @@ SHUT = -1e4
 """A gate's bias at which its sigmoid is 0, whatever a label adds."""
 
 
+class DivergedError(ValueError):
+    """The scores of a baseline are no longer finite."""
+
+
 @dataclass(frozen=True)
 class Objective:
     """What a loss is, and how its scores are read.
@@ -153,6 +157,10 @@ def train_independent(
         network: what is trained.
         log: gets one record per epoch.
         say: gets one line per epoch.
+
+    Raises:
+        NonFiniteLossError: the loss stopped being finite.
+        DivergedError: the scores did.
     """
     assert train_split.features is not None and val_split.features is not None
     torch.manual_seed(config.seed)
@@ -165,7 +173,7 @@ def train_independent(
     def validate() -> Validation:
         scores = predicted_scores(model, val_split, loss)
         if not scores.isfinite().all():
-            raise ValueError(
+            raise DivergedError(
                 f"the scores of the validation images are no longer finite under loss {loss}; "
                 "lower learning_rate"
             )

@@ -19,6 +19,7 @@ from cnnrnn.comparison.run import ensemble_seeds
 from cnnrnn.config import CompareConfig, ModelConfig, SearchConfig, TrainConfig
 from cnnrnn.data import DataError, Dataset, load_dataset
 from cnnrnn.decisions import best_common_sets, infer, path_log_probs
+from cnnrnn.fit import NonFiniteLossError
 from cnnrnn.labels import increasing_paths, path_sets
 from cnnrnn.metrics import multilabel_metrics
 from cnnrnn.model import Head
@@ -145,6 +146,40 @@ def test_a_second_call_goes_on_where_the_first_stopped(separable, tmp_path, monk
     compare(separable, tmp_path, HEAD, SEARCH, replace(HASTY, workers=1), more, say=said.append)
     assert len(said) == 5
     assert not list(tmp_path.glob(".*"))
+
+
+def test_an_ensemble_of_other_members_is_made_anew(separable, tmp_path):
+    config = CompareConfig(seeds=(3, 0), methods=("bce", "ensemble-bce"), settings=1, members=3)
+    before = compare(separable, tmp_path, HEAD, SEARCH, HASTY, config)
+    assert before[-1].setting == {"member 1": 3, "member 2": 0, "member 3": 4}
+    said = []
+    after = compare(
+        separable, tmp_path, HEAD, SEARCH, HASTY, replace(config, seeds=(3, 0, 1)), say=said.append
+    )
+    assert after[-1].setting == {"member 1": 3, "member 2": 0, "member 3": 1}
+    assert [line.split(":")[0].split(",")[1] for line in said] == [" bce", " ensemble-bce"]
+    assert after[-1].own["mAP"] != before[-1].own["mAP"]
+
+
+def test_a_setting_that_diverges_is_left_out(separable, tmp_path):
+    huge = replace(separable, features=separable.features * np.float32(1e30))
+    config = CompareConfig(seeds=(0,), methods=("squared",), settings=1)
+    with pytest.raises(NonFiniteLossError):
+        compare(huge, tmp_path / "all", HEAD, SEARCH, HASTY, config)
+    said = []
+    fit = METHODS["squared"].fit
+
+    def diverges_at_first(comparison, value, *others):
+        if value == HASTY.learning_rate:
+            raise NonFiniteLossError("the loss", "first", 1, 0, ["row 3"])
+        return fit(comparison, value, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(METHODS, "squared", replace(METHODS["squared"], fit=diverges_at_first))
+        (row,) = compare(separable, tmp_path / "one", HEAD, SEARCH, HASTY,
+                         replace(config, settings=2), say=said.append)  # fmt: skip
+    assert row.setting == {"learning_rate": 3e-2}
+    assert "learning_rate 0.01 is left out: the loss is not finite" in said[0]
 
 
 def test_weights_of_other_options_are_not_taken_for_these(separable, tmp_path):

@@ -24,12 +24,13 @@ class Row:
         method: name of the method.
         title: of the row.
         seed: of initial weights, order and dropout; of an ensemble its first member's.
-        setting: what was chosen on validation data, such as {"learning_rate": 0.001}.
-        decision: how sets are decided: {"path": True}, {"k": ...} or {"threshold": ...}.
+        setting: what was chosen on validation data, such as {"learning_rate": 0.001}; of an
+            ensemble the seeds of its members.
+        decision: how sets are decided: {"path": 1}, {"k": ...} or {"threshold": ...}.
         own: metrics of the sets by that decision.
         at_3: metrics of at most (path) or exactly (others) three labels.
         own_c_f1: C-F1 at the threshold that has the best C-F1 on validation data; NaN for a path.
-        seconds: of tuning, training and measuring the method.
+        seconds: of tuning, training and measuring, less what was trained before.
     """
 
     method: str

@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 
 from cnnrnn.backbones import Backbone
-from cnnrnn.baselines import (
-    choose_cut,
-)
+from cnnrnn.baselines import DivergedError, choose_cut
 from cnnrnn.comparison.methods import (
     METHODS,
     Comparison,
@@ -35,9 +33,10 @@ from cnnrnn.comparison.results import Results, Row, markdown_table, write_whole
 from cnnrnn.config import CompareConfig, ModelConfig, OnBadImage, SearchConfig, TrainConfig
 from cnnrnn.data import DataError, Dataset
 from cnnrnn.features import cached_features
-from cnnrnn.fit import Split
+from cnnrnn.fit import NonFiniteLossError, Split
 from cnnrnn.metrics import best_threshold, multilabel_metrics
 from cnnrnn.progress import Progress, no_progress
+from cnnrnn.search import NonFiniteError
 from cnnrnn.train import training_splits
 
 
@@ -123,13 +122,16 @@ def compare(
     comparison = _comparison(dataset, out, model_config, search_config, config, compare_config)
     results = Results(out / "results.json", comparison.description)
     for method, seed in _schedule(methods, compare_config):
-        if (method.name, seed) in results:
+        members = _members(method, seed, compare_config)
+        if (method.name, seed) in results and (
+            method.base is None or results.rows(method.name, seed)[0].setting == members
+        ):
             continue
         began = time.perf_counter()
         if method.base is None:
-            setting, fitted = _tuned(comparison, method, seed, results)
+            setting, fitted = _tuned(comparison, method, seed, results, say)
         else:
-            setting, fitted = {}, _ensemble(comparison, method, seed, results)
+            setting, fitted = members, _ensemble(comparison, method, seed, results)
         judged = [
             _judge(comparison, method.by_k, val, test)
             for val, test in zip(
@@ -221,8 +223,20 @@ def ensemble_seeds(compare_config: CompareConfig) -> list[tuple[int, ...]]:
     return [seeds[i : i + members] for i in range(0, len(seeds) - members + 1, members)]
 
 
+def _members(method: Method, seed: int, compare_config: CompareConfig) -> dict[str, float]:
+    """Return the seeds of an ensemble's members as its setting; nothing of other methods."""
+    if method.base is None:
+        return {}
+    group = next(group for group in ensemble_seeds(compare_config) if group[0] == seed)
+    return {f"member {i}": member for i, member in enumerate(group, 1)}
+
+
 def _tuned(
-    comparison: Comparison, method: Method, seed: int, results: Results
+    comparison: Comparison,
+    method: Method,
+    seed: int,
+    results: Results,
+    say: Callable[[str], None],
 ) -> tuple[dict[str, float], Fitted]:
     """Fit a method with its best setting, which the first seed has chosen where it is done."""
     assert method.fit is not None
@@ -234,7 +248,14 @@ def _tuned(
         values = comparison.grid(method)
     best: tuple[float, Fitted] | None = None
     for value in values:
-        fitted = method.fit(comparison, value, seed, comparison.weights(method.name, seed, value))
+        folder = comparison.weights(method.name, seed, value)
+        try:
+            fitted = method.fit(comparison, value, seed, folder)
+        except (NonFiniteLossError, NonFiniteError, DivergedError) as error:
+            if best is None and value == values[-1]:
+                raise
+            say(f"seed {seed}, {method.name}: {method.setting} {value:g} is left out: {error}")
+            continue
         if best is None or fitted.merit > best[1].merit:
             best = value, fitted
     assert best is not None
@@ -246,11 +267,11 @@ def _ensemble(comparison: Comparison, method: Method, seed: int, results: Result
     assert method.base is not None
     base = METHODS[method.base]
     assert base.fit is not None
-    options = comparison.compare_config
-    seeds = next(group for group in ensemble_seeds(options) if group[0] == seed)
+    first = comparison.compare_config.seeds[0]
+    seeds = (int(member) for member in _members(method, seed, comparison.compare_config).values())
     folders, members = [], []
     for member in seeds:
-        tuned_by = member if (base.name, member) in results else options.seeds[0]
+        tuned_by = member if (base.name, member) in results else first
         value = results.rows(base.name, tuned_by)[0].setting[base.setting]
         folders.append(comparison.weights(base.name, member, value))
         members.append(base.fit(comparison, value, member, folders[-1]))
