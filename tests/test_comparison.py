@@ -259,6 +259,15 @@ def test_which_methods_there_are():
     assert [method.name for method in chosen] == ["cnn-rnn", "knn"]
 
 
+def test_what_scikit_learn_is_needed_for_is_said_before_anything_runs(monkeypatch):
+    monkeypatch.setattr("cnnrnn.comparison.methods.find_spec", lambda name: None)
+    with pytest.raises(
+        ModuleNotFoundError, match=r"^knn, svm, chains come from .*cnnrnn\[vision\]"
+    ):
+        chosen_methods(CompareConfig(), HEAD)
+    assert len(chosen_methods(CompareConfig(methods=("bce",)), HEAD)) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"seeds": ()}, "at least one seed"), ({"seeds": (1, 1)}, r"distinct, got \[1, 1\]"),

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -390,19 +391,28 @@ def chosen_methods(compare_config: CompareConfig, model_config: ModelConfig) -> 
 
     Raises:
         ValueError: a name is unknown, or an ensemble's own method is not among them.
+        ModuleNotFoundError: one of them needs scikit-learn, which is not installed.
     """
-    if compare_config.methods is None:
+    wanted = compare_config.methods
+    if wanted is None:
         same = {name for name in METHODS if name.endswith("-linear") and not model_config.trunk_dim}
         if not model_config.chain_term:
             same.add("cnn-rnn-plain")
-        return [method for name, method in METHODS.items() if name not in same]
-    for name in compare_config.methods:
+        wanted = tuple(name for name in METHODS if name not in same)
+    for name in wanted:
         if name not in METHODS:
             raise ValueError(f"methods must be among {', '.join(METHODS)}, got {name!r}")
         base = METHODS[name].base
-        if base is not None and base not in compare_config.methods:
+        if base is not None and base not in wanted:
             raise ValueError(
                 f"method {name} is made of {base}, which must be among the methods, got "
-                f"{', '.join(compare_config.methods)}"
+                f"{', '.join(wanted)}"
             )
-    return [method for name, method in METHODS.items() if name in compare_config.methods]
+    methods = [method for name, method in METHODS.items() if name in wanted]
+    classical = [method.name for method in methods if not method.seeded]
+    if classical and find_spec("sklearn") is None:
+        raise ModuleNotFoundError(
+            f"{', '.join(classical)} come from scikit-learn, which is not installed: run "
+            '`pip install "cnnrnn[vision]"`, or leave them out of the methods'
+        )
+    return methods
