@@ -1,32 +1,100 @@
-"""The paper's comparison methods on the same features, tuned the same way as the path model.
+"""The comparison methods: other losses, other heads, and scikit-learn's, on the same features.
 
-A baseline is the same trunk with one score per label. It gets both stages that the path model
-gets: the second restarts at the lower learning rate of the path model's trunk.
+A neural baseline is the path model's trunk with one score per label. It gets both stages that the
+path model gets: the second restarts at the lower learning rate of the path model's trunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from cnnrnn.backbones import Backbone
-from cnnrnn.config import ModelConfig, SearchConfig, TrainConfig
-from cnnrnn.data import Dataset
-from cnnrnn.decisions import decision_metrics, infer, mean_average_precision
-from cnnrnn.features import cached_features
+from cnnrnn.config import ModelConfig, TrainConfig
+from cnnrnn.decisions import mean_average_precision
 from cnnrnn.fit import Batch, Log, Split, Stage, Validation, resolve_device, run_stage
-from cnnrnn.losses import binary_cross_entropy, softmax_cross_entropy
-from cnnrnn.metrics import best_k, best_threshold, multilabel_metrics
-from cnnrnn.model import Trunk
-from cnnrnn.train import TrainResult, independent_validation, train, training_splits
+from cnnrnn.losses import (
+    asymmetric_loss,
+    binary_cross_entropy,
+    softmax_cross_entropy,
+    squared_error,
+    warp_loss,
+)
+from cnnrnn.metrics import best_k, best_threshold
+from cnnrnn.model import Head, Trunk
+from cnnrnn.recurrence import LSTMRecurrence
 
-Loss = Literal["bce", "softmax"]
-METHODS = ("CNN-RNN", "binary cross-entropy", "softmax")
+Loss = Literal["bce", "softmax", "warp", "squared", "asl"]
+Scorer = Callable[[Tensor], Tensor]
+"""Scores of feature vectors: [n, F] to [n, L], both on the CPU."""
+
+SHUT = -1e4
+"""A gate's bias at which its sigmoid is 0, whatever a label adds."""
+
+
+class DivergedError(ValueError):
+    """The scores of a baseline are no longer finite."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a loss is, and how its scores are read.
+
+    Attributes:
+        loss: [B, L] scores and [B, L] bool targets to [B] losses.
+        read: [n, L] outputs of the network to what is ranked and cut.
+        by_k: the scores are compared within an image, so that a number of labels per image is
+            tried besides a threshold.
+    """
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+    read: Callable[[Tensor], Tensor]
+    by_k: bool = False
+
+
+OBJECTIVES: dict[Loss, Objective] = {
+    "bce": Objective(binary_cross_entropy, torch.sigmoid),
+    "softmax": Objective(softmax_cross_entropy, lambda scores: scores.softmax(1), by_k=True),
+    "warp": Objective(warp_loss, lambda scores: scores, by_k=True),
+    "squared": Objective(squared_error, lambda scores: scores),
+    "asl": Objective(asymmetric_loss, torch.sigmoid),
+}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How scores become label sets: the k best of an image, or those from a threshold on.
+
+    Attributes:
+        of1: O-F1 on the data that it was chosen on.
+        k: labels per image, or None.
+        threshold: smallest score of a label that is taken, or None.
+    """
+
+    of1: float
+    k: int | None = None
+    threshold: float | None = None
+
+
+def choose_cut(scores: Tensor, targets: Tensor, by_k: bool = False) -> Cut:
+    """Choose the threshold, or with `by_k` the threshold or k, that has the best O-F1.
+
+    Args:
+        scores: [n, L] of the validation images.
+        targets: [n, L] bool.
+        by_k: also try every k; of equally good ones k is taken.
+    """
+    threshold, of1 = best_threshold(scores, targets)
+    if by_k:
+        k, of1_at_k = best_k(scores, targets)
+        if of1_at_k >= of1:
+            return Cut(of1_at_k, k=k)
+    return Cut(of1, threshold=threshold)
 
 
 class IndependentClassifier(nn.Module):
@@ -49,23 +117,27 @@ class IndependentClassifier(nn.Module):
         return scores
 
 
-@dataclass(frozen=True)
-class Row:
-    """One method's figures on the test split, for one seed.
+class JointEmbedding(nn.Module):
+    """Image and labels in one space of D dimensions, as WSABIE (Weston et al., IJCAI 2011, eq. 1).
 
-    Attributes:
-        method: one of `METHODS`.
-        seed: of initial weights, order and dropout.
-        learning_rate: the one chosen on validation data.
-        own: metrics of the sets by the method's own stopping.
-        at_3: metrics of the sets of at most (path) or exactly (others) three labels.
+    A label's score is the inner product of its embedding and the projected image, f_l = u_l^T V x:
+    features [B, F] to scores [B, L]. Weight decay stands for WSABIE's bounds on the norms.
     """
 
-    method: str
-    seed: int
-    learning_rate: float
-    own: dict[str, float]
-    at_3: dict[str, float]
+    def __init__(self, config: ModelConfig, num_labels: int, feature_dim: int) -> None:
+        super().__init__()
+        self.trunk = Trunk(
+            feature_dim, config.trunk_dim, config.input_dropout, config.hidden_dropout
+        )
+        self.image_projection = nn.Linear(self.trunk.output_dim, config.joint_dim, bias=False)
+        self.joint_dropout = nn.Dropout(config.joint_dropout)
+        self.label_embedding = nn.Linear(config.joint_dim, num_labels, bias=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return one score per label."""
+        joint = self.joint_dropout(self.image_projection(self.trunk(features)))
+        scores: Tensor = self.label_embedding(joint)
+        return scores
 
 
 def train_independent(
@@ -75,40 +147,47 @@ def train_independent(
     model_config: ModelConfig,
     config: TrainConfig,
     *,
+    network: type[IndependentClassifier] | type[JointEmbedding] = IndependentClassifier,
     log: Log | None = None,
     say: Callable[[str], None] = lambda line: None,
-) -> IndependentClassifier:
+) -> IndependentClassifier | JointEmbedding:
     """Train a baseline in two stages, each with early stopping on O-F1 plus mAP.
 
     Args:
         train_split: training features.
-        val_split: validation features.
-        loss: `bce`, binary cross-entropy per label, or `softmax` over all labels.
-        model_config: trunk and dropout.
+        val_split: validation features; O-F1 is at the best cut of the loss, see `choose_cut`.
+        loss: a key of `OBJECTIVES`.
+        model_config: trunk, dropout and joint width.
         config: the recipe; epochs of the second stage are those of the path model's.
+        network: what is trained.
         log: gets one record per epoch.
         say: gets one line per epoch.
+
+    Raises:
+        NonFiniteLossError: the loss stopped being finite.
+        DivergedError: the scores did.
     """
     assert train_split.features is not None and val_split.features is not None
     torch.manual_seed(config.seed)
     device = resolve_device(config.device)
-    model = IndependentClassifier(
-        model_config, train_split.targets.shape[1], train_split.features.shape[1]
-    ).to(device)
-    per_image = binary_cross_entropy if loss == "bce" else softmax_cross_entropy
+    model = network(model_config, train_split.targets.shape[1], train_split.features.shape[1]).to(
+        device
+    )
+    objective = OBJECTIVES[loss]
 
-    @torch.no_grad()
     def validate() -> Validation:
         scores = predicted_scores(model, val_split, loss)
-        if loss == "bce":
-            return independent_validation(scores, val_split.targets)
-        # Softmax decides by k: judge it by what it will be used for.
-        _, of1 = best_k(scores, val_split.targets)
+        if not scores.isfinite().all():
+            raise DivergedError(
+                f"the scores of the validation images are no longer finite under loss {loss}; "
+                "lower learning_rate"
+            )
+        of1 = choose_cut(scores, val_split.targets, objective.by_k).of1
         mean_ap = mean_average_precision(scores, val_split.targets)
         return Validation(of1 + mean_ap, {"O-F1": of1, "mAP": mean_ap})
 
     def batch_loss(batch: Batch) -> Tensor:
-        return per_image(model(batch.inputs), batch.targets)
+        return objective.loss(model(batch.inputs), batch.targets)
 
     generator = torch.Generator().manual_seed(config.seed)
     stages = (
@@ -127,111 +206,139 @@ def train_independent(
 
 
 @torch.no_grad()
-def predicted_scores(model: IndependentClassifier, split: Split, loss: Loss) -> Tensor:
-    """Return probabilities [n, L] on the CPU: per label, or over all labels."""
+def predicted_scores(model: nn.Module, split: Split, loss: Loss) -> Tensor:
+    """Return scores [n, L] on the CPU, read as the loss means them."""
     assert split.features is not None
     device = next(model.parameters()).device
-    scores = torch.cat(
-        [model(part.to(device)).float().cpu() for part in split.features.split(4096)]
-    )
-    return scores.sigmoid() if loss == "bce" else scores.softmax(1)
+    parts = [model(part.to(device)).float().cpu() for part in split.features.split(4096)]
+    return OBJECTIVES[loss].read(torch.cat(parts))
 
 
-def frozen_features(dataset: Dataset, backbone: Backbone, folder: Path) -> Dataset:
-    """Return a dataset of pictures as one of feature vectors, computed once and kept in `folder`.
+def remove_recurrence(head: Head) -> None:
+    """Make the recurrent state after a label a function of that label alone, and keep it so.
 
-    Args:
-        dataset: pictures, all readable.
-        backbone: where its weights are decides the device.
-        folder: holds the feature cache.
-    """
-    device = next(backbone.parameters()).device
-    features = cached_features(backbone, dataset, folder, device=device).values.numpy()
-    return replace(dataset, features=features, image_paths=None, boxes=None)
-
-
-def compare(
-    dataset: Dataset,
-    out: Path,
-    model_config: ModelConfig,
-    search_config: SearchConfig,
-    config: TrainConfig,
-    *,
-    seeds: Sequence[int] = (0, 1, 2),
-    learning_rates: Sequence[float] = (1e-3, 3e-3),
-    say: Callable[[str], None] = lambda line: None,
-) -> list[Row]:
-    """Train CNN-RNN, binary cross-entropy and softmax on one set of features; measure on `test`.
-
-    Each method gets the same grid of learning rates and keeps the one whose own decision has the
-    best O-F1 on the validation split; threshold and k are chosen there too.
+    The paper's "No RNN": training and search stay as they are, but what the model knows of a path
+    is its last label. The weights from the state are 0, the forget gate is shut, and both are
+    frozen. Under `lstm` what is left is o(w) * tanh(i(w) * tanh(g(w))) of the label's embedding w,
+    under `paper` x(w) * i(w) * g(w); the output projection reads it linearly.
 
     Args:
-        dataset: feature vectors with `train`, `val` and `test` splits.
-        out: folder for the path model's runs.
-        model_config: the head; all methods share trunk and dropout.
-        search_config: of the path model.
-        config: the recipe; its seed and learning rate are replaced.
-        seeds: one row of every method each.
-        learning_rates: the grid that every method searches.
-        say: gets one line per method and seed.
-
-    Returns:
-        A row per method and seed.
+        head: a new head; its recurrence is changed in place.
     """
-    train_data, val_data = training_splits(dataset, config)
-    splits = tuple(
-        Split(data, data.label_matrix(), torch.as_tensor(data.features))
-        for data in (train_data, val_data, dataset.split("test"))
-    )
-    rows = []
-    for seed in seeds:
-        for method in METHODS:
-            tried: list[tuple[float, Row]] = []
-            for rate in learning_rates:
-                tuned = replace(config, seed=seed, learning_rate=rate)
-                if method == "CNN-RNN":
-                    run = out / f"seed-{seed}-rate-{rate:g}"
-                    model = train(dataset, run, model_config, search_config, tuned)
-                    tried.append(_measure_path_model(model, splits[2], seed, rate))
-                else:
-                    tried.append(_measure_independent(method, splits, model_config, tuned))
-            row = max(tried, key=lambda pair: pair[0])[1]
-            rows.append(row)
-            say(
-                f"seed {seed}, {method} (learning rate {row.learning_rate:g}): "
-                f"O-F1 {row.own['O-F1']:.4f}, exact match {row.own['exact-match']:.4f}"
-            )
-    return rows
+    H = head.hidden_dim
+    recurrence = head.recurrence
+    with torch.no_grad():
+        recurrence.weight_hh.zero_()
+        if isinstance(recurrence, LSTMRecurrence):
+            recurrence.bias_hh.zero_()
+            recurrence.bias_hh[H : 2 * H] = SHUT
+            recurrence.bias_hh.requires_grad_(False)
+        else:
+            recurrence.weight_ih[2 * H : 3 * H] = 0  # and relu has no gradient at 0: it stays so
+    recurrence.weight_hh.requires_grad_(False)
 
 
-def _measure_path_model(
-    trained: TrainResult, test: Split, seed: int, rate: float
-) -> tuple[float, Row]:
-    """Return the O-F1 of the best path on validation data, and the figures on test data."""
-    assert test.features is not None
-    model = trained.model
-    targets = model.label_space.from_source(test.targets, test.dataset.label_names)
-    inference = infer(model.head, test.features.to(model.device), model.search)
-    metrics = decision_metrics(inference, targets, model.calibration, k=3)
-    row = Row("CNN-RNN", seed, rate, metrics["path"], metrics["path@3"])
-    return trained.metrics["path"]["O-F1"], row
+def fit_nearest_neighbours(train_split: Split, neighbours: int) -> Scorer:
+    """Score a label by its share among the nearest training images, by Euclidean distance.
+
+    Args:
+        train_split: features and targets.
+        neighbours: how many; at most the training images there are.
+    """
+    from sklearn.neighbors import NearestNeighbors
+
+    assert train_split.features is not None
+    k = min(neighbours, len(train_split))
+    index = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(train_split.features.numpy())
+    targets = train_split.targets.numpy().astype(np.float32)
+
+    def score(features: Tensor) -> Tensor:
+        parts = [
+            index.kneighbors_graph(part.numpy()) @ targets / k  # [n, train] sparse
+            for part in features.split(4096)
+        ]
+        return torch.from_numpy(np.concatenate(parts).astype(np.float32))
+
+    return score
 
 
-def _measure_independent(
-    method: str, splits: tuple[Split, ...], model_config: ModelConfig, config: TrainConfig
-) -> tuple[float, Row]:
-    """Train a baseline; its threshold or k is chosen on validation data. Returns as above."""
-    train_split, val_split, test_split = splits
-    loss: Loss = "softmax" if method == "softmax" else "bce"
-    model = train_independent(train_split, val_split, loss, model_config, config)
-    val_scores = predicted_scores(model, val_split, loss)
-    scores = predicted_scores(model, test_split, loss)
-    if loss == "softmax":
-        k, val_of1 = best_k(val_scores, val_split.targets)
-        own = multilabel_metrics(scores, test_split.targets, k=k)
-    else:
-        threshold, val_of1 = best_threshold(val_scores, val_split.targets)
-        own = multilabel_metrics(scores, test_split.targets, threshold=threshold)
-    at_3 = multilabel_metrics(scores, test_split.targets, k=3)
-    return val_of1, Row(method, config.seed, config.learning_rate, own, at_3)
+def fit_linear_svm(train_split: Split, C: float) -> Scorer:
+    """Fit scikit-learn's `LinearSVC` (squared hinge) for each label; scores are its margins.
+
+    Features are divided by the mean norm of the training features, so that C means the same
+    whatever their scale. A label that all or none of the training images have gets +-infinity.
+
+    Args:
+        train_split: features and targets.
+        C: weight of the errors beside the norm of the weights.
+    """
+    from sklearn.svm import LinearSVC
+
+    features, scale = _scaled(train_split)
+    wide = features.astype(np.float64)  # what liblinear computes with, converted once
+    num_labels = train_split.targets.shape[1]
+    weights = np.zeros((num_labels, features.shape[1]))
+    bias = np.full(num_labels, np.inf)
+    bias[~train_split.targets.any(0).numpy()] = -np.inf
+    for label in _learnable(train_split):
+        machine = LinearSVC(C=C, dual=False, tol=1e-3).fit(
+            wide, train_split.targets[:, label].numpy()
+        )
+        weights[label], bias[label] = machine.coef_[0], machine.intercept_[0]
+
+    def score(features: Tensor) -> Tensor:
+        margins = features.numpy() / scale @ weights.T + bias
+        return torch.from_numpy(margins.astype(np.float32))
+
+    return score
+
+
+def fit_classifier_chain(train_split: Split, C: float) -> Scorer:
+    """Fit scikit-learn's `ClassifierChain` of logistic regressions, most frequent label first.
+
+    Read et al. (Machine Learning, 2011): each label's classifier reads the features and the labels
+    before it, which in prediction are those already predicted. Features are scaled as for
+    `fit_linear_svm`. A label that all or none of the training images have is not in the chain, its
+    probability is 1 or 0.
+
+    Args:
+        train_split: features and targets.
+        C: weight of the errors beside the norm of the weights.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.multioutput import ClassifierChain
+
+    features, scale = _scaled(train_split)
+    targets = train_split.targets
+    learnable = _learnable(train_split)
+    counts = targets.sum(0)[learnable]
+    constant = targets.all(0).numpy().astype(np.float32)
+    chain = None
+    if len(learnable):
+        order = counts.argsort(descending=True, stable=True).tolist()
+        logistic = LogisticRegression(C=C, tol=1e-5, max_iter=1000)
+        chain = ClassifierChain(logistic, order=order)
+        chain.fit(features, targets[:, learnable].numpy().astype(np.float32))
+
+    def score(features: Tensor) -> Tensor:
+        scores = np.tile(constant, (len(features), 1))
+        if chain is not None and len(features):
+            scores[:, learnable] = chain.predict_proba(features.numpy() / scale)
+        return torch.from_numpy(scores)
+
+    return score
+
+
+def _scaled(split: Split) -> tuple[npt.NDArray[np.float32], np.float32]:
+    """Return features of mean norm 1, and what they were divided by."""
+    assert split.features is not None
+    features = split.features.numpy()
+    mean = np.linalg.norm(features, axis=1).mean()
+    scale = np.float32(mean if mean > 0 else 1.0)
+    return (features / scale).astype(np.float32), scale
+
+
+def _learnable(split: Split) -> list[int]:
+    """Return the labels that some training images have and some lack."""
+    some = split.targets.any(0) & ~split.targets.all(0)
+    return some.nonzero()[:, 0].tolist()

@@ -1,4 +1,4 @@
-"""The `cnnrnn` command: train, evaluate, predict, scenes, data check, check.
+"""The `cnnrnn` command: train, compare, evaluate, predict, scenes, data check, check.
 
 Options are made from the config dataclasses. Every command takes `--config FILE.yaml` with
 overrides on the command line; dashes and underscores in option names mean the same.
@@ -20,7 +20,14 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from cnnrnn import __version__
-from cnnrnn.config import DECISIONS, LabelOrder, ModelConfig, SearchConfig, TrainConfig
+from cnnrnn.config import (
+    DECISIONS,
+    CompareConfig,
+    LabelOrder,
+    ModelConfig,
+    SearchConfig,
+    TrainConfig,
+)
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -31,6 +38,10 @@ if TYPE_CHECKING:
 
 TABLE_METRICS = ("C-P", "C-R", "C-F1", "O-P", "O-R", "O-F1", "MAP@10", "mAP", "mAP-11pt",
                  "exact-match", "example-F1")  # fmt: skip
+
+
+RECIPES = ("train", "compare")
+"""Commands with the options of the recipe, of which `--preset` chooses the defaults."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,11 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command is None:
         parser.print_help()
         return 0
-    if command == "train" and options.train.preset == "paper":  # named here or in a config file
+    if command in RECIPES and options[command].preset == "paper":  # named here or in a config file
         parser = _parser("paper")
     options = parser.parse_args(words)
     run: dict[str, Callable[[ArgumentParser, Namespace], int]] = {
-        "train": _train, "evaluate": _evaluate, "predict": _predict,
+        "train": _train, "compare": _compare, "evaluate": _evaluate, "predict": _predict,
         "scenes": _scenes, "data": _data, "check": _check,
     }  # fmt: skip
     try:
@@ -102,6 +113,9 @@ def _parser(preset: str) -> ArgumentParser:
     )  # fmt: skip
     commands = parser.add_subcommands(required=False, dest="command")
     commands.add_subcommand("train", _train_parser(preset), help="train a model")
+    commands.add_subcommand(
+        "compare", _compare_parser(preset), help="train and measure the comparison methods too"
+    )
     commands.add_subcommand("evaluate", _evaluate_parser(), help="measure a model on labelled data")
     commands.add_subcommand("predict", _predict_parser(), help="label pictures")
     commands.add_subcommand("scenes", _scenes_parser(), help="write the synthetic scenes data set")
@@ -141,15 +155,20 @@ def _train_parser(preset: str) -> ArgumentParser:
     _add_data(parser)
     parser.add_argument("--out", type=str, required=True, help="folder for the run")
     parser.add_argument(
-        "--preset", type=str, default="ours", choices=["ours", "paper"],
-        help="defaults: this project's recipe, or the paper's (VGG-16 fc7, RMSprop, its cell)",
-    )  # fmt: skip
-    parser.add_argument(
         "--members", type=int, default=1, help="train an ensemble of so many, with seeds in a row"
     )
     parser.add_argument(
         "--member_orders", type=str | None,
         help="label order of each member, such as frequency,rare,random; label_order's without",
+    )  # fmt: skip
+    _add_recipe(parser, preset)
+    return parser
+
+
+def _add_recipe(parser: ArgumentParser, preset: str) -> None:
+    parser.add_argument(
+        "--preset", type=str, default="ours", choices=["ours", "paper"],
+        help="defaults: this project's recipe, or the paper's (VGG-16 fc7, RMSprop, its cell)",
     )  # fmt: skip
     parser.add_class_arguments(TrainConfig, None)
     parser.add_class_arguments(ModelConfig, "model")
@@ -160,6 +179,35 @@ def _train_parser(preset: str) -> ArgumentParser:
             | {f"model.{k}": v for k, v in asdict(ModelConfig.paper()).items()}
             | {f"search.{k}": v for k, v in asdict(SearchConfig.paper()).items()}
         )
+
+
+def _compare_parser(preset: str) -> ArgumentParser:
+    parser = _command_parser(
+        "Train the path model and the methods it is compared with on the same features; writes "
+        "results.json and table.md, and goes on where it was stopped."
+    )
+    _add_data(parser)
+    defaults = CompareConfig()
+    parser.add_argument("--out", type=str, required=True, help="folder for results and weights")
+    parser.add_argument(
+        "--seeds", type=str, default=",".join(map(str, defaults.seeds)),
+        help="seeds of the trained methods, with commas between; the first one tunes",
+    )  # fmt: skip
+    parser.add_argument(
+        "--methods", type=str | None,
+        help="methods with commas between, as docs/comparison.md names them; all without",
+    )  # fmt: skip
+    parser.add_argument(
+        "--settings", type=int, default=defaults.settings, help="settings that each method tries"
+    )
+    parser.add_argument(
+        "--members", type=int, default=defaults.members, help="trainings that an ensemble averages"
+    )
+    parser.add_argument(
+        "--tune_each_seed", type=bool, default=defaults.tune_each_seed,
+        help="choose settings anew for every seed",
+    )  # fmt: skip
+    _add_recipe(parser, preset)
     return parser
 
 
@@ -233,9 +281,7 @@ def _train(parser: ArgumentParser, options: Namespace) -> int:
     from cnnrnn.progress import terminal_progress
     from cnnrnn.train import train
 
-    model, search = ModelConfig(**vars(options.model)), SearchConfig(**vars(options.search))
-    fields = TrainConfig.__dataclass_fields__
-    config = TrainConfig(**{name: options[name] for name in fields})
+    config, model, search = _recipe(options)
     dataset = load_dataset(options.data, images=options.images, on_bad_image=config.on_bad_image)
     if not options.out:
         raise ValueError("--out must name a folder, got an empty name")
@@ -280,6 +326,60 @@ def _member_orders(members: int, names: str | None, config: TrainConfig) -> list
             f"got {len(orders)}: {names}"
         )
     return orders
+
+
+def _recipe(options: Namespace) -> tuple[TrainConfig, ModelConfig, SearchConfig]:
+    fields = TrainConfig.__dataclass_fields__
+    config = TrainConfig(**{name: options[name] for name in fields})
+    return config, ModelConfig(**vars(options.model)), SearchConfig(**vars(options.search))
+
+
+def _compare(parser: ArgumentParser, options: Namespace) -> int:
+    from cnnrnn.comparison import chosen_methods, compare, frozen_features, text_table
+    from cnnrnn.data import load_dataset
+    from cnnrnn.fit import resolve_device
+    from cnnrnn.progress import terminal_progress
+    from cnnrnn.train import initial_backbone
+
+    config, model, search = _recipe(options)
+    try:
+        seeds = tuple(int(seed) for seed in options.seeds.split(","))
+    except ValueError:
+        raise ValueError(
+            f"--seeds must be whole numbers with commas between, got {options.seeds!r}"
+        ) from None
+    methods = None if options.methods is None else tuple(options.methods.split(","))
+    compared = CompareConfig(
+        seeds, methods, options.settings, options.members, options.tune_each_seed
+    )
+    chosen_methods(compared, model, search)  # a wrong name fails before data is read
+    if not options.out:
+        raise ValueError("--out must name a folder, got an empty name")
+    out = Path(options.out)
+    dataset = load_dataset(options.data, images=options.images, on_bad_image=config.on_bad_image)
+    if dataset.features is None:
+        if not model.freeze_backbone:
+            raise ValueError(
+                "compare reads one set of features: --model.freeze_backbone must be true, got "
+                "false; --init_backbone names a backbone that `train` has trained"
+            )
+        backbone = initial_backbone(model, config).to(resolve_device(config.device))
+        dataset = frozen_features(
+            dataset, backbone,
+            Path(config.feature_cache) if config.feature_cache else out / "features",
+            batch_size=config.batch_size, workers=config.workers,
+            on_bad_image=config.on_bad_image, progress=terminal_progress,
+        )  # fmt: skip
+    rows = compare(
+        dataset, out, model, search, config, compared,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )  # fmt: skip
+    images = len(dataset.splits["test"])
+    print(f"{options.data}, test: {images:,} images, {len(dataset.label_names)} labels, per cent, "
+          f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}, * best of its column")  # fmt: skip
+    print(text_table(rows))
+    print(f"also in {out / 'table.md'}; all figures: {out / 'results.json'}")
+    return 0
 
 
 def _yaml(values: dict[str, Any]) -> str:

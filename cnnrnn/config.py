@@ -392,3 +392,34 @@ class SvmlightOptions:
         if self.features is not None:
             _require(self.features >= 1, f"features must be at least 1, got {self.features}")
         _require(self.first in (None, 0, 1), f"first must be 0 or 1, got {self.first}")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """What a comparison of methods runs.
+
+    Attributes:
+        seeds: one result of every trained method each; the first one tunes.
+        methods: names of methods, see docs/comparison.md; None takes all that differ.
+        settings: how many settings of its own hyperparameter each method tries.
+        members: M, trainings that an ensemble averages.
+        tune_each_seed: choose the setting anew for every seed instead of keeping the first's.
+    """
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    methods: tuple[str, ...] | None = None
+    settings: int = 2
+    members: int = 3
+    tune_each_seed: bool = False
+
+    def __post_init__(self) -> None:
+        """Check ranges and that nothing comes twice."""
+        _require(len(self.seeds) > 0, "seeds must name at least one seed, got none")
+        for name, values in (("seeds", self.seeds), ("methods", self.methods or ())):
+            _require(
+                len(set(values)) == len(values), f"{name} must be distinct, got {list(values)}"
+            )
+        for seed in self.seeds:
+            _require(0 <= seed < 2**63, f"seeds must be in 0..2^63-1, got {seed}")
+        _require(1 <= self.settings <= 5, f"settings must be in 1..5, got {self.settings}")
+        _require(self.members >= 2, f"members must be at least 2, got {self.members}")

@@ -94,9 +94,9 @@ def threshold_sets(scores: Tensor, threshold: float | Tensor) -> Tensor:
 
 
 def best_threshold(
-    scores: Tensor, targets: Tensor, metric: Literal["O-F1"] = "O-F1"
+    scores: Tensor, targets: Tensor, metric: Literal["O-F1", "C-F1"] = "O-F1"
 ) -> tuple[float, float]:
-    """Find the one threshold for all labels that gives the best O-F1.
+    """Find the one threshold for all labels that gives the best O-F1, or C-F1.
 
     Every distinct outcome of `threshold_sets` is tried: a cut lies midway between two adjacent
     distinct scores, the last one at the lowest score. Of equally good cuts the highest is taken.
@@ -105,30 +105,30 @@ def best_threshold(
     Args:
         scores: [n, L] floating point; one column calibrates one label.
         targets: [n, L] bool or 0/1 integers.
-        metric: what to maximise; only O-F1.
+        metric: what to maximise.
 
     Returns:
-        The threshold, exact in the type of `scores`, and the O-F1 that it gives.
+        The threshold, exact in the type of `scores`, and the metric's value with it.
 
     Raises:
         ValueError: when shapes, types or values are wrong, there is no image, or `metric` is
             another.
     """
-    if metric != "O-F1":
-        raise ValueError(f"metric must be O-F1, got {metric!r}")
+    if metric not in ("O-F1", "C-F1"):
+        raise ValueError(f"metric must be O-F1 or C-F1, got {metric!r}")
     scores = _checked_scores(scores)
     targets = _checked_targets(targets, scores, "scores")
 
     sorted_scores = scores.flatten().sort().values
-    positive_scores = scores[targets].sort().values
-    if len(positive_scores) == 0:
+    if not bool(targets.any()):
         return float(sorted_scores[-1]), 0.0
-    # A cut that ends in a run without positives only adds errors: look at the positives' scores.
-    correct, predicted = _counts_at_positives(sorted_scores, positive_scores)
-    f1 = _f1(correct, predicted, correct[0])
-    best = len(f1) - 1 - int(f1.flip(0).argmax())  # the highest of equally good cuts
-    upper = float(positive_scores[best])
-    below = len(sorted_scores) - int(predicted[best])
+    if metric == "O-F1":
+        cuts, f1 = _o_f1_at_cuts(sorted_scores, scores[targets].sort().values)
+    else:
+        cuts, f1 = _c_f1_at_cuts(scores, targets)
+    best = int(f1.argmax())  # the first, highest, of equally good cuts
+    upper = float(cuts[best])
+    below = int(torch.searchsorted(sorted_scores, cuts[best]))  # scores under the cut
     if below == 0:
         return upper, float(f1[best])
     lower = float(sorted_scores[below - 1])
@@ -565,6 +565,42 @@ def _counts_at_positives(sorted_scores: Tensor, positive_scores: Tensor) -> tupl
     correct = len(positive_scores) - torch.searchsorted(positive_scores, positive_scores)
     predicted = len(sorted_scores) - torch.searchsorted(sorted_scores, positive_scores)
     return correct, predicted
+
+
+def _o_f1_at_cuts(sorted_scores: Tensor, positive_scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cuts, falling, and the O-F1 of each: [p] and [p] float64.
+
+    A cut that ends in a run without positives only adds errors: cuts at the positives will do.
+    Arguments as of `_counts_at_positives`.
+    """
+    correct, predicted = _counts_at_positives(sorted_scores, positive_scores)
+    return positive_scores.flip(0), _f1(correct, predicted, correct[0]).flip(0)
+
+
+def _c_f1_at_cuts(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the distinct scores, falling, and the C-F1 of a cut at each: [m] and [m] float64.
+
+    As the cut falls, each score that it passes changes the precision and recall of one label:
+    sums over labels are running sums of those changes.
+    """
+    num_images, num_labels = scores.shape
+    columns, of_image = scores.sort(dim=0, descending=True)
+    hits = targets.gather(0, of_image)
+    predicted = torch.arange(1, num_images + 1, device=scores.device)[:, None]
+    precision = hits.cumsum(0).double() / predicted
+    precision_change = precision.diff(dim=0, prepend=precision.new_zeros(1, num_labels))
+    positives = targets.sum(0)
+    recall_change = _ratio(hits, positives)
+
+    cuts, order = columns.flatten().sort(descending=True)
+    class_precision = precision_change.flatten()[order].cumsum(0) / num_labels
+    class_recall = recall_change.flatten()[order].cumsum(0) / (positives > 0).sum()
+    complete = torch.ones_like(cuts, dtype=torch.bool)  # equal scores enter together
+    complete[:-1] = cuts[:-1] != cuts[1:]
+    class_precision, class_recall = class_precision[complete], class_recall[complete]
+    total = class_precision + class_recall
+    f1 = torch.where(total > 0, 2 * class_precision * class_recall / total, 0.0)
+    return cuts[complete], f1
 
 
 def _average_precisions(

@@ -65,6 +65,7 @@ def train(
     search_config: SearchConfig,
     config: TrainConfig,
     *,
+    prepare_head: Callable[[Head], None] = lambda head: None,
     on_start: Callable[[], None] = lambda: None,
     say: Callable[[str], None] = lambda line: None,
     progress: Progress = no_progress,
@@ -80,6 +81,7 @@ def train(
         model_config: the architecture; backbone options do not matter for feature vectors.
         search_config: the search, whose order is also the order of training paths.
         config: the recipe.
+        prepare_head: called with the new head, whose weights it may set and freeze.
         on_start: called once data and options have proved to fit, before anything is written.
         say: gets a line per epoch and per notable fact.
         progress: shows progress within an epoch.
@@ -103,9 +105,10 @@ def train(
         model_config = replace(model_config, backbone=FEATURES_ONLY)
         feature_dim = dataset.features.shape[1]
     else:
-        backbone = _backbone(model_config, config)
+        backbone = initial_backbone(model_config, config)
         feature_dim = backbone.feature_dim
     head = Head.from_config(model_config, len(space), feature_dim)
+    prepare_head(head)
     model = CNNRNN(model_config, space, head, backbone, search_config).to(device)
 
     out.mkdir(parents=True, exist_ok=True)
@@ -180,7 +183,12 @@ def _training_records(data: Dataset, config: TrainConfig) -> Dataset:
     return data
 
 
-def _backbone(model_config: ModelConfig, config: TrainConfig) -> Backbone:
+def initial_backbone(model_config: ModelConfig, config: TrainConfig) -> Backbone:
+    """Return the backbone that training starts from: `init_backbone`'s, or the one named.
+
+    Raises:
+        ValueError: `init_backbone` holds another backbone than the model's.
+    """
     if config.init_backbone is None:
         if model_config.freeze_backbone and not _starts_trained(model_config, config):
             warnings.warn(

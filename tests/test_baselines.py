@@ -1,4 +1,4 @@
-"""The comparison: every method on the same features, each tuned on validation data alone."""
+"""Each comparison method against a loop, scikit-learn, or what it must not be able to know."""
 
 from __future__ import annotations
 
@@ -6,80 +6,231 @@ import numpy as np
 import pytest
 import torch
 
-from cnnrnn.baselines import METHODS, IndependentClassifier, compare, train_independent
+from cnnrnn.baselines import (
+    OBJECTIVES,
+    IndependentClassifier,
+    JointEmbedding,
+    choose_cut,
+    fit_classifier_chain,
+    fit_linear_svm,
+    fit_nearest_neighbours,
+    predicted_scores,
+    remove_recurrence,
+    train_independent,
+)
 from cnnrnn.config import ModelConfig, SearchConfig, TrainConfig
-from cnnrnn.data import Dataset, load_dataset
+from cnnrnn.data import Dataset
+from cnnrnn.data.dataset import csr
 from cnnrnn.fit import Split
+from cnnrnn.labels import prefix_trie
+from cnnrnn.model import Head
+from cnnrnn.recurrence import prefix_outputs
+from cnnrnn.search import beam_search
+from cnnrnn.train import train
 
 HEAD = ModelConfig(trunk_dim=0, hidden_dim=16, joint_dim=16, input_dropout=0.0, joint_dropout=0.0)
-QUICK = TrainConfig(device="cpu", warm_epochs=25, epochs=15, batch_size=32)
+QUICK = TrainConfig(device="cpu", warm_epochs=25, epochs=15, batch_size=32, learning_rate=1e-2)
 
 
-@pytest.fixture
-def separable(tmp_path) -> Dataset:
-    """Each label is the sign of one feature; the third goes with the first."""
-    rng = np.random.default_rng(0)
-    features = rng.normal(size=(600, 6)).astype(np.float32)
-    features += np.sign(features) * 0.5
-    labels = features[:, :4] > 0
-    labels[:, 2] = labels[:, 0]
-    split = np.array(["train"] * 400 + ["val"] * 100 + ["test"] * 100)
-    file = tmp_path / "features.npz"
-    np.savez(file, features=features, labels=labels, label_names=list("abcd"), split=split)
-    return load_dataset(f"features:{file}")
+def split_of(features, targets):
+    """A split of feature vectors with targets, both tensors."""
+    rows = [row.nonzero()[:, 0].tolist() for row in targets]
+    names = tuple(f"label {i}" for i in range(targets.shape[1]))
+    data = Dataset("features:made up", names, *csr(rows), features=features.numpy())
+    return Split(data, targets, features)
 
 
-def test_every_method_learns_a_separable_problem(separable, tmp_path):
-    lines = []
-    rows = compare(
-        separable,
-        tmp_path / "runs",
-        HEAD,
-        SearchConfig(beam_size=4),
-        QUICK,
-        seeds=(0,),
-        learning_rates=(1e-2, 1e-6),
-        say=lines.append,
-    )
-    assert [row.method for row in rows] == list(METHODS)
-    assert len(lines) == 3
-    by_method = {row.method: row for row in rows}
-    assert by_method["CNN-RNN"].own["O-F1"] > 0.97
-    assert by_method["CNN-RNN"].own["exact-match"] > 0.9
-    assert by_method["binary cross-entropy"].own["O-F1"] > 0.97
-    # Softmax must name the same number of labels everywhere, and set sizes differ here.
-    assert by_method["softmax"].own["O-F1"] < by_method["binary cross-entropy"].own["O-F1"]
-    assert all(row.learning_rate == 1e-2 for row in rows)
+def separable(count, seed, labels=4):
+    """Each label is the sign of one feature; label 2 goes with label 0."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(count, 6, generator=generator)
+    features += features.sign() * 0.5
+    targets = features[:, :labels] > 0
+    targets[:, 2] = targets[:, 0]
+    return split_of(features, targets)
 
 
-@pytest.mark.parametrize("loss", ["bce", "softmax"])
-def test_a_baseline_is_restored_to_its_best_epoch(separable, loss):
-    data = [separable.split(name) for name in ("train", "val")]
-    train, val = (Split(d, d.label_matrix(), torch.as_tensor(d.features)) for d in data)
+def with_constant_labels(split):
+    """The split with one label that no image has, and one that all have, at the ends."""
+    none = torch.zeros(len(split), 1, dtype=torch.bool)
+    return split_of(split.features, torch.cat([none, split.targets, ~none], dim=1))
+
+
+@pytest.mark.parametrize("loss", OBJECTIVES)
+def test_a_network_learns_and_is_restored_to_its_best_epoch(loss):
+    train_split, val = (with_constant_labels(separable(n, n)) for n in (400, 100))
     said = []
-    model = train_independent(train, val, loss, HEAD, QUICK, say=said.append)
+    model = train_independent(train_split, val, loss, HEAD, QUICK, say=said.append)
     assert isinstance(model, IndependentClassifier)
     assert not model.training
     assert any(line.startswith(f"{loss} second") for line in said)
+    scores = predicted_scores(model, val, loss)
+    assert scores.isfinite().all()
+    assert choose_cut(scores, val.targets, OBJECTIVES[loss].by_k).of1 > 0.8
+
+
+def test_the_joint_embedding_ranks_by_inner_products():
+    config = ModelConfig(trunk_dim=0, joint_dim=3, input_dropout=0.0, joint_dropout=0.0)
+    train_split, val = separable(400, 0), separable(100, 1)
+    model = train_independent(train_split, val, "warp", config, QUICK, network=JointEmbedding)
+    assert isinstance(model, JointEmbedding)
+    weights = model.label_embedding.weight @ model.image_projection.weight  # of rank 3
+    torch.testing.assert_close(predicted_scores(model, val, "warp"), val.features @ weights.T)
+    ranks_of_present = predicted_scores(model, val, "warp").argsort(1, descending=True)[:, 0]
+    some = val.targets.any(1)
+    assert val.targets.gather(1, ranks_of_present[:, None])[some].float().mean() > 0.9
+
+
+def test_the_cut_is_k_or_a_threshold_whichever_is_better():
+    targets = torch.eye(3, dtype=torch.bool)
+    by_image = torch.tensor([[9.0, 1, 1], [1, 3, 1], [5, 5, 6]])  # best first, scales differ
+    cut = choose_cut(by_image, targets, by_k=True)
+    assert (cut.k, cut.threshold, cut.of1) == (1, None, 1.0)
+    assert choose_cut(by_image, targets).k is None
+    by_threshold = torch.tensor([[2.0, 2, 0], [0, 0, 0], [0, 0, 0]])
+    both = torch.tensor([[1, 1, 0], [0, 0, 0], [0, 0, 0]], dtype=torch.bool)
+    cut = choose_cut(by_threshold, both, by_k=True)
+    assert (cut.k, cut.threshold, cut.of1) == (None, 1.0, 1.0)
+    assert choose_cut(targets.float(), targets, by_k=True).k == 1  # of equally good ones k
+
+
+def random_head(cell="lstm", labels=5):
+    torch.manual_seed(0)
+    head = Head(labels, 3, joint_dim=4, hidden_dim=6, cell=cell, chain_term=True)
     with torch.no_grad():
-        scores = model(val.features)
-    assert ((scores[:, 0] > scores[:, 0].median()) == val.targets[:, 0]).float().mean() > 0.8
+        for value in head.parameters():
+            value.copy_(torch.randn_like(value))
+    return head.eval()
 
 
-def test_k_and_threshold_are_chosen_on_validation_data(tmp_path):
-    """One label in every training and validation image, three in every test image."""
-    rng = np.random.default_rng(1)
-    one = np.eye(4, dtype=bool)[rng.integers(4, size=300)]
-    labels = np.concatenate([one, ~np.eye(4, dtype=bool)[rng.integers(4, size=60)]])
-    features = np.where(labels, 1.0, -1.0) + 0.1 * rng.normal(size=labels.shape)
-    split = np.array(["train"] * 200 + ["val"] * 100 + ["test"] * 60)
-    file = tmp_path / "features.npz"
-    np.savez(file, features=features.astype(np.float32), labels=labels,
-             label_names=list("abcd"), split=split)  # fmt: skip
-    rows = compare(
-        load_dataset(f"features:{file}"), tmp_path / "runs", HEAD, SearchConfig(beam_size=4),
-        QUICK, seeds=(0,), learning_rates=(1e-2,),
+def outputs_of(head, trie):
+    return prefix_outputs(head.recurrence, head.label_embedding, head.start, trie)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("cell", ["lstm", "paper"])
+def test_without_recurrence_a_state_is_a_function_of_the_last_label_alone(cell, dtype):
+    head = random_head(cell).to(dtype)
+    paths = torch.tensor([[3, -1, -1, -1], [0, 3, -1, -1], [1, 2, 3, -1], [0, 1, 2, 3], [2, 4, -1,
+                          -1]])  # fmt: skip
+    before = outputs_of(head, prefix_trie(paths))
+    remove_recurrence(head)
+    trie = prefix_trie(paths)
+    outputs = outputs_of(head, trie)
+    ends = trie.nodes.gather(1, (paths >= 0).sum(1, keepdim=True))[:, 0]
+    of_label_3 = outputs[ends[:4]]
+    assert len({int(node) for node in ends[:4]}) == 4
+    assert torch.equal(of_label_3, of_label_3[:1].expand(4, -1))
+    assert not torch.equal(outputs[ends[4]], outputs[ends[0]])
+    assert not torch.equal(before[ends[0]], before[ends[3]])
+
+
+@pytest.mark.parametrize("cell", ["lstm", "paper"])
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
+def test_training_keeps_the_recurrence_away(tmp_path, cell, optimizer):
+    split = separable(60, 0)
+    data = Dataset("features:made up", split.dataset.label_names, split.dataset.label_indptr,
+                   split.dataset.label_indices, features=split.features.numpy(),
+                   splits={"train": np.arange(40), "val": np.arange(40, 60)})  # fmt: skip
+    config = TrainConfig(device="cpu", warm_epochs=1, epochs=3, optimizer=optimizer, batch_size=8)
+    model_config = ModelConfig(trunk_dim=0, hidden_dim=32, joint_dim=5, cell=cell)
+    model = train(
+        data, tmp_path, model_config, SearchConfig(), config, prepare_head=remove_recurrence
+    ).model
+    head = model.head
+    trie = prefix_trie(torch.tensor([[3, -1, -1], [0, 3, -1], [0, 1, 3]]))
+    outputs = outputs_of(head, trie)[trie.nodes[torch.arange(3), torch.tensor([1, 2, 3])]]
+    assert torch.equal(outputs, outputs[:1].expand(3, -1))
+    assert outputs.abs().max() > 0
+    fresh = Head.from_config(model.config, 4, 6)
+    assert not torch.equal(head.recurrence.weight_ih, fresh.recurrence.weight_ih)
+
+
+def test_the_compiled_search_finds_the_same_without_recurrence():
+    head = random_head()
+    remove_recurrence(head)
+    embedding = head.embed(torch.randn(23, 3, generator=torch.Generator().manual_seed(1)))
+    with torch.no_grad():
+        found, expected = (
+            beam_search(head, embedding, SearchConfig(beam_size=4), implementation=name)
+            for name in ("native", "reference")
+        )
+    assert torch.equal(found.labels, expected.labels)
+    torch.testing.assert_close(found.log_probs, expected.log_probs)
+
+
+@pytest.mark.parametrize("neighbours", [1, 7, 1000])
+def test_nearest_neighbours_are_the_loop(neighbours):
+    train_split, val = with_constant_labels(separable(53, 0)), separable(17, 1)
+    scores = fit_nearest_neighbours(train_split, neighbours)(val.features)
+    for row, point in enumerate(val.features):
+        distance = (train_split.features - point).square().sum(1)
+        nearest = distance.argsort()[:neighbours]
+        torch.testing.assert_close(scores[row], train_split.targets[nearest].float().mean(0))
+
+
+@pytest.mark.parametrize("fit", [fit_linear_svm, fit_classifier_chain])
+def test_classical_methods_learn_whatever_the_scale(fit):
+    train_split, val = separable(300, 0), separable(100, 1)
+    scores = fit(train_split, 10.0)(val.features)
+    assert choose_cut(scores, val.targets).of1 > 0.95
+    scaled = split_of(train_split.features * 256, train_split.targets)
+    torch.testing.assert_close(fit(scaled, 10.0)(val.features * 256), scores)
+    assert fit(train_split, 10.0)(val.features[:0]).shape == (0, 4)
+
+
+def test_the_svm_is_scikit_learns():
+    from sklearn.svm import LinearSVC
+
+    train_split, val = separable(300, 0), separable(50, 1)
+    scores = fit_linear_svm(train_split, 0.5)(val.features)
+    scale = train_split.features.norm(dim=1).mean()
+    for label in range(4):
+        machine = LinearSVC(C=0.5, dual=False, tol=1e-8)
+        machine.fit((train_split.features / scale).double(), train_split.targets[:, label])
+        expected = machine.decision_function((val.features / scale).double())
+        torch.testing.assert_close(
+            scores[:, label].double(), torch.as_tensor(expected), rtol=0.02, atol=0.02
+        )
+
+
+def test_the_chain_goes_from_the_most_frequent_label_down():
+    from sklearn.linear_model import LogisticRegression
+
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(300, 3, generator=generator)
+    common = features[:, 0] > -0.5
+    rare = common & (torch.rand(300, generator=generator) < 0.3)
+    train_split = split_of(features, torch.stack([rare, common], dim=1))
+    scores = fit_classifier_chain(train_split, 10.0)(features)
+    scaled = features / features.norm(dim=1).mean()
+    first = LogisticRegression(C=10.0, tol=1e-8, max_iter=1000).fit(scaled, common)
+    second = LogisticRegression(C=10.0, tol=1e-8, max_iter=1000).fit(
+        torch.cat([scaled, common[:, None]], dim=1), rare
+    )
+    given = torch.as_tensor(first.predict(scaled))[:, None]
+    expected = second.predict_proba(torch.cat([scaled, given], dim=1))[:, 1]
+    torch.testing.assert_close(
+        scores[:, 1].double(), torch.as_tensor(first.predict_proba(scaled)[:, 1]).double(),
+        rtol=0.01, atol=0.01,
     )  # fmt: skip
-    softmax = next(row for row in rows if row.method == "softmax")
-    assert softmax.own["mean-labels-predicted"] == 1.0
-    assert softmax.at_3["mean-labels-predicted"] == 3.0
+    torch.testing.assert_close(
+        scores[:, 0].double(), torch.as_tensor(expected).double(), rtol=0.02, atol=0.02
+    )
+
+
+@pytest.mark.parametrize("only_constant", [False, True])
+@pytest.mark.parametrize(
+    ("fit", "value", "least", "most"),
+    [(fit_linear_svm, 1.0, -np.inf, np.inf), (fit_classifier_chain, 1.0, 0.0, 1.0),
+     (fit_nearest_neighbours, 5, 0.0, 1.0)],
+)  # fmt: skip
+def test_labels_that_none_or_all_of_the_training_images_have(
+    fit, value, least, most, only_constant
+):
+    train_split, val = with_constant_labels(separable(100, 0)), separable(20, 1)
+    if only_constant:
+        train_split = split_of(train_split.features, train_split.targets[:, [0, 5]])
+    scores = fit(train_split, value)(val.features)
+    assert (scores[:, 0] == least).all() and (scores[:, -1] == most).all()
+    assert not scores.isnan().any()

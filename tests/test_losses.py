@@ -10,10 +10,13 @@ import torch
 
 from cnnrnn.labels import increasing_paths
 from cnnrnn.losses import (
+    asymmetric_loss,
     binary_cross_entropy,
     forbidden_labels,
     sequence_loss,
     softmax_cross_entropy,
+    squared_error,
+    warp_loss,
 )
 from cnnrnn.model import Head
 
@@ -174,3 +177,99 @@ def test_softmax_cross_entropy_shares_the_target_among_the_labels_present():
         [-0.5 * (p[0, 0].log() + p[0, 2].log()), torch.tensor(math.log(3)), torch.tensor(0.0)]
     )
     torch.testing.assert_close(softmax_cross_entropy(scores, targets), expected)
+
+
+def loop_squared_error(scores, present):
+    return sum((f - y) ** 2 for f, y in zip(scores, present, strict=True))
+
+
+def loop_asymmetric_loss(scores, present, gamma_negative=4.0, gamma_positive=0.0, clip=0.05):
+    total = 0.0
+    for f, y in zip(scores, present, strict=True):
+        p = 1 / (1 + math.exp(-f))
+        shifted = max(p - clip, 0.0)
+        if y:
+            total -= (1 - p) ** gamma_positive * math.log(p)
+        else:
+            total -= shifted**gamma_negative * math.log(1 - shifted)
+    return total
+
+
+def loop_warp_loss(scores, present):
+    total = 0.0
+    absent = [f for f, y in zip(scores, present, strict=True) if not y]
+    for j in (f for f, y in zip(scores, present, strict=True) if y):
+        violations = [1 - j + k for k in absent if 1 + k > j]
+        rank = len(violations)
+        weight = sum(1 / i for i in range(1, rank + 1))  # L(r) of Weston et al., eq. 2
+        total += sum(weight * violation / rank for violation in violations)
+    return total
+
+
+LOOPS = {
+    squared_error: loop_squared_error,
+    asymmetric_loss: loop_asymmetric_loss,
+    warp_loss: loop_warp_loss,
+}
+
+
+@pytest.mark.parametrize("loss", LOOPS, ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("num_labels", [1, 2, 7])
+@pytest.mark.parametrize("batch", [0, 1, 17])
+def test_a_loss_is_the_loop(device, loss, num_labels, batch):
+    generator = torch.Generator().manual_seed(batch * 10 + num_labels)
+    scores = 3 * torch.randn(batch, num_labels, generator=generator, dtype=torch.float64)
+    targets = torch.rand(batch, num_labels, generator=generator) < 0.4
+    targets[-1:] = True
+    targets[1:2] = False
+    expected = [
+        LOOPS[loss](*image) for image in zip(scores.tolist(), targets.tolist(), strict=True)
+    ]
+    losses = loss(scores.to(device), targets.to(device))
+    torch.testing.assert_close(losses.cpu(), torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("gammas", "clip"), [((2.0, 1.0), 0.1), ((0.0, 0.0), 0.0)])
+def test_asymmetric_loss_options(gammas, clip):
+    generator = torch.Generator().manual_seed(4)
+    scores = torch.randn(5, 7, generator=generator, dtype=torch.float64)
+    targets = torch.rand(5, 7, generator=generator) < 0.4
+    expected = [
+        loop_asymmetric_loss(f, y, *gammas, clip)
+        for f, y in zip(scores.tolist(), targets.tolist(), strict=True)
+    ]
+    torch.testing.assert_close(
+        asymmetric_loss(scores, targets, *gammas, clip), torch.tensor(expected).double()
+    )
+
+
+def test_asymmetric_loss_without_focus_and_clip_is_binary_cross_entropy():
+    scores = torch.tensor([[-200.0, -1.0, 0.0, 3.0, 200.0]])
+    targets = torch.tensor([[True, False, True, False, False]])
+    torch.testing.assert_close(
+        asymmetric_loss(scores, targets, 0.0, 0.0, 0.0), binary_cross_entropy(scores, targets)
+    )
+
+
+@pytest.mark.parametrize("loss", LOOPS, ids=lambda loss: loss.__name__)
+def test_gradient_of_a_loss(loss):
+    generator = torch.Generator().manual_seed(2)  # no score lies at a kink
+    scores = torch.randn(5, 7, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets = torch.rand(5, 7, generator=generator) < 0.4
+    assert torch.autograd.gradcheck(lambda f: loss(f, targets), (scores,))
+
+
+@pytest.mark.parametrize("loss", LOOPS, ids=lambda loss: loss.__name__)
+def test_extreme_scores_have_finite_losses_and_gradients(loss):
+    scores = torch.tensor([[-1e4, 1e4, -1e4, 1e4]], requires_grad=True)
+    losses = loss(scores, torch.tensor([[True, True, False, False]]))
+    losses.sum().backward()
+    assert losses.isfinite().all() and scores.grad.isfinite().all()
+
+
+def test_warp_gives_the_same_twice_and_0_once_every_margin_is_kept():
+    targets = torch.tensor([[True, False, True]])
+    assert float(warp_loss(torch.tensor([[2.0, 0.5, 1.5]]), targets)) == 0.0
+    scores = torch.randn(9, 40, generator=torch.Generator().manual_seed(0))
+    many = torch.rand(9, 40, generator=torch.Generator().manual_seed(1)) < 0.2
+    assert torch.equal(warp_loss(scores, many), warp_loss(scores, many))

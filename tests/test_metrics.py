@@ -190,6 +190,22 @@ def test_labels_with_few_positives_keep_the_other_threshold() -> None:
     assert cuts.tolist() == pytest.approx([0.45, 0.7])
 
 
+@settings(max_examples=200, deadline=None)
+@given(tied_cases())
+def test_best_threshold_for_c_f1_is_the_exact_maximum(case: tuple[Tensor, Tensor]) -> None:
+    scores, targets = case
+    threshold, value = metrics.best_threshold(scores, targets, "C-F1")
+    cuts = sorted(set(scores.flatten().tolist()))
+    every_cut = [
+        metrics.multilabel_metrics(scores >= cut, targets)["C-F1"] if targets.any() else 0.0
+        for cut in cuts
+    ]
+    assert value == pytest.approx(max(every_cut), abs=1e-12)
+    if targets.any():
+        measured = metrics.multilabel_metrics(scores, targets, threshold=threshold)
+        assert measured["C-F1"] == pytest.approx(max(every_cut), abs=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_best_threshold_between_neighbouring_floats(dtype: torch.dtype) -> None:
     low = torch.tensor(1.0, dtype=dtype)
@@ -643,8 +659,8 @@ def test_options_must_go_together() -> None:
         metrics.threshold_sets(scores, NAN)
     with pytest.raises(ValueError, match="method must be all_point or 11_point, got 'voc'"):
         metrics.average_precision(scores, TARGETS, "voc")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="metric must be O-F1, got 'C-F1'"):
-        metrics.best_threshold(scores, TARGETS, "C-F1")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="metric must be O-F1 or C-F1, got 'mAP'"):
+        metrics.best_threshold(scores, TARGETS, "mAP")  # type: ignore[arg-type]
 
 
 # Labels that are neither present nor absent.

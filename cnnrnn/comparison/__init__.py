@@ -1,0 +1,22 @@
+"""The comparison: every method on the same features and splits, in one table.
+
+docs/comparison.md says what each method is and how it is tuned.
+"""
+
+from __future__ import annotations
+
+from cnnrnn.comparison.methods import METHODS, Method, chosen_methods
+from cnnrnn.comparison.results import COLUMNS, Row, markdown_table, text_table
+from cnnrnn.comparison.run import compare, frozen_features
+
+__all__ = [
+    "COLUMNS",
+    "METHODS",
+    "Method",
+    "Row",
+    "chosen_methods",
+    "compare",
+    "frozen_features",
+    "markdown_table",
+    "text_table",
+]

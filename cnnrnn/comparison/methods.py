@@ -1,0 +1,409 @@
+"""The methods of a comparison: how each is fitted, and what it says of a split."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from cnnrnn.baselines import (
+    OBJECTIVES,
+    IndependentClassifier,
+    JointEmbedding,
+    Loss,
+    Scorer,
+    choose_cut,
+    fit_classifier_chain,
+    fit_linear_svm,
+    fit_nearest_neighbours,
+    predicted_scores,
+    remove_recurrence,
+    train_independent,
+)
+from cnnrnn.classifier import CNNRNN, load_checkpoint, weights_digest
+from cnnrnn.config import CompareConfig, ModelConfig, SearchConfig, TrainConfig
+from cnnrnn.data import Dataset
+from cnnrnn.decisions import Inference, mean_average_precision
+from cnnrnn.ensemble import Ensemble
+from cnnrnn.fit import Split, resolve_device
+from cnnrnn.train import path_validation, train
+
+RATES = (1.0, 3.0, 10.0, 0.3, 30.0)
+"""Learning rates that are tried, over the recipe's. As of every grid, the first ones are."""
+
+
+class Scored(NamedTuple):
+    """What a method says of n images: scores [n, L] that rank, and sets [n, L] or None for a cut.
+
+    Columns are in the order of the data source.
+    """
+
+    scores: Tensor
+    sets: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A method fitted with one setting.
+
+    Attributes:
+        merit: on validation data, by the method's own decision; the larger is chosen.
+        predict: a split to what each of the method's rows says of it.
+    """
+
+    merit: float
+    predict: Callable[[Split], list[Scored]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method of the comparison.
+
+    Attributes:
+        name: on the command line.
+        rows: its rows of the table; a method that decides in two ways has two.
+        setting: what is tuned; "" of an ensemble.
+        values: the setting's values, most likely first; learning rates over the recipe's.
+        fit: fits it: the comparison, the setting's value, seed and folder for weights; None of an
+            ensemble.
+        by_k: a number of labels per image is tried besides a threshold.
+        seeded: a seed matters; else it runs once, under the first.
+        base: the method that it is an ensemble of, or None.
+    """
+
+    name: str
+    rows: tuple[str, ...]
+    setting: str = ""
+    values: tuple[float, ...] = ()
+    fit: Callable[[Comparison, float, int, Path], Fitted] | None = None
+    by_k: bool = False
+    seeded: bool = True
+    base: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What every method is given.
+
+    Attributes:
+        dataset: feature vectors with exactly the splits `train`, `val` and `test`.
+        train: its training split, columns in the order of the source.
+        val: the same of validation.
+        test: the same of test.
+        model_config: the head; all neural methods share trunk and dropout.
+        search_config: of the path models.
+        config: the recipe; seed and learning rate are replaced.
+        compare_config: seeds, methods, settings, members.
+        out: holds results and weights.
+    """
+
+    dataset: Dataset
+    train: Split
+    val: Split
+    test: Split
+    model_config: ModelConfig
+    search_config: SearchConfig
+    config: TrainConfig
+    compare_config: CompareConfig
+    out: Path
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """What must be the same for results to belong together, as flat JSON values."""
+        return _description(self)
+
+    @cached_property
+    def key(self) -> str:
+        """A digest of the description."""
+        return hashlib.sha256(json.dumps(self.description).encode()).hexdigest()
+
+    def grid(self, method: Method) -> list[float]:
+        """Return the values of a method's setting that are tried."""
+        values = method.values[: self.compare_config.settings]
+        if method.setting != "learning_rate":
+            return list(values)
+        return [float(f"{self.config.learning_rate * value:g}") for value in values]
+
+    def weights(self, method: str, seed: int, setting: float) -> Path:
+        """Return the folder of a training's weights."""
+        return self.out / "weights" / f"{method}-seed-{seed}-{setting:g}"
+
+
+def _description(comparison: Comparison) -> dict[str, Any]:
+    """Return what must be the same for results to belong together, as flat JSON values."""
+    splits = (comparison.train, comparison.val, comparison.test)
+    tensors = [(str(i), t) for i, s in enumerate(splits) for t in (s.features, s.targets)]
+    compared = comparison.compare_config
+    described: dict[str, Any] = {
+        "images": [len(split) for split in splits],
+        "labels": list(comparison.dataset.label_names),
+        "data": weights_digest((name, t) for name, t in tensors if t is not None)[:16],
+        "settings": compared.settings,
+        "members": compared.members,
+        "tune_each_seed": compared.tune_each_seed,
+        "first seed": compared.seeds[0],
+    }
+    elsewhere = {"seed", "device", "workers", "init_backbone", "feature_cache", "on_bad_image"}
+    for prefix, options in (
+        ("", comparison.config),
+        ("model.", comparison.model_config),
+        ("search.", comparison.search_config),
+    ):
+        values = {k: v for k, v in asdict(options).items() if prefix or k not in elsewhere}
+        described |= {prefix + name: value for name, value in values.items()}
+    return described
+
+
+def _path_model(
+    *, plain: bool = False, recurrence: bool = True
+) -> Callable[[Comparison, float, int, Path], Fitted]:
+    """Return how a path model is fitted.
+
+    Args:
+        plain: no chain term and no warm start; its epochs go to the sequence loss.
+        recurrence: False leaves only the last label of a path.
+    """
+
+    def fit(comparison: Comparison, rate: float, seed: int, folder: Path) -> Fitted:
+        config = replace(comparison.config, seed=seed, learning_rate=rate)
+        model_config = comparison.model_config
+        if plain:
+            epochs = config.warm_epochs + config.epochs
+            config = replace(config, warm_epochs=0, epochs=epochs)
+            model_config = replace(model_config, chain_term=False)
+        if not _is_done(comparison, folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            train(
+                comparison.dataset, folder, model_config, comparison.search_config, config,
+                prepare_head=(lambda head: None) if recurrence else remove_recurrence,
+            )  # fmt: skip
+            _set_done(comparison, folder)
+        model = _loaded(comparison, folder)
+        found = _found(model, comparison.val)
+        targets = model.label_space.from_source(
+            comparison.val.targets, comparison.dataset.label_names
+        )
+        return Fitted(path_validation(found, targets).merit, lambda split: _read_paths(
+            comparison, model.labels, found if split is comparison.val else _found(model, split),
+            model.calibration.mix_weight,
+        ))  # fmt: skip
+
+    return fit
+
+
+def _loaded(comparison: Comparison, folder: Path) -> CNNRNN:
+    return load_checkpoint(folder).to(resolve_device(comparison.config.device)).eval()
+
+
+def _found(model: CNNRNN, split: Split) -> Inference:
+    assert split.features is not None
+    return model.infer(split.features.to(model.device))
+
+
+def _read_paths(
+    comparison: Comparison, labels: Sequence[str], found: Inference, mix_weight: float
+) -> list[Scored]:
+    """Return best paths, then mixed marginals, of what was found in the order of `labels`."""
+    column = {name: i for i, name in enumerate(labels)}
+    columns = [column[name] for name in comparison.dataset.label_names]
+    scores = found.mixed(mix_weight)[:, columns]
+    return [Scored(scores, found.sets[:, columns]), Scored(scores)]
+
+
+def path_ensemble(comparison: Comparison, folders: Sequence[Path]) -> Fitted:
+    """Return the ensemble of the path models whose weights are in `folders`."""
+    ensemble = Ensemble([_loaded(comparison, folder) for folder in folders]).eval()
+
+    def predict(split: Split) -> list[Scored]:
+        assert split.features is not None
+        found = ensemble.infer(split.features.to(ensemble.device))
+        return _read_paths(comparison, ensemble.labels, found, 0.0)
+
+    return Fitted(0.0, predict)
+
+
+def _independent(
+    loss: Loss, *, linear: bool = False, joint: bool = False
+) -> Callable[[Comparison, float, int, Path], Fitted]:
+    """Return how a network with one score per label is fitted.
+
+    Args:
+        loss: it is trained with.
+        linear: without the hidden layer.
+        joint: scores are inner products in the joint space.
+    """
+    network = JointEmbedding if joint else IndependentClassifier
+
+    def fit(comparison: Comparison, rate: float, seed: int, folder: Path) -> Fitted:
+        from safetensors.torch import load_file, save_file
+
+        config = replace(comparison.config, seed=seed, learning_rate=rate)
+        model_config = comparison.model_config
+        if linear:
+            model_config = replace(model_config, trunk_dim=0)
+        file = folder / "model.safetensors"
+        if not _is_done(comparison, folder):
+            trained = train_independent(
+                comparison.train, comparison.val, loss, model_config, config, network=network
+            )
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({name: t.contiguous() for name, t in trained.state_dict().items()}, file)
+            _set_done(comparison, folder)
+        assert comparison.val.features is not None
+        model = network(
+            model_config, comparison.val.targets.shape[1], comparison.val.features.shape[1]
+        )
+        model.load_state_dict(load_file(file))
+        model = model.to(resolve_device(config.device)).eval()
+        return cut_scores(
+            comparison, lambda split: predicted_scores(model, split, loss), OBJECTIVES[loss].by_k
+        )
+
+    return fit
+
+
+def _classical(
+    name: str,
+    title: str,
+    setting: str,
+    values: tuple[float, ...],
+    fit_scorer: Callable[[Split, Any], Scorer],
+) -> Method:
+    """One of scikit-learn's methods."""
+
+    def fit(comparison: Comparison, value: float, seed: int, folder: Path) -> Fitted:
+        score = fit_scorer(comparison.train, value)
+
+        def scores(split: Split) -> Tensor:
+            assert split.features is not None
+            return score(split.features)
+
+        return cut_scores(comparison, scores)
+
+    return Method(name, (title,), setting, values, fit, seeded=False)
+
+
+def cut_scores(
+    comparison: Comparison, score: Callable[[Split], Tensor], by_k: bool = False
+) -> Fitted:
+    """Return a method that cuts its scores, with their O-F1 plus mAP on validation data."""
+    on_val = score(comparison.val)
+    targets = comparison.val.targets
+    merit = choose_cut(on_val, targets, by_k).of1 + mean_average_precision(on_val, targets)
+    return Fitted(
+        merit, lambda split: [Scored(on_val if split is comparison.val else score(split))]
+    )
+
+
+def _is_done(comparison: Comparison, folder: Path) -> bool:
+    """Tell whether a folder holds a training of these data and options, to its end."""
+    mark = folder / "done"
+    return mark.exists() and mark.read_text(encoding="utf-8") == comparison.key
+
+
+def _set_done(comparison: Comparison, folder: Path) -> None:
+    (folder / "done").write_text(comparison.key, encoding="utf-8")
+
+
+def _trained(
+    name: str,
+    title: str,
+    loss: Loss,
+    *,
+    linear: bool = False,
+    joint: bool = False,
+) -> Method:
+    """A method that is a network with one score per label."""
+    fit = _independent(loss, linear=linear, joint=joint)
+    return Method(name, (title,), "learning_rate", RATES, fit, by_k=OBJECTIVES[loss].by_k)
+
+
+def _two_rows(title: str) -> tuple[str, str]:
+    return f"{title}, best path", f"{title}, thresholded"
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("cnn-rnn", _two_rows("CNN-RNN"), "learning_rate", RATES, _path_model()),
+        Method(
+            "cnn-rnn-plain",
+            _two_rows("CNN-RNN plain"),
+            "learning_rate",
+            RATES,
+            _path_model(plain=True),
+        ),
+        Method(
+            "no-rnn", _two_rows("no RNN"), "learning_rate", RATES, _path_model(recurrence=False)
+        ),
+        _trained("bce", "binary cross-entropy", "bce"),
+        _trained("bce-linear", "binary cross-entropy, linear", "bce", linear=True),
+        _trained("softmax", "softmax", "softmax"),
+        _trained("softmax-linear", "softmax, linear", "softmax", linear=True),
+        _trained("warp", "WARP", "warp"),
+        _trained("warp-linear", "WARP, linear", "warp", linear=True),
+        _trained("squared", "squared error", "squared"),
+        _trained("asl", "asymmetric loss", "asl"),
+        _trained("joint-embedding", "joint embedding", "warp", joint=True),
+        _classical(
+            "knn", "nearest neighbours", "neighbours", (30, 100, 10, 300, 3), fit_nearest_neighbours
+        ),
+        _classical("svm", "linear SVM", "C", (1.0, 0.1, 10.0, 0.01, 100.0), fit_linear_svm),
+        _classical(
+            "chains", "classifier chain", "C", (1.0, 10.0, 100.0, 0.1, 1000.0), fit_classifier_chain
+        ),
+        Method("ensemble-bce", ("binary cross-entropy, ensemble",), base="bce"),
+        Method("ensemble-cnn-rnn", _two_rows("CNN-RNN, ensemble"), base="cnn-rnn"),
+    )
+}
+"""Every method of the comparison by its name on the command line."""
+
+
+def chosen_methods(
+    compare_config: CompareConfig, model_config: ModelConfig, search_config: SearchConfig
+) -> list[Method]:
+    """Return the methods that a comparison runs, in the order of `METHODS`.
+
+    By default all that differ: without a hidden layer there is nothing but linear ones, and
+    without a chain term nothing but the plain path model. An ensemble of path models needs a
+    search in which a label set has one path.
+
+    Raises:
+        ValueError: a name is unknown, or an ensemble's own method is not among them.
+        ModuleNotFoundError: one of them needs scikit-learn, which is not installed.
+    """
+    wanted = compare_config.methods
+    if wanted is None:
+        left_out = {
+            name for name in METHODS if name.endswith("-linear") and not model_config.trunk_dim
+        }
+        if not model_config.chain_term:
+            left_out.add("cnn-rnn-plain")
+        if search_config.order != "increasing":
+            left_out.add("ensemble-cnn-rnn")
+        wanted = tuple(name for name in METHODS if name not in left_out)
+    for name in wanted:
+        if name not in METHODS:
+            raise ValueError(f"methods must be among {', '.join(METHODS)}, got {name!r}")
+        base = METHODS[name].base
+        if base is not None and base not in wanted:
+            raise ValueError(
+                f"method {name} is made of {base}, which must be among the methods, got "
+                f"{', '.join(wanted)}"
+            )
+    methods = [method for name, method in METHODS.items() if name in wanted]
+    classical = [method.name for method in methods if not method.seeded]
+    if classical and find_spec("sklearn") is None:
+        raise ModuleNotFoundError(
+            f"{', '.join(classical)} come from scikit-learn, which is not installed: run "
+            '`pip install "cnnrnn[vision]"`, or leave them out of the methods'
+        )
+    return methods

@@ -1,0 +1,319 @@
+"""Runs a comparison: splits, tuning, ensembles, measuring.
+
+Whatever a method chooses (its setting, epoch, threshold, k), it chooses on the validation split;
+the test split is looked at once per method and seed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cnnrnn.backbones import Backbone
+from cnnrnn.baselines import DivergedError, choose_cut
+from cnnrnn.comparison.methods import (
+    METHODS,
+    Comparison,
+    Fitted,
+    Method,
+    Scored,
+    chosen_methods,
+    cut_scores,
+    path_ensemble,
+)
+from cnnrnn.comparison.results import Results, Row, markdown_table, write_whole
+from cnnrnn.config import CompareConfig, ModelConfig, OnBadImage, SearchConfig, TrainConfig
+from cnnrnn.data import DataError, Dataset
+from cnnrnn.features import cached_features
+from cnnrnn.fit import NonFiniteLossError, Split
+from cnnrnn.metrics import best_threshold, multilabel_metrics
+from cnnrnn.progress import Progress, no_progress
+from cnnrnn.search import NonFiniteError
+from cnnrnn.train import training_splits
+
+
+def frozen_features(
+    dataset: Dataset,
+    backbone: Backbone,
+    folder: Path,
+    *,
+    batch_size: int = 128,
+    workers: int = 0,
+    on_bad_image: OnBadImage = "error",
+    progress: Progress = no_progress,
+) -> Dataset:
+    """Return a dataset of pictures as one of feature vectors, computed once and kept in `folder`.
+
+    Args:
+        dataset: pictures.
+        backbone: where its weights are decides the device.
+        folder: holds the feature cache.
+        batch_size: pictures per step.
+        workers: processes that decode pictures.
+        on_bad_image: `skip` leaves unreadable pictures out of the dataset.
+        progress: told how many pictures are done.
+    """
+    device = next(backbone.parameters()).device
+    features = cached_features(
+        backbone, dataset, folder, device=device, batch_size=batch_size, workers=workers,
+        on_bad_image=on_bad_image, progress=progress,
+    )  # fmt: skip
+    position = np.full(len(dataset), -1)
+    position[features.kept] = np.arange(len(features.kept))
+    splits = {
+        name: position[records][position[records] >= 0] for name, records in dataset.splits.items()
+    }
+    return replace(
+        dataset.select(features.kept),
+        splits=splits,
+        features=features.values.numpy(),
+        image_paths=None,
+        boxes=None,
+    )
+
+
+def compare(
+    dataset: Dataset,
+    out: Path,
+    model_config: ModelConfig,
+    search_config: SearchConfig,
+    config: TrainConfig,
+    compare_config: CompareConfig | None = None,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Row]:
+    """Train every method on one set of features and measure it on the `test` split.
+
+    Writes results.json, table.md and weights to `out`.
+
+    Each method tries equally many settings of its own hyperparameter and keeps the one whose own
+    decision has the best O-F1 plus mAP on the validation split. Each method and seed that is done
+    is kept in `out`/results.json, and a second call goes on from there.
+
+    Args:
+        dataset: feature vectors with a `test` split; where there is no `val` split, a share of
+            the training images is held out, the same for all.
+        out: folder for results and weights; made when missing.
+        model_config: the head; all neural methods share trunk and dropout.
+        search_config: of the path models.
+        config: the recipe; its seed draws the held-out images, its learning rate is the grid's
+            first.
+        compare_config: seeds, methods, settings and members; `CompareConfig()` by default.
+        say: gets one line per method and seed.
+
+    Returns:
+        The rows of every method and seed, methods in the order of `METHODS`.
+
+    Raises:
+        DataError: the data has no features or lacks a usable split.
+        ValueError: a method is unknown or lacks what it is made of, or `out` holds the results of
+            other options or other data.
+    """
+    compare_config = compare_config or CompareConfig()
+    methods = chosen_methods(compare_config, model_config, search_config)
+    comparison = _comparison(dataset, out, model_config, search_config, config, compare_config)
+    results = Results(out / "results.json", comparison.description)
+    for method, seed in _schedule(methods, compare_config):
+        members = _members(method, seed, compare_config)
+        if (method.name, seed) in results and (
+            method.base is None or results.rows(method.name, seed)[0].setting == members
+        ):
+            continue
+        began = time.perf_counter()
+        if method.base is None:
+            setting, fitted = _tuned(comparison, method, seed, results, say)
+        else:
+            setting, fitted = members, _ensemble(comparison, method, seed, results)
+        judged = [
+            _judge(comparison, method.by_k, val, test)
+            for val, test in zip(
+                fitted.predict(comparison.val), fitted.predict(comparison.test), strict=True
+            )
+        ]
+        seconds = round(time.perf_counter() - began, 2)
+        results.add(
+            [
+                Row(method.name, title, seed, setting, *figures, seconds)
+                for title, figures in zip(method.rows, judged, strict=True)
+            ]
+        )
+        chosen = "".join(f", {name} {value:g}" for name, value in setting.items())
+        own = judged[0].own
+        say(
+            f"seed {seed}, {method.name}{chosen}: O-F1 {own['O-F1']:.4f}, mAP {own['mAP']:.4f}, "
+            f"exact match {own['exact-match']:.4f}, {seconds:.0f} s"
+        )
+    rows = [
+        row
+        for method in methods
+        for title in method.rows
+        for scheduled, seed in _schedule([method], compare_config)
+        for row in results.rows(scheduled.name, seed)
+        if row.title == title
+    ]
+    write_whole(out / "table.md", markdown_table(rows) + "\n")
+    return rows
+
+
+def _comparison(
+    dataset: Dataset,
+    out: Path,
+    model_config: ModelConfig,
+    search_config: SearchConfig,
+    config: TrainConfig,
+    compare_config: CompareConfig,
+) -> Comparison:
+    if dataset.features is None:
+        raise DataError(
+            f"{dataset.source} must hold feature vectors to compare on, got pictures: "
+            "frozen_features makes them"
+        )
+    if "test" not in dataset.splits or not len(dataset.splits["test"]):
+        found = ", ".join(f"{name} {len(rows)}" for name, rows in dataset.splits.items())
+        raise DataError(
+            f"{dataset.source} must have a test split with images to compare on, got {found}"
+        )
+    numbered = replace(dataset, rows=np.arange(len(dataset)))
+    train_part, val_part = training_splits(numbered, config)
+    splits = {"train": train_part.rows, "val": val_part.rows, "test": dataset.splits["test"]}
+    dataset = replace(dataset, splits=splits)
+    train_split, val_split, test_split = (
+        Split(part, part.label_matrix(), torch.as_tensor(part.features))
+        for part in (dataset.split(name) for name in splits)
+    )
+    return Comparison(
+        dataset, train_split, val_split, test_split, model_config, search_config, config,
+        compare_config, out,
+    )  # fmt: skip
+
+
+def _schedule(
+    methods: Sequence[Method], compare_config: CompareConfig
+) -> Iterator[tuple[Method, int]]:
+    """Yield methods and seeds in the order they run: seed by seed, ensembles last."""
+    seeds = compare_config.seeds
+    for seed in seeds:
+        for method in methods:
+            if method.base is None and (method.seeded or seed == seeds[0]):
+                yield method, seed
+    for method in methods:
+        if method.base is not None:
+            for group in ensemble_seeds(compare_config):
+                yield method, group[0]
+
+
+def ensemble_seeds(compare_config: CompareConfig) -> list[tuple[int, ...]]:
+    """Return the seeds of each ensemble's members.
+
+    The seeds of the comparison in groups of M; where there are fewer than M of them, one group
+    that is filled up with the seeds after the largest.
+    """
+    seeds, members = compare_config.seeds, compare_config.members
+    missing = members - len(seeds)
+    if missing > 0:
+        return [(*seeds, *range(max(seeds) + 1, max(seeds) + 1 + missing))]
+    return [seeds[i : i + members] for i in range(0, len(seeds) - members + 1, members)]
+
+
+def _members(method: Method, seed: int, compare_config: CompareConfig) -> dict[str, float]:
+    """Return the seeds of an ensemble's members as its setting; nothing of other methods."""
+    if method.base is None:
+        return {}
+    group = next(group for group in ensemble_seeds(compare_config) if group[0] == seed)
+    return {f"member {i}": member for i, member in enumerate(group, 1)}
+
+
+def _tuned(
+    comparison: Comparison,
+    method: Method,
+    seed: int,
+    results: Results,
+    say: Callable[[str], None],
+) -> tuple[dict[str, float], Fitted]:
+    """Fit a method with its best setting, which the first seed has chosen where it is done."""
+    assert method.fit is not None
+    options = comparison.compare_config
+    first = (method.name, options.seeds[0])
+    if seed != options.seeds[0] and first in results and not options.tune_each_seed:
+        values = [results.rows(*first)[0].setting[method.setting]]
+    else:
+        values = comparison.grid(method)
+    best: tuple[float, Fitted] | None = None
+    for value in values:
+        folder = comparison.weights(method.name, seed, value)
+        try:
+            fitted = method.fit(comparison, value, seed, folder)
+        except (NonFiniteLossError, NonFiniteError, DivergedError) as error:
+            if best is None and value == values[-1]:
+                raise
+            say(f"seed {seed}, {method.name}: {method.setting} {value:g} is left out: {error}")
+            continue
+        if best is None or fitted.merit > best[1].merit:
+            best = value, fitted
+    assert best is not None
+    return {method.setting: best[0]}, best[1]
+
+
+def _ensemble(comparison: Comparison, method: Method, seed: int, results: Results) -> Fitted:
+    """Make an ensemble; members that no seed has trained are trained."""
+    assert method.base is not None
+    base = METHODS[method.base]
+    assert base.fit is not None
+    first = comparison.compare_config.seeds[0]
+    seeds = (int(member) for member in _members(method, seed, comparison.compare_config).values())
+    folders, members = [], []
+    for member in seeds:
+        tuned_by = member if (base.name, member) in results else first
+        value = results.rows(base.name, tuned_by)[0].setting[base.setting]
+        folders.append(comparison.weights(base.name, member, value))
+        members.append(base.fit(comparison, value, member, folders[-1]))
+    if len(base.rows) == 2:
+        return path_ensemble(comparison, folders)
+
+    def mean_scores(split: Split) -> Tensor:
+        return torch.stack([member.predict(split)[0].scores for member in members]).mean(0)
+
+    return cut_scores(comparison, mean_scores, base.by_k)
+
+
+class _Judged(NamedTuple):
+    """The part of a `Row` that is measured."""
+
+    decision: dict[str, float]
+    own: dict[str, float]
+    at_3: dict[str, float]
+    own_c_f1: float
+
+
+def _judge(comparison: Comparison, by_k: bool, val: Scored, test: Scored) -> _Judged:
+    """Choose the cut on validation data, then measure it on the test split."""
+    targets, unknown = comparison.test.targets, None
+    if comparison.test.dataset.unknown_indptr is not None:
+        unknown = comparison.test.dataset.unknown_matrix()
+    if test.sets is not None:
+        own, at_3 = (
+            multilabel_metrics(test.sets, targets, scores=test.scores, k=k, unknown=unknown)
+            for k in (None, 3)
+        )
+        return _Judged({"path": 1}, own, at_3, math.nan)
+    cut = choose_cut(val.scores, comparison.val.targets, by_k)
+    decision = {
+        name: value
+        for name, value in (("k", cut.k), ("threshold", cut.threshold))
+        if value is not None
+    }
+    own = multilabel_metrics(
+        test.scores, targets, k=cut.k, threshold=cut.threshold, unknown=unknown
+    )
+    at_3 = multilabel_metrics(test.scores, targets, k=3, unknown=unknown)
+    for_c_f1, _ = best_threshold(val.scores, comparison.val.targets, "C-F1")
+    own_c_f1 = multilabel_metrics(test.scores, targets, threshold=for_c_f1, unknown=unknown)
+    return _Judged(decision, own, at_3, own_c_f1["C-F1"])
