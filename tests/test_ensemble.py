@@ -97,6 +97,7 @@ def test_impossible_sets():
     found = set_log_probs(head, head.embed(features(4)), sets, search)
     # Too long, too short, short with nothing left to follow, too short.
     assert (found == -torch.inf).tolist() == [True, True, False, True]
+    assert -torch.inf < float(found[2]) < 0
 
 
 def test_sets_that_do_not_fit():
