@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,9 @@ from cnnrnn.config import Preprocessing, TrainConfig
 from cnnrnn.data import DataError, Dataset
 from cnnrnn.data.images import image_batches, normalize
 from cnnrnn.progress import Progress, no_progress
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class NonFiniteLossError(RuntimeError):
@@ -99,16 +104,27 @@ class Split:
 
 
 class Log:
-    """A JSONL file, one record per line, flushed at every line; None writes nothing."""
+    """A JSONL file, one record per line, flushed at every line; None writes nothing.
 
-    def __init__(self, file: Path | None) -> None:
+    Args:
+        file: begun anew.
+        tensorboard: folder that gets the figures of each epoch as well, a run per stage.
+    """
+
+    def __init__(self, file: Path | None, tensorboard: Path | None = None) -> None:
         self.file = file
+        self._tensorboard = tensorboard
+        self._writers: dict[str, SummaryWriter] = {}
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text("", encoding="utf-8")
+        if tensorboard is not None:
+            shutil.rmtree(tensorboard, ignore_errors=True)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; numbers that are not finite become null."""
+        if self._tensorboard is not None and "epoch" in record:
+            self._write_scalars(self._tensorboard / record["stage"], record)
         if self.file is None:
             return
         clean = {
@@ -117,6 +133,73 @@ class Log:
         }
         with open(self.file, "a", encoding="utf-8") as handle:
             handle.write(json.dumps(clean) + "\n")
+
+    def _write_scalars(self, folder: Path, record: dict[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        if folder.name not in self._writers:
+            self._writers[folder.name] = SummaryWriter(folder, purge_step=record["epoch"])
+        writer = self._writers[folder.name]
+        for name, value in record.items():
+            if isinstance(value, float):
+                writer.add_scalar(name.replace(" ", "_"), value, record["epoch"])
+        writer.flush()
+
+
+def require_tensorboard() -> None:
+    """Fail where TensorBoard's writer cannot be had.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'tensorboard: true needs TensorBoard: pip install "cnnrnn[tensorboard]"'
+        ) from error
+
+
+class WeightAverage:
+    """An exponential moving average of tensors that change, with no bias to their first values.
+
+    After step t the weight of step i's value is (1 - decay) decay^(t - i), divided by the sum of
+    these weights over i = 1..t; so the first average is the first value.
+
+    Args:
+        tensors: read at each update. Integers are not averaged: their last value is kept.
+        decay: of each step, below 1.
+
+    Attributes:
+        values: the averages, in the order of `tensors`.
+        updates: how many there have been.
+    """
+
+    def __init__(self, tensors: list[Tensor], decay: float) -> None:
+        self.values = [tensor.detach().clone() for tensor in tensors]
+        self.updates = 0
+        self._tensors = [tensor.detach() for tensor in tensors]
+        self._decay = decay
+
+    def update(self) -> None:
+        """Take in the tensors as they are."""
+        self.updates += 1
+        weight = (1 - self._decay) / (1 - self._decay**self.updates)
+        for average, tensor in zip(self.values, self._tensors, strict=True):
+            if average.is_floating_point():
+                average.lerp_(tensor, weight)
+            else:
+                average.copy_(tensor)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Put the averages where the tensors are, and these back at the end."""
+        own = [tensor.clone() for tensor in self._tensors]
+        _copy(self._tensors, self.values)
+        try:
+            yield
+        finally:
+            _copy(self._tensors, own)
 
 
 class Validation(NamedTuple):
@@ -182,87 +265,112 @@ def run_stage(
     if not len(split):
         raise DataError(f"{split.dataset.source} has no training images left")
     optimizer = make_optimizer(stage.groups, config)
-    steps = stage.epochs * math.ceil(len(split) / config.batch_size)
-    scheduler = None
-    if config.schedule == "one_cycle":
-        peaks = [group["lr"] for group in optimizer.param_groups]
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer,
-            peaks,
-            total_steps=steps + 1,
-            cycle_momentum=config.optimizer == "adamw",  # RMSprop's momentum is an option
-        )
+    steps_per_epoch = math.ceil(math.ceil(len(split) / config.batch_size) / config.accumulate)
+    scheduler = _scheduler(optimizer, config, stage.epochs, steps_per_epoch)
+    changing = _changing(stage, split)
+    average = WeightAverage(changing, config.ema_decay) if config.ema_decay else None
     best: Validation | None = None
     best_epoch, step = 0, 0
-    best_state: dict[str, Any] = {}
+    best_values: list[Tensor] = []
     for epoch in range(1, stage.epochs + 1):
         began = time.perf_counter()
         stage.module.train()
         total, seen = 0.0, 0
         with progress(f"{stage.name} {epoch}/{stage.epochs}", len(split)) as advance:
-            for batch in split.batches(config, device, generator, config.augment):
-                total += _step(stage, batch, optimizer, split, config, epoch, step)
+            batches = split.batches(config, device, generator, config.augment)
+            for group in _groups(batches, config.accumulate):
+                loss_sum, images = _step(stage, group, optimizer, split, config, epoch, step)
                 if scheduler is not None:
                     scheduler.step()
-                seen += len(batch.records)
+                if average is not None:
+                    average.update()
+                total += loss_sum
+                seen += images
                 step += 1
-                advance(len(batch.records))
+                advance(images)
         seconds = time.perf_counter() - began
         stage.module.eval()
-        validation = stage.validate()
-        is_best = best is None or validation.merit > best.merit
-        if is_best:
-            best, best_epoch = validation, epoch
-            best_state = copy.deepcopy(stage.module.state_dict())
-        loss = total / max(seen, 1)
-        log.write(
-            {"stage": stage.name, "epoch": epoch, "step": step, "loss": loss, "seconds": seconds,
-             "images_per_second": seen / seconds, "learning_rate": optimizer.param_groups[0]["lr"],
-             "best": is_best, **validation.metrics}
-        )  # fmt: skip
-        say(_epoch_line(stage, epoch, loss, seen / seconds, validation, is_best))
-        stage.on_epoch(validation, is_best)
+        with average.in_place() if average is not None else nullcontext():
+            validation = stage.validate()
+            is_best = best is None or validation.merit > best.merit
+            if is_best:
+                best, best_epoch = validation, epoch
+                best_values = [tensor.detach().clone() for tensor in changing]
+            loss = total / max(seen, 1)
+            log.write(
+                {"stage": stage.name, "epoch": epoch, "step": step, "loss": loss,
+                 "seconds": seconds, "images_per_second": seen / seconds,
+                 "learning_rate": optimizer.param_groups[0]["lr"], "best": is_best,
+                 **validation.metrics}
+            )  # fmt: skip
+            say(_epoch_line(stage, epoch, loss, seen / seconds, validation, is_best))
+            stage.on_epoch(validation, is_best)
         if epoch - best_epoch >= config.patience:
             break
     assert best is not None
-    stage.module.load_state_dict(best_state)
+    _copy(changing, best_values)
     stage.module.eval()
     return best
 
 
+def _changing(stage: Stage, split: Split) -> list[Tensor]:
+    """Return what a stage changes: its parameters, and buffers where it trains on pictures."""
+    trained = {id(parameter) for group in stage.groups for parameter in group["params"]}
+    tensors: list[Tensor] = [p for p in stage.module.parameters() if id(p) in trained]
+    return tensors + (list(stage.module.buffers()) if split.features is None else [])
+
+
+@torch.no_grad()
+def _copy(tensors: list[Tensor], values: list[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
+
+
+def _groups(batches: Iterator[Batch], size: int) -> Iterator[Iterator[Batch]]:
+    """Group batches, each read when it is asked for; the last group may be smaller."""
+    while (first := next(batches, None)) is not None:
+        yield chain([first], islice(batches, size - 1))
+
+
 def _step(
     stage: Stage,
-    batch: Batch,
+    group: Iterator[Batch],
     optimizer: torch.optim.Optimizer,
     split: Split,
     config: TrainConfig,
     epoch: int,
     step: int,
-) -> float:
-    """Take one optimiser step; return the summed loss of the batch."""
+) -> tuple[float, int]:
+    """Take one optimiser step on a group of batches; return their summed loss and images."""
     # Batch norm's running figures change in the forward pass, before the loss is known.
     buffers = list(stage.module.buffers()) if split.features is None else []
     before = [buffer.clone() for buffer in buffers]
-    with autocast(batch.inputs.device, config):
-        losses = stage.loss(batch)
-    if not losses.isfinite().all():
-        _restore(buffers, before)
-        at_fault = batch.records[(~losses.isfinite()).cpu()]
-        raise _non_finite("the loss", stage, epoch, step, at_fault, split)
     optimizer.zero_grad(set_to_none=True)
-    losses.mean().backward()
+    loss_sum, divisor = 0.0, 0
+    records: list[Tensor] = []
+    for batch in group:
+        records.append(batch.records)
+        divisor = divisor or len(batch.records)
+        with autocast(batch.inputs.device, config):
+            losses = stage.loss(batch)
+        if not losses.isfinite().all():
+            _copy(buffers, before)
+            at_fault = batch.records[(~losses.isfinite()).cpu()]
+            raise _non_finite("the loss", stage, epoch, step, at_fault, split)
+        (losses.sum() / divisor).backward()
+        loss_sum += float(losses.detach().sum())
+    joined = torch.cat(records)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if len(joined) != divisor:  # the mean is over all images of the group
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad *= divisor / len(joined)
     norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm or math.inf)
     if not norm.isfinite():
-        _restore(buffers, before)
-        raise _non_finite("the gradient", stage, epoch, step, batch.records, split)
+        _copy(buffers, before)
+        raise _non_finite("the gradient", stage, epoch, step, joined, split)
     optimizer.step()
-    return float(losses.detach().sum())
-
-
-def _restore(buffers: list[Tensor], before: list[Tensor]) -> None:
-    for buffer, value in zip(buffers, before, strict=True):
-        buffer.copy_(value)
+    return loss_sum, len(joined)
 
 
 def _non_finite(
@@ -270,6 +378,27 @@ def _non_finite(
 ) -> NonFiniteLossError:
     names = [split.dataset.record_name(int(record)) for record in records]
     return NonFiniteLossError(what, stage.name, epoch, step, names)
+
+
+def _scheduler(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, epochs: int, steps_per_epoch: int
+) -> torch.optim.lr_scheduler.LRScheduler | None:
+    """Return the schedule of a stage, which is advanced at each step; None for a constant one."""
+    steps = epochs * steps_per_epoch
+    if config.schedule == "one_cycle":
+        return torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            [group["lr"] for group in optimizer.param_groups],
+            total_steps=steps + 1,
+            cycle_momentum=config.optimizer == "adamw",  # RMSprop's momentum is an option
+        )
+    if config.schedule == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    if config.schedule == "step":
+        return torch.optim.lr_scheduler.StepLR(
+            optimizer, config.step_epochs * steps_per_epoch, config.step_factor
+        )
+    return None
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +29,17 @@ from cnnrnn.decisions import (
     mean_average_precision,
 )
 from cnnrnn.features import cached_features
-from cnnrnn.fit import Batch, Log, Split, Stage, Validation, autocast, resolve_device, run_stage
+from cnnrnn.fit import (
+    Batch,
+    Log,
+    Split,
+    Stage,
+    Validation,
+    autocast,
+    require_tensorboard,
+    resolve_device,
+    run_stage,
+)
 from cnnrnn.labels import LabelSpace, increasing_paths
 from cnnrnn.losses import binary_cross_entropy, sequence_loss
 from cnnrnn.metrics import best_threshold, multilabel_metrics
@@ -61,13 +72,13 @@ def train(
     say: Callable[[str], None] = lambda line: None,
     progress: Progress = no_progress,
 ) -> TrainResult:
-    """Train a model on a dataset's `train` split (or `all`), validating on its `val` split.
+    """Train a model on the splits of a dataset that the config names.
 
     Writes `best/` and `last/` checkpoints and `log.jsonl` to `out`.
 
     Args:
-        dataset: pictures or feature vectors with label sets. Without a `val` split a share of
-            the training images is held out.
+        dataset: pictures or feature vectors with label sets. Without a split to validate on a
+            share of the training images is held out.
         out: folder for the run; made when missing.
         model_config: the architecture; backbone options do not matter for feature vectors.
         search_config: the search, whose order is also the order of training paths.
@@ -80,7 +91,10 @@ def train(
         DataError: the data lacks a usable training split.
         ValueError: the options leave nothing to train, or do not fit the data.
         NonFiniteLossError: the loss stopped being finite.
+        ModuleNotFoundError: an option needs an extra that is not installed.
     """
+    if config.tensorboard:
+        require_tensorboard()
     warms_up = model_config.chain_term and config.warm_epochs > 0
     if not config.epochs and not warms_up:
         raise ValueError("epochs is 0 and there is no chain term to warm up: nothing to train")
@@ -110,7 +124,7 @@ def train(
     head.max_labels = max(int(train_split.targets.sum(1).max()), search_config.min_labels, 1)
     resolve_max_labels(head, search_config)  # fails now rather than after the first stage
     on_start()
-    log = Log(out / "log.jsonl")
+    log = Log(out / "log.jsonl", out / "tensorboard" if config.tensorboard else None)
     facts = {
         "train_images": len(train_split),
         "val_images": len(val_split),
@@ -145,20 +159,41 @@ def train(
 
 
 def training_splits(dataset: Dataset, config: TrainConfig) -> tuple[Dataset, Dataset]:
-    """Return the training and validation records; holds a share out where there is no `val`."""
-    if dataset.splits and not {"train", "all"} & dataset.splits.keys():
+    """Return the training and validation records, a share held out where no split is left for it.
+
+    Raises:
+        DataError: a split is missing or empty, or training and validation share records.
+    """
+    if config.train_split is None and dataset.splits and not {"train", "all"} & {*dataset.splits}:
         raise DataError(
-            f"{dataset.source} has no split named train, only {', '.join(sorted(dataset.splits))}"
+            f"{dataset.source} has no split named train, only {', '.join(sorted(dataset.splits))}; "
+            "name another with train_split"
         )
-    data = dataset.split("train" if "train" in dataset.splits else "all")
-    if "val" in dataset.splits:
-        if not len(dataset.splits["val"]):
-            raise DataError(f"the val split of {dataset.source} is empty; nothing to validate on")
-        return _training_records(data, config), dataset.split("val")
+    train_name = config.train_split or ("train" if "train" in dataset.splits else "all")
+    val_name = config.val_split or ("val" if "val" in dataset.splits else None)
+    data = dataset.split(train_name)
+    if val_name is not None:
+        val = dataset.split(val_name)
+        if not len(val):
+            raise DataError(
+                f"the {val_name} split of {dataset.source} is empty; nothing to validate on"
+            )
+        shared = np.intersect1d(dataset.splits[train_name], dataset.splits[val_name])
+        if not len(shared):
+            return _training_records(data, config), val
+        if config.train_split is None or config.val_split is not None:
+            raise DataError(
+                f"training and validation records must differ, got {len(shared)} in both "
+                f"{train_name} and {val_name} of {dataset.source}, the first "
+                f"{dataset.record_name(int(shared[0]))}; name other splits with train_split and "
+                "val_split"
+            )
     held_out = round(len(data) * config.val_fraction)
     if not 0 < held_out < len(data):
         raise DataError(
-            f"{dataset.source} has no val split, and val_fraction {config.val_fraction} of "
+            f"{dataset.source} has no val split"
+            + (f" apart from {train_name}" if val_name else "")
+            + f", and val_fraction {config.val_fraction} of "
             f"{len(data)} training images leaves nothing to validate on or to train on"
         )
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed)).numpy()
