@@ -142,6 +142,10 @@ def _train_parser(preset: str) -> ArgumentParser:
         "--preset", type=str, default="ours", choices=["ours", "paper"],
         help="defaults: this project's recipe, or the paper's (VGG-16 fc7, RMSprop, its cell)",
     )  # fmt: skip
+    parser.add_argument(
+        "--resume", action="store_true",
+        help="go on with the run in --out after the last epoch that it finished, or start it",
+    )  # fmt: skip
     parser.add_class_arguments(TrainConfig, None)
     parser.add_class_arguments(ModelConfig, "model")
     parser.add_class_arguments(SearchConfig, "search")
@@ -220,6 +224,7 @@ def _data_check_parser() -> ArgumentParser:
 def _train(parser: ArgumentParser, options: Namespace) -> int:
     from cnnrnn.data import load_dataset
     from cnnrnn.progress import terminal_progress
+    from cnnrnn.state import write_whole
     from cnnrnn.train import train
 
     model, search = ModelConfig(**vars(options.model)), SearchConfig(**vars(options.search))
@@ -229,13 +234,15 @@ def _train(parser: ArgumentParser, options: Namespace) -> int:
     if not options.out:
         raise ValueError("--out must name a folder, got an empty name")
     out = Path(options.out)
-    resolved = {k: v for k, v in options.as_dict().items() if k not in ("config", "preset")}
+    unsaved = ("config", "preset", "resume")
+    resolved = {k: v for k, v in options.as_dict().items() if k not in unsaved}
 
     def save_options() -> None:
-        (out / "config.yaml").write_text(_yaml(resolved), encoding="utf-8")
+        text = _yaml(resolved)
+        write_whole(out / "config.yaml", lambda file: file.write_text(text, encoding="utf-8"))
 
     result = train(
-        dataset, out, model, search, config, on_start=save_options,
+        dataset, out, model, search, config, resume=options.resume, on_start=save_options,
         say=lambda line: print(line, file=sys.stderr, flush=True), progress=terminal_progress,
     )  # fmt: skip
     print(metrics_table(result.metrics, f"validation, {len(result.model.labels)} labels"))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +22,7 @@ from cnnrnn.config import Preprocessing, TrainConfig
 from cnnrnn.data import DataError, Dataset
 from cnnrnn.data.images import image_batches, normalize
 from cnnrnn.progress import Progress, no_progress
+from cnnrnn.state import State
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -98,6 +100,7 @@ class Split:
             augment=augment,
             shuffle_generator=generator,
             on_bad_image=config.on_bad_image,
+            keep_empty=generator is not None,
         ):
             inputs = normalize(images.images.to(device), self.preprocessing)
             yield Batch(inputs, self.targets[images.indices].to(device), images.indices)
@@ -107,19 +110,34 @@ class Log:
     """A JSONL file, one record per line, flushed at every line; None writes nothing.
 
     Args:
-        file: begun anew.
+        file: begun anew, or cut to its first `position` bytes.
         tensorboard: folder that gets the figures of each epoch as well, a run per stage.
+        position: where a resumed run goes on; None begins anew.
     """
 
-    def __init__(self, file: Path | None, tensorboard: Path | None = None) -> None:
+    def __init__(
+        self, file: Path | None, tensorboard: Path | None = None, position: int | None = None
+    ) -> None:
         self.file = file
         self._tensorboard = tensorboard
         self._writers: dict[str, SummaryWriter] = {}
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text("", encoding="utf-8")
-        if tensorboard is not None:
+        if tensorboard is not None and position is None:
             shutil.rmtree(tensorboard, ignore_errors=True)
+        if file is None:
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if position is None:
+            file.write_text("", encoding="utf-8")
+        elif file.exists() and file.stat().st_size > position:
+            os.truncate(file, position)
+
+    def position(self) -> int:
+        """Bring the file to disk and return its length in bytes."""
+        if self.file is None:
+            return 0
+        with open(self.file, "ab") as handle:
+            os.fsync(handle.fileno())
+            return handle.tell()
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; numbers that are not finite become null."""
@@ -232,6 +250,17 @@ class Stage:
     on_epoch: Callable[[Validation, bool], None] = lambda validation, best: None
 
 
+@dataclass
+class _Standing:
+    """Where a stage stands between two epochs."""
+
+    epoch: int = 0
+    step: int = 0
+    best: Validation | None = None
+    best_epoch: int = 0
+    best_values: list[Tensor] = field(default_factory=list)
+
+
 def run_stage(
     stage: Stage,
     split: Split,
@@ -242,6 +271,8 @@ def run_stage(
     log: Log,
     say: Callable[[str], None] = lambda line: None,
     progress: Progress = no_progress,
+    start: State | None = None,
+    keep: Callable[[State], None] = lambda state: None,
 ) -> Validation:
     """Train until the epochs are over or patience is, and restore the best epoch.
 
@@ -254,6 +285,8 @@ def run_stage(
         log: gets one record per epoch.
         say: gets one line per epoch.
         progress: shows images/s and time left.
+        start: goes on after this state of the same stage.
+        keep: called after each epoch with the state to go on from, whose tensors will change.
 
     Returns:
         The best epoch's validation.
@@ -269,48 +302,114 @@ def run_stage(
     scheduler = _scheduler(optimizer, config, stage.epochs, steps_per_epoch)
     changing = _changing(stage, split)
     average = WeightAverage(changing, config.ema_decay) if config.ema_decay else None
-    best: Validation | None = None
-    best_epoch, step = 0, 0
-    best_values: list[Tensor] = []
-    for epoch in range(1, stage.epochs + 1):
+    standing = _Standing()
+    if start is not None:
+        standing = _restored(start, changing, average, optimizer, scheduler)
+    while standing.epoch < stage.epochs and (
+        standing.epoch - standing.best_epoch < config.patience
+    ):
+        epoch = standing.epoch = standing.epoch + 1
         began = time.perf_counter()
         stage.module.train()
         total, seen = 0.0, 0
         with progress(f"{stage.name} {epoch}/{stage.epochs}", len(split)) as advance:
             batches = split.batches(config, device, generator, config.augment)
             for group in _groups(batches, config.accumulate):
-                loss_sum, images = _step(stage, group, optimizer, split, config, epoch, step)
+                loss_sum, images = _step(
+                    stage, group, optimizer, split, config, epoch, standing.step
+                )
+                if not images:
+                    continue
                 if scheduler is not None:
                     scheduler.step()
                 if average is not None:
                     average.update()
                 total += loss_sum
                 seen += images
-                step += 1
+                standing.step += 1
                 advance(images)
         seconds = time.perf_counter() - began
         stage.module.eval()
         with average.in_place() if average is not None else nullcontext():
             validation = stage.validate()
-            is_best = best is None or validation.merit > best.merit
+            is_best = standing.best is None or validation.merit > standing.best.merit
             if is_best:
-                best, best_epoch = validation, epoch
-                best_values = [tensor.detach().clone() for tensor in changing]
+                standing.best, standing.best_epoch = validation, epoch
+                standing.best_values = [tensor.detach().clone() for tensor in changing]
             loss = total / max(seen, 1)
             log.write(
-                {"stage": stage.name, "epoch": epoch, "step": step, "loss": loss,
+                {"stage": stage.name, "epoch": epoch, "step": standing.step, "loss": loss,
                  "seconds": seconds, "images_per_second": seen / seconds,
                  "learning_rate": optimizer.param_groups[0]["lr"], "best": is_best,
                  **validation.metrics}
             )  # fmt: skip
             say(_epoch_line(stage, epoch, loss, seen / seconds, validation, is_best))
             stage.on_epoch(validation, is_best)
-        if epoch - best_epoch >= config.patience:
-            break
-    assert best is not None
-    _copy(changing, best_values)
+        keep(_state(standing, changing, average, optimizer, scheduler))
+    assert standing.best is not None
+    _copy(changing, standing.best_values)
     stage.module.eval()
-    return best
+    return standing.best
+
+
+def _state(
+    standing: _Standing,
+    changing: list[Tensor],
+    average: WeightAverage | None,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+) -> State:
+    values: dict[str, Any] = {
+        "epoch": standing.epoch,
+        "step": standing.step,
+        "best": standing.best,
+        "best_epoch": standing.best_epoch,
+        "scheduler": None if scheduler is None else scheduler.state_dict(),
+        "updates": None if average is None else average.updates,
+    }
+    lists = {"model": changing, "best": standing.best_values}
+    if average is not None:
+        lists["average"] = average.values
+    tensors = {f"{name}.{i}": t for name, kept in lists.items() for i, t in enumerate(kept)}
+    kept = optimizer.state_dict()
+    values["groups"] = kept["param_groups"]
+    values["optimizer"] = {}
+    for number, entries in kept["state"].items():
+        for name, value in entries.items():
+            key = f"optimizer.{number}.{name}"
+            (tensors if isinstance(value, Tensor) else values["optimizer"])[key] = value
+    return State(values, tensors)
+
+
+def _restored(
+    state: State,
+    changing: list[Tensor],
+    average: WeightAverage | None,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+) -> _Standing:
+    """Put everything where `_state` found it."""
+    values, tensors = state
+    _copy(changing, [tensors[f"model.{i}"] for i in range(len(changing))])
+    if average is not None:
+        _copy(average.values, [tensors[f"average.{i}"] for i in range(len(changing))])
+        average.updates = values["updates"]
+    entries: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **values["optimizer"]}.items():
+        if key.startswith("optimizer."):
+            _, number, name = key.split(".", 2)
+            entries.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({"state": entries, "param_groups": values["groups"]})
+    if scheduler is not None:
+        scheduler.load_state_dict(values["scheduler"])
+    best = values["best"]
+    return _Standing(
+        values["epoch"],
+        values["step"],
+        None if best is None else Validation(*best),
+        values["best_epoch"],
+        [tensors[f"best.{i}"].to(changing[0].device) for i in range(len(changing))] if best else [],
+    )
 
 
 def _changing(stage: Stage, split: Split) -> list[Tensor]:
@@ -349,6 +448,8 @@ def _step(
     loss_sum, divisor = 0.0, 0
     records: list[Tensor] = []
     for batch in group:
+        if not len(batch.records):
+            continue
         records.append(batch.records)
         divisor = divisor or len(batch.records)
         with autocast(batch.inputs.device, config):
@@ -359,6 +460,8 @@ def _step(
             raise _non_finite("the loss", stage, epoch, step, at_fault, split)
         (losses.sum() / divisor).backward()
         loss_sum += float(losses.detach().sum())
+    if not records:
+        return 0.0, 0
     joined = torch.cat(records)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if len(joined) != divisor:  # the mean is over all images of the group

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,14 @@ import torch
 from torch import Tensor
 
 from cnnrnn.backbones import Backbone, make_backbone
-from cnnrnn.classifier import CNNRNN, FEATURES_ONLY, load_checkpoint
-from cnnrnn.config import ModelConfig, SearchConfig, TrainConfig
+from cnnrnn.classifier import (
+    CNNRNN,
+    FEATURES_ONLY,
+    CheckpointError,
+    load_checkpoint,
+    weights_digest,
+)
+from cnnrnn.config import Calibration, ModelConfig, SearchConfig, TrainConfig
 from cnnrnn.data import DataError, Dataset
 from cnnrnn.decisions import (
     Inference,
@@ -46,6 +53,15 @@ from cnnrnn.metrics import best_threshold, multilabel_metrics
 from cnnrnn.model import Head
 from cnnrnn.progress import Progress, no_progress
 from cnnrnn.search.engine import resolve_max_labels
+from cnnrnn.state import (
+    STATE_FILE,
+    State,
+    read_state,
+    remove_partial_files,
+    require_same_run,
+    run_identity,
+    save_state,
+)
 
 
 @dataclass(frozen=True)
@@ -68,13 +84,15 @@ def train(
     search_config: SearchConfig,
     config: TrainConfig,
     *,
+    resume: bool = False,
     on_start: Callable[[], None] = lambda: None,
     say: Callable[[str], None] = lambda line: None,
     progress: Progress = no_progress,
 ) -> TrainResult:
     """Train a model on the splits of a dataset that the config names.
 
-    Writes `best/` and `last/` checkpoints and `log.jsonl` to `out`.
+    Writes `best/` and `last/` checkpoints, `log.jsonl` and, after each epoch, the training state
+    to `out`.
 
     Args:
         dataset: pictures or feature vectors with label sets. Without a split to validate on a
@@ -83,6 +101,8 @@ def train(
         model_config: the architecture; backbone options do not matter for feature vectors.
         search_config: the search, whose order is also the order of training paths.
         config: the recipe.
+        resume: go on after the last epoch that the run in `out` finished; start where there is
+            none. The result is that of a run that was never stopped.
         on_start: called once data and options have proved to fit, before anything is written.
         say: gets a line per epoch and per notable fact.
         progress: shows progress within an epoch.
@@ -91,6 +111,7 @@ def train(
         DataError: the data lacks a usable training split.
         ValueError: the options leave nothing to train, or do not fit the data.
         NonFiniteLossError: the loss stopped being finite.
+        ResumeError: the run in `out` was started with other options or other data.
         ModuleNotFoundError: an option needs an extra that is not installed.
     """
     if config.tensorboard:
@@ -117,14 +138,28 @@ def train(
     head = Head.from_config(model_config, len(space), feature_dim)
     model = CNNRNN(model_config, space, head, backbone, search_config).to(device)
 
+    state_file = out / STATE_FILE
+    frozen = backbone if model_config.freeze_backbone else None
+    identity = run_identity(train_data, val_data, frozen, model_config, search_config, config)
+    state: State | None = None
+    if resume and state_file.exists():
+        state = read_state(state_file.read_bytes(), str(state_file))
+        require_same_run(state.values["identity"], identity, out)
     out.mkdir(parents=True, exist_ok=True)
+    remove_partial_files(out)
     train_split, val_split = (
         _read_split(part, model, config, device, out, progress) for part in (train_data, val_data)
     )
     head.max_labels = max(int(train_split.targets.sum(1).max()), search_config.min_labels, 1)
     resolve_max_labels(head, search_config)  # fails now rather than after the first stage
     on_start()
-    log = Log(out / "log.jsonl", out / "tensorboard" if config.tensorboard else None)
+    if state is None:
+        state_file.unlink(missing_ok=True)
+    log = Log(
+        out / "log.jsonl",
+        out / "tensorboard" if config.tensorboard else None,
+        None if state is None else state.values["log"],
+    )
     facts = {
         "train_images": len(train_split),
         "val_images": len(val_split),
@@ -134,7 +169,8 @@ def train(
         "longest_path": head.max_labels,
         "device": str(device),
     }
-    log.write({"stage": "data", **facts})
+    if state is None:
+        log.write({"stage": "data", **facts})
     say("  ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()))
 
     def save(inference: Inference, targets: Tensor, best: bool) -> None:
@@ -144,18 +180,60 @@ def train(
         model.save(out / "last")
 
     generator = torch.Generator().manual_seed(config.seed)
-    common: dict[str, Any] = {
-        "device": device, "generator": generator, "log": log, "say": say, "progress": progress
-    }  # fmt: skip
+    stages = []
     if warms_up:
-        run_stage(_warm_stage(model, val_split, config), train_split, config, **common)
-        if not config.epochs:
-            save(*_infer(model, val_split, config), best=True)
+        stages.append(_warm_stage(model, val_split, config))
     if config.epochs:
-        run_stage(_path_stage(model, val_split, config, save), train_split, config, **common)
+        stages.append(_path_stage(model, val_split, config, save))
+
+    def keep(stage: Stage, state: State) -> None:
+        values = {"identity": identity, "stage": stage.name, "log": log.position(),
+                  "calibration": asdict(model.calibration), **state.values}  # fmt: skip
+        save_state(state_file, State(values, state.tensors | _random_state(generator, device)))
+
+    if state is not None:
+        at = [stage.name for stage in stages].index(state.values["stage"])
+        stages = stages[at:]
+        model.calibration = Calibration(**state.values["calibration"])
+        _restore_random_state(state.tensors, generator, device)
+        say(f"resumed after epoch {state.values['epoch']} of stage {state.values['stage']}")
+    for stage in stages:
+        run_stage(
+            stage, train_split, config, device=device, generator=generator, log=log, say=say,
+            progress=progress, start=state, keep=partial(keep, stage),
+        )  # fmt: skip
+        state = None
+    if not config.epochs and not _is_saved(model, out / "last"):
+        save(*_infer(model, val_split, config), best=True)
     model = load_checkpoint(out / "best").to(device)
     inference, targets = _infer(model, val_split, config)
     return TrainResult(model, decision_metrics(inference, targets, model.calibration, k=3))
+
+
+def _is_saved(model: CNNRNN, folder: Path) -> bool:
+    """Tell whether a folder holds a model's weights, as that of a finished run does."""
+    try:
+        saved = load_checkpoint(folder)
+    except CheckpointError:
+        return False
+    return weights_digest(saved.state_dict().items()) == weights_digest(model.state_dict().items())
+
+
+def _random_state(generator: torch.Generator, device: torch.device) -> dict[str, Tensor]:
+    """Return the state of everything that training draws from: order, dropout, augmentation."""
+    states = {"random.order": generator.get_state(), "random.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["random.cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _restore_random_state(
+    tensors: dict[str, Tensor], generator: torch.Generator, device: torch.device
+) -> None:
+    generator.set_state(tensors["random.order"])
+    torch.set_rng_state(tensors["random.cpu"])
+    if device.type == "cuda" and "random.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random.cuda"], device)
 
 
 def training_splits(dataset: Dataset, config: TrainConfig) -> tuple[Dataset, Dataset]:
