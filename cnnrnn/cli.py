@@ -64,19 +64,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
         if not _is_meant_for_people(error):
             raise
-        print(f"cnnrnn: error: {error}", file=sys.stderr)
+        from cnnrnn.distributed import process_prefix
+
+        print(f"cnnrnn: error: {process_prefix()}{error}", file=sys.stderr)
         return 1
 
 
 def _is_meant_for_people(error: Exception) -> bool:
     """Errors of torch's own are bugs or out-of-memory, and keep their traceback."""
+    from cnnrnn.distributed import LostProcessError
     from cnnrnn.fit import NonFiniteLossError
 
-    return not isinstance(error, RuntimeError) or isinstance(error, NonFiniteLossError)
+    ours = (NonFiniteLossError, LostProcessError)
+    return not isinstance(error, RuntimeError) or isinstance(error, ours)
 
 
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"cnnrnn: warning: {message}", file=sys.stderr)
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    from cnnrnn.data.images import BadImageWarning
+    from cnnrnn.distributed import process_prefix
+
+    if process_prefix() and not issubclass(category, BadImageWarning):
+        return  # the first process says it
+    print(f"cnnrnn: warning: {process_prefix()}{message}", file=sys.stderr)
 
 
 def _underscored(words: Sequence[str]) -> list[str]:
@@ -223,6 +232,8 @@ def _data_check_parser() -> ArgumentParser:
 
 def _train(parser: ArgumentParser, options: Namespace) -> int:
     from cnnrnn.data import load_dataset
+    from cnnrnn.distributed import join
+    from cnnrnn.fit import resolve_device
     from cnnrnn.progress import terminal_progress
     from cnnrnn.state import write_whole
     from cnnrnn.train import train
@@ -230,7 +241,6 @@ def _train(parser: ArgumentParser, options: Namespace) -> int:
     model, search = ModelConfig(**vars(options.model)), SearchConfig(**vars(options.search))
     fields = TrainConfig.__dataclass_fields__
     config = TrainConfig(**{name: options[name] for name in fields})
-    dataset = load_dataset(options.data, images=options.images, on_bad_image=config.on_bad_image)
     if not options.out:
         raise ValueError("--out must name a folder, got an empty name")
     out = Path(options.out)
@@ -241,10 +251,18 @@ def _train(parser: ArgumentParser, options: Namespace) -> int:
         text = _yaml(resolved)
         write_whole(out / "config.yaml", lambda file: file.write_text(text, encoding="utf-8"))
 
-    result = train(
-        dataset, out, model, search, config, resume=options.resume, on_start=save_options,
-        say=lambda line: print(line, file=sys.stderr, flush=True), progress=terminal_progress,
-    )  # fmt: skip
+    with join(resolve_device(config.device)) as ranks:
+        with ranks.first_goes_ahead():  # it may write the data set
+            dataset = load_dataset(
+                options.data, images=options.images, on_bad_image=config.on_bad_image
+            )
+        result = train(
+            dataset, out, model, search, config, resume=options.resume, on_start=save_options,
+            say=lambda line: print(line, file=sys.stderr, flush=True), progress=terminal_progress,
+            ranks=ranks,
+        )  # fmt: skip
+    if not ranks.first:
+        return 0
     print(metrics_table(result.metrics, f"validation, {len(result.model.labels)} labels"))
     print(f"best checkpoint: {out / 'best'}")
     return 0

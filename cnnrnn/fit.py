@@ -8,10 +8,10 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from cnnrnn.config import Preprocessing, TrainConfig
 from cnnrnn.data import DataError, Dataset
 from cnnrnn.data.images import image_batches, normalize
+from cnnrnn.distributed import ALONE, Ranks
 from cnnrnn.progress import Progress, no_progress
 from cnnrnn.state import State
 
@@ -50,11 +51,15 @@ class NonFiniteLossError(RuntimeError):
 
 
 class Batch(NamedTuple):
-    """Inputs [B, F] or normalised images [B, 3, S, S], targets [B, L] bool, records [B]."""
+    """Inputs [B, F] or normalised images [B, 3, S, S], targets [B, L] bool, records [B].
+
+    `size` is that of the whole batch, of which this may be one process's share.
+    """
 
     inputs: Tensor
     targets: Tensor
     records: Tensor
+    size: int
 
 
 @dataclass(frozen=True)
@@ -66,12 +71,14 @@ class Split:
         targets: [n, L] bool, columns in path order.
         features: [n, F] float32, or None to read pictures.
         preprocessing: of the pictures.
+        ranks: the processes that share it.
     """
 
     dataset: Dataset
     targets: Tensor
     features: Tensor | None
     preprocessing: Preprocessing | None = None
+    ranks: Ranks = ALONE
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -83,15 +90,25 @@ class Split:
         generator: torch.Generator | None,
         augment: bool = False,
     ) -> Iterator[Batch]:
-        """Iterate over the split once, shuffled by `generator` or in order without one."""
+        """Iterate over the split once, shuffled by `generator` or in order without one.
+
+        Processes share each shuffled batch, and such a share may be empty; of those in order each
+        takes whole ones, so that they are the same batches whoever computes them.
+        """
+        if generator is not None and self.ranks.size > 1:  # they may have drawn differently before
+            generator.set_state(self.ranks.from_first(generator.get_state()))
         if self.features is not None:
             order = torch.arange(len(self))
             if generator is not None:
                 order = torch.randperm(len(self), generator=generator)
-            for part in order.split(config.batch_size) if len(self) else ():
-                yield Batch(self.features[part].to(device), self.targets[part].to(device), part)
+            batches = order.split(config.batch_size) if len(self) else ()
+            for size, part in zip(map(len, batches), self._own(generator)(batches), strict=False):
+                inputs = self.features[part].to(device)
+                yield Batch(inputs, self.targets[part].to(device), part, size)
             return
         assert self.preprocessing is not None
+        sizes = chain(repeat(config.batch_size, len(self) // config.batch_size),
+                      [len(self) % config.batch_size])  # fmt: skip
         for images in image_batches(
             self.dataset,
             self.preprocessing,
@@ -101,9 +118,41 @@ class Split:
             shuffle_generator=generator,
             on_bad_image=config.on_bad_image,
             keep_empty=generator is not None,
+            pick=self._own(generator),
         ):
             inputs = normalize(images.images.to(device), self.preprocessing)
-            yield Batch(inputs, self.targets[images.indices].to(device), images.indices)
+            targets = self.targets[images.indices].to(device)
+            yield Batch(inputs, targets, images.indices, next(sizes))
+
+    def _own(
+        self, generator: torch.Generator | None
+    ) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+        if generator is None:
+            return self.ranks.deal
+        return lambda batches: [self.ranks.share(batch) for batch in batches]
+
+    def over_batches(
+        self, compute: Callable[[Batch], Tensor], config: TrainConfig, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Compute rows [n, ...] for all images that can be read, shared by processes.
+
+        Returns:
+            The rows and the records [n] that they belong to, ascending, in every process.
+        """
+        rows, records = [], []
+        for batch in self.batches(config, device, None):
+            with autocast(device, config):
+                rows.append(compute(batch))
+            records.append(batch.records)
+        if self.ranks.size == 1:
+            return torch.cat(rows), torch.cat(records)
+        none = torch.empty(0, 0, device=device), torch.empty(0, dtype=torch.int64)
+        joined = self.ranks.gather(torch.cat(rows) if rows else none[0])
+        numbers = self.ranks.gather(torch.cat(records) if records else none[1])
+        if not len(numbers):
+            raise DataError(f"none of the {len(self)} images of {self.dataset.source} can be read")
+        order = numbers.argsort()
+        return joined[order.to(device)], numbers[order]
 
 
 class Log:
@@ -328,10 +377,12 @@ def run_stage(
                 seen += images
                 standing.step += 1
                 advance(images)
+        if not seen:
+            raise DataError(f"no training image of {split.dataset.source} can be read")
         seconds = time.perf_counter() - began
         stage.module.eval()
         with average.in_place() if average is not None else nullcontext():
-            validation = stage.validate()
+            validation = _agreed(stage.validate(), split.ranks)
             is_best = standing.best is None or validation.merit > standing.best.merit
             if is_best:
                 standing.best, standing.best_epoch = validation, epoch
@@ -412,6 +463,12 @@ def _restored(
     )
 
 
+def _agreed(validation: Validation, ranks: Ranks) -> Validation:
+    """Return process 0's figures, so that all processes decide alike."""
+    numbers = ranks.numbers_from_first([validation.merit, *validation.metrics.values()])
+    return Validation(numbers[0], dict(zip(validation.metrics, numbers[1:], strict=True)))
+
+
 def _changing(stage: Stage, split: Split) -> list[Tensor]:
     """Return what a stage changes: its parameters, and buffers where it trains on pictures."""
     trained = {id(parameter) for group in stage.groups for parameter in group["params"]}
@@ -440,40 +497,51 @@ def _step(
     epoch: int,
     step: int,
 ) -> tuple[float, int]:
-    """Take one optimiser step on a group of batches; return their summed loss and images."""
+    """Take one optimiser step on a group of batches; return their summed loss and images.
+
+    Processes add up what each finds in its share, and all take the same step, or none.
+    """
+    ranks = split.ranks
     # Batch norm's running figures change in the forward pass, before the loss is known.
     buffers = list(stage.module.buffers()) if split.features is None else []
     before = [buffer.clone() for buffer in buffers]
     optimizer.zero_grad(set_to_none=True)
     loss_sum, divisor = 0.0, 0
     records: list[Tensor] = []
+    at_fault = torch.empty(0, dtype=torch.int64)
     for batch in group:
+        divisor = divisor or batch.size
+        records.append(batch.records)
         if not len(batch.records):
             continue
-        records.append(batch.records)
-        divisor = divisor or len(batch.records)
         with autocast(batch.inputs.device, config):
             losses = stage.loss(batch)
         if not losses.isfinite().all():
-            _copy(buffers, before)
             at_fault = batch.records[(~losses.isfinite()).cpu()]
-            raise _non_finite("the loss", stage, epoch, step, at_fault, split)
+            break
         (losses.sum() / divisor).backward()
         loss_sum += float(losses.detach().sum())
-    if not records:
+    own = torch.cat(records)
+    loss_sum, images, faults = ranks.add([loss_sum, len(own), len(at_fault)])
+    if faults:
+        _copy(buffers, before)
+        raise _non_finite("the loss", stage, epoch, step, ranks.gather(at_fault), split)
+    if not images:
         return 0.0, 0
-    joined = torch.cat(records)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if len(joined) != divisor:  # the mean is over all images of the group
+    ranks.add_gradients(parameters)
+    if images != divisor:  # the mean is over all images of the group
         for parameter in parameters:
             if parameter.grad is not None:
-                parameter.grad *= divisor / len(joined)
+                parameter.grad *= divisor / images
     norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm or math.inf)
     if not norm.isfinite():
         _copy(buffers, before)
-        raise _non_finite("the gradient", stage, epoch, step, joined, split)
+        raise _non_finite("the gradient", stage, epoch, step, ranks.gather(own), split)
     optimizer.step()
-    return loss_sum, len(joined)
+    if buffers:
+        ranks.average_running_figures(stage.module, len(own) / images)
+    return loss_sum, int(images)
 
 
 def _non_finite(

@@ -7,6 +7,7 @@ an auxiliary loss. The paper's recipe is the second stage alone.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -35,6 +36,7 @@ from cnnrnn.decisions import (
     infer,
     mean_average_precision,
 )
+from cnnrnn.distributed import ALONE, Ranks
 from cnnrnn.features import cached_features
 from cnnrnn.fit import (
     Batch,
@@ -42,7 +44,6 @@ from cnnrnn.fit import (
     Split,
     Stage,
     Validation,
-    autocast,
     require_tensorboard,
     resolve_device,
     run_stage,
@@ -88,6 +89,7 @@ def train(
     on_start: Callable[[], None] = lambda: None,
     say: Callable[[str], None] = lambda line: None,
     progress: Progress = no_progress,
+    ranks: Ranks = ALONE,
 ) -> TrainResult:
     """Train a model on the splits of a dataset that the config names.
 
@@ -106,12 +108,15 @@ def train(
         on_start: called once data and options have proved to fit, before anything is written.
         say: gets a line per epoch and per notable fact.
         progress: shows progress within an epoch.
+        ranks: the processes that train together, each of which calls this; the first alone writes,
+            and calls `on_start`, `say` and `progress`.
 
     Raises:
         DataError: the data lacks a usable training split.
         ValueError: the options leave nothing to train, or do not fit the data.
         NonFiniteLossError: the loss stopped being finite.
         ResumeError: the run in `out` was started with other options or other data.
+        LostProcessError: another process of the run ended.
         ModuleNotFoundError: an option needs an extra that is not installed.
     """
     if config.tensorboard:
@@ -119,8 +124,10 @@ def train(
     warms_up = model_config.chain_term and config.warm_epochs > 0
     if not config.epochs and not warms_up:
         raise ValueError("epochs is 0 and there is no chain term to warm up: nothing to train")
+    if not ranks.first:
+        say, progress = (lambda line: None), no_progress
     torch.manual_seed(config.seed)
-    device = resolve_device(config.device)
+    device = resolve_device(config.device) if ranks.size == 1 else ranks.device
     train_data, val_data = training_splits(dataset, config)
     counts = train_data.label_counts()
     space = (
@@ -133,31 +140,39 @@ def train(
         model_config = replace(model_config, backbone=FEATURES_ONLY)
         feature_dim = dataset.features.shape[1]
     else:
-        backbone = _backbone(model_config, config)
+        with ranks.first_goes_ahead():  # it may download
+            backbone = _backbone(model_config, config)
         feature_dim = backbone.feature_dim
     head = Head.from_config(model_config, len(space), feature_dim)
     model = CNNRNN(model_config, space, head, backbone, search_config).to(device)
+    ranks.start_alike(model)
 
     state_file = out / STATE_FILE
     frozen = backbone if model_config.freeze_backbone else None
     identity = run_identity(train_data, val_data, frozen, model_config, search_config, config)
-    state: State | None = None
-    if resume and state_file.exists():
-        state = read_state(state_file.read_bytes(), str(state_file))
+    if ranks.bytes_from_first(text := json.dumps(identity).encode()) != text:
+        raise ValueError(
+            f"process {ranks.rank} must have the data and options of process 0, got others"
+        )
+    state = _stored_state(state_file, ranks) if resume else None
+    if state is not None:
         require_same_run(state.values["identity"], identity, out)
-    out.mkdir(parents=True, exist_ok=True)
-    remove_partial_files(out)
+    if ranks.first:
+        out.mkdir(parents=True, exist_ok=True)
+        remove_partial_files(out)
     train_split, val_split = (
-        _read_split(part, model, config, device, out, progress) for part in (train_data, val_data)
+        _read_split(part, model, config, device, out, progress, ranks)
+        for part in (train_data, val_data)
     )
     head.max_labels = max(int(train_split.targets.sum(1).max()), search_config.min_labels, 1)
     resolve_max_labels(head, search_config)  # fails now rather than after the first stage
-    on_start()
-    if state is None:
-        state_file.unlink(missing_ok=True)
+    if ranks.first:
+        on_start()
+        if state is None:
+            state_file.unlink(missing_ok=True)
     log = Log(
-        out / "log.jsonl",
-        out / "tensorboard" if config.tensorboard else None,
+        out / "log.jsonl" if ranks.first else None,
+        out / "tensorboard" if config.tensorboard and ranks.first else None,
         None if state is None else state.values["log"],
     )
     facts = {
@@ -176,10 +191,14 @@ def train(
     def save(inference: Inference, targets: Tensor, best: bool) -> None:
         if best:
             model.calibration = calibrate(inference, targets)
-            model.save(out / "best")
-        model.save(out / "last")
+        if ranks.first:
+            if best:
+                model.save(out / "best")
+            model.save(out / "last")
 
     generator = torch.Generator().manual_seed(config.seed)
+    if not ranks.first:  # each draws its own dropout
+        torch.manual_seed((config.seed + ranks.rank) % 2**63)
     stages = []
     if warms_up:
         stages.append(_warm_stage(model, val_split, config))
@@ -189,13 +208,15 @@ def train(
     def keep(stage: Stage, state: State) -> None:
         values = {"identity": identity, "stage": stage.name, "log": log.position(),
                   "calibration": asdict(model.calibration), **state.values}  # fmt: skip
-        save_state(state_file, State(values, state.tensors | _random_state(generator, device)))
+        random = _random_state(generator, device, ranks)
+        if ranks.first:
+            save_state(state_file, State(values, state.tensors | random))
 
     if state is not None:
         at = [stage.name for stage in stages].index(state.values["stage"])
         stages = stages[at:]
         model.calibration = Calibration(**state.values["calibration"])
-        _restore_random_state(state.tensors, generator, device)
+        _restore_random_state(state.tensors, generator, device, ranks)
         say(f"resumed after epoch {state.values['epoch']} of stage {state.values['stage']}")
     for stage in stages:
         run_stage(
@@ -203,9 +224,12 @@ def train(
             progress=progress, start=state, keep=partial(keep, stage),
         )  # fmt: skip
         state = None
-    if not config.epochs and not _is_saved(model, out / "last"):
-        save(*_infer(model, val_split, config), best=True)
-    model = load_checkpoint(out / "best").to(device)
+    if not config.epochs:
+        saved = ranks.first and _is_saved(model, out / "last")
+        if ranks.numbers_from_first([saved]) == [0]:
+            save(*_infer(model, val_split, config), best=True)
+    if ranks.first:
+        model = load_checkpoint(out / "best").to(device)
     inference, targets = _infer(model, val_split, config)
     return TrainResult(model, decision_metrics(inference, targets, model.calibration, k=3))
 
@@ -219,21 +243,34 @@ def _is_saved(model: CNNRNN, folder: Path) -> bool:
     return weights_digest(saved.state_dict().items()) == weights_digest(model.state_dict().items())
 
 
-def _random_state(generator: torch.Generator, device: torch.device) -> dict[str, Tensor]:
-    """Return the state of everything that training draws from: order, dropout, augmentation."""
-    states = {"random.order": generator.get_state(), "random.cpu": torch.get_rng_state()}
+def _stored_state(file: Path, ranks: Ranks) -> State | None:
+    """Read the state that process 0 finds, everywhere; None where there is none."""
+    there = ranks.first and file.exists()
+    if ranks.numbers_from_first([there]) == [0]:
+        return None
+    return read_state(ranks.bytes_from_first(file.read_bytes() if ranks.first else b""), str(file))
+
+
+def _random_state(
+    generator: torch.Generator, device: torch.device, ranks: Ranks
+) -> dict[str, Tensor]:
+    """Return the state of what training draws from: order and augmentation, dropout [R, ...]."""
+    states = {"random.order": generator.get_state(),
+              "random.cpu": ranks.gather(torch.get_rng_state()[None])}  # fmt: skip
     if device.type == "cuda":
-        states["random.cuda"] = torch.cuda.get_rng_state(device)
+        states["random.cuda"] = ranks.gather(torch.cuda.get_rng_state(device)[None])
     return states
 
 
 def _restore_random_state(
-    tensors: dict[str, Tensor], generator: torch.Generator, device: torch.device
+    tensors: dict[str, Tensor], generator: torch.Generator, device: torch.device, ranks: Ranks
 ) -> None:
     generator.set_state(tensors["random.order"])
-    torch.set_rng_state(tensors["random.cpu"])
+    if ranks.rank >= len(tensors["random.cpu"]):
+        return  # more processes than before: this one begins with its own seed
+    torch.set_rng_state(tensors["random.cpu"][ranks.rank].clone())  # crashes on a view
     if device.type == "cuda" and "random.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random.cuda"], device)
+        torch.cuda.set_rng_state(tensors["random.cuda"][ranks.rank].clone(), device)
 
 
 def training_splits(dataset: Dataset, config: TrainConfig) -> tuple[Dataset, Dataset]:
@@ -315,13 +352,14 @@ def _read_split(
     device: torch.device,
     out: Path,
     progress: Progress,
+    ranks: Ranks,
 ) -> Split:
     targets = model.label_space.from_source(data.label_matrix(), data.label_names)
     if data.features is not None:
-        return Split(data, targets, torch.from_numpy(data.features))
+        return Split(data, targets, torch.from_numpy(data.features), ranks=ranks)
     assert model.backbone is not None
     if not model.config.freeze_backbone:
-        return Split(data, targets, None, model.backbone.preprocessing)
+        return Split(data, targets, None, model.backbone.preprocessing, ranks)
     folder = Path(config.feature_cache) if config.feature_cache else out / "features"
     features = cached_features(
         model.backbone,
@@ -332,8 +370,9 @@ def _read_split(
         workers=config.workers,
         on_bad_image=config.on_bad_image,
         progress=progress,
+        ranks=ranks,
     )
-    return Split(data.select(features.kept), targets[features.kept], features.values)
+    return Split(data.select(features.kept), targets[features.kept], features.values, ranks=ranks)
 
 
 def _features(model: CNNRNN, inputs: Tensor) -> Tensor:
@@ -351,19 +390,18 @@ def _warm_stage(model: CNNRNN, val: Split, config: TrainConfig) -> Stage:
 
     @torch.no_grad()
     def validate() -> Validation:
-        scores, targets = [], []
-        for batch in val.batches(config, model.device, None):
-            with autocast(batch.inputs.device, config):
-                hidden = model.head.trunk(_features(model, batch.inputs))
-                scores.append(classifier(hidden).float().sigmoid().cpu())
-            targets.append(batch.targets.cpu())
-        joined = torch.cat(scores)
+        scores, records = val.over_batches(
+            lambda batch: classifier(model.head.trunk(_features(model, batch.inputs))).float(),
+            config,
+            model.device,
+        )
+        joined = scores.sigmoid().cpu()
         if not joined.isfinite().all():
             raise ValueError(
                 "the scores of the validation images are no longer finite in stage warm; "
                 "lower learning_rate"
             )
-        return independent_validation(joined, torch.cat(targets))
+        return independent_validation(joined, val.targets[records])
 
     modules = [model.head.trunk, classifier]
     groups = [_group(modules, config.learning_rate)]
@@ -438,12 +476,10 @@ def path_validation(inference: Inference, targets: Tensor) -> Validation:
 def _infer(model: CNNRNN, split: Split, config: TrainConfig) -> tuple[Inference, Tensor]:
     """Search a split; returns the targets of the images that could be read besides."""
     model.eval()
-    features, targets = [], []
-    for batch in split.batches(config, model.device, None):
-        with autocast(batch.inputs.device, config):
-            features.append(_features(model, batch.inputs).float())
-        targets.append(batch.targets.cpu())
-    return infer(model.head, torch.cat(features), model.search), torch.cat(targets)
+    features, records = split.over_batches(
+        lambda batch: _features(model, batch.inputs).float(), config, model.device
+    )
+    return infer(model.head, features, model.search), split.targets[records]
 
 
 def _group(modules: list[Any], learning_rate: float) -> dict[str, Any]:

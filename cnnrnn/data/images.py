@@ -196,6 +196,10 @@ def normalize(batch: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor
     return torch.addcmul(shift, batch.to(torch.float32), scale)
 
 
+class BadImageWarning(UserWarning):
+    """Pictures were left out because they cannot be read."""
+
+
 class ImageBatch(NamedTuple):
     """Pictures of some records.
 
@@ -318,10 +322,12 @@ class ImageBatches(Iterator[ImageBatch]):
         records: ImageRecords,
         loader: Iterator[ImageBatch],
         on_bad_image: OnBadImage,
+        count: int,
         keep_empty: bool = False,
     ) -> None:
         """Start before the first batch."""
         self.bad: list[BadImageError] = []
+        self._count = count
         self._keep_empty = keep_empty
         self._records = records
         self._loader = loader
@@ -351,10 +357,12 @@ class ImageBatches(Iterator[ImageBatch]):
     def _report(self) -> None:
         if not self.bad:
             return
-        total = f"{len(self.bad)} of {len(self._records)} images"
+        total = f"{len(self.bad)} of {self._count} images"
         if len(self.bad) == len(self._records):
             raise DataError(f"{total} cannot be read, the first: {self.bad[0]}")
-        warnings.warn(f"{total} were left out, the first: {self.bad[0]}", stacklevel=3)
+        warnings.warn(
+            f"{total} were left out, the first: {self.bad[0]}", BadImageWarning, stacklevel=3
+        )
 
 
 def image_batches(
@@ -367,6 +375,7 @@ def image_batches(
     shuffle_generator: torch.Generator | None = None,
     on_bad_image: OnBadImage = "error",
     keep_empty: bool = False,
+    pick: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]] = lambda batches: batches,
 ) -> ImageBatches:
     """Return an iterator over the pictures of a dataset, once.
 
@@ -381,7 +390,8 @@ def image_batches(
         shuffle_generator: draws the order; None keeps the order of the dataset.
         on_bad_image: `error` raises at the first unreadable picture; `skip` leaves it out, and
             warns once at the end of the pass with the count, which is also in `.bad_count`.
-        keep_empty: also return a batch in which every picture is bad.
+        keep_empty: also return a batch in which every picture is bad, or that `pick` left empty.
+        pick: turns the batches, as record numbers, into those that this process reads.
 
     Raises:
         DataError: the dataset has no image paths, or with `skip` no picture at all can be read.
@@ -397,7 +407,7 @@ def image_batches(
     order = torch.arange(len(records))
     if shuffle_generator is not None:
         order = torch.randperm(len(records), generator=shuffle_generator)
-    batches = order.split(batch_size) if len(records) else ()
+    batches = pick(order.split(batch_size) if len(records) else ())
     loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
         records,
         batch_sampler=[batch.tolist() for batch in batches],
@@ -405,7 +415,8 @@ def image_batches(
         collate_fn=records.collate,
         generator=torch.Generator(),  # keeps the loader from drawing from torch's own
     )
-    return ImageBatches(records, iter(loader), on_bad_image, keep_empty)
+    count = sum(map(len, batches))
+    return ImageBatches(records, iter(loader), on_bad_image, count, keep_empty)
 
 
 def _draw_seed(generator: torch.Generator | None) -> int:
