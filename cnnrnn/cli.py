@@ -77,19 +77,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
         if not _is_meant_for_people(error):
             raise
-        print(f"cnnrnn: error: {error}", file=sys.stderr)
+        from cnnrnn.distributed import process_prefix
+
+        print(f"cnnrnn: error: {process_prefix()}{error}", file=sys.stderr)
         return 1
 
 
 def _is_meant_for_people(error: Exception) -> bool:
     """Errors of torch's own are bugs or out-of-memory, and keep their traceback."""
+    from cnnrnn.distributed import LostProcessError
     from cnnrnn.fit import NonFiniteLossError
 
-    return not isinstance(error, RuntimeError) or isinstance(error, NonFiniteLossError)
+    ours = (NonFiniteLossError, LostProcessError)
+    return not isinstance(error, RuntimeError) or isinstance(error, ours)
 
 
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"cnnrnn: warning: {message}", file=sys.stderr)
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    from cnnrnn.data.images import BadImageWarning
+    from cnnrnn.distributed import process_prefix
+
+    if process_prefix() and not issubclass(category, BadImageWarning):
+        return  # the first process says it
+    print(f"cnnrnn: warning: {process_prefix()}{message}", file=sys.stderr)
 
 
 def _underscored(words: Sequence[str]) -> list[str]:
@@ -169,6 +178,10 @@ def _add_recipe(parser: ArgumentParser, preset: str) -> None:
     parser.add_argument(
         "--preset", type=str, default="ours", choices=["ours", "paper"],
         help="defaults: this project's recipe, or the paper's (VGG-16 fc7, RMSprop, its cell)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resume", action="store_true",
+        help="go on with the run in --out after the last epoch that it finished, or start it",
     )  # fmt: skip
     parser.add_class_arguments(TrainConfig, None)
     parser.add_class_arguments(ModelConfig, "model")
@@ -277,35 +290,50 @@ def _data_check_parser() -> ArgumentParser:
 
 def _train(parser: ArgumentParser, options: Namespace) -> int:
     from cnnrnn.data import load_dataset
+    from cnnrnn.distributed import join
     from cnnrnn.ensemble import train_ensemble
+    from cnnrnn.fit import resolve_device
     from cnnrnn.progress import terminal_progress
+    from cnnrnn.state import write_whole
     from cnnrnn.train import train
 
     config, model, search = _recipe(options)
-    dataset = load_dataset(options.data, images=options.images, on_bad_image=config.on_bad_image)
     if not options.out:
         raise ValueError("--out must name a folder, got an empty name")
     out = Path(options.out)
-    resolved = {k: v for k, v in options.as_dict().items() if k not in ("config", "preset")}
+    unsaved = ("config", "preset", "resume")
+    resolved = {k: v for k, v in options.as_dict().items() if k not in unsaved}
 
     def save_options() -> None:
-        (out / "config.yaml").write_text(_yaml(resolved), encoding="utf-8")
+        text = _yaml(resolved)
+        write_whole(out / "config.yaml", lambda file: file.write_text(text, encoding="utf-8"))
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
     orders = _member_orders(options.members, options.member_orders, config)
     result: TrainResult | EnsembleResult
-    if len(orders) == 1 and options.member_orders is None:
-        result = train(
-            dataset, out, model, search, config, on_start=save_options, say=say,
-            progress=terminal_progress,
-        )  # fmt: skip
-    else:
-        result = train_ensemble(
-            dataset, out, model, search, config, orders, on_start=save_options, say=say,
-            progress=terminal_progress,
-        )  # fmt: skip
+    with join(resolve_device(config.device)) as ranks:
+        with ranks.first_goes_ahead():  # it may write the data set
+            dataset = load_dataset(
+                options.data, images=options.images, on_bad_image=config.on_bad_image
+            )
+        if len(orders) == 1 and options.member_orders is None:
+            result = train(
+                dataset, out, model, search, config, resume=options.resume, on_start=save_options,
+                say=say, progress=terminal_progress, ranks=ranks,
+            )  # fmt: skip
+        elif ranks.size > 1:
+            raise ValueError(
+                f"an ensemble trains in one process, without torchrun, got {ranks.size}"
+            )
+        else:
+            result = train_ensemble(
+                dataset, out, model, search, config, orders, resume=options.resume,
+                on_start=save_options, say=say, progress=terminal_progress,
+            )  # fmt: skip
+    if not ranks.first:
+        return 0
     print(metrics_table(result.metrics, f"validation, {len(result.model.labels)} labels"))
     print(f"best checkpoint: {out / 'best'}")
     return 0

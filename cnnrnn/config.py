@@ -223,13 +223,19 @@ class TrainConfig:
         backbone_scale: factor on the learning rate of a backbone that is not frozen.
         momentum: of RMSprop.
         weight_decay: of the optimiser.
-        batch_size: images per step.
+        batch_size: images per batch; under `torchrun` all processes together.
+        accumulate: batches per step of the optimiser; the loss is the mean over all their images.
         warm_epochs: at most this many epochs of binary cross-entropy on the chain term first.
         epochs: at most this many epochs of the sequence loss.
         patience: stop a stage after this many epochs without a better validation figure.
         aux_weight: weight of the chain term's binary cross-entropy beside the sequence loss.
         clip_norm: largest gradient norm; 0 for no clipping.
-        schedule: `constant`, or `one_cycle`: up to the learning rate and down to 0 in each stage.
+        schedule: of the learning rate in each stage: `constant`; `one_cycle`, up to it and down to
+            0; `cosine`, from it down to 0; `step`, times `step_factor` every `step_epochs` epochs.
+        step_epochs: of `schedule: step`.
+        step_factor: of `schedule: step`.
+        ema_decay: validate and keep an exponential moving average of the weights with this decay
+            per step, free of a bias to the first ones; 0 for the weights themselves.
         loss: `sequence` (cross-entropy along a path in the label order), or one that fits the order
             to the model's own predictions: `pla` (predicted label alignment) or `mla` (minimal loss
             alignment). These two need the search order `unique`.
@@ -239,7 +245,10 @@ class TrainConfig:
             new random order for every image of every batch; needs a search order other than
             `increasing`).
         reorder_epochs: epochs of the sequence loss after which `easiest` learns its order again.
-        val_fraction: share of the training split held out where the data has no `val` split.
+        train_split: name of the split to train on; None takes `train`, or `all`.
+        val_split: name of the split to validate on; None takes `val`, or holds a share of the
+            training split out where there is no `val` or where `train_split` holds its records.
+        val_fraction: share of the training split held out where there is no split to validate on.
         empty: `keep` training images without labels (their target is END) or `drop` them.
         augment: flip and shift training pictures, where the backbone is trained.
         on_bad_image: `error` stops at an unreadable image, `skip` leaves it out and counts it.
@@ -249,6 +258,7 @@ class TrainConfig:
         seed: of initial weights, shuffling, dropout and hold-out.
         init_backbone: start the backbone from this checkpoint folder.
         feature_cache: folder for a frozen backbone's features; None puts it in the output folder.
+        tensorboard: write each epoch's figures to `tensorboard/` in the output folder as well.
     """
 
     optimizer: Literal["adamw", "rmsprop"] = "adamw"
@@ -258,15 +268,21 @@ class TrainConfig:
     momentum: float = 0.9
     weight_decay: float = 1e-2
     batch_size: int = 128
+    accumulate: int = 1
     warm_epochs: int = 40
     epochs: int = 40
     patience: int = 6
     aux_weight: float = 1.0
     clip_norm: float = 5.0
-    schedule: Literal["constant", "one_cycle"] = "constant"
+    schedule: Literal["constant", "one_cycle", "cosine", "step"] = "constant"
+    step_epochs: int = 10
+    step_factor: float = 0.1
+    ema_decay: float = 0.0
     loss: PathLoss = "sequence"
     label_order: LabelOrder = "frequency"
     reorder_epochs: int = 3
+    train_split: str | None = None
+    val_split: str | None = None
     val_fraction: float = 0.1
     empty: Literal["keep", "drop"] = "keep"
     augment: bool = True
@@ -277,11 +293,12 @@ class TrainConfig:
     seed: int = 0
     init_backbone: str | None = None
     feature_cache: str | None = None
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         """Check ranges and choices."""
         _require_choice("optimizer", self.optimizer, ("adamw", "rmsprop"))
-        _require_choice("schedule", self.schedule, ("constant", "one_cycle"))
+        _require_choice("schedule", self.schedule, ("constant", "one_cycle", "cosine", "step"))
         _require_choice("loss", self.loss, get_args(PathLoss))
         _require_choice("label_order", self.label_order, get_args(LabelOrder))
         _require_choice("empty", self.empty, ("keep", "drop"))
@@ -292,10 +309,23 @@ class TrainConfig:
             "label_order must be frequency, rare, given or random for loss "
             f"{self.loss}, which makes its own paths, got {self.label_order}",
         )
+        _require(
+            self.label_order != "easiest" or not self.ema_decay,
+            f"ema_decay must be 0 for label_order easiest, which moves weights, got "
+            f"{self.ema_decay}",
+        )
         _require(self.learning_rate > 0, f"learning_rate must be > 0, got {self.learning_rate}")
-        _require(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
-        _require(self.patience >= 1, f"patience must be at least 1, got {self.patience}")
+        for name in ("batch_size", "accumulate", "step_epochs", "patience"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} must be at least 1, got {value}")
+        factor = self.step_factor
+        _require(0 < factor <= 1, f"step_factor must be in (0, 1], got {factor}")
+        _require_fraction("ema_decay", self.ema_decay)
         _require_fraction("val_fraction", self.val_fraction)
+        _require(
+            self.train_split is None or self.train_split != self.val_split,
+            f"val_split must be another split than train_split, got {self.val_split!r} for both",
+        )
         _require(0 <= self.seed < 2**63, f"seed must be in 0..2^63-1, got {self.seed}")
         for name in ("warm_scale", "backbone_scale", "momentum", "weight_decay", "warm_epochs",
                      "epochs", "reorder_epochs", "aux_weight", "clip_norm", "workers"):  # fmt: skip

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -361,6 +360,7 @@ def train_ensemble(
     config: TrainConfig,
     label_orders: Sequence[LabelOrder],
     *,
+    resume: bool = False,
     on_start: Callable[[], None] = lambda: None,
     say: Callable[[str], None] = lambda line: None,
     progress: Progress = no_progress,
@@ -377,6 +377,7 @@ def train_ensemble(
         search_config: the search, of order `increasing`.
         config: the recipe; member i trains with its seed plus i.
         label_orders: one per member, in place of the recipe's.
+        resume: as in `train`, for every member.
         on_start: as in `train`.
         say: as in `train`.
         progress: as in `train`.
@@ -384,7 +385,7 @@ def train_ensemble(
     Raises:
         ValueError: the options cannot make an ensemble, or as in `train`.
     """
-    from cnnrnn.train import train, training_splits
+    from cnnrnn.train import train, training_splits, with_fixed_splits
 
     if not label_orders:
         raise ValueError("an ensemble must have at least 1 member, got 0 label orders")
@@ -397,7 +398,8 @@ def train_ensemble(
         raise ValueError(
             "an ensemble shares a frozen backbone: model.freeze_backbone must be true, got false"
         )
-    dataset = _with_fixed_splits(dataset, config)
+    dataset = with_fixed_splits(dataset, config)
+    config = replace(config, train_split=None, val_split=None)
     cache = config.feature_cache or str(out / "features")
     models: list[CNNRNN] = []
     for i, order in enumerate(label_orders):
@@ -407,7 +409,8 @@ def train_ensemble(
         say(f"member {i + 1} of {len(label_orders)}: label order {order}, seed {member.seed}")
         result = train(
             dataset, out / "members" / str(i), model_config, search_config, member,
-            on_start=lambda: None if models else on_start(), say=say, progress=progress,
+            resume=resume, on_start=lambda: None if models else on_start(), say=say,
+            progress=progress,
         )  # fmt: skip
         models.append(result.model)
     ensemble = Ensemble(models).eval()
@@ -428,17 +431,3 @@ def train_ensemble(
     inference = ensemble.infer(features.to(ensemble.device))
     metrics = decision_metrics(inference, targets, ensemble.calibration, k=3)
     return EnsembleResult(ensemble, metrics)
-
-
-def _with_fixed_splits(dataset: Dataset, config: TrainConfig) -> Dataset:
-    """Name the images held out for validation, which would follow each member's seed otherwise."""
-    from cnnrnn.train import training_splits
-
-    if "val" in dataset.splits:
-        return dataset
-    position = {int(row): i for i, row in enumerate(dataset.rows)}
-    train_rows, val_rows = (
-        np.array([position[int(row)] for row in part.rows])
-        for part in training_splits(dataset, config)
-    )
-    return replace(dataset, splits={"train": train_rows, "val": val_rows})

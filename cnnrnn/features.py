@@ -25,8 +25,9 @@ from torch import Tensor
 from cnnrnn.backbones import Backbone
 from cnnrnn.classifier import weights_digest
 from cnnrnn.config import OnBadImage
-from cnnrnn.data import Dataset
+from cnnrnn.data import DataError, Dataset
 from cnnrnn.data.images import image_batches, normalize
+from cnnrnn.distributed import ALONE, Ranks
 from cnnrnn.progress import Progress, no_progress
 
 _log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ def compute_features(
     workers: int = 0,
     on_bad_image: OnBadImage = "error",
     progress: Progress = no_progress,
+    ranks: Ranks = ALONE,
 ) -> Features:
     """Run a backbone, in eval mode, over every picture of a dataset.
 
@@ -65,6 +67,7 @@ def compute_features(
         workers: processes that decode.
         on_bad_image: `error` stops at an unreadable picture, `skip` leaves it out.
         progress: told how many pictures are done.
+        ranks: the processes that share the batches; each returns all features.
     """
     backbone = backbone.to(device).eval()
     values, kept = [], []
@@ -74,16 +77,26 @@ def compute_features(
         batch_size=batch_size,
         workers=workers,
         on_bad_image=on_bad_image,
+        pick=ranks.deal,
     )
-    with progress("features", len(dataset)) as advance:
+    with progress("features", len(dataset) // ranks.size) as advance:
         for batch in batches:
             images = normalize(batch.images.to(device), backbone.preprocessing)
             values.append(backbone(images).float().cpu())
             kept.append(batch.indices.numpy())
             advance(len(batch.indices) + len(batch.bad))
-    if not values:
-        return Features(torch.empty(0, backbone.feature_dim), np.empty(0, dtype=np.int64))
-    return Features(torch.cat(values), np.concatenate(kept))
+    features = torch.cat(values) if values else torch.empty(0, backbone.feature_dim)
+    records = np.concatenate(kept) if kept else np.empty(0, dtype=np.int64)
+    if ranks.size > 1:
+        features, records = (
+            ranks.gather(features),
+            ranks.gather(torch.from_numpy(records)).numpy(),
+        )
+        if len(dataset) and not len(records):
+            raise DataError(f"none of the {len(dataset)} images of {dataset.source} can be read")
+        order = np.argsort(records)
+        features, records = features[torch.from_numpy(order)], records[order]
+    return Features(features, records)
 
 
 def cached_features(
@@ -96,6 +109,7 @@ def cached_features(
     workers: int = 0,
     on_bad_image: OnBadImage = "error",
     progress: Progress = no_progress,
+    ranks: Ranks = ALONE,
 ) -> Features:
     """Return `compute_features`, from `folder` where they are there already.
 
@@ -108,13 +122,24 @@ def cached_features(
         workers: processes that decode.
         on_bad_image: `error` stops at an unreadable picture, `skip` leaves it out.
         progress: told how many pictures are done.
+        ranks: the processes that share the work; the first reads and writes the cache.
     """
-    key = _cache_key(backbone, dataset)
-    file = folder / f"{backbone.name.replace('/', '_')}-{key[:20]}.npz"
-    cached = _read(file, key, backbone.feature_dim, len(dataset))
-    if cached is not None and (on_bad_image == "skip" or len(cached.kept) == len(dataset)):
-        _log.info("features of %d images read from %s", len(cached.kept), file)
-        if len(cached.kept) < len(dataset):
+    cached: Features | None = None
+    if ranks.first:
+        key = _cache_key(backbone, dataset)
+        file = folder / f"{backbone.name.replace('/', '_')}-{key[:20]}.npz"
+        cached = _read(file, key, backbone.feature_dim, len(dataset))
+        if cached is not None and on_bad_image == "error" and len(cached.kept) < len(dataset):
+            cached = None
+    if ranks.numbers_from_first([cached is not None]) == [1]:
+        if ranks.size > 1:
+            stored = ranks.from_first(None if cached is None else cached.values)
+            kept = ranks.from_first(None if cached is None else torch.from_numpy(cached.kept))
+            cached = Features(stored, kept.numpy())
+        assert cached is not None
+        if ranks.first:
+            _log.info("features of %d images read from %s", len(cached.kept), file)
+        if ranks.first and len(cached.kept) < len(dataset):
             missing = sorted(set(range(len(dataset))) - set(cached.kept.tolist()))
             warnings.warn(
                 f"{len(missing)} of {len(dataset)} images were left out when {file} was made, "
@@ -130,8 +155,10 @@ def cached_features(
         workers=workers,
         on_bad_image=on_bad_image,
         progress=progress,
+        ranks=ranks,
     )
-    _write(file, key, computed)
+    if ranks.first:
+        _write(file, key, computed)
     return computed
 
 

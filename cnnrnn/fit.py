@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
+import os
 import re
+import shutil
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from itertools import chain, islice, repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +21,12 @@ from torch import Tensor, nn
 from cnnrnn.config import Preprocessing, TrainConfig
 from cnnrnn.data import DataError, Dataset
 from cnnrnn.data.images import image_batches, normalize
+from cnnrnn.distributed import ALONE, Ranks
 from cnnrnn.progress import Progress, no_progress
+from cnnrnn.state import State
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class NonFiniteLossError(RuntimeError):
@@ -43,11 +51,15 @@ class NonFiniteLossError(RuntimeError):
 
 
 class Batch(NamedTuple):
-    """Inputs [B, F] or normalised images [B, 3, S, S], targets [B, L] bool, records [B]."""
+    """Inputs [B, F] or normalised images [B, 3, S, S], targets [B, L] bool, records [B].
+
+    `size` is that of the whole batch, of which this may be one process's share.
+    """
 
     inputs: Tensor
     targets: Tensor
     records: Tensor
+    size: int
 
 
 @dataclass(frozen=True)
@@ -59,12 +71,14 @@ class Split:
         targets: [n, L] bool, columns in path order.
         features: [n, F] float32, or None to read pictures.
         preprocessing: of the pictures.
+        ranks: the processes that share it.
     """
 
     dataset: Dataset
     targets: Tensor
     features: Tensor | None
     preprocessing: Preprocessing | None = None
+    ranks: Ranks = ALONE
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -76,15 +90,25 @@ class Split:
         generator: torch.Generator | None,
         augment: bool = False,
     ) -> Iterator[Batch]:
-        """Iterate over the split once, shuffled by `generator` or in order without one."""
+        """Iterate over the split once, shuffled by `generator` or in order without one.
+
+        Processes share each shuffled batch, and such a share may be empty; of those in order each
+        takes whole ones, so that they are the same batches whoever computes them.
+        """
+        if generator is not None and self.ranks.size > 1:  # they may have drawn differently before
+            generator.set_state(self.ranks.from_first(generator.get_state()))
         if self.features is not None:
             order = torch.arange(len(self))
             if generator is not None:
                 order = torch.randperm(len(self), generator=generator)
-            for part in order.split(config.batch_size) if len(self) else ():
-                yield Batch(self.features[part].to(device), self.targets[part].to(device), part)
+            batches = order.split(config.batch_size) if len(self) else ()
+            for size, part in zip(map(len, batches), self._own(generator)(batches), strict=False):
+                inputs = self.features[part].to(device)
+                yield Batch(inputs, self.targets[part].to(device), part, size)
             return
         assert self.preprocessing is not None
+        sizes = chain(repeat(config.batch_size, len(self) // config.batch_size),
+                      [len(self) % config.batch_size])  # fmt: skip
         for images in image_batches(
             self.dataset,
             self.preprocessing,
@@ -93,22 +117,81 @@ class Split:
             augment=augment,
             shuffle_generator=generator,
             on_bad_image=config.on_bad_image,
+            keep_empty=generator is not None,
+            pick=self._own(generator),
         ):
             inputs = normalize(images.images.to(device), self.preprocessing)
-            yield Batch(inputs, self.targets[images.indices].to(device), images.indices)
+            targets = self.targets[images.indices].to(device)
+            yield Batch(inputs, targets, images.indices, next(sizes))
+
+    def _own(
+        self, generator: torch.Generator | None
+    ) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+        if generator is None:
+            return self.ranks.deal
+        return lambda batches: [self.ranks.share(batch) for batch in batches]
+
+    def over_batches(
+        self, compute: Callable[[Batch], Tensor], config: TrainConfig, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Compute rows [n, ...] for all images that can be read, shared by processes.
+
+        Returns:
+            The rows and the records [n] that they belong to, ascending, in every process.
+        """
+        rows, records = [], []
+        for batch in self.batches(config, device, None):
+            with autocast(device, config):
+                rows.append(compute(batch))
+            records.append(batch.records)
+        if self.ranks.size == 1:
+            return torch.cat(rows), torch.cat(records)
+        none = torch.empty(0, 0, device=device), torch.empty(0, dtype=torch.int64)
+        joined = self.ranks.gather(torch.cat(rows) if rows else none[0])
+        numbers = self.ranks.gather(torch.cat(records) if records else none[1])
+        if not len(numbers):
+            raise DataError(f"none of the {len(self)} images of {self.dataset.source} can be read")
+        order = numbers.argsort()
+        return joined[order.to(device)], numbers[order]
 
 
 class Log:
-    """A JSONL file, one record per line, flushed at every line; None writes nothing."""
+    """A JSONL file, one record per line, flushed at every line; None writes nothing.
 
-    def __init__(self, file: Path | None) -> None:
+    Args:
+        file: begun anew, or cut to its first `position` bytes.
+        tensorboard: folder that gets the figures of each epoch as well, a run per stage.
+        position: where a resumed run goes on; None begins anew.
+    """
+
+    def __init__(
+        self, file: Path | None, tensorboard: Path | None = None, position: int | None = None
+    ) -> None:
         self.file = file
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
+        self._tensorboard = tensorboard
+        self._writers: dict[str, SummaryWriter] = {}
+        if tensorboard is not None and position is None:
+            shutil.rmtree(tensorboard, ignore_errors=True)
+        if file is None:
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if position is None:
             file.write_text("", encoding="utf-8")
+        elif file.exists() and file.stat().st_size > position:
+            os.truncate(file, position)
+
+    def position(self) -> int:
+        """Bring the file to disk and return its length in bytes."""
+        if self.file is None:
+            return 0
+        with open(self.file, "ab") as handle:
+            os.fsync(handle.fileno())
+            return handle.tell()
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; numbers that are not finite become null."""
+        if self._tensorboard is not None and "epoch" in record:
+            self._write_scalars(self._tensorboard / record["stage"], record)
         if self.file is None:
             return
         clean = {
@@ -117,6 +200,73 @@ class Log:
         }
         with open(self.file, "a", encoding="utf-8") as handle:
             handle.write(json.dumps(clean) + "\n")
+
+    def _write_scalars(self, folder: Path, record: dict[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        if folder.name not in self._writers:
+            self._writers[folder.name] = SummaryWriter(folder, purge_step=record["epoch"])
+        writer = self._writers[folder.name]
+        for name, value in record.items():
+            if isinstance(value, float):
+                writer.add_scalar(name.replace(" ", "_"), value, record["epoch"])
+        writer.flush()
+
+
+def require_tensorboard() -> None:
+    """Fail where TensorBoard's writer cannot be had.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'tensorboard: true needs TensorBoard: pip install "cnnrnn[tensorboard]"'
+        ) from error
+
+
+class WeightAverage:
+    """An exponential moving average of tensors that change, with no bias to their first values.
+
+    After step t the weight of step i's value is (1 - decay) decay^(t - i), divided by the sum of
+    these weights over i = 1..t; so the first average is the first value.
+
+    Args:
+        tensors: read at each update. Integers are not averaged: their last value is kept.
+        decay: of each step, below 1.
+
+    Attributes:
+        values: the averages, in the order of `tensors`.
+        updates: how many there have been.
+    """
+
+    def __init__(self, tensors: list[Tensor], decay: float) -> None:
+        self.values = [tensor.detach().clone() for tensor in tensors]
+        self.updates = 0
+        self._tensors = [tensor.detach() for tensor in tensors]
+        self._decay = decay
+
+    def update(self) -> None:
+        """Take in the tensors as they are."""
+        self.updates += 1
+        weight = (1 - self._decay) / (1 - self._decay**self.updates)
+        for average, tensor in zip(self.values, self._tensors, strict=True):
+            if average.is_floating_point():
+                average.lerp_(tensor, weight)
+            else:
+                average.copy_(tensor)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Put the averages where the tensors are, and these back at the end."""
+        own = [tensor.clone() for tensor in self._tensors]
+        _copy(self._tensors, self.values)
+        try:
+            yield
+        finally:
+            _copy(self._tensors, own)
 
 
 class Validation(NamedTuple):
@@ -153,6 +303,17 @@ class Stage:
     between_epochs: Callable[[int, torch.optim.Optimizer], bool] = lambda epoch, optimizer: False
 
 
+@dataclass
+class _Standing:
+    """Where a stage stands between two epochs."""
+
+    epoch: int = 0
+    step: int = 0
+    best: Validation | None = None
+    best_epoch: int = 0
+    best_values: list[Tensor] = field(default_factory=list)
+
+
 def run_stage(
     stage: Stage,
     split: Split,
@@ -163,6 +324,8 @@ def run_stage(
     log: Log,
     say: Callable[[str], None] = lambda line: None,
     progress: Progress = no_progress,
+    start: State | None = None,
+    keep: Callable[[State], None] = lambda state: None,
 ) -> Validation:
     """Train until the epochs are over or patience is, and restore the best epoch.
 
@@ -175,6 +338,8 @@ def run_stage(
         log: gets one record per epoch.
         say: gets one line per epoch.
         progress: shows images/s and time left.
+        start: goes on after this state of the same stage.
+        keep: called after each epoch with the state to go on from, whose tensors will change.
 
     Returns:
         The best epoch's validation.
@@ -186,89 +351,203 @@ def run_stage(
     if not len(split):
         raise DataError(f"{split.dataset.source} has no training images left")
     optimizer = make_optimizer(stage.groups, config)
-    steps = stage.epochs * math.ceil(len(split) / config.batch_size)
-    scheduler = None
-    if config.schedule == "one_cycle":
-        peaks = [group["lr"] for group in optimizer.param_groups]
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer,
-            peaks,
-            total_steps=steps + 1,
-            cycle_momentum=config.optimizer == "adamw",  # RMSprop's momentum is an option
-        )
-    best: Validation | None = None
-    best_epoch, step = 0, 0
-    best_state: dict[str, Any] = {}
-    for epoch in range(1, stage.epochs + 1):
+    steps_per_epoch = math.ceil(math.ceil(len(split) / config.batch_size) / config.accumulate)
+    scheduler = _scheduler(optimizer, config, stage.epochs, steps_per_epoch)
+    changing = _changing(stage, split)
+    average = WeightAverage(changing, config.ema_decay) if config.ema_decay else None
+    standing = _Standing()
+    if start is not None:
+        standing = _restored(start, changing, average, optimizer, scheduler)
+    while standing.epoch < stage.epochs and (
+        standing.epoch - standing.best_epoch < config.patience
+    ):
+        epoch = standing.epoch = standing.epoch + 1
         began = time.perf_counter()
         stage.module.train()
         total, seen = 0.0, 0
         with progress(f"{stage.name} {epoch}/{stage.epochs}", len(split)) as advance:
-            for batch in split.batches(config, device, generator, config.augment):
-                total += _step(stage, batch, optimizer, split, config, epoch, step)
+            batches = split.batches(config, device, generator, config.augment)
+            for group in _groups(batches, config.accumulate):
+                loss_sum, images = _step(
+                    stage, group, optimizer, split, config, epoch, standing.step
+                )
+                if not images:
+                    continue
                 if scheduler is not None:
                     scheduler.step()
-                seen += len(batch.records)
-                step += 1
-                advance(len(batch.records))
+                if average is not None:
+                    average.update()
+                total += loss_sum
+                seen += images
+                standing.step += 1
+                advance(images)
+        if not seen:
+            raise DataError(f"no training image of {split.dataset.source} can be read")
         seconds = time.perf_counter() - began
         stage.module.eval()
-        validation = stage.validate()
-        is_best = best is None or validation.merit > best.merit
-        if is_best:
-            best, best_epoch = validation, epoch
-            best_state = copy.deepcopy(stage.module.state_dict())
-        loss = total / max(seen, 1)
-        log.write(
-            {"stage": stage.name, "epoch": epoch, "step": step, "loss": loss, "seconds": seconds,
-             "images_per_second": seen / seconds, "learning_rate": optimizer.param_groups[0]["lr"],
-             "best": is_best, **validation.metrics}
-        )  # fmt: skip
-        say(_epoch_line(stage, epoch, loss, seen / seconds, validation, is_best))
-        stage.on_epoch(validation, is_best)
+        with average.in_place() if average is not None else nullcontext():
+            validation = _agreed(stage.validate(), split.ranks)
+            is_best = standing.best is None or validation.merit > standing.best.merit
+            if is_best:
+                standing.best, standing.best_epoch = validation, epoch
+                standing.best_values = [tensor.detach().clone() for tensor in changing]
+            loss = total / max(seen, 1)
+            log.write(
+                {"stage": stage.name, "epoch": epoch, "step": standing.step, "loss": loss,
+                 "seconds": seconds, "images_per_second": seen / seconds,
+                 "learning_rate": optimizer.param_groups[0]["lr"], "best": is_best,
+                 **validation.metrics}
+            )  # fmt: skip
+            say(_epoch_line(stage, epoch, loss, seen / seconds, validation, is_best))
+            stage.on_epoch(validation, is_best)
         if epoch < stage.epochs and stage.between_epochs(epoch, optimizer):
-            best, best_epoch = None, epoch
-        if epoch - best_epoch >= config.patience:
-            break
-    assert best is not None
-    stage.module.load_state_dict(best_state)
+            standing.best, standing.best_epoch, standing.best_values = None, epoch, []
+        keep(_state(standing, changing, average, optimizer, scheduler))
+    assert standing.best is not None
+    _copy(changing, standing.best_values)
     stage.module.eval()
-    return best
+    return standing.best
+
+
+def _state(
+    standing: _Standing,
+    changing: list[Tensor],
+    average: WeightAverage | None,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+) -> State:
+    values: dict[str, Any] = {
+        "epoch": standing.epoch,
+        "step": standing.step,
+        "best": standing.best,
+        "best_epoch": standing.best_epoch,
+        "scheduler": None if scheduler is None else scheduler.state_dict(),
+        "updates": None if average is None else average.updates,
+    }
+    lists = {"model": changing, "best": standing.best_values}
+    if average is not None:
+        lists["average"] = average.values
+    tensors = {f"{name}.{i}": t for name, kept in lists.items() for i, t in enumerate(kept)}
+    kept = optimizer.state_dict()
+    values["groups"] = kept["param_groups"]
+    values["optimizer"] = {}
+    for number, entries in kept["state"].items():
+        for name, value in entries.items():
+            key = f"optimizer.{number}.{name}"
+            (tensors if isinstance(value, Tensor) else values["optimizer"])[key] = value
+    return State(values, tensors)
+
+
+def _restored(
+    state: State,
+    changing: list[Tensor],
+    average: WeightAverage | None,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+) -> _Standing:
+    """Put everything where `_state` found it."""
+    values, tensors = state
+    _copy(changing, [tensors[f"model.{i}"] for i in range(len(changing))])
+    if average is not None:
+        _copy(average.values, [tensors[f"average.{i}"] for i in range(len(changing))])
+        average.updates = values["updates"]
+    entries: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **values["optimizer"]}.items():
+        if key.startswith("optimizer."):
+            _, number, name = key.split(".", 2)
+            entries.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({"state": entries, "param_groups": values["groups"]})
+    if scheduler is not None:
+        scheduler.load_state_dict(values["scheduler"])
+    best = values["best"]
+    return _Standing(
+        values["epoch"],
+        values["step"],
+        None if best is None else Validation(*best),
+        values["best_epoch"],
+        [tensors[f"best.{i}"].to(changing[0].device) for i in range(len(changing))] if best else [],
+    )
+
+
+def _agreed(validation: Validation, ranks: Ranks) -> Validation:
+    """Return process 0's figures, so that all processes decide alike."""
+    numbers = ranks.numbers_from_first([validation.merit, *validation.metrics.values()])
+    return Validation(numbers[0], dict(zip(validation.metrics, numbers[1:], strict=True)))
+
+
+def _changing(stage: Stage, split: Split) -> list[Tensor]:
+    """Return what a stage changes: its parameters, and buffers where it trains on pictures."""
+    trained = {id(parameter) for group in stage.groups for parameter in group["params"]}
+    tensors: list[Tensor] = [p for p in stage.module.parameters() if id(p) in trained]
+    return tensors + (list(stage.module.buffers()) if split.features is None else [])
+
+
+@torch.no_grad()
+def _copy(tensors: list[Tensor], values: list[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
+
+
+def _groups(batches: Iterator[Batch], size: int) -> Iterator[Iterator[Batch]]:
+    """Group batches, each read when it is asked for; the last group may be smaller."""
+    while (first := next(batches, None)) is not None:
+        yield chain([first], islice(batches, size - 1))
 
 
 def _step(
     stage: Stage,
-    batch: Batch,
+    group: Iterator[Batch],
     optimizer: torch.optim.Optimizer,
     split: Split,
     config: TrainConfig,
     epoch: int,
     step: int,
-) -> float:
-    """Take one optimiser step; return the summed loss of the batch."""
+) -> tuple[float, int]:
+    """Take one optimiser step on a group of batches; return their summed loss and images.
+
+    Processes add up what each finds in its share, and all take the same step, or none.
+    """
+    ranks = split.ranks
     # Batch norm's running figures change in the forward pass, before the loss is known.
     buffers = list(stage.module.buffers()) if split.features is None else []
     before = [buffer.clone() for buffer in buffers]
-    with autocast(batch.inputs.device, config):
-        losses = stage.loss(batch)
-    if not losses.isfinite().all():
-        _restore(buffers, before)
-        at_fault = batch.records[(~losses.isfinite()).cpu()]
-        raise _non_finite("the loss", stage, epoch, step, at_fault, split)
     optimizer.zero_grad(set_to_none=True)
-    losses.mean().backward()
+    loss_sum, divisor = 0.0, 0
+    records: list[Tensor] = []
+    at_fault = torch.empty(0, dtype=torch.int64)
+    for batch in group:
+        divisor = divisor or batch.size
+        records.append(batch.records)
+        if not len(batch.records):
+            continue
+        with autocast(batch.inputs.device, config):
+            losses = stage.loss(batch)
+        if not losses.isfinite().all():
+            at_fault = batch.records[(~losses.isfinite()).cpu()]
+            break
+        (losses.sum() / divisor).backward()
+        loss_sum += float(losses.detach().sum())
+    own = torch.cat(records)
+    loss_sum, images, faults = ranks.add([loss_sum, len(own), len(at_fault)])
+    if faults:
+        _copy(buffers, before)
+        raise _non_finite("the loss", stage, epoch, step, ranks.gather(at_fault), split)
+    if not images:
+        return 0.0, 0
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    ranks.add_gradients(parameters)
+    if images != divisor:  # the mean is over all images of the group
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad *= divisor / images
     norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm or math.inf)
     if not norm.isfinite():
-        _restore(buffers, before)
-        raise _non_finite("the gradient", stage, epoch, step, batch.records, split)
+        _copy(buffers, before)
+        raise _non_finite("the gradient", stage, epoch, step, ranks.gather(own), split)
     optimizer.step()
-    return float(losses.detach().sum())
-
-
-def _restore(buffers: list[Tensor], before: list[Tensor]) -> None:
-    for buffer, value in zip(buffers, before, strict=True):
-        buffer.copy_(value)
+    if buffers:
+        ranks.average_running_figures(stage.module, len(own) / images)
+    return loss_sum, int(images)
 
 
 def _non_finite(
@@ -276,6 +555,27 @@ def _non_finite(
 ) -> NonFiniteLossError:
     names = [split.dataset.record_name(int(record)) for record in records]
     return NonFiniteLossError(what, stage.name, epoch, step, names)
+
+
+def _scheduler(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, epochs: int, steps_per_epoch: int
+) -> torch.optim.lr_scheduler.LRScheduler | None:
+    """Return the schedule of a stage, which is advanced at each step; None for a constant one."""
+    steps = epochs * steps_per_epoch
+    if config.schedule == "one_cycle":
+        return torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            [group["lr"] for group in optimizer.param_groups],
+            total_steps=steps + 1,
+            cycle_momentum=config.optimizer == "adamw",  # RMSprop's momentum is an option
+        )
+    if config.schedule == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    if config.schedule == "step":
+        return torch.optim.lr_scheduler.StepLR(
+            optimizer, config.step_epochs * steps_per_epoch, config.step_factor
+        )
+    return None
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:

@@ -7,18 +7,28 @@ an auxiliary loss. The paper's recipe is the second stage alone.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cnnrnn.backbones import Backbone, make_backbone
-from cnnrnn.classifier import CNNRNN, FEATURES_ONLY, load_checkpoint
-from cnnrnn.config import ModelConfig, SearchConfig, TrainConfig
+from cnnrnn.classifier import (
+    CNNRNN,
+    FEATURES_ONLY,
+    CheckpointError,
+    load_checkpoint,
+    read_options,
+    weights_digest,
+)
+from cnnrnn.config import Calibration, ModelConfig, SearchConfig, TrainConfig
 from cnnrnn.data import DataError, Dataset
 from cnnrnn.decisions import (
     Inference,
@@ -27,8 +37,18 @@ from cnnrnn.decisions import (
     infer,
     mean_average_precision,
 )
+from cnnrnn.distributed import ALONE, Ranks
 from cnnrnn.features import cached_features
-from cnnrnn.fit import Batch, Log, Split, Stage, Validation, autocast, resolve_device, run_stage
+from cnnrnn.fit import (
+    Batch,
+    Log,
+    Split,
+    Stage,
+    Validation,
+    require_tensorboard,
+    resolve_device,
+    run_stage,
+)
 from cnnrnn.labels import increasing_paths, shuffled_paths
 from cnnrnn.losses import binary_cross_entropy, sequence_loss
 from cnnrnn.metrics import best_threshold, multilabel_metrics
@@ -43,6 +63,15 @@ from cnnrnn.orders import (
 )
 from cnnrnn.progress import Progress, no_progress
 from cnnrnn.search.engine import resolve_max_labels
+from cnnrnn.state import (
+    STATE_FILE,
+    State,
+    read_state,
+    remove_partial_files,
+    require_same_run,
+    run_identity,
+    save_state,
+)
 
 
 @dataclass(frozen=True)
@@ -66,37 +95,51 @@ def train(
     config: TrainConfig,
     *,
     prepare_head: Callable[[Head], None] = lambda head: None,
+    resume: bool = False,
     on_start: Callable[[], None] = lambda: None,
     say: Callable[[str], None] = lambda line: None,
     progress: Progress = no_progress,
+    ranks: Ranks = ALONE,
 ) -> TrainResult:
-    """Train a model on a dataset's `train` split (or `all`), validating on its `val` split.
+    """Train a model on the splits of a dataset that the config names.
 
-    Writes `best/` and `last/` checkpoints and `log.jsonl` to `out`.
+    Writes `best/` and `last/` checkpoints, `log.jsonl` and, after each epoch, the training state
+    to `out`.
 
     Args:
-        dataset: pictures or feature vectors with label sets. Without a `val` split a share of
-            the training images is held out.
+        dataset: pictures or feature vectors with label sets. Without a split to validate on a
+            share of the training images is held out.
         out: folder for the run; made when missing.
         model_config: the architecture; backbone options do not matter for feature vectors.
         search_config: the search, whose order is also the order of training paths.
         config: the recipe.
         prepare_head: called with the new head, whose weights it may set and freeze.
+        resume: go on after the last epoch that the run in `out` finished; start where there is
+            none. The result is that of a run that was never stopped.
         on_start: called once data and options have proved to fit, before anything is written.
         say: gets a line per epoch and per notable fact.
         progress: shows progress within an epoch.
+        ranks: the processes that train together, each of which calls this; the first alone writes,
+            and calls `on_start`, `say` and `progress`.
 
     Raises:
         DataError: the data lacks a usable training split.
         ValueError: the options leave nothing to train, or do not fit the data.
         NonFiniteLossError: the loss stopped being finite.
+        ResumeError: the run in `out` was started with other options or other data.
+        LostProcessError: another process of the run ended.
+        ModuleNotFoundError: an option needs an extra that is not installed.
     """
+    if config.tensorboard:
+        require_tensorboard()
     warms_up = model_config.chain_term and config.warm_epochs > 0
     if not config.epochs and not warms_up:
         raise ValueError("epochs is 0 and there is no chain term to warm up: nothing to train")
     require_search_order(config, search_config)
+    if not ranks.first:
+        say, progress = (lambda line: None), no_progress
     torch.manual_seed(config.seed)
-    device = resolve_device(config.device)
+    device = resolve_device(config.device) if ranks.size == 1 else ranks.device
     train_data, val_data = training_splits(dataset, config)
     counts = train_data.label_counts()
     space = first_label_space(dataset.label_names, counts, config)
@@ -105,20 +148,42 @@ def train(
         model_config = replace(model_config, backbone=FEATURES_ONLY)
         feature_dim = dataset.features.shape[1]
     else:
-        backbone = initial_backbone(model_config, config)
+        with ranks.first_goes_ahead():  # it may download
+            backbone = initial_backbone(model_config, config)
         feature_dim = backbone.feature_dim
     head = Head.from_config(model_config, len(space), feature_dim)
     prepare_head(head)
     model = CNNRNN(model_config, space, head, backbone, search_config).to(device)
+    ranks.start_alike(model)
 
-    out.mkdir(parents=True, exist_ok=True)
+    state_file = out / STATE_FILE
+    frozen = backbone if model_config.freeze_backbone else None
+    identity = run_identity(train_data, val_data, frozen, model_config, search_config, config)
+    if ranks.bytes_from_first(text := json.dumps(identity).encode()) != text:
+        raise ValueError(
+            f"process {ranks.rank} must have the data and options of process 0, got others"
+        )
+    state = _stored_state(state_file, ranks) if resume else None
+    if state is not None:
+        require_same_run(state.values["identity"], identity, out)
+    if ranks.first:
+        out.mkdir(parents=True, exist_ok=True)
+        remove_partial_files(out)
     train_split, val_split = (
-        _read_split(part, model, config, device, out, progress) for part in (train_data, val_data)
+        _read_split(part, model, config, device, out, progress, ranks)
+        for part in (train_data, val_data)
     )
     head.max_labels = max(int(train_split.targets.sum(1).max()), search_config.min_labels, 1)
     resolve_max_labels(head, search_config)  # fails now rather than after the first stage
-    on_start()
-    log = Log(out / "log.jsonl")
+    if ranks.first:
+        on_start()
+        if state is None:
+            state_file.unlink(missing_ok=True)
+    log = Log(
+        out / "log.jsonl" if ranks.first else None,
+        out / "tensorboard" if config.tensorboard and ranks.first else None,
+        None if state is None else state.values["log"],
+    )
     facts = {
         "train_images": len(train_split),
         "val_images": len(val_split),
@@ -128,51 +193,153 @@ def train(
         "longest_path": head.max_labels,
         "device": str(device),
     }
-    log.write({"stage": "data", **facts})
+    if state is None:
+        log.write({"stage": "data", **facts})
     say("  ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()))
 
     def save(inference: Inference, targets: Tensor, best: bool) -> None:
         if best:
             model.calibration = calibrate(inference, targets)
-            model.save(out / "best")
-        model.save(out / "last")
+        if ranks.first:
+            if best:
+                model.save(out / "best")
+            model.save(out / "last")
 
     generator = torch.Generator().manual_seed(config.seed)
-    common: dict[str, Any] = {
-        "device": device, "generator": generator, "log": log, "say": say, "progress": progress
-    }  # fmt: skip
+    if not ranks.first:  # each draws its own dropout
+        torch.manual_seed((config.seed + ranks.rank) % 2**63)
+    stages = []
     if warms_up:
-        run_stage(_warm_stage(model, val_split, config), train_split, config, **common)
-        if not config.epochs:
-            save(*_infer(model, val_split, config), best=True)
+        stages.append(_warm_stage(model, val_split, config))
     if config.epochs:
-        stage = _path_stage(model, train_split, val_split, config, generator, save)
-        run_stage(stage, train_split, config, **common)
-    model = load_checkpoint(out / "best").to(device)
+        stages.append(_path_stage(model, train_split, val_split, config, ranks, save))
+
+    def keep(stage: Stage, state: State) -> None:
+        values = {"identity": identity, "stage": stage.name, "log": log.position(),
+                  "calibration": asdict(model.calibration),
+                  "label order": model.label_space.source_index, **state.values}  # fmt: skip
+        random = _random_state(generator, device, ranks)
+        if ranks.first:
+            save_state(state_file, State(values, state.tensors | random))
+
+    if state is not None:
+        at = [stage.name for stage in stages].index(state.values["stage"])
+        stages = stages[at:]
+        calibration = state.values["calibration"]
+        model.calibration = read_options(Calibration, "calibration", calibration)
+        now = model.label_space.source_index
+        order = torch.tensor([now.index(label) for label in state.values["label order"]])
+        _reorder_labels(model, order, train_split, val_split)  # the weights come in that order
+        _restore_random_state(state.tensors, generator, device, ranks)
+        say(f"resumed after epoch {state.values['epoch']} of stage {state.values['stage']}")
+    for stage in stages:
+        run_stage(
+            stage, train_split, config, device=device, generator=generator, log=log, say=say,
+            progress=progress, start=state, keep=partial(keep, stage),
+        )  # fmt: skip
+        state = None
+    if not config.epochs:
+        saved = ranks.first and _is_saved(model, out / "last")
+        if ranks.numbers_from_first([saved]) == [0]:
+            save(*_infer(model, val_split, config), best=True)
+    if ranks.first:
+        model = load_checkpoint(out / "best").to(device)
     inference, targets = _infer(model, val_split, config)
     return TrainResult(model, decision_metrics(inference, targets, model.calibration, k=3))
 
 
+def _is_saved(model: CNNRNN, folder: Path) -> bool:
+    """Tell whether a folder holds a model's weights, as that of a finished run does."""
+    try:
+        saved = load_checkpoint(folder)
+    except CheckpointError:
+        return False
+    return weights_digest(saved.state_dict().items()) == weights_digest(model.state_dict().items())
+
+
+def _stored_state(file: Path, ranks: Ranks) -> State | None:
+    """Read the state that process 0 finds, everywhere; None where there is none."""
+    there = ranks.first and file.exists()
+    if ranks.numbers_from_first([there]) == [0]:
+        return None
+    return read_state(ranks.bytes_from_first(file.read_bytes() if ranks.first else b""), str(file))
+
+
+def _random_state(
+    generator: torch.Generator, device: torch.device, ranks: Ranks
+) -> dict[str, Tensor]:
+    """Return the state of what training draws from: order and augmentation, dropout [R, ...]."""
+    states = {"random.order": generator.get_state(),
+              "random.cpu": ranks.gather(torch.get_rng_state()[None])}  # fmt: skip
+    if device.type == "cuda":
+        states["random.cuda"] = ranks.gather(torch.cuda.get_rng_state(device)[None])
+    return states
+
+
+def _restore_random_state(
+    tensors: dict[str, Tensor], generator: torch.Generator, device: torch.device, ranks: Ranks
+) -> None:
+    generator.set_state(tensors["random.order"])
+    if ranks.rank >= len(tensors["random.cpu"]):
+        return  # more processes than before: this one begins with its own seed
+    torch.set_rng_state(tensors["random.cpu"][ranks.rank].clone())  # crashes on a view
+    if device.type == "cuda" and "random.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random.cuda"][ranks.rank].clone(), device)
+
+
 def training_splits(dataset: Dataset, config: TrainConfig) -> tuple[Dataset, Dataset]:
-    """Return the training and validation records; holds a share out where there is no `val`."""
-    if dataset.splits and not {"train", "all"} & dataset.splits.keys():
+    """Return the training and validation records, a share held out where no split is left for it.
+
+    Raises:
+        DataError: a split is missing or empty, or training and validation share records.
+    """
+    if config.train_split is None and dataset.splits and not {"train", "all"} & {*dataset.splits}:
         raise DataError(
-            f"{dataset.source} has no split named train, only {', '.join(sorted(dataset.splits))}"
+            f"{dataset.source} has no split named train, only {', '.join(sorted(dataset.splits))}; "
+            "name another with train_split"
         )
-    data = dataset.split("train" if "train" in dataset.splits else "all")
-    if "val" in dataset.splits:
-        if not len(dataset.splits["val"]):
-            raise DataError(f"the val split of {dataset.source} is empty; nothing to validate on")
-        return _training_records(data, config), dataset.split("val")
+    train_name = config.train_split or ("train" if "train" in dataset.splits else "all")
+    val_name = config.val_split or ("val" if "val" in dataset.splits else None)
+    data = dataset.split(train_name)
+    if val_name is not None:
+        val = dataset.split(val_name)
+        if not len(val):
+            raise DataError(
+                f"the {val_name} split of {dataset.source} is empty; nothing to validate on"
+            )
+        shared = np.intersect1d(dataset.splits[train_name], dataset.splits[val_name])
+        if not len(shared):
+            return _training_records(data, config), val
+        if config.train_split is None or config.val_split is not None:
+            raise DataError(
+                f"training and validation records must differ, got {len(shared)} in both "
+                f"{train_name} and {val_name} of {dataset.source}, the first "
+                f"{dataset.record_name(int(shared[0]))}; name other splits with train_split and "
+                "val_split"
+            )
     held_out = round(len(data) * config.val_fraction)
     if not 0 < held_out < len(data):
         raise DataError(
-            f"{dataset.source} has no val split, and val_fraction {config.val_fraction} of "
+            f"{dataset.source} has no val split"
+            + (f" apart from {train_name}" if val_name else "")
+            + f", and val_fraction {config.val_fraction} of "
             f"{len(data)} training images leaves nothing to validate on or to train on"
         )
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed)).numpy()
     training = _training_records(data.select(sorted(order[held_out:])), config)
     return training, data.select(sorted(order[:held_out]))
+
+
+def with_fixed_splits(dataset: Dataset, config: TrainConfig) -> Dataset:
+    """Return a dataset whose splits `train` and `val` are those of `training_splits`.
+
+    The images that a training holds out follow its seed; so that several trainings hold out the
+    same ones, they are named once. Other splits but `all` stay.
+    """
+    numbered = replace(dataset, rows=np.arange(len(dataset)))
+    train_part, val_part = training_splits(numbered, config)
+    others = {name: records for name, records in dataset.splits.items() if name != "all"}
+    return replace(dataset, splits={**others, "train": train_part.rows, "val": val_part.rows})
 
 
 def _training_records(data: Dataset, config: TrainConfig) -> Dataset:
@@ -216,13 +383,14 @@ def _read_split(
     device: torch.device,
     out: Path,
     progress: Progress,
+    ranks: Ranks,
 ) -> Split:
     targets = model.label_space.from_source(data.label_matrix(), data.label_names)
     if data.features is not None:
-        return Split(data, targets, torch.from_numpy(data.features))
+        return Split(data, targets, torch.from_numpy(data.features), ranks=ranks)
     assert model.backbone is not None
     if not model.config.freeze_backbone:
-        return Split(data, targets, None, model.backbone.preprocessing)
+        return Split(data, targets, None, model.backbone.preprocessing, ranks)
     folder = Path(config.feature_cache) if config.feature_cache else out / "features"
     features = cached_features(
         model.backbone,
@@ -233,8 +401,9 @@ def _read_split(
         workers=config.workers,
         on_bad_image=config.on_bad_image,
         progress=progress,
+        ranks=ranks,
     )
-    return Split(data.select(features.kept), targets[features.kept], features.values)
+    return Split(data.select(features.kept), targets[features.kept], features.values, ranks=ranks)
 
 
 def _features(model: CNNRNN, inputs: Tensor) -> Tensor:
@@ -252,19 +421,18 @@ def _warm_stage(model: CNNRNN, val: Split, config: TrainConfig) -> Stage:
 
     @torch.no_grad()
     def validate() -> Validation:
-        scores, targets = [], []
-        for batch in val.batches(config, model.device, None):
-            with autocast(batch.inputs.device, config):
-                hidden = model.head.trunk(_features(model, batch.inputs))
-                scores.append(classifier(hidden).float().sigmoid().cpu())
-            targets.append(batch.targets.cpu())
-        joined = torch.cat(scores)
+        scores, records = val.over_batches(
+            lambda batch: classifier(model.head.trunk(_features(model, batch.inputs))).float(),
+            config,
+            model.device,
+        )
+        joined = scores.sigmoid().cpu()
         if not joined.isfinite().all():
             raise ValueError(
                 "the scores of the validation images are no longer finite in stage warm; "
                 "lower learning_rate"
             )
-        return independent_validation(joined, torch.cat(targets))
+        return independent_validation(joined, val.targets[records])
 
     modules = [model.head.trunk, classifier]
     groups = [_group(modules, config.learning_rate)]
@@ -286,7 +454,7 @@ def _path_stage(
     training: Split,
     val: Split,
     config: TrainConfig,
-    generator: torch.Generator,
+    ranks: Ranks,
     save: Callable[[Inference, Tensor, bool], None],
 ) -> Stage:
     head, order = model.head, model.search.order
@@ -297,7 +465,7 @@ def _path_stage(
         if config.loss == "sequence":
             paths = increasing_paths(batch.targets)
             if config.label_order == "shuffled":
-                paths = shuffled_paths(paths, generator)
+                paths = shuffled_paths(paths, torch.default_generator)  # this process's own
             scores, label_scores = head(features, paths)
             losses = sequence_loss(scores, paths, order)
         else:
@@ -317,7 +485,8 @@ def _path_stage(
             return False
         inference, targets = _infer(model, training, config)
         ease = label_ease(inference.marginals, targets)
-        return _reorder(model, ease.argsort(descending=True, stable=True), optimizer, training, val)
+        order = ranks.from_first(ease.argsort(descending=True, stable=True))
+        return _reorder(model, order, optimizer, training, val)
 
     warm = bool(config.warm_epochs) and head.label_classifier is not None
     shared = [module for module in (head.trunk, head.label_classifier) if module is not None]
@@ -344,10 +513,15 @@ def _reorder(
     if torch.equal(order, torch.arange(len(order))):
         return False
     permute_labels(model.head, order, optimizer)
+    _reorder_labels(model, order, *splits)
+    return True
+
+
+def _reorder_labels(model: CNNRNN, order: Tensor, *splits: Split) -> None:
+    """Put the names of a model and the targets of its splits into another label order [L]."""
     model.label_space = model.label_space.permuted(order.tolist())
     for split in splits:
         split.targets.copy_(split.targets[:, order])
-    return True
 
 
 def path_validation(inference: Inference, targets: Tensor) -> Validation:
@@ -369,12 +543,10 @@ def path_validation(inference: Inference, targets: Tensor) -> Validation:
 def _infer(model: CNNRNN, split: Split, config: TrainConfig) -> tuple[Inference, Tensor]:
     """Search a split; returns the targets of the images that could be read besides."""
     model.eval()
-    features, targets = [], []
-    for batch in split.batches(config, model.device, None):
-        with autocast(batch.inputs.device, config):
-            features.append(_features(model, batch.inputs).float())
-        targets.append(batch.targets.cpu())
-    return infer(model.head, torch.cat(features), model.search), torch.cat(targets)
+    features, records = split.over_batches(
+        lambda batch: _features(model, batch.inputs).float(), config, model.device
+    )
+    return infer(model.head, features, model.search), split.targets[records]
 
 
 def _group(modules: list[Any], learning_rate: float) -> dict[str, Any]:

@@ -517,3 +517,28 @@ def test_missing_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchvision.transforms", None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "cnnrnn\[vision\]"'):
         ImageRecords(grey_dataset(tmp_path, 1), PREPROCESSING, augment=True)
+
+
+def test_augmentation_depends_on_no_number_of_workers(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    dataset = grey_dataset(tmp_path, 8)
+    for i, path in enumerate(dataset.image_paths or ()):
+        noise(seed=i).save(path)
+    alone = gather(dataset, 1, 0)
+    state = torch.get_rng_state()
+    assert torch.equal(state, torch.manual_seed(1).get_state())  # nothing was drawn from torch's
+    torch.testing.assert_close(alone, gather(dataset, 1, 2), rtol=0, atol=0)
+
+
+def test_empty_batches_are_kept_on_request(tmp_path: Path) -> None:
+    dataset = grey_dataset(tmp_path, 5)
+    for path in (dataset.image_paths or ())[2:4]:
+        path.write_bytes(b"no picture")
+    sizes = []
+    for keep in (False, True):
+        with pytest.warns(UserWarning, match="2 of 5 images were left out"):
+            batches = image_batches(
+                dataset, PREPROCESSING, batch_size=2, on_bad_image="skip", keep_empty=keep
+            )
+            sizes.append([len(batch.indices) for batch in batches])
+    assert sizes == [[2, 1], [2, 0, 1]]

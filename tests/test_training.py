@@ -94,7 +94,9 @@ def test_training_on_a_device(tmp_path, data, device):
 def test_what_is_written(tmp_path, data):
     lines = []
     result = train(data, tmp_path / "run", MODEL, SEARCH, QUICK, say=lines.append)
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"best", "last", "log.jsonl"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "best", "last", "log.jsonl", "state.safetensors"
+    }  # fmt: skip
     first, *epochs = records(tmp_path / "run")
     assert first["stage"] == "data"
     assert first["train_images"] == 210 and first["val_images"] == 60

@@ -37,7 +37,7 @@ from cnnrnn.fit import NonFiniteLossError, Split
 from cnnrnn.metrics import best_threshold, multilabel_metrics
 from cnnrnn.progress import Progress, no_progress
 from cnnrnn.search import NonFiniteError
-from cnnrnn.train import training_splits
+from cnnrnn.train import with_fixed_splits
 
 
 def frozen_features(
@@ -181,10 +181,10 @@ def _comparison(
         raise DataError(
             f"{dataset.source} must have a test split with images to compare on, got {found}"
         )
-    numbered = replace(dataset, rows=np.arange(len(dataset)))
-    train_part, val_part = training_splits(numbered, config)
-    splits = {"train": train_part.rows, "val": val_part.rows, "test": dataset.splits["test"]}
+    dataset = with_fixed_splits(dataset, config)
+    splits = {name: dataset.splits[name] for name in ("train", "val", "test")}
     dataset = replace(dataset, splits=splits)
+    config = replace(config, train_split=None, val_split=None)
     train_split, val_split, test_split = (
         Split(part, part.label_matrix(), torch.as_tensor(part.features))
         for part in (dataset.split(name) for name in splits)

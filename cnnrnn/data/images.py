@@ -196,6 +196,10 @@ def normalize(batch: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor
     return torch.addcmul(shift, batch.to(torch.float32), scale)
 
 
+class BadImageWarning(UserWarning):
+    """Pictures were left out because they cannot be read."""
+
+
 class ImageBatch(NamedTuple):
     """Pictures of some records.
 
@@ -218,7 +222,9 @@ class ImageRecords(torch.utils.data.Dataset[tuple[int, "torch.Tensor | BadImageE
     Args:
         dataset: must have image paths.
         preprocessing: side and filter of the square input.
-        augment: flip at random and shift by up to 1/16 of the side, drawn from torch's generator.
+        augment: flip at random and shift by up to 1/16 of the side.
+        augment_seed: what is drawn for a record depends on this and its number alone; None draws
+            from torch's generator.
         on_bad_image: `error` raises `BadImageError`, `skip` returns it as the item.
 
     Raises:
@@ -232,6 +238,7 @@ class ImageRecords(torch.utils.data.Dataset[tuple[int, "torch.Tensor | BadImageE
         preprocessing: Preprocessing,
         *,
         augment: bool = False,
+        augment_seed: int | None = None,
         on_bad_image: OnBadImage = "error",
     ) -> None:
         """Keep the paths; nothing is opened yet."""
@@ -242,6 +249,7 @@ class ImageRecords(torch.utils.data.Dataset[tuple[int, "torch.Tensor | BadImageE
         self.preprocessing = preprocessing
         self.on_bad_image = on_bad_image
         self.augment = _augmentation(preprocessing.image_size) if augment else None
+        self.augment_seed = augment_seed
 
     def __len__(self) -> int:
         """Return the number of records."""
@@ -257,7 +265,21 @@ class ImageRecords(torch.utils.data.Dataset[tuple[int, "torch.Tensor | BadImageE
                 raise
             error.__traceback__ = error.__cause__ = None
             return index, error
-        return index, image if self.augment is None else self.augment(image)
+        return index, image if self.augment is None else self._augmented(self.augment, index, image)
+
+    def _augmented(
+        self, augment: Callable[[torch.Tensor], torch.Tensor], index: int, image: torch.Tensor
+    ) -> torch.Tensor:
+        if self.augment_seed is None:
+            return augment(image)
+        # torchvision draws from torch's generator only: it is lent, and put back as it was.
+        generator = torch.default_generator
+        state = generator.get_state()
+        generator.manual_seed((self.augment_seed + index) % 2**63)
+        try:
+            return augment(image)
+        finally:
+            generator.set_state(state)
 
     def collate(self, items: Sequence[tuple[int, torch.Tensor | BadImageError]]) -> ImageBatch:
         """Put items into a batch in their order, bad ones aside."""
@@ -296,10 +318,17 @@ class ImageBatches(Iterator[ImageBatch]):
     """
 
     def __init__(
-        self, records: ImageRecords, loader: Iterator[ImageBatch], on_bad_image: OnBadImage
+        self,
+        records: ImageRecords,
+        loader: Iterator[ImageBatch],
+        on_bad_image: OnBadImage,
+        count: int,
+        keep_empty: bool = False,
     ) -> None:
         """Start before the first batch."""
         self.bad: list[BadImageError] = []
+        self._count = count
+        self._keep_empty = keep_empty
         self._records = records
         self._loader = loader
         self._on_bad_image = on_bad_image
@@ -311,14 +340,14 @@ class ImageBatches(Iterator[ImageBatch]):
         return len(self.bad)
 
     def __next__(self) -> ImageBatch:
-        """Return the next batch that has a picture."""
+        """Return the next batch that has a picture, or with `keep_empty` the next one."""
         while (batch := next(self._loader, None)) is not None:
             if batch.bad and self._on_bad_image == "error":
                 # End the workers now: left to the garbage collector, each would take 5 seconds.
                 self._loader = iter(())
                 raise batch.bad[0]
             self.bad += batch.bad
-            if len(batch.indices):
+            if len(batch.indices) or self._keep_empty:
                 return batch
         if not self._reported:
             self._reported = True
@@ -328,10 +357,12 @@ class ImageBatches(Iterator[ImageBatch]):
     def _report(self) -> None:
         if not self.bad:
             return
-        total = f"{len(self.bad)} of {len(self._records)} images"
+        total = f"{len(self.bad)} of {self._count} images"
         if len(self.bad) == len(self._records):
             raise DataError(f"{total} cannot be read, the first: {self.bad[0]}")
-        warnings.warn(f"{total} were left out, the first: {self.bad[0]}", stacklevel=3)
+        warnings.warn(
+            f"{total} were left out, the first: {self.bad[0]}", BadImageWarning, stacklevel=3
+        )
 
 
 def image_batches(
@@ -343,6 +374,8 @@ def image_batches(
     augment: bool = False,
     shuffle_generator: torch.Generator | None = None,
     on_bad_image: OnBadImage = "error",
+    keep_empty: bool = False,
+    pick: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]] = lambda batches: batches,
 ) -> ImageBatches:
     """Return an iterator over the pictures of a dataset, once.
 
@@ -352,11 +385,13 @@ def image_batches(
         batch_size: pictures per batch; the last batch may be smaller, and so is one with pictures
             left out. A batch in which every picture is bad is not returned.
         workers: processes that decode; 0 decodes in this one.
-        augment: flip and shift at random; drawn from torch's generator, in workers from
-            `shuffle_generator`.
+        augment: flip and shift at random, each picture by a seed of its own, which does not depend
+            on `workers` and is drawn from `shuffle_generator`, or torch's generator without one.
         shuffle_generator: draws the order; None keeps the order of the dataset.
         on_bad_image: `error` raises at the first unreadable picture; `skip` leaves it out, and
             warns once at the end of the pass with the count, which is also in `.bad_count`.
+        keep_empty: also return a batch in which every picture is bad, or that `pick` left empty.
+        pick: turns the batches, as record numbers, into those that this process reads.
 
     Raises:
         DataError: the dataset has no image paths, or with `skip` no picture at all can be read.
@@ -365,17 +400,24 @@ def image_batches(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     # Errors travel as items: raised in a worker, one would arrive as a traceback in a message.
-    records = ImageRecords(dataset, preprocessing, augment=augment, on_bad_image="skip")
-    generator = shuffle_generator
-    if generator is None and not augment:
-        generator = torch.Generator()  # keeps the loader from drawing from torch's own
-    shuffle = shuffle_generator is not None and len(records) > 0
+    seed = _draw_seed(shuffle_generator) if augment else None
+    records = ImageRecords(
+        dataset, preprocessing, augment=augment, augment_seed=seed, on_bad_image="skip"
+    )
+    order = torch.arange(len(records))
+    if shuffle_generator is not None:
+        order = torch.randperm(len(records), generator=shuffle_generator)
+    batches = pick(order.split(batch_size) if len(records) else ())
     loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
         records,
-        batch_size=batch_size,
-        shuffle=shuffle,
+        batch_sampler=[batch.tolist() for batch in batches],
         num_workers=workers,
         collate_fn=records.collate,
-        generator=generator,
+        generator=torch.Generator(),  # keeps the loader from drawing from torch's own
     )
-    return ImageBatches(records, iter(loader), on_bad_image)
+    count = sum(map(len, batches))
+    return ImageBatches(records, iter(loader), on_bad_image, count, keep_empty)
+
+
+def _draw_seed(generator: torch.Generator | None) -> int:
+    return int(torch.randint(2**62, (), generator=generator))

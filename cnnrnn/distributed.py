@@ -1,0 +1,268 @@
+"""Several processes that train one model: what they tell one another, all in one place.
+
+`torchrun` starts them and says through the environment which is which; nothing else here reads it.
+Every process calls the same functions in the same order. One that ends in an error takes the
+others with it: torchrun stops them, and who waits for it gets a `LostProcessError`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+
+T = TypeVar("T")
+
+LONGEST_WAIT = timedelta(minutes=30)
+"""A process that waits longer for the others gives up."""
+
+_DTYPES = (torch.float32, torch.float64, torch.int64, torch.uint8)
+
+
+class LostProcessError(RuntimeError):
+    """Another process of the run ended, or did not answer."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run, seen from one of them; by default it is alone.
+
+    Attributes:
+        rank: number of this process; number 0 alone writes and prints.
+        size: how many there are.
+        device: where this process computes. What travels is on it.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        return self.rank == 0
+
+    def share(self, batch: Tensor) -> Tensor:
+        """Return this process's part of a batch; parts differ by at most one image."""
+        return batch.tensor_split(self.size)[self.rank]
+
+    def deal(self, batches: Sequence[T]) -> Sequence[T]:
+        """Return the whole batches that this process takes."""
+        return batches[self.rank :: self.size]
+
+    def add(self, numbers: Sequence[float]) -> list[float]:
+        """Add each number up over processes."""
+        if self.size == 1:
+            return list(numbers)
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        with _while_all_are_there():
+            distributed.all_reduce(total)
+        return [float(value) for value in total]
+
+    def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Add gradients up over processes; one that no process has stays None."""
+        if self.size == 1:
+            return
+        users = self.add([float(parameter.grad is not None) for parameter in parameters])
+        gradients = []
+        for parameter, count in zip(parameters, users, strict=True):
+            if count:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                gradients.append(parameter.grad)
+        self._add_in_place(gradients)
+
+    @torch.no_grad()
+    def average_running_figures(self, module: nn.Module, weight: float) -> None:
+        """Make batch norm's running figures equal everywhere: their mean by images.
+
+        Args:
+            module: whose batch norms ran in train mode.
+            weight: this process's share of the step's images.
+        """
+        if self.size == 1:
+            return
+        norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        figures = [
+            figure
+            for norm in norms
+            for figure in (norm.running_mean, norm.running_var)
+            if figure is not None
+        ]
+        for figure in figures:
+            figure.mul_(weight)
+        self._add_in_place(figures)
+        counts = [m.num_batches_tracked for m in norms if m.num_batches_tracked is not None]
+        if counts:
+            most = torch.stack(counts)
+            with _while_all_are_there():
+                distributed.all_reduce(most, distributed.ReduceOp.MAX)
+            for count, value in zip(counts, most, strict=True):
+                count.copy_(value)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Join the rows of all processes, in their order.
+
+        Args:
+            rows: [m, ...], m of each process its own; one without rows may have any width.
+
+        Returns:
+            [M, ...] on the device of `rows`.
+        """
+        if self.size == 1:
+            return rows
+        shapes = torch.zeros(self.size, 4, dtype=torch.int64, device=self.device)
+        shapes[self.rank, : rows.dim()] = torch.tensor(rows.shape)
+        with _while_all_are_there():
+            distributed.all_reduce(shapes)
+        counts = shapes[:, 0].tolist()
+        if not max(counts):
+            return rows
+        width = shapes[:, 1 : rows.dim()].amax(0).tolist()
+        padded = torch.zeros(max(counts), *width, dtype=rows.dtype, device=self.device)
+        if len(rows):
+            padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in counts]
+        with _while_all_are_there():
+            distributed.all_gather(parts, padded)
+        joined = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+        return joined.to(rows.device)
+
+    def from_first(self, tensor: Tensor | None) -> Tensor:
+        """Return process 0's tensor, on its device there and on the CPU elsewhere."""
+        if self.size == 1:
+            assert tensor is not None
+            return tensor
+        header = torch.zeros(6, dtype=torch.int64, device=self.device)
+        if self.first:
+            assert tensor is not None
+            numbers = [_DTYPES.index(tensor.dtype), tensor.dim(), *tensor.shape]
+            header[: len(numbers)] = torch.tensor(numbers)
+        with _while_all_are_there():
+            distributed.broadcast(header, 0)
+        kind, dimensions, *shape = header.tolist()
+        if tensor is not None and self.first:
+            travelling = tensor.to(self.device).contiguous()
+        else:
+            travelling = torch.empty(shape[:dimensions], dtype=_DTYPES[kind], device=self.device)
+        with _while_all_are_there():
+            distributed.broadcast(travelling, 0)
+        return tensor if tensor is not None and self.first else travelling.cpu()
+
+    def bytes_from_first(self, data: bytes) -> bytes:
+        """Return process 0's bytes."""
+        if self.size == 1:
+            return data
+        tensor = (
+            torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            if data
+            else torch.empty(0, dtype=torch.uint8)
+        )
+        return self.from_first(tensor).numpy().tobytes()
+
+    def numbers_from_first(self, numbers: Sequence[float]) -> list[float]:
+        """Return process 0's numbers, as many as every process has."""
+        if self.size == 1:
+            return list(numbers)
+        return [float(x) for x in self.from_first(torch.tensor(numbers, dtype=torch.float64))]
+
+    @torch.no_grad()
+    def start_alike(self, module: nn.Module) -> None:
+        """Give every process the weights and buffers of process 0."""
+        if self.size == 1:
+            return
+        for tensor in module.state_dict().values():
+            with _while_all_are_there():
+                distributed.broadcast(tensor, 0)
+
+    @contextmanager
+    def first_goes_ahead(self) -> Iterator[None]:
+        """Let process 0 do something, such as a download, before the others do it."""
+        if not self.first:
+            self._wait()
+        yield
+        if self.first:
+            self._wait()
+
+    def _wait(self) -> None:
+        self.add([0.0])
+
+    def _add_in_place(self, tensors: Sequence[Tensor]) -> None:
+        if not tensors:
+            return
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        with _while_all_are_there():
+            distributed.all_reduce(flat)
+        for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(total.view_as(tensor))
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def _while_all_are_there() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise LostProcessError(
+            f"another process of this run ended or did not answer; see its own message ({reason})"
+        ) from error
+
+
+def started_by_torchrun() -> bool:
+    """Tell whether torchrun started this process as one of several."""
+    return distributed.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def process_prefix() -> str:
+    """Return what sets a message of this process apart; nothing for the first, or one alone."""
+    if not started_by_torchrun() or os.environ["RANK"] == "0":
+        return ""
+    return f"process {os.environ['RANK']}: "
+
+
+@contextmanager
+def join(device: torch.device) -> Iterator[Ranks]:
+    """Meet the other processes that torchrun started, if it did; part at the end.
+
+    Args:
+        device: `cpu` talks through gloo; `cuda`, without a number, takes the GPU of this process's
+            number on its machine and talks through NCCL.
+
+    Raises:
+        ValueError: the device names one GPU for several processes, or the machine has too few.
+    """
+    if not started_by_torchrun():
+        yield Ranks(device=device)
+        return
+    local, here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if device.type == "cuda":
+        if device.index is not None and here > 1:
+            raise ValueError(
+                f"device must be cuda without a number for {here} processes on a machine, got "
+                f"{device}"
+            )
+        if device.index is None:
+            if here > torch.cuda.device_count():
+                raise ValueError(
+                    f"nproc_per_node must be at most the {torch.cuda.device_count()} GPUs of this "
+                    f"machine, got {here}"
+                )
+            device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    distributed.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", timeout=LONGEST_WAIT
+    )
+    yield Ranks(distributed.get_rank(), distributed.get_world_size(), device)
+    # Not after an error: leaving in order would wait for the others.
+    distributed.destroy_process_group()
