@@ -17,7 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--mutations", type=int, default=300, help="broken data files to read, over all formats"
     )
-    parser.addoption("--kills", type=int, default=8, help="training runs to kill and resume")
+    parser.addoption("--kills", type=int, default=5, help="training runs to kill and resume")
 
 
 @pytest.fixture(params=["cpu", "cuda"])
