@@ -1,7 +1,7 @@
 """The comparison methods: other losses, other heads, and scikit-learn's, on the same features.
 
-A neural baseline is the path model's trunk with one score per label. It gets both stages that the
-path model gets: the second restarts at the lower learning rate of the path model's trunk.
+A neural baseline is the path model's trunk with one score per label. It is trained in two stages,
+also where the path model has but one: the second restarts at a lower learning rate, which helps it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from cnnrnn.losses import (
 from cnnrnn.metrics import best_k, best_threshold
 from cnnrnn.model import Head, Trunk
 from cnnrnn.recurrence import LSTMRecurrence
+from cnnrnn.train import start_at_frequencies
 
 Loss = Literal["bce", "softmax", "warp", "squared", "asl"]
 Scorer = Callable[[Tensor], Tensor]
@@ -50,19 +51,22 @@ class Objective:
         read: [n, L] outputs of the network to what is ranked and cut.
         by_k: the scores are compared within an image, so that a number of labels per image is
             tried besides a threshold.
+        starts_at_frequencies: a label's score starts at its log-odds in training, as the chain
+            term's does.
     """
 
     loss: Callable[[Tensor, Tensor], Tensor]
     read: Callable[[Tensor], Tensor]
     by_k: bool = False
+    starts_at_frequencies: bool = False
 
 
 OBJECTIVES: dict[Loss, Objective] = {
-    "bce": Objective(binary_cross_entropy, torch.sigmoid),
+    "bce": Objective(binary_cross_entropy, torch.sigmoid, starts_at_frequencies=True),
     "softmax": Objective(softmax_cross_entropy, lambda scores: scores.softmax(1), by_k=True),
     "warp": Objective(warp_loss, lambda scores: scores, by_k=True),
     "squared": Objective(squared_error, lambda scores: scores),
-    "asl": Objective(asymmetric_loss, torch.sigmoid),
+    "asl": Objective(asymmetric_loss, torch.sigmoid, starts_at_frequencies=True),
 }
 
 
@@ -174,6 +178,8 @@ def train_independent(
         device
     )
     objective = OBJECTIVES[loss]
+    if objective.starts_at_frequencies and isinstance(model, IndependentClassifier):
+        start_at_frequencies(model.classifier, train_split.targets)
 
     def validate() -> Validation:
         scores = predicted_scores(model, val_split, loss)
@@ -192,7 +198,7 @@ def train_independent(
     generator = torch.Generator().manual_seed(config.seed)
     stages = (
         ("first", config.warm_epochs or config.epochs, 1.0),
-        ("second", config.epochs if config.warm_epochs else 0, config.warm_scale),
+        ("second", config.epochs, config.warm_scale),
     )
     for name, epochs, scale in stages:
         if epochs:

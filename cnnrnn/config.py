@@ -92,7 +92,7 @@ class ModelConfig:
     freeze_backbone: bool = True
     image_size: int | None = None
     trunk_dim: int = 512
-    trunk_skip: bool = False
+    trunk_skip: bool = True
     joint_dim: int = 64
     hidden_dim: int = 128
     cell: Cell = "lstm"
@@ -269,7 +269,7 @@ class TrainConfig:
     weight_decay: float = 1e-2
     batch_size: int = 128
     accumulate: int = 1
-    warm_epochs: int = 40
+    warm_epochs: int = 0
     epochs: int = 40
     patience: int = 6
     aux_weight: float = 1.0
@@ -277,7 +277,7 @@ class TrainConfig:
     schedule: Literal["constant", "one_cycle", "cosine", "step"] = "constant"
     step_epochs: int = 10
     step_factor: float = 0.1
-    ema_decay: float = 0.0
+    ema_decay: float = 0.99
     loss: PathLoss = "sequence"
     label_order: LabelOrder = "frequency"
     reorder_epochs: int = 3
@@ -348,6 +348,7 @@ class TrainConfig:
             warm_epochs=0,
             epochs=40,
             aux_weight=0.0,
+            ema_decay=0.0,
             augment=False,
         )
 

@@ -587,7 +587,9 @@ def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.o
             momentum=config.momentum,
             weight_decay=config.weight_decay,
         )
-    return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
 
 
 def autocast(device: torch.device, config: TrainConfig) -> torch.autocast:

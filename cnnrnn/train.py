@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cnnrnn.backbones import Backbone, make_backbone
 from cnnrnn.classifier import (
@@ -173,6 +173,8 @@ def train(
         _read_split(part, model, config, device, out, progress, ranks)
         for part in (train_data, val_data)
     )
+    if head.label_classifier is not None:
+        start_at_frequencies(head.label_classifier, train_split.targets)
     head.max_labels = max(int(train_split.targets.sum(1).max()), search_config.min_labels, 1)
     resolve_max_labels(head, search_config)  # fails now rather than after the first stage
     if ranks.first:
@@ -246,6 +248,20 @@ def train(
         model = load_checkpoint(out / "best").to(device)
     inference, targets = _infer(model, val_split, config)
     return TrainResult(model, decision_metrics(inference, targets, model.calibration, k=3))
+
+
+@torch.no_grad()
+def start_at_frequencies(classifier: nn.Linear, targets: Tensor) -> None:
+    """Let a label's probability start at its share of the training images.
+
+    From one half it would take whole epochs to come down, and its gradient would drown the rest.
+
+    Args:
+        classifier: one output per label, to be read through a sigmoid.
+        targets: [n, L] bool of the training images.
+    """
+    share = (targets.sum(0) + 0.5) / (len(targets) + 1)
+    classifier.bias.copy_(share.logit())
 
 
 def _is_saved(model: CNNRNN, folder: Path) -> bool:
