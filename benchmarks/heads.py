@@ -126,6 +126,7 @@ def _configs(num_labels: int, chain_term: bool) -> tuple[ModelConfig, SearchConf
         epochs=EPOCHS[num_labels],
         patience=100,
         schedule="one_cycle",
+        ema_decay=0.0,
         label_order="given",
         device="cpu",
         seed=SEED,

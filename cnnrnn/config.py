@@ -309,11 +309,6 @@ class TrainConfig:
             "label_order must be frequency, rare, given or random for loss "
             f"{self.loss}, which makes its own paths, got {self.label_order}",
         )
-        _require(
-            self.label_order != "easiest" or not self.ema_decay,
-            f"ema_decay must be 0 for label_order easiest, which moves weights, got "
-            f"{self.ema_decay}",
-        )
         _require(self.learning_rate > 0, f"learning_rate must be > 0, got {self.learning_rate}")
         for name in ("batch_size", "accumulate", "step_epochs", "patience"):
             value = getattr(self, name)

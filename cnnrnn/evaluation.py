@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,6 +100,50 @@ def evaluate(
     inference = model.infer(features.to(model.device), search)
     metrics = decision_metrics(inference, targets, model.calibration, k, unknown)
     return Evaluation(metrics, inference, targets, unknown)
+
+
+class ObjectRecall(NamedTuple):
+    """Which objects were named, one entry for each image and label that has a box there.
+
+    Attributes:
+        images: [M] int64 records of the dataset.
+        labels: [M] int64 indices of the dataset's labels.
+        areas: [M] float32 area of the largest box of the label in the image, in square pixels.
+        found: [M] bool, the label was predicted.
+    """
+
+    images: Tensor
+    labels: Tensor
+    areas: Tensor
+    found: Tensor
+
+
+def object_recall(sets: Tensor, dataset: Dataset) -> ObjectRecall:
+    """Match predicted label sets with boxes, for recall against box area (section 4.5, figure 8).
+
+    Args:
+        sets: [n, L] bool, columns in the dataset's order.
+        dataset: n pictures with boxes.
+
+    Raises:
+        DataError: the dataset has no boxes.
+        ValueError: `sets` has another shape.
+    """
+    if dataset.boxes is None:
+        raise DataError(f"{dataset.source} must have boxes to measure recall by their area")
+    shape = (len(dataset), len(dataset.label_names))
+    if sets.shape != shape:
+        raise ValueError(f"sets must be {list(shape)}, got {list(sets.shape)}")
+    boxes = dataset.boxes
+    counts = torch.from_numpy(np.diff(boxes.indptr))
+    images = torch.arange(len(dataset)).repeat_interleave(counts)
+    labels = torch.from_numpy(boxes.label_indices.astype(np.int64))
+    objects, of_box = (images * shape[1] + labels).unique(return_inverse=True)
+    areas = torch.zeros(len(objects)).scatter_reduce(
+        0, of_box, torch.from_numpy(boxes.xywh[:, 2] * boxes.xywh[:, 3]), "amax"
+    )
+    images, labels = objects // shape[1], objects % shape[1]
+    return ObjectRecall(images, labels, areas, sets.cpu()[images, labels])
 
 
 def _model_columns(model: CNNRNN | Ensemble, dataset: Dataset) -> list[int]:

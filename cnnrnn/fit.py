@@ -289,8 +289,8 @@ class Stage:
         validate: measures the module, in eval mode.
         on_epoch: called after each epoch with its validation and whether it is the best so far.
         between_epochs: called with the epochs done, where another follows, and the optimiser; may
-            change the module, and says with True that it is another one now: the best epoch and
-            patience begin anew.
+            change the module, and says with True that it is another one now: the best epoch,
+            patience and the average of the weights begin anew.
     """
 
     name: str
@@ -402,6 +402,8 @@ def run_stage(
             stage.on_epoch(validation, is_best)
         if epoch < stage.epochs and stage.between_epochs(epoch, optimizer):
             standing.best, standing.best_epoch, standing.best_values = None, epoch, []
+            if average is not None:
+                average.updates = 0
         keep(_state(standing, changing, average, optimizer, scheduler))
     assert standing.best is not None
     _copy(changing, standing.best_values)

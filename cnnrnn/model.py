@@ -212,9 +212,16 @@ class Head(nn.Module):
     def clear_cache(self) -> None:
         """Make searches read the weights anew and forget kept prefix states.
 
-        Needed after edits through `.data`, which torch does not count; all others are seen.
+        Needed after edits that torch does not count, through `.data` or by a replayed CUDA graph;
+        all others are seen. Going from train to eval mode does it too.
         """
         self.cache_generation += 1
+
+    def train(self, mode: bool = True) -> Head:
+        """Change the mode; weights may have changed unseen where training ends."""
+        if self.training and not mode:
+            self.clear_cache()
+        return super().train(mode)
 
     @classmethod
     def from_config(cls, config: ModelConfig, num_labels: int, feature_dim: int) -> Head:

@@ -132,7 +132,7 @@ def test_training_keeps_the_recurrence_away(tmp_path, cell, optimizer):
     data = Dataset("features:made up", split.dataset.label_names, split.dataset.label_indptr,
                    split.dataset.label_indices, features=split.features.numpy(),
                    splits={"train": np.arange(40), "val": np.arange(40, 60)})  # fmt: skip
-    config = TrainConfig(device="cpu", warm_epochs=1, epochs=3, optimizer=optimizer, batch_size=8)
+    config = TrainConfig(device="cpu", epochs=3, optimizer=optimizer, batch_size=8, seed=1)
     model_config = ModelConfig(trunk_dim=0, hidden_dim=32, joint_dim=5, cell=cell)
     model = train(
         data, tmp_path, model_config, SearchConfig(), config, prepare_head=remove_recurrence

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,8 @@ import torch
 
 from cnnrnn.classifier import CNNRNN, FEATURES_ONLY
 from cnnrnn.config import ModelConfig, SearchConfig
-from cnnrnn.data import DataError, Dataset, load_dataset
-from cnnrnn.evaluation import evaluate, write_per_label
+from cnnrnn.data import Boxes, DataError, Dataset, load_dataset
+from cnnrnn.evaluation import evaluate, object_recall, write_per_label
 from cnnrnn.labels import LabelSpace
 from cnnrnn.metrics import multilabel_metrics
 from cnnrnn.model import Head
@@ -85,3 +86,21 @@ def test_a_file_of_another_width(tmp_path: Path) -> None:
         evaluate(feature_model(), load_dataset(source))
     evaluation = evaluate(feature_model(), load_dataset(f"{source},features=4,first=1"))
     assert evaluation.targets.int().tolist() == [[1, 1, 0], [0, 0, 1]]
+
+
+def test_recall_of_objects_takes_the_largest_box_of_a_label_in_an_image() -> None:
+    indptr = np.array([0, 3, 3, 4])
+    xywh = np.array([[0, 0, 2, 3], [5, 5, 4, 4], [0, 0, 1, 1], [0, 0, 10, 2]], np.float32)
+    boxes = Boxes(indptr, np.array([2, 2, 0, 1], np.int32), xywh)
+    dataset = Dataset(
+        "coco:here", NAMES, np.array([0, 2, 2, 3]), np.array([0, 2, 1], np.int32),
+        image_paths=tuple(Path(f"{i}.png") for i in range(3)), boxes=boxes,
+    )  # fmt: skip
+    sets = torch.tensor([[False, True, True], [True, True, True], [True, False, True]])
+    recall = object_recall(sets, dataset)
+    assert recall.images.tolist() == [0, 0, 2] and recall.labels.tolist() == [0, 2, 1]
+    assert recall.areas.tolist() == [1, 16, 20] and recall.found.tolist() == [False, True, False]
+    with pytest.raises(ValueError, match=r"sets must be \[3, 3\], got \[3, 2\]"):
+        object_recall(sets[:, :2], dataset)
+    with pytest.raises(DataError, match="must have boxes"):
+        object_recall(sets[:1], replace(dataset.select([0]), boxes=None))

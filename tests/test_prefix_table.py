@@ -119,6 +119,35 @@ def test_the_index_grows_with_many_prefixes():
     assert assert_search_equal(head, few, config) <= 1
 
 
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {}])
+def test_an_optimisers_step_is_seen(head, optimizer, options):
+    """A fused one leaves torch's count of edits as it is."""
+    embedding = images(head, 9, seed=1)
+    before = beam_search(head, embedding, CONFIG)
+    for parameter in head.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer(head.parameters(), lr=0.1, **options).step()
+    after = beam_search(head, embedding, CONFIG)
+    expected = beam_search(head, embedding, CONFIG, implementation="reference")
+    torch.testing.assert_close(after.log_probs, expected.log_probs)
+    assert not same(before, after)
+
+
+def test_the_end_of_training_forgets(head):
+    embedding = images(head, 9, seed=1)
+    before = beam_search(head, embedding, CONFIG)
+    head.train()
+    head.label_embedding.data += torch.rand_like(head.label_embedding)  # in no count
+    head.eval()
+    after = beam_search(head, embedding, CONFIG)
+    expected = beam_search(head, embedding, CONFIG, implementation="reference")
+    torch.testing.assert_close(after.log_probs, expected.log_probs)
+    assert not same(before, after)
+    head.eval()  # it is in that mode already: what is kept stays
+    assert beam_search(head, embedding, CONFIG).stats.hit_rate == 1.0
+
+
 def test_clear_cache_forgets(head):
     embedding = images(head, 10, seed=1)
     beam_search(head, embedding, CONFIG)

@@ -33,7 +33,9 @@ from cnnrnn.train import train, training_splits
 
 MODEL = ModelConfig(trunk_dim=0, joint_dim=16, hidden_dim=16, input_dropout=0.0,
                     hidden_dropout=0.0, joint_dropout=0.0)  # fmt: skip
-QUICK = TrainConfig(warm_epochs=2, epochs=3, batch_size=32, learning_rate=1e-2, device="cpu")
+QUICK = TrainConfig(
+    warm_epochs=2, epochs=3, batch_size=32, learning_rate=1e-2, device="cpu", ema_decay=0.0
+)
 SEARCH = SearchConfig(beam_size=4)
 SMALL = replace(MODEL, backbone="small", pretrained=False, image_size=16, freeze_backbone=False)
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from cnnrnn import _C  # also registers torch.ops.cnnrnn.beam_search
 from cnnrnn.config import SearchConfig
@@ -129,6 +130,20 @@ _kept: weakref.WeakKeyDictionary[Head, dict[torch.device, _Kept]] = weakref.Weak
 _inherited: list[object] = []
 
 
+def _count_fused_steps(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Count a fused optimiser's step as an edit of the kept heads' weights; torch does not."""
+    if not any(group.get("fused") for group in optimizer.param_groups):
+        return
+    stepped = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    for head in (kept() for kept in _kept.keyrefs()):
+        if head is not None:
+            edited = [p for p in head.parameters() if id(p) in stepped]
+            torch.autograd.graph.increment_version(edited)
+
+
+register_optimizer_step_post_hook(_count_fused_steps)
+
+
 def _leave_to_the_parent() -> None:
     """Begin anew in a forked child: another thread may have been using a head at the fork.
 
@@ -152,7 +167,8 @@ def packed_head(head: Head, device: torch.device = _CPU) -> PackedHead:
     """Return the head as the kernels of a device read it, made anew when a weight has changed.
 
     A change is seen by which tensor a parameter is, where it lies, and torch's count of its
-    in-place edits, which edits through `.data` do not raise: those need `head.clear_cache()`.
+    in-place edits, in which fused optimisers' steps are counted here. Edits through `.data` and by
+    replayed CUDA graphs are in no count: `head.clear_cache()`, or going from train to eval mode.
     """
     kept = _kept.get(head, {}).get(device)
     if kept is not None:

@@ -1,0 +1,170 @@
+"""What each ingredient of the training recipe is worth: the recipe, and it with one thing changed.
+
+    python benchmarks/recipe.py --out recipe.json features:scene.npz features:corel5k.npz
+
+Each source needs a test split. Mixing weight, thresholds and epochs are chosen on validation data,
+as ever. docs/training.md has the tables of what was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cnnrnn.train
+from cnnrnn import ModelConfig, SearchConfig, TrainConfig, load_dataset
+from cnnrnn.data import Dataset
+from cnnrnn.decisions import decision_metrics
+from cnnrnn.metrics import best_threshold, multilabel_metrics
+from cnnrnn.train import train, with_fixed_splits
+
+MEASURES = ("path O-F1", "path exact", "O-F1", "C-F1", "mAP")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A change of the recipe.
+
+    Attributes:
+        name: row of the table.
+        train: options of `TrainConfig` that differ.
+        model: the same of `ModelConfig`.
+        search: the same of `SearchConfig`.
+        mix_weight: of the chain term's own scores, in place of the one chosen.
+        from_zero: the chain term starts at probabilities of one half.
+    """
+
+    name: str
+    train: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    search: dict[str, Any] = field(default_factory=dict)
+    mix_weight: float | None = None
+    from_zero: bool = False
+
+
+VARIANTS = (
+    Variant("the recipe"),
+    Variant("marginals alone, nothing mixed in", mix_weight=0.0),
+    Variant("chain term alone, no paths", mix_weight=1.0),
+    Variant("two stages: binary cross-entropy first", train={"warm_epochs": 40}),
+    Variant("weights not averaged", train={"ema_decay": 0.0}),
+    Variant("chain term from one half", from_zero=True),
+    Variant("no skip past the hidden layer", model={"trunk_skip": False}),
+    Variant("no auxiliary loss", train={"aux_weight": 0.0}),
+    Variant("no chain term", model={"chain_term": False}),
+    Variant("paths in any order of labels: unique", search={"order": "unique"}),
+    Variant("rarest label first", train={"label_order": "rare"}),
+    Variant("predicted label alignment", train={"loss": "pla"}, search={"order": "unique"}),
+    Variant("minimal loss alignment", train={"loss": "mla"}, search={"order": "unique"}),
+)
+
+
+@contextmanager
+def _chain_term_from(zero: bool) -> Iterator[None]:
+    kept = cnnrnn.train.start_at_frequencies
+    if zero:
+        cnnrnn.train.start_at_frequencies = lambda classifier, targets: None
+    try:
+        yield
+    finally:
+        cnnrnn.train.start_at_frequencies = kept
+
+
+def measure(dataset: Dataset, variant: Variant, seed: int, device: str) -> dict[str, float]:
+    """Train one variant and measure it on the test split."""
+    config = replace(TrainConfig(seed=seed, device=device), **variant.train)
+    model_config = replace(ModelConfig(), **variant.model)
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, _chain_term_from(variant.from_zero):
+        search = replace(SearchConfig(), **variant.search)
+        model = train(dataset, Path(folder), model_config, search, config).model
+    seconds = time.perf_counter() - began
+    found = {}
+    for name in ("val", "test"):
+        part = dataset.split(name)
+        targets = model.label_space.from_source(part.label_matrix(), part.label_names)
+        assert part.features is not None
+        found[name] = (model.infer(torch.from_numpy(part.features).to(model.device)), targets)
+    inference, targets = found["test"]
+    calibration = model.calibration
+    if variant.mix_weight is not None and inference.label_scores is not None:
+        on_val, val_targets = found["val"]
+        threshold, _ = best_threshold(on_val.mixed(variant.mix_weight), val_targets)
+        calibration = replace(calibration, mix_weight=variant.mix_weight, threshold=threshold)
+    metrics = decision_metrics(inference, targets, calibration)
+    on_val, val_targets = found["val"]
+    for_c_f1, _ = best_threshold(on_val.mixed(calibration.mix_weight), val_targets, "C-F1")
+    scores = inference.mixed(calibration.mix_weight)
+    by_c_f1 = multilabel_metrics(scores, targets, threshold=for_c_f1)
+    return {
+        "path O-F1": metrics["path"]["O-F1"],
+        "path exact": metrics["path"]["exact-match"],
+        "O-F1": metrics["threshold"]["O-F1"],
+        "C-F1": by_c_f1["C-F1"],
+        "mAP": metrics["threshold"]["mAP"],
+        "seconds": seconds,
+    }
+
+
+def table(results: list[dict[str, Any]], source: str) -> str:
+    """Lay one source's figures out as Markdown: mean and standard error over seeds, per cent."""
+    lines = [f"| {source} | " + " | ".join(MEASURES) + " |", "|---" * (len(MEASURES) + 1) + "|"]
+    for variant in VARIANTS:
+        own = [r for r in results if r["source"] == source and r["variant"] == variant.name]
+        if not own:
+            continue
+        cells = []
+        for measure_name in MEASURES:
+            values = [100 * r["figures"][measure_name] for r in own]
+            error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+            cells.append(f"{statistics.mean(values):.1f} ± {error:.1f}")
+        lines.append(f"| {variant.name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sources", nargs="+", help="as --data of cnnrnn train; feature vectors")
+    parser.add_argument("--out", type=Path, required=True, help="JSON; goes on where it stopped")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--variants", help="parts of names, with commas between; all without")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    results: list[dict[str, Any]] = (
+        json.loads(options.out.read_text()) if options.out.exists() else []
+    )
+    done = {(r["source"], r["variant"], r["seed"]) for r in results}
+    wanted = [
+        v for v in VARIANTS
+        if options.variants is None or any(w in v.name for w in options.variants.split(","))
+    ]  # fmt: skip
+    for source in options.sources:
+        dataset = with_fixed_splits(load_dataset(source), TrainConfig())
+        name = Path(source.partition(":")[2]).stem
+        for variant in wanted:
+            for seed in map(int, options.seeds.split(",")):
+                if (name, variant.name, seed) in done:
+                    continue
+                figures = measure(dataset, variant, seed, options.device)
+                results.append(
+                    {"source": name, "variant": variant.name, "seed": seed, "figures": figures,
+                     "changes": {k: v for k, v in asdict(variant).items() if k != "name"}}
+                )  # fmt: skip
+                options.out.write_text(json.dumps(results, indent=1) + "\n")
+                shown = "  ".join(f"{k} {100 * figures[k]:.1f}" for k in MEASURES)
+                print(f"{name}, {variant.name}, seed {seed}: {shown}", flush=True)
+        print(table(results, name), flush=True)
+
+
+if __name__ == "__main__":
+    main()
