@@ -1,7 +1,7 @@
 """The comparison methods: other losses, other heads, and scikit-learn's, on the same features.
 
-A neural baseline is the path model's trunk with one score per label. It is trained in two stages,
-also where the path model has but one: the second restarts at a lower learning rate, which helps it.
+A neural baseline is the path model's trunk with one score per label. It is trained as the path
+model is: a second stage goes on from the best epoch of the first at a lower learning rate.
 """
 
 from __future__ import annotations
@@ -196,17 +196,15 @@ def train_independent(
         return objective.loss(model(batch.inputs), batch.targets)
 
     generator = torch.Generator().manual_seed(config.seed)
-    stages = (
-        ("first", config.warm_epochs or config.epochs, 1.0),
-        ("second", config.epochs, config.warm_scale),
-    )
+    best = None
+    stages = (("first", config.epochs, 1.0), ("second", config.finish_epochs, config.finish_scale))
     for name, epochs, scale in stages:
         if epochs:
             group = {"params": list(model.parameters()), "lr": config.learning_rate * scale}
             stage = Stage(f"{loss} {name}", epochs, model, [group], batch_loss, validate)
-            run_stage(
+            best = run_stage(
                 stage, train_split, config,
-                device=device, generator=generator, log=log or Log(None), say=say,
+                device=device, generator=generator, log=log or Log(None), say=say, best=best,
             )  # fmt: skip
     return model
 

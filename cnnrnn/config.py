@@ -218,15 +218,18 @@ class TrainConfig:
 
     Attributes:
         optimizer: `adamw` or `rmsprop`.
-        learning_rate: of the path part in the second stage, and of everything in the first.
-        warm_scale: factor on the learning rate of trunk and chain term in the second stage.
+        learning_rate: of everything, but for the two factors.
+        warm_scale: factor on the learning rate of trunk and chain term after a warm stage.
         backbone_scale: factor on the learning rate of a backbone that is not frozen.
         momentum: of RMSprop.
         weight_decay: of the optimiser.
         batch_size: images per batch; under `torchrun` all processes together.
         accumulate: batches per step of the optimiser; the loss is the mean over all their images.
-        warm_epochs: at most this many epochs of binary cross-entropy on the chain term first.
+        warm_epochs: at most this many epochs of binary cross-entropy on the chain term first, as a
+            stage of its own; 0 for none.
         epochs: at most this many epochs of the sequence loss.
+        finish_epochs: at most this many more from the best epoch on, at the lower rate.
+        finish_scale: factor on all learning rates in those.
         patience: stop a stage after this many epochs without a better validation figure.
         aux_weight: weight of the chain term's binary cross-entropy beside the sequence loss.
         clip_norm: largest gradient norm; 0 for no clipping.
@@ -271,6 +274,8 @@ class TrainConfig:
     accumulate: int = 1
     warm_epochs: int = 0
     epochs: int = 40
+    finish_epochs: int = 20
+    finish_scale: float = 0.3
     patience: int = 6
     aux_weight: float = 1.0
     clip_norm: float = 5.0
@@ -322,8 +327,9 @@ class TrainConfig:
             f"val_split must be another split than train_split, got {self.val_split!r} for both",
         )
         _require(0 <= self.seed < 2**63, f"seed must be in 0..2^63-1, got {self.seed}")
-        for name in ("warm_scale", "backbone_scale", "momentum", "weight_decay", "warm_epochs",
-                     "epochs", "reorder_epochs", "aux_weight", "clip_norm", "workers"):  # fmt: skip
+        for name in ("warm_scale", "finish_scale", "backbone_scale", "momentum", "weight_decay",
+                     "warm_epochs", "epochs", "finish_epochs", "reorder_epochs", "aux_weight",
+                     "clip_norm", "workers"):  # fmt: skip
             value = getattr(self, name)
             _require(value >= 0, f"{name} must be at least 0, got {value}")
 
@@ -342,6 +348,7 @@ class TrainConfig:
             batch_size=128,
             warm_epochs=0,
             epochs=40,
+            finish_epochs=0,
             aux_weight=0.0,
             ema_decay=0.0,
             augment=False,

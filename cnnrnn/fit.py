@@ -324,6 +324,7 @@ def run_stage(
     log: Log,
     say: Callable[[str], None] = lambda line: None,
     progress: Progress = no_progress,
+    best: Validation | None = None,
     start: State | None = None,
     keep: Callable[[State], None] = lambda state: None,
 ) -> Validation:
@@ -338,6 +339,7 @@ def run_stage(
         log: gets one record per epoch.
         say: gets one line per epoch.
         progress: shows images/s and time left.
+        best: of the module as it is, which an epoch must beat; None where the first epoch will do.
         start: goes on after this state of the same stage.
         keep: called after each epoch with the state to go on from, whose tensors will change.
 
@@ -355,7 +357,9 @@ def run_stage(
     scheduler = _scheduler(optimizer, config, stage.epochs, steps_per_epoch)
     changing = _changing(stage, split)
     average = WeightAverage(changing, config.ema_decay) if config.ema_decay else None
-    standing = _Standing()
+    standing = _Standing(best=best)
+    if best is not None:
+        standing.best_values = [tensor.detach().clone() for tensor in changing]
     if start is not None:
         standing = _restored(start, changing, average, optimizer, scheduler)
     while standing.epoch < stage.epochs and (

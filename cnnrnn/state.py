@@ -134,17 +134,18 @@ def run_identity(
 def require_same_run(stored: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
     """Refuse to go on with other options or other data than a run was started with.
 
-    `epochs` may grow where the learning rate does not depend on their number: under `schedule`
-    constant or step.
+    The epochs of the last stage, `finish_epochs` or where there are none `epochs`, may grow where
+    the learning rate does not depend on their number: under `schedule` constant or step.
 
     Raises:
         ResumeError: names every option that differs, with both values.
     """
     before, after = stored["options"], now["options"]
+    last = "finish_epochs" if after["finish_epochs"] else "epochs"
     differing = []
     for name in sorted({*before, *after}):
         old, new = before.get(name, _NOTHING), after.get(name, _NOTHING)
-        grows = name == "epochs" and after["schedule"] in _GROWING_SCHEDULES and new > old
+        grows = name == last and after["schedule"] in _GROWING_SCHEDULES and new > old
         if old != new and not grows:
             differing.append(f"{name} must be {json.dumps(old)}, got {json.dumps(new)}")
     for name in ("training data", "validation data", "frozen backbone"):

@@ -1,8 +1,8 @@
-"""Training: a warm start of the chain term, then the sequence loss over label paths.
+"""Training: the sequence loss over label paths, beside the chain term's binary cross-entropy.
 
-Stage `warm` trains backbone (unless frozen), trunk and chain term with binary cross-entropy. Stage
-`path` trains everything on the sequence loss, with the chain term's binary cross-entropy kept as
-an auxiliary loss. The paper's recipe is the second stage alone.
+Stage `path` trains everything at once, stage `finish` goes on from its best epoch at a lower
+learning rate. With `warm_epochs` a stage `warm` comes first and trains backbone (unless frozen),
+trunk and chain term with binary cross-entropy alone.
 """
 
 from __future__ import annotations
@@ -72,6 +72,9 @@ from cnnrnn.state import (
     run_identity,
     save_state,
 )
+
+FINISH = "finish"
+"""Name of the last stage."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,10 @@ def train(
     if warms_up:
         stages.append(_warm_stage(model, val_split, config))
     if config.epochs:
-        stages.append(_path_stage(model, train_split, val_split, config, ranks, save))
+        path = _path_stage(model, train_split, val_split, config, ranks, save)
+        stages.append(path)
+        if config.finish_epochs:
+            stages.append(_finishing(path, config))
 
     def keep(stage: Stage, state: State) -> None:
         values = {"identity": identity, "stage": stage.name, "log": log.position(),
@@ -234,10 +240,12 @@ def train(
         _reorder_labels(model, order, train_split, val_split)  # the weights come in that order
         _restore_random_state(state.tensors, generator, device, ranks)
         say(f"resumed after epoch {state.values['epoch']} of stage {state.values['stage']}")
+    validation = None
     for stage in stages:
-        run_stage(
+        validation = run_stage(
             stage, train_split, config, device=device, generator=generator, log=log, say=say,
-            progress=progress, start=state, keep=partial(keep, stage),
+            progress=progress, best=validation if stage.name == FINISH else None, start=state,
+            keep=partial(keep, stage),
         )  # fmt: skip
         state = None
     if not config.epochs:
@@ -520,6 +528,14 @@ def _path_stage(
         "path", config.epochs, model, groups, loss, validate,
         lambda validation, best: save(*last[0], best), relearn_order,
     )  # fmt: skip
+
+
+def _finishing(path: Stage, config: TrainConfig) -> Stage:
+    """Return the stage that goes on from the best epoch of the paths' at lower learning rates."""
+    groups = [{**group, "lr": group["lr"] * config.finish_scale} for group in path.groups]
+    return Stage(
+        FINISH, config.finish_epochs, path.module, groups, path.loss, path.validate, path.on_epoch
+    )
 
 
 def _reorder(

@@ -168,7 +168,7 @@ def _path_model(
     """Return how a path model is fitted.
 
     Args:
-        plain: no chain term and no warm start; its epochs go to the sequence loss.
+        plain: no chain term; the epochs of a warm stage go to the sequence loss.
         recurrence: False leaves only the last label of a path.
     """
 

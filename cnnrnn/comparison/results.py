@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from cnnrnn.state import write_whole
 
 FORMAT = 1
 COLUMNS = ("O-F1", "C-F1", "C-F1 own", "mAP", "MAP@10", "exact match", "example-F1",
@@ -120,25 +121,13 @@ class Results:
             "results": [_without_nan(asdict(row)) for rows in self._rows.values() for row in rows],
         }
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        write_whole(self.file, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def _shown(values: dict[str, Any], name: str) -> str:
     text = repr(values[name]) if name in values else "absent"
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a file beside its place and move it there."""
-    partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
-    try:
-        with open(partial, "w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _without_nan(value: Any) -> Any:

@@ -29,7 +29,7 @@ from cnnrnn.comparison.methods import (
     cut_scores,
     path_ensemble,
 )
-from cnnrnn.comparison.results import Results, Row, markdown_table, write_whole
+from cnnrnn.comparison.results import Results, Row, markdown_table
 from cnnrnn.config import CompareConfig, ModelConfig, OnBadImage, SearchConfig, TrainConfig
 from cnnrnn.data import DataError, Dataset
 from cnnrnn.features import cached_features
@@ -37,6 +37,7 @@ from cnnrnn.fit import NonFiniteLossError, Split
 from cnnrnn.metrics import best_threshold, multilabel_metrics
 from cnnrnn.progress import Progress, no_progress
 from cnnrnn.search import NonFiniteError
+from cnnrnn.state import write_whole
 from cnnrnn.train import with_fixed_splits
 
 
@@ -159,7 +160,8 @@ def compare(
         for row in results.rows(scheduled.name, seed)
         if row.title == title
     ]
-    write_whole(out / "table.md", markdown_table(rows) + "\n")
+    table = markdown_table(rows) + "\n"
+    write_whole(out / "table.md", lambda file: file.write_text(table, encoding="utf-8"))
     return rows
 
 
