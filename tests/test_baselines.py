@@ -29,7 +29,8 @@ from cnnrnn.search import beam_search
 from cnnrnn.train import train
 
 HEAD = ModelConfig(trunk_dim=0, hidden_dim=16, joint_dim=16, input_dropout=0.0, joint_dropout=0.0)
-QUICK = TrainConfig(device="cpu", warm_epochs=25, epochs=15, batch_size=32, learning_rate=1e-2)
+QUICK = TrainConfig(device="cpu", epochs=25, finish_epochs=15, batch_size=32,
+                    learning_rate=1e-2)  # fmt: skip
 
 
 def split_of(features, targets):

@@ -21,7 +21,8 @@ from cnnrnn.fit import NonFiniteLossError
 
 HEAD = ModelConfig(trunk_dim=0, hidden_dim=16, joint_dim=16, input_dropout=0.0, joint_dropout=0.0)
 SEARCH = SearchConfig(beam_size=4)
-QUICK = TrainConfig(device="cpu", warm_epochs=25, epochs=15, batch_size=32, learning_rate=1e-2)
+QUICK = TrainConfig(device="cpu", epochs=25, finish_epochs=15, batch_size=32,
+                    learning_rate=1e-2)  # fmt: skip
 HASTY = replace(QUICK, warm_epochs=1, epochs=1)
 
 

@@ -325,7 +325,8 @@ def test_members_of_another_ensemble_are_refused(tmp_path, ensemble):
 # Training
 
 
-QUICK = TrainConfig(warm_epochs=2, epochs=3, batch_size=32, learning_rate=1e-2, device="cpu")
+QUICK = TrainConfig(warm_epochs=2, epochs=3, batch_size=32, learning_rate=1e-2, 
+                    device="cpu", ema_decay=0.0, finish_epochs=0)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

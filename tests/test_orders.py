@@ -22,7 +22,13 @@ from cnnrnn.train import train
 MODEL = ModelConfig(trunk_dim=0, joint_dim=16, hidden_dim=16, input_dropout=0.0,
                     hidden_dropout=0.0, joint_dropout=0.0)  # fmt: skip
 QUICK = TrainConfig(
-    warm_epochs=1, epochs=3, batch_size=32, learning_rate=3e-2, device="cpu", ema_decay=0.0
+    warm_epochs=1,
+    epochs=3,
+    batch_size=32,
+    learning_rate=3e-2,
+    device="cpu",
+    ema_decay=0.0,
+    finish_epochs=0,
 )
 UNIQUE = SearchConfig(beam_size=4, order="unique")
 INCREASING = SearchConfig(beam_size=4)

@@ -83,6 +83,7 @@ DROPOUT = replace(MODEL, joint_dropout=0.3, input_dropout=0.1)
         {"patience": 1, "epochs": 6, "learning_rate": 0.1},
         {"label_order": "easiest", "ema_decay": 0.9, "epochs": 6, "warm_epochs": 0},
         {"label_order": "shuffled"},
+        {"finish_epochs": 3, "ema_decay": 0.9, "warm_epochs": 0},
         {"loss": "pla"},
     ],
     ids=lambda options: ",".join(options) or "default",

@@ -34,7 +34,13 @@ from cnnrnn.train import train, training_splits
 MODEL = ModelConfig(trunk_dim=0, joint_dim=16, hidden_dim=16, input_dropout=0.0,
                     hidden_dropout=0.0, joint_dropout=0.0)  # fmt: skip
 QUICK = TrainConfig(
-    warm_epochs=2, epochs=3, batch_size=32, learning_rate=1e-2, device="cpu", ema_decay=0.0
+    warm_epochs=2,
+    epochs=3,
+    batch_size=32,
+    learning_rate=1e-2,
+    device="cpu",
+    ema_decay=0.0,
+    finish_epochs=0,
 )
 SEARCH = SearchConfig(beam_size=4)
 SMALL = replace(MODEL, backbone="small", pretrained=False, image_size=16, freeze_backbone=False)
@@ -610,3 +616,47 @@ def test_a_backbone_frozen_with_random_weights_is_warned_about(tmp_path):
     frozen = replace(SMALL, freeze_backbone=True)
     with pytest.warns(UserWarning, match="backbone small is frozen with random weights"):
         train(data, tmp_path / "run", frozen, SEARCH, replace(QUICK, warm_epochs=0, epochs=1))
+
+
+def test_the_last_stage_goes_on_from_the_best_epoch_at_a_lower_rate(tmp_path, data):
+    rates = []
+
+    def look(optimizer, *_):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+
+    hook = register_optimizer_step_pre_hook(look)
+    config = replace(QUICK, warm_epochs=0, epochs=3, finish_epochs=2, finish_scale=0.25)
+    try:
+        train(data, tmp_path / "run", MODEL, SEARCH, config)
+    finally:
+        hook.remove()
+    assert rates == [[1e-2, 1e-2]] * 21 + [[2.5e-3, 2.5e-3]] * 14
+    stages = [r["stage"] for r in records(tmp_path / "run")[1:]]
+    assert stages == ["path"] * 3 + ["finish"] * 2
+    # Its first epoch has the best one of the stage before to beat.
+    merits = [r["O-F1"] + r["mAP"] + r["path O-F1"] for r in records(tmp_path / "run")[1:]]
+    best = [r["best"] for r in records(tmp_path / "run")[1:]]
+    assert best[3] == (merits[3] > max(merits[:3]))
+
+
+def test_a_last_stage_that_finds_nothing_better_changes_nothing(tmp_path, data, monkeypatch):
+    from cnnrnn import train as module
+
+    real = module.path_validation
+    merits = iter([0.1, 0.5, 0.4, 0.5, 0.2, 0.5])
+    monkeypatch.setattr(module, "path_validation", lambda *a: real(*a)._replace(merit=next(merits)))
+    config = replace(QUICK, warm_epochs=0, epochs=3, finish_epochs=3)
+    train(data, tmp_path / "run", MODEL, SEARCH, config)
+    assert [r["best"] for r in records(tmp_path / "run")[1:]] == [True, True] + [False] * 4
+    merits = iter([0.1, 0.5])
+    train(data, tmp_path / "two", MODEL, SEARCH, replace(config, epochs=2, finish_epochs=0))
+    assert digest(tmp_path / "run" / "best") == digest(tmp_path / "two" / "best")
+
+
+def test_the_chain_term_starts_at_the_labels_frequencies(tmp_path):
+    data = counted(tmp_path / "f.npz", train_counts=[5, 20, 10], test_counts=[1, 1, 1])
+    config = replace(QUICK, warm_epochs=0, epochs=1, learning_rate=1e-9)
+    model = train(data, tmp_path / "run", MODEL, SEARCH, config).model
+    shares = torch.tensor([20.5, 10.5, 5.5]) / 21  # of 20 images, in path order
+    bias = model.head.label_classifier.bias.detach()
+    torch.testing.assert_close(bias.sigmoid(), shares, rtol=1e-3, atol=1e-3)
