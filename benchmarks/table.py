@@ -1,8 +1,11 @@
-"""Make the tables in README.md and docs/performance.md from a benchmark run's JSON.
+"""Make the tables in README.md and docs/ from measured figures.
 
     pytest benchmarks/ --benchmark-json=run.json
     python benchmarks/table.py run.json benchmarks/results/cpu.json   # keeps what the tables need
     python benchmarks/table.py benchmarks/results/cpu.json            # rewrites the tables
+
+Those of methods and recipe are made from `benchmarks/results/comparison/` (results.json of `cnnrnn
+compare`, one per data set) and `benchmarks/results/recipe.json` (of benchmarks/recipe.py).
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`.
 """
@@ -10,14 +13,26 @@ A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`.
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from recipe import table as recipe_table
+
+from cnnrnn.comparison import COLUMNS, Row, markdown_table, read_rows, table_cells
+
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / name for name in ("performance.md", "comparison.md", "training.md")),
+)
+COMPARED = {
+    "scene": "scenes", "camvid": "street patches", "coco": "COCO label sets",
+    "corel16k": "Corel-16k", "corel5k": "Corel-5k",
+}  # fmt: skip
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 Figures = dict[tuple[Any, ...], dict[str, Any]]
@@ -217,9 +232,53 @@ def machine(results: dict[str, Any]) -> str:
     )
 
 
+def comparison(data_set: str) -> str:
+    """Every method on one data set."""
+    return markdown_table(_rows(data_set)) + "\n"
+
+
+def _rows(data_set: str) -> list[Row]:
+    file = ROOT / "benchmarks" / "results" / "comparison" / f"{data_set}.json"
+    return read_rows(file)
+
+
+def best_of_all() -> str:
+    """The README's table: this project's decisions beside the strongest of the other methods."""
+    shown = {
+        "CNN-RNN, thresholded": "CNN-RNN, thresholded",
+        "CNN-RNN, best path": "CNN-RNN, best path",
+        "binary cross-entropy": "binary cross-entropy",
+        "asymmetric loss": "asymmetric loss",
+        "softmax": "softmax",
+        "classifier chain": "classifier chain",
+    }
+    wanted = [COLUMNS.index(name) for name in ("O-F1", "C-F1 own", "mAP", "exact match")]
+    cells = {data_set: table_cells(_rows(data_set)) for data_set in COMPARED}
+    rows = [
+        [label, *(
+            " / ".join(
+                "–" if math.isnan(cells[d][title][i].mean) else f"{cells[d][title][i].mean:.1f}"
+                for i in wanted
+            )
+            for d in COMPARED
+        )]
+        for title, label in shown.items()
+    ]  # fmt: skip
+    return _table(["", *COMPARED.values()], rows)
+
+
+def recipe(data_set: str) -> str:
+    """What each part of the recipe is worth on one data set."""
+    file = ROOT / "benchmarks" / "results" / "recipe.json"
+    return recipe_table(json.loads(file.read_text(encoding="utf-8")), data_set) + "\n"
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "machine": machine, "throughput": throughput, "work": work, "kept": kept,
     "one-image": one_image, "threads": threads, "share": share, "summary": summary,
+    **{f"comparison-{d}": lambda results, d=d: comparison(d) for d in COMPARED},
+    "comparison": lambda results: best_of_all(),
+    **{f"recipe-{d}": lambda results, d=d: recipe(d) for d in ("scene", "camvid", "corel5k")},
 }  # fmt: skip
 
 

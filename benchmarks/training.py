@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from cnnrnn.config import ModelConfig
+from cnnrnn.config import ModelConfig, TrainConfig
+from cnnrnn.fit import make_optimizer
 from cnnrnn.labels import PAD, increasing_paths, prefix_trie
 from cnnrnn.losses import binary_cross_entropy, forbidden_labels, sequence_loss
 from cnnrnn.model import Head, ImageEmbedding
@@ -117,7 +118,7 @@ def epoch(
 ) -> dict[str, list[float]]:
     """Train an epoch of each, by turns of a few batches; return the seconds of each step."""
     optimizers = {
-        name: torch.optim.AdamW(module.parameters(), lr=1e-3)
+        name: make_optimizer([{"params": list(module.parameters()), "lr": 1e-3}], TrainConfig())
         for name, (module, _) in losses.items()
     }
     seconds: dict[str, list[float]] = {name: [] for name in losses}

@@ -218,7 +218,8 @@ def test_the_command_killed_and_resumed(tmp_path):
     assert stderr.count("resumed after epoch") == 1, stderr[-3000:]
     assert stdout.count("validation, 5 labels") == 1, stderr[-3000:]
     assert stdout.count("best checkpoint") == 1
-    assert main(["train", *WORDS, data, f"--out={tmp_path / 'one'}", "--epochs=12", "--finish-epochs=0",
+    assert main(["train", *WORDS, data, f"--out={tmp_path / 'one'}", "--epochs=12",
+                 "--finish-epochs=0",
                  "--patience=12"]) == 0  # fmt: skip
     for part in ("best", "last"):
         first, second = (load_checkpoint(tmp_path / n / part).state_dict() for n in ("one", "run"))

@@ -6,7 +6,14 @@ docs/comparison.md says what each method is and how it is tuned.
 from __future__ import annotations
 
 from cnnrnn.comparison.methods import METHODS, Method, chosen_methods
-from cnnrnn.comparison.results import COLUMNS, Row, markdown_table, text_table
+from cnnrnn.comparison.results import (
+    COLUMNS,
+    Row,
+    markdown_table,
+    read_rows,
+    table_cells,
+    text_table,
+)
 from cnnrnn.comparison.run import compare, frozen_features
 
 __all__ = [
@@ -18,5 +25,7 @@ __all__ = [
     "compare",
     "frozen_features",
     "markdown_table",
+    "read_rows",
+    "table_cells",
     "text_table",
 ]

@@ -89,10 +89,7 @@ class Results:
         try:
             content = json.loads(self.file.read_text(encoding="utf-8"))
             stored, version = dict(content["options"]), content["format"]
-            for record in content["results"] if version == FORMAT else []:
-                for name in ("own", "at_3"):
-                    record[name] = {key: _number(value) for key, value in record[name].items()}
-                row = Row(**record | {"own_c_f1": _number(record["own_c_f1"])})
+            for row in _rows(content) if version == FORMAT else []:
                 self._rows.setdefault((row.method, row.seed), []).append(row)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
@@ -123,6 +120,22 @@ class Results:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
         write_whole(self.file, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def read_rows(file: Path) -> list[Row]:
+    """Return the rows that a comparison's results.json holds, whatever its options were."""
+    return _rows(json.loads(file.read_text(encoding="utf-8")))
+
+
+def _rows(content: dict[str, Any]) -> list[Row]:
+    rows = []
+    for record in content["results"]:
+        measures = {
+            name: {key: _number(value) for key, value in record[name].items()}
+            for name in ("own", "at_3")
+        }
+        rows.append(Row(**record | measures | {"own_c_f1": _number(record["own_c_f1"])}))
+    return rows
 
 
 def _shown(values: dict[str, Any], name: str) -> str:
