@@ -124,6 +124,7 @@ def _configs(num_labels: int, chain_term: bool) -> tuple[ModelConfig, SearchConf
         batch_size=128,
         warm_epochs=40,
         epochs=EPOCHS[num_labels],
+        finish_epochs=0,
         patience=100,
         schedule="one_cycle",
         ema_decay=0.0,

@@ -10,7 +10,7 @@ import torch
 
 from cnnrnn import __version__
 
-EXTRAS = {"vision": ("timm", "torchvision", "defusedxml", "pycocotools", "scikit-learn")}
+EXTRAS = {"vision": ("timm", "torchvision", "defusedxml", "pycocotools", "scikit-learn", "scipy")}
 
 
 def report() -> tuple[list[str], list[str]]:

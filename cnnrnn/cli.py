@@ -305,6 +305,8 @@ def _train(parser: ArgumentParser, options: Namespace) -> int:
     resolved = {k: v for k, v in options.as_dict().items() if k not in unsaved}
 
     def save_options() -> None:
+        if options.resume and (out / "config.yaml").exists():
+            return
         text = _yaml(resolved)
         write_whole(out / "config.yaml", lambda file: file.write_text(text, encoding="utf-8"))
 
@@ -365,10 +367,13 @@ def _recipe(options: Namespace) -> tuple[TrainConfig, ModelConfig, SearchConfig]
 def _compare(parser: ArgumentParser, options: Namespace) -> int:
     from cnnrnn.comparison import chosen_methods, compare, frozen_features, text_table
     from cnnrnn.data import load_dataset
+    from cnnrnn.distributed import started_by_torchrun
     from cnnrnn.fit import resolve_device
     from cnnrnn.progress import terminal_progress
     from cnnrnn.train import initial_backbone
 
+    if started_by_torchrun():
+        raise ValueError("compare runs in one process: start it without torchrun")
     config, model, search = _recipe(options)
     try:
         seeds = tuple(int(seed) for seed in options.seeds.split(","))

@@ -83,7 +83,7 @@ class ModelConfig:
         projection_bias: learn a bias in the image projection U_I.
         chain_term: add an independent classifier's next-label logits to the scores.
         input_dropout: dropout on the image feature.
-        hidden_dropout: dropout on the trunk's output.
+        hidden_dropout: dropout on the hidden layer.
         joint_dropout: dropout on the outputs of U_o and U_I, before their sum.
     """
 
@@ -220,7 +220,7 @@ class TrainConfig:
         optimizer: `adamw` or `rmsprop`.
         learning_rate: of everything, but for the two factors.
         warm_scale: factor on the learning rate of trunk and chain term after a warm stage.
-        backbone_scale: factor on the learning rate of a backbone that is not frozen.
+        backbone_scale: factor on the learning rate of a backbone that is trained further.
         momentum: of RMSprop.
         weight_decay: of the optimiser.
         batch_size: images per batch; under `torchrun` all processes together.

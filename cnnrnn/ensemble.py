@@ -41,6 +41,7 @@ from cnnrnn.model import Head, ImageEmbedding
 from cnnrnn.progress import Progress, no_progress
 from cnnrnn.search import SearchResult
 from cnnrnn.search.engine import resolve_max_labels
+from cnnrnn.state import STATE_FILE, ResumeError
 
 if TYPE_CHECKING:
     from cnnrnn.predictor import Prediction
@@ -106,8 +107,8 @@ class Ensemble(nn.Module):
     Args:
         models: M models with the same label names, in path orders of their own. One of those that
             have a backbone serves all; its weights must be the same in the others.
-        calibration: its threshold decides; the mean of the members' thresholds by default. Each
-            member mixes with its own weight.
+        calibration: thresholds and k; the means of the members' by default. Each member mixes with
+            its own weight.
 
     Attributes:
         members: the M models, without their backbones.
@@ -131,8 +132,7 @@ class Ensemble(nn.Module):
         )
         self.search = models[0].search
         self.labels = models[0].labels
-        threshold = sum(model.calibration.threshold for model in models) / len(models)
-        self.calibration = calibration or Calibration(threshold, 0.0)
+        self.calibration = calibration or self._mean_calibration()
 
     @property
     def models(self) -> list[CNNRNN]:
@@ -225,6 +225,18 @@ class Ensemble(nn.Module):
             )
         calibration = asdict(self.calibration)
         write_description(folder, {"format": FORMAT, "members": names, "calibration": calibration})
+
+    def _mean_calibration(self) -> Calibration:
+        found = [model.calibration for model in self.models]
+        k = round(sum(c.k for c in found) / len(found))
+        threshold = sum(c.threshold for c in found) / len(found)
+        if not all(c.label_thresholds for c in found):
+            return Calibration(threshold, 0.0, k=k)
+        cuts = torch.stack([
+            torch.tensor(c.label_thresholds, dtype=torch.float64)[self._columns(model)]
+            for c, model in zip(found, self.models, strict=True)
+        ])  # fmt: skip
+        return Calibration(threshold, 0.0, tuple(cuts.mean(0).tolist()), k)
 
     def _columns(self, model: CNNRNN) -> Tensor:
         """Return which of a member's labels each of `labels` is: [L] int64 on the CPU."""
@@ -397,6 +409,10 @@ def train_ensemble(
     if dataset.features is None and not model_config.freeze_backbone:
         raise ValueError(
             "an ensemble shares a frozen backbone: model.freeze_backbone must be true, got false"
+        )
+    if resume and (out / STATE_FILE).exists():
+        raise ResumeError(
+            f"{out} holds a single model's run: --members must be left out, got {len(label_orders)}"
         )
     dataset = with_fixed_splits(dataset, config)
     config = replace(config, train_split=None, val_split=None)

@@ -201,9 +201,11 @@ def aligned_paths(scores: Tensor, prefixes: Tensor, targets: Tensor, loss: PathL
         present = targets.gather(1, prefixes.clamp(min=0)) & steps
         other = paths[:, None] != prefixes[:, :, None]
         costs = costs.masked_fill(present[:, :, None] & other, torch.inf)
-    matrices = costs.nan_to_num(0.0, posinf=torch.inf).cpu().numpy()  # NaN is the loss's to report
+    matrices = costs.cpu().numpy()
     order = np.tile(np.arange(T), (B, 1))
+    # A score that is not finite is the loss's to report.
+    broken = (~scores.isfinite()).flatten(1).any(1).tolist()
     for image, length in enumerate(steps.sum(1).tolist()):
-        if length > 1:
+        if length > 1 and not broken[image]:
             order[image, :length] = linear_sum_assignment(matrices[image, :length, :length])[1]
     return paths.gather(1, torch.from_numpy(order).to(paths.device))

@@ -117,6 +117,8 @@ def run_identity(
     Pictures are known by name and size, feature vectors by their values.
     """
     options = {k: v for k, v in asdict(config).items() if k not in FREE_OPTIONS}
+    if frozen_backbone is not None:
+        del options["init_backbone"]  # its weights are compared
     for prefix, part in (("model", model_config), ("search", search_config)):
         options |= {f"{prefix}.{name}": value for name, value in asdict(part).items()}
     identity = {
@@ -135,17 +137,30 @@ def require_same_run(stored: Mapping[str, Any], now: Mapping[str, Any], out: Pat
     """Refuse to go on with other options or other data than a run was started with.
 
     The epochs of the last stage, `finish_epochs` or where there are none `epochs`, may grow where
-    the learning rate does not depend on their number: under `schedule` constant or step.
+    the learning rate does not depend on their number: under `schedule` constant or step; but not
+    where a learned label order would still have changed.
 
     Raises:
         ResumeError: names every option that differs, with both values.
     """
     before, after = stored["options"], now["options"]
     last = "finish_epochs" if after["finish_epochs"] else "epochs"
+    # A longer run would have learned another order where this one's last epoch was.
+    reorders_later = (
+        after["label_order"] == "easiest"
+        and last == "epochs"
+        and before["epochs"] <= after["reorder_epochs"]
+    )
     differing = []
     for name in sorted({*before, *after}):
         old, new = before.get(name, _NOTHING), after.get(name, _NOTHING)
-        grows = name == last and after["schedule"] in _GROWING_SCHEDULES and new > old
+        grows = (
+            name == last
+            and name in before
+            and after["schedule"] in _GROWING_SCHEDULES
+            and not reorders_later
+            and new > old
+        )
         if old != new and not grows:
             differing.append(f"{name} must be {json.dumps(old)}, got {json.dumps(new)}")
     for name in ("training data", "validation data", "frozen backbone"):

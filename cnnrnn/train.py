@@ -65,6 +65,7 @@ from cnnrnn.progress import Progress, no_progress
 from cnnrnn.search.engine import resolve_max_labels
 from cnnrnn.state import (
     STATE_FILE,
+    ResumeError,
     State,
     read_state,
     remove_partial_files,
@@ -116,7 +117,8 @@ def train(
         model_config: the architecture; backbone options do not matter for feature vectors.
         search_config: the search, whose order is also the order of training paths.
         config: the recipe.
-        prepare_head: called with the new head, whose weights it may set and freeze.
+        prepare_head: called with the new head, whose weights it may set and freeze; a resumed run
+            must be given the same.
         resume: go on after the last epoch that the run in `out` finished; start where there is
             none. The result is that of a run that was never stopped.
         on_start: called once data and options have proved to fit, before anything is written.
@@ -137,7 +139,10 @@ def train(
         require_tensorboard()
     warms_up = model_config.chain_term and config.warm_epochs > 0
     if not config.epochs and not warms_up:
-        raise ValueError("epochs is 0 and there is no chain term to warm up: nothing to train")
+        raise ValueError(
+            "nothing to train: epochs is 0, and a warm stage needs warm_epochs above 0 and "
+            f"model.chain_term true, got {config.warm_epochs} and {model_config.chain_term}"
+        )
     require_search_order(config, search_config)
     if not ranks.first:
         say, progress = (lambda line: None), no_progress
@@ -155,6 +160,9 @@ def train(
             backbone = initial_backbone(model_config, config)
         feature_dim = backbone.feature_dim
     head = Head.from_config(model_config, len(space), feature_dim)
+    if head.label_classifier is not None:
+        in_path_order = train_data.label_matrix()[:, list(space.source_index)]
+        start_at_frequencies(head.label_classifier, in_path_order)
     prepare_head(head)
     model = CNNRNN(model_config, space, head, backbone, search_config).to(device)
     ranks.start_alike(model)
@@ -166,6 +174,10 @@ def train(
         raise ValueError(
             f"process {ranks.rank} must have the data and options of process 0, got others"
         )
+    if resume and (out / "members").is_dir():
+        raise ResumeError(
+            f"{out} holds an ensemble's run: --members must be as it was started, got none"
+        )
     state = _stored_state(state_file, ranks) if resume else None
     if state is not None:
         require_same_run(state.values["identity"], identity, out)
@@ -176,8 +188,6 @@ def train(
         _read_split(part, model, config, device, out, progress, ranks)
         for part in (train_data, val_data)
     )
-    if head.label_classifier is not None:
-        start_at_frequencies(head.label_classifier, train_split.targets)
     head.max_labels = max(int(train_split.targets.sum(1).max()), search_config.min_labels, 1)
     resolve_max_labels(head, search_config)  # fails now rather than after the first stage
     if ranks.first:
@@ -240,7 +250,7 @@ def train(
         _reorder_labels(model, order, train_split, val_split)  # the weights come in that order
         _restore_random_state(state.tensors, generator, device, ranks)
         say(f"resumed after epoch {state.values['epoch']} of stage {state.values['stage']}")
-    validation = None
+    validation, resumed = None, state is not None
     for stage in stages:
         validation = run_stage(
             stage, train_split, config, device=device, generator=generator, log=log, say=say,
@@ -249,7 +259,7 @@ def train(
         )  # fmt: skip
         state = None
     if not config.epochs:
-        saved = ranks.first and _is_saved(model, out / "last")
+        saved = resumed and ranks.first and _is_saved(model, out / "last")
         if ranks.numbers_from_first([saved]) == [0]:
             save(*_infer(model, val_split, config), best=True)
     if ranks.first:

@@ -26,8 +26,8 @@ from cnnrnn.config import CompareConfig, ModelConfig, SearchConfig, TrainConfig
 SCENES_SEED = 11
 BACKBONE_OPTIONS = (
     "--model.backbone small --model.freeze_backbone false --model.input_dropout 0 "
-    "--model.hidden_dropout 0.1 --warm_epochs 14 --epochs 0 --schedule one_cycle "
-    "--learning_rate 5e-3 --batch_size 64 --patience 14"
+    "--model.hidden_dropout 0.1 --model.trunk_skip false --warm_epochs 14 --epochs 0 "
+    "--schedule one_cycle --learning_rate 5e-3 --batch_size 64 --patience 14"
 )
 # Linear heads, as in the paper: one matrix from feature to labels, or to the joint space.
 HEAD = ModelConfig(

@@ -134,6 +134,26 @@ def test_an_optimisers_step_is_seen(head, optimizer, options):
     assert not same(before, after)
 
 
+def test_a_fused_step_is_seen_by_the_op(head):
+    embedding = images(head, 9, seed=1)
+
+    def searched():
+        return torch.ops.cnnrnn.beam_search(
+            embedding.joint, None, *engine.head_parameters(head), head.cell, head.activation,
+            4, 5, 0, "increasing", False, "n_best", False, 0, head.prefix_bytes, "exact",
+        )[2]  # fmt: skip
+
+    with torch.no_grad():
+        before = searched()
+    for parameter in head.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    torch.optim.AdamW(head.parameters(), lr=0.1, fused=True).step()
+    expected = beam_search(head, embedding, CONFIG, implementation="reference")
+    with torch.no_grad():
+        torch.testing.assert_close(searched(), expected.log_probs)
+    assert not torch.equal(before, expected.log_probs)
+
+
 def test_the_end_of_training_forgets(head):
     embedding = images(head, 9, seed=1)
     before = beam_search(head, embedding, CONFIG)

@@ -15,10 +15,12 @@ import pytest
 import torch
 from test_training import MODEL, QUICK, SEARCH, SMALL, digest, records, separable
 
+import cnnrnn
 from cnnrnn import load_dataset
 from cnnrnn.classifier import load_checkpoint
 from cnnrnn.cli import main
 from cnnrnn.data.scenes import write_scenes
+from cnnrnn.ensemble import train_ensemble
 from cnnrnn.fit import Log
 from cnnrnn.state import STATE_FILE, ResumeError, State, read_state, save_state
 from cnnrnn.train import train
@@ -36,7 +38,7 @@ def stop_after(count):
 
     def say(line):
         lines.append(line)
-        if sum(line.startswith(("warm", "path")) for line in lines) == count:
+        if sum(line.startswith(("warm", "path", "finish")) for line in lines) == count:
             raise Stop
 
     return say
@@ -406,3 +408,23 @@ def test_the_command_killed_and_resumed(tmp_path):
     assert main([*words, "--out", str(tmp_path / "whole")]) == 0
     same(tmp_path / "whole", out)
     assert "resume" not in (out / "config.yaml").read_text()
+
+
+def test_an_ensemble_and_a_single_model_are_not_mixed_up(tmp_path, data):
+    quick = replace(QUICK, warm_epochs=0, epochs=1)
+    orders = ("frequency", "rare")
+    train(data, tmp_path / "one", MODEL, SEARCH, quick)
+    with pytest.raises(ResumeError, match="holds a single model's run: --members must be left out"):
+        train_ensemble(data, tmp_path / "one", MODEL, SEARCH, quick, orders, resume=True)
+    train_ensemble(data, tmp_path / "two", MODEL, SEARCH, quick, orders)
+    with pytest.raises(ResumeError, match="holds an ensemble's run"):
+        train(data, tmp_path / "two", MODEL, SEARCH, quick, resume=True)
+    again = train_ensemble(data, tmp_path / "two", MODEL, SEARCH, quick, orders, resume=True)
+    assert again.model.labels == cnnrnn.load(tmp_path / "two").labels
+
+
+def test_a_learned_order_may_not_get_more_epochs_while_it_is_learned(tmp_path, data):
+    config = replace(QUICK, warm_epochs=0, epochs=2, label_order="easiest", reorder_epochs=2)
+    train(data, tmp_path / "run", MODEL, SEARCH, config)
+    with pytest.raises(ResumeError, match="epochs must be 2, got 4"):
+        train(data, tmp_path / "run", MODEL, SEARCH, replace(config, epochs=4), resume=True)

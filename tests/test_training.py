@@ -207,7 +207,7 @@ def test_a_source_without_training_images(tmp_path, data):
 
 
 def test_nothing_to_train(tmp_path, data):
-    with pytest.raises(ValueError, match="no chain term to warm up"):
+    with pytest.raises(ValueError, match="nothing to train: epochs is 0"):
         train(data, tmp_path / "run", replace(MODEL, chain_term=False), SEARCH,
               replace(QUICK, epochs=0))  # fmt: skip
 
@@ -660,3 +660,18 @@ def test_the_chain_term_starts_at_the_labels_frequencies(tmp_path):
     shares = torch.tensor([20.5, 10.5, 5.5]) / 21  # of 20 images, in path order
     bias = model.head.label_classifier.bias.detach()
     torch.testing.assert_close(bias.sigmoid(), shares, rtol=1e-3, atol=1e-3)
+
+
+def test_a_prepared_head_starts_as_it_was_prepared(tmp_path, data):
+    def prepare(head):
+        head.label_classifier.bias.data.fill_(3.0)
+        head.label_classifier.bias.requires_grad_(False)
+
+    config = replace(QUICK, warm_epochs=0, epochs=1)
+    model = train(data, tmp_path / "run", MODEL, SEARCH, config, prepare_head=prepare).model
+    assert model.head.label_classifier.bias.tolist() == [3.0] * 5
+
+
+def test_what_a_run_without_epochs_lacks_is_said(tmp_path, data):
+    with pytest.raises(ValueError, match="epochs is 0, and a warm stage needs .* got 0 and True"):
+        train(data, tmp_path / "run", MODEL, SEARCH, replace(QUICK, warm_epochs=0, epochs=0))

@@ -131,14 +131,12 @@ _inherited: list[object] = []
 
 
 def _count_fused_steps(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Count a fused optimiser's step as an edit of the kept heads' weights; torch does not."""
-    if not any(group.get("fused") for group in optimizer.param_groups):
-        return
-    stepped = {id(p): p for group in optimizer.param_groups for p in group["params"]}
-    for head in (kept() for kept in _kept.keyrefs()):
-        if head is not None:
-            edited = [p for p in head.parameters() if id(p) in stepped]
-            torch.autograd.graph.increment_version(edited)
+    """Count a fused optimiser's step as an edit of the weights, as that of any other is.
+
+    torch does not, and both this module and the registered op know weights by that count.
+    """
+    fused = [p for g in optimizer.param_groups if g.get("fused") for p in g["params"]]
+    torch.autograd.graph.increment_version([p for p in fused if p.grad is not None])
 
 
 register_optimizer_step_post_hook(_count_fused_steps)
