@@ -31,7 +31,7 @@ PAGES = (
 )
 COMPARED = {
     "scene": "scenes", "camvid": "street patches", "coco": "COCO label sets",
-    "corel16k": "Corel-16k", "corel5k": "Corel-5k",
+    "corel5k": "Corel-5k",
 }  # fmt: skip
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 

@@ -197,7 +197,10 @@ def train_independent(
 
     generator = torch.Generator().manual_seed(config.seed)
     best = None
-    stages = (("first", config.epochs, 1.0), ("second", config.finish_epochs, config.finish_scale))
+    stages = (
+        ("first", config.warm_epochs + config.epochs, 1.0),
+        ("second", config.finish_epochs, config.finish_scale),
+    )
     for name, epochs, scale in stages:
         if epochs:
             group = {"params": list(model.parameters()), "lr": config.learning_rate * scale}
@@ -221,10 +224,11 @@ def predicted_scores(model: nn.Module, split: Split, loss: Loss) -> Tensor:
 def remove_recurrence(head: Head) -> None:
     """Make the recurrent state after a label a function of that label alone, and keep it so.
 
-    The paper's "No RNN": training and search stay as they are, but what the model knows of a path
-    is its last label. The weights from the state are 0, the forget gate is shut, and both are
-    frozen. Under `lstm` what is left is o(w) * tanh(i(w) * tanh(g(w))) of the label's embedding w,
-    under `paper` x(w) * i(w) * g(w); the output projection reads it linearly.
+    The nearest to the paper's "No RNN", which has a linear layer there: training and search stay as
+    they are, but what the model knows of a path is its last label. The weights from the state are
+    0, the forget gate is shut, and both are frozen. Under `lstm` what is left is
+    o(w) * tanh(i(w) * tanh(g(w))) of the label's embedding w, under `paper` x(w) * i(w) * g(w); the
+    output projection reads it linearly.
 
     Args:
         head: a new head; its recurrence is changed in place.

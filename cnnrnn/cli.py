@@ -217,6 +217,9 @@ def _compare_parser(preset: str) -> ArgumentParser:
         "--members", type=int, default=defaults.members, help="trainings that an ensemble averages"
     )
     parser.add_argument(
+        "--test_split", type=str, default=defaults.test_split, help="name of the split to test on"
+    )
+    parser.add_argument(
         "--tune_each_seed", type=bool, default=defaults.tune_each_seed,
         help="choose settings anew for every seed",
     )  # fmt: skip
@@ -365,7 +368,13 @@ def _recipe(options: Namespace) -> tuple[TrainConfig, ModelConfig, SearchConfig]
 
 
 def _compare(parser: ArgumentParser, options: Namespace) -> int:
-    from cnnrnn.comparison import chosen_methods, compare, frozen_features, text_table
+    from cnnrnn.comparison import (
+        chosen_methods,
+        compare,
+        compared_splits,
+        frozen_features,
+        text_table,
+    )
     from cnnrnn.data import load_dataset
     from cnnrnn.distributed import started_by_torchrun
     from cnnrnn.fit import resolve_device
@@ -383,7 +392,12 @@ def _compare(parser: ArgumentParser, options: Namespace) -> int:
         ) from None
     methods = None if options.methods is None else tuple(options.methods.split(","))
     compared = CompareConfig(
-        seeds, methods, options.settings, options.members, options.tune_each_seed
+        seeds,
+        methods,
+        options.settings,
+        options.members,
+        options.test_split,
+        options.tune_each_seed,
     )
     chosen_methods(compared, model, search)  # a wrong name fails before data is read
     if not options.out:
@@ -396,6 +410,7 @@ def _compare(parser: ArgumentParser, options: Namespace) -> int:
                 "compare reads one set of features: --model.freeze_backbone must be true, got "
                 "false; --init_backbone names a backbone that `train` has trained"
             )
+        compared_splits(dataset, config, compared.test_split)  # fails before features are made
         backbone = initial_backbone(model, config).to(resolve_device(config.device))
         dataset = frozen_features(
             dataset, backbone,
@@ -407,9 +422,11 @@ def _compare(parser: ArgumentParser, options: Namespace) -> int:
         dataset, out, model, search, config, compared,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
-    images = len(dataset.splits["test"])
-    print(f"{options.data}, test: {images:,} images, {len(dataset.label_names)} labels, per cent, "
-          f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}, * best of its column")  # fmt: skip
+    images = len(dataset.splits[options.test_split])
+    count = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+    labels = len(dataset.label_names)
+    print(f"{options.data}, {options.test_split}: {images:,} images, {labels} labels, per cent, "
+          f"{count}, * best of its column")  # fmt: skip
     print(text_table(rows))
     print(f"also in {out / 'table.md'}; all figures: {out / 'results.json'}")
     return 0

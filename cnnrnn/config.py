@@ -436,13 +436,15 @@ class CompareConfig:
         methods: names of methods, see docs/comparison.md; None takes all that differ.
         settings: how many settings of its own hyperparameter each method tries.
         members: M, trainings that an ensemble averages.
+        test_split: name of the split that is tested on.
         tune_each_seed: choose the setting anew for every seed instead of keeping the first's.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
     methods: tuple[str, ...] | None = None
-    settings: int = 2
+    settings: int = 4
     members: int = 3
+    test_split: str = "test"
     tune_each_seed: bool = False
 
     def __post_init__(self) -> None:

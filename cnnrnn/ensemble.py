@@ -357,7 +357,7 @@ class EnsembleResult:
 
     Attributes:
         model: the members' best epochs, in eval mode, calibrated on the validation split.
-        metrics: of both decisions on the validation split.
+        metrics: of every decision on the validation split.
     """
 
     model: Ensemble

@@ -1,4 +1,4 @@
-"""Measures a model or an ensemble on a dataset: both decisions, and each label by itself."""
+"""Measures a model or an ensemble on a dataset: every decision, and each label by itself."""
 
 from __future__ import annotations
 

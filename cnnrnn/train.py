@@ -84,7 +84,7 @@ class TrainResult:
 
     Attributes:
         model: the best epoch's model, in eval mode, calibrated on the validation split.
-        metrics: of both decisions on the validation split.
+        metrics: of every decision on the validation split.
     """
 
     model: CNNRNN

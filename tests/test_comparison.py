@@ -12,7 +12,15 @@ import torch
 
 from cnnrnn import comparison
 from cnnrnn.cli import main
-from cnnrnn.comparison import COLUMNS, METHODS, Row, chosen_methods, compare, frozen_features
+from cnnrnn.comparison import (
+    COLUMNS,
+    METHODS,
+    Row,
+    chosen_methods,
+    compare,
+    compared_splits,
+    frozen_features,
+)
 from cnnrnn.comparison.results import Results, table_cells
 from cnnrnn.comparison.run import ensemble_seeds
 from cnnrnn.config import CompareConfig, ModelConfig, SearchConfig, TrainConfig
@@ -23,7 +31,7 @@ HEAD = ModelConfig(trunk_dim=0, hidden_dim=16, joint_dim=16, input_dropout=0.0, 
 SEARCH = SearchConfig(beam_size=4)
 QUICK = TrainConfig(device="cpu", epochs=25, finish_epochs=15, batch_size=32,
                     learning_rate=1e-2)  # fmt: skip
-HASTY = replace(QUICK, warm_epochs=1, epochs=1)
+HASTY = replace(QUICK, epochs=1, finish_epochs=0)
 
 
 def write_separable(file, splits=(("train", 400), ("val", 100), ("test", 100))):
@@ -238,6 +246,32 @@ def test_a_split_that_is_missing_is_named(tmp_path, splits, message):
         compare(dataset, tmp_path / "out", HEAD, SEARCH, HASTY)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"val_split": "test"}, "val_split must be another split than test_split, got 'test'"),
+     ({"train_split": "test"}, "train_split must be another split"),
+     ({"train_split": "all"}, "train and test images must differ, got 5 in both, the first row")],
+)  # fmt: skip
+def test_what_is_tested_on_is_in_no_other_split(tmp_path, options, message):
+    dataset = load_dataset(
+        f"features:{write_separable(tmp_path / 'f.npz', (('train', 9), ('test', 5)))}"
+    )
+    dataset = replace(dataset, splits={**dataset.splits, "all": np.arange(14)})
+    with pytest.raises(DataError, match=message):
+        compare(dataset, tmp_path / "out", HEAD, SEARCH, replace(HASTY, **options))
+
+
+def test_another_split_is_tested_on_and_validation_images_are_held_out(tmp_path):
+    splits = (("train", 30), ("val", 10))
+    dataset = load_dataset(f"features:{write_separable(tmp_path / 'f.npz', splits)}")
+    fixed = compared_splits(dataset, replace(HASTY, val_fraction=0.2), "val")
+    assert {name: len(records) for name, records in fixed.splits.items()} == {
+        "train": 24, "val": 6, "test": 10
+    }  # fmt: skip
+    assert fixed.splits["test"].tolist() == list(range(30, 40))
+    assert not set(fixed.splits["train"]) & set(fixed.splits["val"])
+
+
 def test_which_methods_there_are():
     def names(**options):
         return [m.name for m in chosen_methods(CompareConfig(), ModelConfig(**options), SEARCH)]
@@ -315,7 +349,7 @@ def test_the_command_prints_the_table_and_goes_on(tmp_path, capsys):
     file = write_separable(tmp_path / "f.npz", (("train", 60), ("val", 20), ("test", 20)))
     words = ["compare", "--data", f"features:{file}", "--out", str(tmp_path / "out"),
              "--seeds=0,1", "--methods", "knn,bce,bce-linear", "--settings=1", "--device=cpu",
-             "--warm-epochs=1", "--epochs=1", "--model.trunk-dim=8"]  # fmt: skip
+             "--epochs=1", "--finish-epochs=1", "--model.trunk-dim=8"]  # fmt: skip
     assert main(words) == 0
     out, err = capsys.readouterr()
     assert "test: 20 images, 5 labels, per cent, 2 seeds" in out

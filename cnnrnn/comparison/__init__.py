@@ -14,7 +14,7 @@ from cnnrnn.comparison.results import (
     table_cells,
     text_table,
 )
-from cnnrnn.comparison.run import compare, frozen_features
+from cnnrnn.comparison.run import compare, compared_splits, frozen_features
 
 __all__ = [
     "COLUMNS",
@@ -23,6 +23,7 @@ __all__ = [
     "Row",
     "chosen_methods",
     "compare",
+    "compared_splits",
     "frozen_features",
     "markdown_table",
     "read_rows",

@@ -390,6 +390,11 @@ def chosen_methods(
         if search_config.order != "increasing":
             left_out.add("ensemble-cnn-rnn")
         wanted = tuple(name for name in METHODS if name not in left_out)
+    if search_config.order != "increasing" and "ensemble-cnn-rnn" in wanted:
+        raise ValueError(
+            "search.order must be increasing for method ensemble-cnn-rnn, so that a label set has "
+            f"one path, got {search_config.order}"
+        )
     for name in wanted:
         if name not in METHODS:
             raise ValueError(f"methods must be among {', '.join(METHODS)}, got {name!r}")

@@ -178,14 +178,8 @@ def _comparison(
             f"{dataset.source} must hold feature vectors to compare on, got pictures: "
             "frozen_features makes them"
         )
-    if "test" not in dataset.splits or not len(dataset.splits["test"]):
-        found = ", ".join(f"{name} {len(rows)}" for name, rows in dataset.splits.items())
-        raise DataError(
-            f"{dataset.source} must have a test split with images to compare on, got {found}"
-        )
-    dataset = with_fixed_splits(dataset, config)
-    splits = {name: dataset.splits[name] for name in ("train", "val", "test")}
-    dataset = replace(dataset, splits=splits)
+    dataset = compared_splits(dataset, config, compare_config.test_split)
+    splits = tuple(dataset.splits)
     config = replace(config, train_split=None, val_split=None)
     train_split, val_split, test_split = (
         Split(part, part.label_matrix(), torch.as_tensor(part.features))
@@ -195,6 +189,42 @@ def _comparison(
         dataset, train_split, val_split, test_split, model_config, search_config, config,
         compare_config, out,
     )  # fmt: skip
+
+
+def compared_splits(dataset: Dataset, config: TrainConfig, test_split: str) -> Dataset:
+    """Return a dataset whose splits are `train`, `val` and `test`, with no record in two of them.
+
+    Args:
+        dataset: has the split `test_split`, from which nothing else is taken.
+        config: names the other splits, or the share that is held out.
+        test_split: name of the split to test on.
+
+    Raises:
+        DataError: a split is missing or empty, or two share a record.
+    """
+    test = dataset.splits.get(test_split, ())
+    if not len(test):
+        found = ", ".join(f"{name} {len(rows)}" for name, rows in dataset.splits.items())
+        raise DataError(
+            f"{dataset.source} must have a {test_split} split with images to compare on, got "
+            f"{found}; name another with test_split"
+        )
+    for option, name in (("train_split", config.train_split), ("val_split", config.val_split)):
+        if name == test_split:
+            raise DataError(
+                f"{option} must be another split than test_split, got {name!r} for both"
+            )
+    others = {name: records for name, records in dataset.splits.items() if name != test_split}
+    fixed = with_fixed_splits(replace(dataset, splits=others), config).splits
+    for name in ("train", "val"):
+        shared = np.intersect1d(fixed[name], test)
+        if len(shared):
+            raise DataError(
+                f"{name} and test images must differ, got {len(shared)} in both, the first "
+                f"{dataset.record_name(int(shared[0]))}; name other splits"
+            )
+    splits = {"train": fixed["train"], "val": fixed["val"], "test": np.asarray(test)}
+    return replace(dataset, splits=splits)
 
 
 def _schedule(
