@@ -27,10 +27,14 @@ from demo import HEAD
 
 # Two labels share each of these drawings: only what else is in the picture tells which it is.
 CONTEXT_ONLY = ("star", "plane", "buoy", "mailbox", "gull", "sheep")
-EDGES = np.array(
-    [0, 8, 16, 32, 64, 128, 256, 512, 4096]
-)  # of areas, in pixels of a 64 x 64 picture
-COLOURS = {"CNN-RNN": "#1f4e9c", "binary cross-entropy": "#c46a17"}
+EDGES = np.array([0, 4, 8, 12, 16, 24, 32, 64])  # pixels of a 64 x 64 picture
+# Rows of the comparison that are drawn, what they are called here, and their colours.
+METHODS = {
+    "CNN-RNN, best path": ("CNN-RNN, best path", "#7aa5e0"),
+    "CNN-RNN, thresholded": ("CNN-RNN, thresholded", "#1f4e9c"),
+    "binary cross-entropy": ("binary cross-entropy, thresholded", "#c46a17"),
+}
+COLOURS = dict(METHODS.values())
 
 
 def predicted_sets(row: dict[str, Any], weights: Path, test: Dataset) -> torch.Tensor:
@@ -42,7 +46,12 @@ def predicted_sets(row: dict[str, Any], weights: Path, test: Dataset) -> torch.T
     if row["method"] == "cnn-rnn":
         model = cnnrnn.load(folder)
         column = {name: i for i, name in enumerate(model.labels)}
-        return model.infer(features).sets[:, [column[name] for name in test.label_names]]
+        found = model.infer(features)
+        sets = found.sets
+        if "threshold" in row["decision"]:
+            scores = found.mixed(model.calibration.mix_weight)
+            sets = threshold_sets(scores, row["decision"]["threshold"])
+        return sets[:, [column[name] for name in test.label_names]]
     classifier = IndependentClassifier(HEAD, len(test.label_names), features.shape[1])
     classifier.load_state_dict(load_file(folder / "model.safetensors"))
     with torch.no_grad():
@@ -75,14 +84,13 @@ def main() -> None:
     targets = pictures.label_matrix()
     results = json.loads((options.demo / "compare" / "results.json").read_text(encoding="utf-8"))
     small = [scenes.label_names.index(name) for name in CONTEXT_ONLY]
-    titles = {"CNN-RNN, best path": "CNN-RNN", "binary cross-entropy": "binary cross-entropy"}
     by_area: dict[str, list[list[float]]] = {name: [] for name in COLOURS}
     by_label: dict[str, list[list[float]]] = {name: [] for name in COLOURS}
     precision: dict[str, list[list[float]]] = {name: [] for name in COLOURS}
     for row in results["results"]:
-        name = titles.get(row["title"])
-        if name is None:
+        if row["title"] not in METHODS:
             continue
+        name, _ = METHODS[row["title"]]
         sets = predicted_sets(row, options.demo / "compare" / "weights", test)
         recall = object_recall(sets, pictures)
         by_area[name].append(_by_area(recall, small))
@@ -92,7 +100,7 @@ def main() -> None:
         precision[name].append(right.tolist())
 
     figure, (left, right_axes) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for shift, (name, colour) in zip((-0.15, 0.15), COLOURS.items(), strict=True):
+    for shift, (name, colour) in zip((-0.27, 0, 0.27), COLOURS.items(), strict=True):
         mean, error = mean_and_error(by_area[name])
         bins = [f"{a}–{b}" for a, b in zip(EDGES, EDGES[1:], strict=False)]
         shown = ~np.isnan(mean)
@@ -100,16 +108,16 @@ def main() -> None:
                       color=colour, marker="o", capsize=3, label=name)  # fmt: skip
         left.set_xticks(range(len(bins)), bins, rotation=30)
         mean, error = mean_and_error(by_label[name])
-        right_axes.bar(np.arange(len(small)) + shift, 100 * mean, 0.3, yerr=100 * error,
+        right_axes.bar(np.arange(len(small)) + shift, 100 * mean, 0.25, yerr=100 * error,
                        color=colour, capsize=2, label=name)  # fmt: skip
         at, _ = mean_and_error(precision[name])
-        print(f"{name:22} recall    " + "  ".join(
+        print(f"{name:34} recall    " + "  ".join(
             f"{label} {100 * m:.1f} ± {100 * e:.1f}"
             for label, m, e in zip(CONTEXT_ONLY, mean, error, strict=True)))  # fmt: skip
         cells = (f"{label} {100 * m:.1f}" for label, m in zip(CONTEXT_ONLY, at, strict=True))
-        print(f"{'':22} precision " + "  ".join(cells))
+        print(f"{'':34} precision " + "  ".join(cells))
         overall = [np.mean(values) for values in by_label[name]]
-        print(f"{'':22} mean recall {100 * np.mean(overall):.1f}")
+        print(f"{'':34} mean recall {100 * np.mean(overall):.1f}")
     left.set(xlabel="area of the largest box, pixels of a 64 x 64 picture", ylabel="recall, %",
              title="Small objects that only context tells apart")  # fmt: skip
     right_axes.set_xticks(range(len(small)), CONTEXT_ONLY)

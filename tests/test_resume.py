@@ -392,7 +392,8 @@ def test_the_command_killed_and_resumed(tmp_path):
     np.savez(tmp_path / "data.npz", features=labels + 0.0, labels=labels,
              label_names=np.array(list("abcde")))  # fmt: skip
     words = ["train", "--data", f"features:{tmp_path / 'data.npz'}", "--device=cpu",
-             "--warm-epochs=1", "--epochs=9", "--patience=9", "--batch_size=64",
+             "--warm-epochs=1", "--epochs=5", "--finish-epochs=4", "--patience=9",
+             "--batch_size=64",
              "--model.trunk-dim=8", "--model.hidden-dim=8"]  # fmt: skip
     out = tmp_path / "run"
     command = [sys.executable, "-m", "cnnrnn", *words, "--out", str(out), "--resume"]
