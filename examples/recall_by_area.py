@@ -122,7 +122,8 @@ def main() -> None:
              title="Small objects that only context tells apart")  # fmt: skip
     right_axes.set_xticks(range(len(small)), CONTEXT_ONLY)
     right_axes.set(ylabel="recall, %", title="The same, label by label", ylim=(0, 100))
-    left.legend()
+    left.set_ylim(75, 101)
+    left.legend(loc="lower right")
     for axes in (left, right_axes):
         axes.grid(axis="y", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

@@ -397,7 +397,8 @@ def test_the_command_killed_and_resumed(tmp_path):
              "--model.trunk-dim=8", "--model.hidden-dim=8"]  # fmt: skip
     out = tmp_path / "run"
     command = [sys.executable, "-m", "cnnrnn", *words, "--out", str(out), "--resume"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # other numbers round otherwise
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | threads)
     while not process.stderr.readline().startswith("path   2"):
         assert process.poll() is None
     time.sleep(0.02)
