@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cnnrnn.config import ModelConfig, Preprocessing, SearchConfig, TrainConfig
     from cnnrnn.data import BadImageError, DataError, load_dataset
     from cnnrnn.ensemble import Ensemble, set_log_probs
+    from cnnrnn.export import OnnxModelError, OnnxPredictor, ProviderError, export_onnx
     from cnnrnn.model import Head, ImageEmbedding
     from cnnrnn.predictor import Prediction, load, predict, predict_features, predict_iter
     from cnnrnn.search import NonFiniteError, SearchResult, beam_search
@@ -30,12 +31,16 @@ _HOMES = {
     "ImageEmbedding": "cnnrnn.model",
     "ModelConfig": "cnnrnn.config",
     "NonFiniteError": "cnnrnn.search",
+    "OnnxModelError": "cnnrnn.export",
+    "OnnxPredictor": "cnnrnn.export",
     "Prediction": "cnnrnn.predictor",
     "Preprocessing": "cnnrnn.config",
+    "ProviderError": "cnnrnn.export",
     "SearchConfig": "cnnrnn.config",
     "SearchResult": "cnnrnn.search",
     "TrainConfig": "cnnrnn.config",
     "beam_search": "cnnrnn.search",
+    "export_onnx": "cnnrnn.export",
     "load": "cnnrnn.predictor",
     "load_dataset": "cnnrnn.data",
     "predict": "cnnrnn.predictor",
@@ -54,13 +59,17 @@ __all__ = [
     "ImageEmbedding",
     "ModelConfig",
     "NonFiniteError",
+    "OnnxModelError",
+    "OnnxPredictor",
     "Prediction",
     "Preprocessing",
+    "ProviderError",
     "SearchConfig",
     "SearchResult",
     "TrainConfig",
     "__version__",
     "beam_search",
+    "export_onnx",
     "load",
     "load_dataset",
     "metrics",

@@ -9,8 +9,12 @@ import platform
 import torch
 
 from cnnrnn import __version__
+from cnnrnn.export.runtime import distribution_problem
 
-EXTRAS = {"vision": ("timm", "torchvision", "defusedxml", "pycocotools", "scikit-learn", "scipy")}
+EXTRAS = {
+    "vision": ("timm", "torchvision", "defusedxml", "pycocotools", "scikit-learn", "scipy"),
+    "onnx": ("onnx", "onnxscript"),
+}
 
 
 def report() -> tuple[list[str], list[str]]:
@@ -24,6 +28,7 @@ def report() -> tuple[list[str], list[str]]:
         f"CPU threads {torch.get_num_threads()} of {os.cpu_count()}",
         f"GPU: {_gpus()}",
         f"CUDA search: {_cuda_search()}",
+        f"ONNX Runtime: {_onnx_runtime()}",
     ]
     problems = []
     for extra, packages in EXTRAS.items():
@@ -37,6 +42,8 @@ def report() -> tuple[list[str], list[str]]:
                 f'`pip install "cnnrnn[{extra}]"`'
             )
     problems += _import_problems() + _search_problems()
+    if (problem := distribution_problem()) is not None:
+        problems.append(problem)
     return lines, problems
 
 
@@ -52,6 +59,18 @@ def _cuda_search() -> str:
     if _C.WITH_CUDA:
         return "in this build; not measured on hardware yet, so only for implementation='native'"
     return "not in this build; on a GPU the backbone runs there, the search on the CPU"
+
+
+def _onnx_runtime() -> str:
+    try:
+        import onnxruntime
+    except ImportError:
+        return "missing"
+    if not hasattr(onnxruntime, "get_available_providers"):
+        return "broken"
+    return (
+        f"{onnxruntime.__version__}, built with {', '.join(onnxruntime.get_available_providers())}"
+    )
 
 
 def _gpus() -> str:

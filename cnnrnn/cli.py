@@ -1,4 +1,4 @@
-"""The `cnnrnn` command: train, compare, evaluate, predict, scenes, data check, check.
+"""The `cnnrnn` command: train, compare, evaluate, predict, export, scenes, data check, check.
 
 Options are made from the config dataclasses. Every command takes `--config FILE.yaml` with
 overrides on the command line; dashes and underscores in option names mean the same.
@@ -17,14 +17,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, Literal, cast
 
 from cnnrnn import __version__
 from cnnrnn.config import (
-    DECISIONS,
     CompareConfig,
+    Decide,
     LabelOrder,
     ModelConfig,
+    OnBadImage,
     SearchConfig,
     TrainConfig,
 )
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
     from cnnrnn.ensemble import EnsembleResult
+    from cnnrnn.export import OnnxPredictor
     from cnnrnn.predictor import Prediction
     from cnnrnn.train import TrainResult
 
@@ -60,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(words)
     run: dict[str, Callable[[ArgumentParser, Namespace], int]] = {
         "train": _train, "compare": _compare, "evaluate": _evaluate, "predict": _predict,
-        "scenes": _scenes, "data": _data, "check": _check,
+        "export": _export, "scenes": _scenes, "data": _data, "check": _check,
     }  # fmt: skip
     try:
         with warnings.catch_warnings():
@@ -86,9 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _is_meant_for_people(error: Exception) -> bool:
     """Errors of torch's own are bugs or out-of-memory, and keep their traceback."""
     from cnnrnn.distributed import LostProcessError
+    from cnnrnn.export import ProviderError
     from cnnrnn.fit import NonFiniteLossError
 
-    ours = (NonFiniteLossError, LostProcessError)
+    ours = (NonFiniteLossError, LostProcessError, ProviderError)
     return not isinstance(error, RuntimeError) or isinstance(error, ours)
 
 
@@ -127,6 +130,7 @@ def _parser(preset: str) -> ArgumentParser:
     )
     commands.add_subcommand("evaluate", _evaluate_parser(), help="measure a model on labelled data")
     commands.add_subcommand("predict", _predict_parser(), help="label pictures")
+    commands.add_subcommand("export", _export_parser(), help="write a model as an ONNX file")
     commands.add_subcommand("scenes", _scenes_parser(), help="write the synthetic scenes data set")
     data = ArgumentParser(description="Look into a labelled data set.")
     commands.add_subcommand("data", data, help="look into a labelled data set")
@@ -176,7 +180,7 @@ def _train_parser(preset: str) -> ArgumentParser:
 
 def _add_recipe(parser: ArgumentParser, preset: str) -> None:
     parser.add_argument(
-        "--preset", type=str, default="ours", choices=["ours", "paper"],
+        "--preset", type=Literal["ours", "paper"], default="ours",
         help="defaults: this project's recipe, or the paper's (VGG-16 fc7, RMSprop, its cell)",
     )  # fmt: skip
     parser.add_argument(
@@ -243,20 +247,30 @@ def _evaluate_parser() -> ArgumentParser:
 def _predict_parser() -> ArgumentParser:
     parser = _command_parser("Label pictures; writes each result as it is ready.")
     parser.add_argument("images", type=str, nargs="+", help="pictures and folders")
-    parser.add_argument("--model", type=str | None, help="checkpoint folder; demo model without")
     parser.add_argument(
-        "--format", type=str, default="table", choices=["table", "csv", "jsonl"],
+        "--model", type=str | None,
+        help="checkpoint folder, or FILE.onnx of `cnnrnn export`; demo model without",
+    )  # fmt: skip
+    parser.add_argument(
+        "--format", type=Literal["table", "csv", "jsonl"], default="table",
         help="a line each for people, CSV, or JSON lines",
     )  # fmt: skip
     parser.add_argument("--out", type=str | None, help="file to write; standard output without")
     parser.add_argument("--top_k", type=int | None, help="keep at most this many labels")
     parser.add_argument("--min_labels", type=int | None, help="forbid shorter label paths")
     parser.add_argument(
-        "--decide", type=str, default="path", choices=list(DECISIONS),
+        "--decide", type=Decide, default="path",
         help="labels of the best path, those above the calibrated threshold or above each label's "
         "own, or the calibrated number of labels",
     )  # fmt: skip
     parser.add_argument("--threshold", type=float | None, help="another threshold on the scores")
+    parser.add_argument(
+        "--workers", type=int | None, help="threads that decode; one per core, up to 8, without"
+    )
+    parser.add_argument(
+        "--search", type=Literal["onnx", "compiled"], default="onnx",
+        help="of FILE.onnx: in ONNX Runtime too, or by the compiled search",
+    )  # fmt: skip
     _add_run_options(parser, batch_size=64)
     return parser
 
@@ -266,9 +280,31 @@ def _add_run_options(parser: ArgumentParser, batch_size: int) -> None:
     parser.add_argument("--batch_size", type=int, default=batch_size, help="pictures per step")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
-        "--on_bad_image", type=str, default="error", choices=["error", "skip"],
+        "--on_bad_image", type=OnBadImage, default="error",
         help="stop at an unreadable picture, or go on and say so",
     )  # fmt: skip
+
+
+def _export_parser() -> ArgumentParser:
+    parser = _command_parser("Write a model as one ONNX file, the beam search included.")
+    parser.add_argument("checkpoint", type=str, help="checkpoint folder")
+    parser.add_argument("file", type=str, help="ONNX file to write")
+    parser.add_argument(
+        "--input", type=Literal["uint8", "float", "features"] | None,
+        help="pictures as they are decoded, normalised pictures, or feature vectors for the head "
+        "alone; uint8 without, and features for a model without a backbone",
+    )  # fmt: skip
+    parser.add_argument(
+        "--precision", type=Literal["float32", "float16"], default="float32",
+        help="of backbone, trunk and projections; the search stays float32",
+    )  # fmt: skip
+    parser.add_argument("--loop", action="store_true", help="the search as an ONNX Loop")
+    parser.add_argument(
+        "--dynamic_size", action="store_true", help="pictures of any height and width"
+    )
+    parser.add_argument("--beam_size", type=int | None, help="N; the model's own without")
+    parser.add_argument("--max_labels", type=int | None, help="longest path; the model's without")
+    return parser
 
 
 def _scenes_parser() -> ArgumentParser:
@@ -493,11 +529,15 @@ def _predict(parser: ArgumentParser, options: Namespace) -> int:
     from cnnrnn.predictor import predict_iter
     from cnnrnn.progress import no_progress, terminal_progress
 
-    predictions = predict_iter(
-        options.images, options.model, top_k=options.top_k, beam_size=options.beam_size,
-        min_labels=options.min_labels, decide=options.decide, threshold=options.threshold,
-        batch_size=options.batch_size, device=options.device, on_bad_image=options.on_bad_image,
-    )  # fmt: skip
+    asked: dict[str, Any] = {
+        name: options[name]
+        for name in ("top_k", "beam_size", "min_labels", "decide", "threshold", "batch_size",
+                     "workers", "on_bad_image")
+    }  # fmt: skip
+    if options.model is not None and options.model.endswith(".onnx"):
+        predictions = _onnx_predictor(options).predict_iter(options.images, **asked)
+    else:
+        predictions = predict_iter(options.images, options.model, device=options.device, **asked)
     bad = 0
     show = no_progress if options.out is None else terminal_progress
     with _output(options.out) as stream, show("predict", None) as advance:
@@ -510,6 +550,18 @@ def _predict(parser: ArgumentParser, options: Namespace) -> int:
     if bad:
         print(f"cnnrnn: warning: {bad} pictures could not be read", file=sys.stderr)
     return 0
+
+
+def _onnx_predictor(options: Namespace) -> OnnxPredictor:
+    import torch
+
+    from cnnrnn.export import OnnxPredictor
+
+    device, _, number = options.device.partition(":")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    provider = (device, {"device_id": int(number)}) if number else device
+    return OnnxPredictor(options.model, providers=[provider], search=options.search)
 
 
 @contextmanager
@@ -548,6 +600,23 @@ def _record(p: Prediction) -> dict[str, Any]:
     scores = p.scores
     chosen = {name: round(scores[name], 6) for name in p.labels}
     return {"image": p.source, "labels": p.labels, "log_prob": p.log_prob, "scores": chosen}
+
+
+def _export(parser: ArgumentParser, options: Namespace) -> int:
+    from cnnrnn.export import export_onnx
+    from cnnrnn.predictor import load
+
+    _require_folder("file", options.file)
+    model = load(options.checkpoint)
+    changes = {name: options[name] for name in ("beam_size", "max_labels")}
+    search = replace(model.search, **{k: v for k, v in changes.items() if v is not None})
+    export_onnx(
+        model, options.file, input_kind=options.input, precision=options.precision,
+        loop=options.loop, dynamic_size=options.dynamic_size, search=search,
+    )  # fmt: skip
+    size = Path(options.file).stat().st_size
+    print(f"{options.file}: {size / 1e6:,.1f} MB, {len(model.labels)} labels")
+    return 0
 
 
 def _scenes(parser: ArgumentParser, options: Namespace) -> int:

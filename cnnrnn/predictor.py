@@ -6,10 +6,13 @@ import functools
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Set
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Set
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +33,10 @@ from cnnrnn.search import NonFiniteError
 
 DEMO_MODEL = Path(__file__).parent / "scenes_model"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+MAX_WORKERS = 8
+_forked: list[bool] = []
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _forked.append(True))
 _log = logging.getLogger(__name__)
 
 
@@ -132,6 +139,7 @@ def predict(
     threshold: float | None = None,
     batch_size: int = 64,
     device: str | None = None,
+    workers: int | None = None,
     on_bad_image: OnBadImage = "error",
 ) -> list[Prediction]:
     """Predict the label set of each image, in the order given.
@@ -151,6 +159,8 @@ def predict(
         batch_size: images per step.
         device: `cpu`, `cuda`, `cuda:N` or `auto`; None leaves a model where it is, and puts a
             checkpoint on the `auto` device.
+        workers: threads that decode; 0 decodes in the calling one. None has one per core, up to 8,
+            and 0 for an iterator, so that a batch is answered before more is taken from it.
         on_bad_image: `error` stops at an unreadable image, `skip` gives it a prediction without
             labels and with `.error`.
 
@@ -173,6 +183,7 @@ def predict(
             threshold=threshold,
             batch_size=batch_size,
             device=device,
+            workers=workers,
             on_bad_image=on_bad_image,
         )
     )
@@ -189,17 +200,19 @@ def predict_iter(
     threshold: float | None = None,
     batch_size: int = 64,
     device: str | None = None,
+    workers: int | None = None,
     on_bad_image: OnBadImage = "error",
 ) -> Iterator[Prediction]:
-    """Predict image after image, holding one batch at a time; arguments as in `predict`.
+    """Predict image after image, holding a few batches at a time; arguments as in `predict`.
 
-    `images` may also be any iterable of single images, such as a generator that never ends.
+    `images` may also be any iterable of single images, such as a generator that never ends. With
+    `workers` up to four batches are taken ahead of the prediction that is returned.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if on_bad_image not in ("error", "skip"):
         raise ValueError(f"on_bad_image must be error or skip, got {on_bad_image!r}")
-    options = _Options(top_k, decide if threshold is None else "threshold", threshold)
+    options = Options(top_k, decide if threshold is None else "threshold", threshold)
     classifier = resolve_model(model, device)
     if classifier.backbone is None:
         raise ValueError(
@@ -207,13 +220,13 @@ def predict_iter(
             "use model.predict_features(features)"
         )
     search = _search_of(classifier, beam_size, min_labels)
-    if not _is_known(images):
-        raise TypeError(
-            "images must be a path, a folder, a PIL image, an array, a tensor, or a list of "
-            f"these, got {type(images).__name__}"
-        )
-    items = _items(images, classifier.backbone.preprocessing, on_bad_image)
-    return _stream(items, classifier, search, options, batch_size)
+    running = _TorchModel(
+        classifier, search, tuple(classifier.labels), classifier.calibration,
+        classifier.backbone.preprocessing,
+    )  # fmt: skip
+    return predict_images(
+        images, running, options, batch_size=batch_size, workers=workers, on_bad_image=on_bad_image
+    )
 
 
 def predict_features(
@@ -227,14 +240,14 @@ def predict_features(
     threshold: float | None = None,
 ) -> list[Prediction]:
     """Predict label sets of feature vectors [B, F]; other arguments as in `predict`."""
-    options = _Options(top_k, decide if threshold is None else "threshold", threshold)
+    options = Options(top_k, decide if threshold is None else "threshold", threshold)
     classifier = resolve_model(model, None)
     search = _search_of(classifier, beam_size, min_labels)
     batch = torch.as_tensor(features).to(classifier.device, torch.float32)
-    decided = _decide(classifier, batch, search, options)
-    return [
-        Prediction(str(row), None, classifier.labels, decided, row) for row in range(len(batch))
-    ]
+    if _forked:
+        torch.set_num_threads(1)
+    inference = classifier.infer(batch, search)
+    return decided_predictions(inference, tuple(classifier.labels), classifier.calibration, options)
 
 
 def load(path: str | Path | None = None) -> CNNRNN | Ensemble:
@@ -288,7 +301,9 @@ def resolve_model(
 
 
 @dataclass(frozen=True)
-class _Options:
+class Options:
+    """How label sets are decided; see `predict`."""
+
     top_k: int | None
     decide: Decide
     threshold: float | None
@@ -310,46 +325,162 @@ def _search_of(
     return replace(model.search, **changes)
 
 
-def _stream(
-    items: Iterator[_Item],
-    model: CNNRNN | Ensemble,
-    search: SearchConfig,
-    options: _Options,
+class ImageModel(Protocol):
+    """What `predict_images` needs of a model, whatever runs it."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Label names in path order."""
+
+    @property
+    def calibration(self) -> Calibration:
+        """Thresholds, k and mixing weight."""
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What turns a decoded picture into the model's input."""
+
+    def begin(self, images: list[Tensor]) -> Callable[[], Inference]:
+        """Start on images, each uint8 or float in 0..1 of [3, S, S], on the CPU or a GPU.
+
+        Returns:
+            What ends it; raises NonFiniteError for images whose values are not finite.
+        """
+
+
+@dataclass(frozen=True)
+class _TorchModel:
+    """A model whose backbone torch runs."""
+
+    model: CNNRNN | Ensemble
+    search: SearchConfig
+    labels: tuple[str, ...]
+    calibration: Calibration
+    preprocessing: Preprocessing
+
+    @torch.no_grad()
+    def begin(self, images: list[Tensor]) -> Callable[[], Inference]:
+        if _forked:
+            torch.set_num_threads(1)  # those of the parent's pool are not here: torch would wait
+        device = self.model.device
+        parts = [normalize(image[None].to(device), self.preprocessing) for image in images]
+        features = self.model.features(torch.cat(parts)).float()
+        return lambda: self.model.infer(features, self.search)
+
+
+def predict_images(
+    images: Any,
+    model: ImageModel,
+    options: Options,
+    *,
     batch_size: int,
+    workers: int | None,
+    on_bad_image: OnBadImage,
 ) -> Iterator[Prediction]:
-    assert model.backbone is not None
-    preprocessing = model.backbone.preprocessing
-    while group := list(itertools.islice(items, batch_size)):
-        tensors = [normalize(i.image[None].to(model.device), preprocessing)
-                   for i in group if i.image is not None]  # fmt: skip
-        decided = None
-        if tensors:
-            with torch.no_grad():
-                features = model.features(torch.cat(tensors)).float()
-            try:
-                decided = _decide(model, features, search, options)
-            except NonFiniteError as error:
-                names = [item.source for item in group if item.image is not None]
-                named = ", ".join(names[i] for i in error.images[:8])
-                raise ValueError(
-                    f"the model gives values that are not finite for {len(error.images)} images "
-                    f"({named}); check its weights"
-                ) from error
-        row = 0
-        for item in group:
-            if item.image is None:
-                yield Prediction(item.source, item.error)
-                continue
-            yield Prediction(item.source, None, model.labels, decided, row)
-            row += 1
+    """Decode in threads, run the model, search and decide, one batch ahead of another."""
+    if not _is_known(images):
+        raise TypeError(
+            "images must be a path, a folder, a PIL image, an array, a tensor, or a list of "
+            f"these, got {type(images).__name__}"
+        )
+    if workers is None:
+        workers = 0 if isinstance(images, Iterator) else min(usable_cores(), MAX_WORKERS)
+    elif workers < 0:
+        raise ValueError(f"workers must be at least 0, got {workers}")
+    items = mapped_in_order(
+        lambda numbered: _item(*numbered, model.preprocessing, on_bad_image),
+        enumerate(_singles(images)),
+        workers=workers,
+        ahead=2 * batch_size,
+    )
+    return _stream(items, model, options, batch_size, ahead=1 if workers else 0)
 
 
-@torch.no_grad()
-def _decide(
-    model: CNNRNN | Ensemble, features: Tensor, search: SearchConfig, options: _Options
-) -> _Batch:
-    inference = model.infer(features, search)
-    calibration: Calibration = model.calibration
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+def mapped_in_order(
+    function: Callable[[In], Out], items: Iterable[In], *, workers: int, ahead: int
+) -> Generator[Out, None, None]:
+    """Yield function(item) of each item in order, computed in threads.
+
+    Args:
+        function: called in a thread, or with 0 workers in the caller's.
+        items: advanced in the caller's thread.
+        workers: threads.
+        ahead: at most so many items are taken before their turn.
+    """
+    if workers == 0:
+        yield from map(function, items)
+        return
+    pending: deque[Future[Out]] = deque()
+    with ThreadPoolExecutor(workers, "cnnrnn-decode") as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                while pending and (len(pending) > ahead or pending[0].done()):
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _stream(
+    items: Generator[_Item, None, None],
+    model: ImageModel,
+    options: Options,
+    batch_size: int,
+    ahead: int,
+) -> Iterator[Prediction]:
+    """Begin so many batches ahead of the one that is searched: on a GPU the two overlap."""
+    begun: deque[tuple[list[_Item], Callable[[], Inference] | None]] = deque()
+    try:
+        while group := list(itertools.islice(items, batch_size)):
+            images = [item.image for item in group if item.image is not None]
+            begun.append((group, model.begin(images) if images else None))
+            if len(begun) > ahead:
+                yield from _decided_group(*begun.popleft(), model, options)
+        while begun:
+            yield from _decided_group(*begun.popleft(), model, options)
+    finally:
+        items.close()
+
+
+def _decided_group(
+    group: list[_Item],
+    finish: Callable[[], Inference] | None,
+    model: ImageModel,
+    options: Options,
+) -> Iterator[Prediction]:
+    decided = None
+    if finish is not None:
+        try:
+            decided = _decided(finish(), model.calibration, options)
+        except NonFiniteError as error:
+            names = [item.source for item in group if item.image is not None]
+            named = ", ".join(names[i] for i in error.images[:8])
+            raise ValueError(
+                f"the model gives values that are not finite for {len(error.images)} images "
+                f"({named}); check its weights"
+            ) from error
+    row = 0
+    for item in group:
+        if item.image is None:
+            yield Prediction(item.source, item.error)
+            continue
+        yield Prediction(item.source, None, model.labels, decided, row)
+        row += 1
+
+
+def _decided(inference: Inference, calibration: Calibration, options: Options) -> _Batch:
     scores = inference.mixed(calibration.mix_weight)
     if options.threshold is not None:
         calibration = replace(calibration, threshold=options.threshold)
@@ -359,30 +490,37 @@ def _decide(
     return _Batch(inference, sets, scores)
 
 
-def _items(images: Any, preprocessing: Preprocessing, on_bad_image: OnBadImage) -> Iterator[_Item]:
-    for position, image in enumerate(_singles(images)):
-        source = str(image) if isinstance(image, (str, Path)) else str(position)
-        if isinstance(image, (str, Path, Image.Image)):
-            try:
-                rgb = (
-                    _from_pil(image, position)
-                    if isinstance(image, Image.Image)
-                    else (decode_image(image))
-                )
-                yield _Item(source, to_tensor(rgb, preprocessing))
-            except BadImageError as error:
-                if on_bad_image == "error":
-                    raise
-                yield _Item(source, None, str(error))
-        elif isinstance(image, np.ndarray):
-            yield _Item(source, to_tensor(_from_array(image, position), preprocessing))
-        elif isinstance(image, Tensor):
-            yield _Item(source, _from_tensor(image, position, preprocessing))
-        else:
-            raise TypeError(
-                f"image {position} must be a path, PIL image, array or tensor, "
-                f"got {type(image).__name__}"
+def decided_predictions(
+    inference: Inference, labels: tuple[str, ...], calibration: Calibration, options: Options
+) -> list[Prediction]:
+    """Return the predictions of feature vectors, named by their rows."""
+    decided = _decided(inference, calibration, options)
+    return [Prediction(str(row), None, labels, decided, row) for row in range(len(decided.sets))]
+
+
+def _item(
+    position: int, image: Any, preprocessing: Preprocessing, on_bad_image: OnBadImage
+) -> _Item:
+    source = str(image) if isinstance(image, (str, Path)) else str(position)
+    if isinstance(image, (str, Path, Image.Image)):
+        try:
+            rgb = (
+                _from_pil(image, position)
+                if isinstance(image, Image.Image)
+                else decode_image(image)
             )
+            return _Item(source, to_tensor(rgb, preprocessing))
+        except BadImageError as error:
+            if on_bad_image == "error":
+                raise
+            return _Item(source, None, str(error))
+    if isinstance(image, np.ndarray):
+        return _Item(source, to_tensor(_from_array(image, position), preprocessing))
+    if isinstance(image, Tensor):
+        return _Item(source, _from_tensor(image, position, preprocessing))
+    raise TypeError(
+        f"image {position} must be a path, PIL image, array or tensor, got {type(image).__name__}"
+    )
 
 
 def _singles(images: Any) -> Iterator[Any]:

@@ -1,0 +1,398 @@
+"""The whole model as tensor operations over a batch, which ONNX can express.
+
+The search is that of `cnnrnn/search/reference.py`, every image and live path at once. What does not
+depend on the image is computed beforehand: the label's part of the gates is a table [L+2, 4H], and
+the state after START a constant.
+
+Letters: B images, N live paths, T the longest path, L labels, H recurrent width, D joint width.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cnnrnn.classifier import CNNRNN
+from cnnrnn.config import SearchConfig
+from cnnrnn.data.images import normalize
+from cnnrnn.decisions import mixed_scores
+from cnnrnn.labels import PAD
+from cnnrnn.model import Head, chain_logits
+from cnnrnn.search.engine import resolve_max_labels
+from cnnrnn.search.reference import LIVE_MASS_FLOOR
+
+Input = Literal["uint8", "float", "features"]
+INPUT_NAMES: dict[Input, str] = {"uint8": "images", "float": "images", "features": "features"}
+OUTPUT_NAMES = ("labels", "lengths", "log_probs", "marginals", "scores", "joint")
+LABEL_SCORES = "label_scores"
+"""One more output, where the head has a chain term."""
+
+
+class Paths(NamedTuple):
+    """The N best label paths of each image, best first, as `SearchResult` has them."""
+
+    labels: Tensor  # [B, N, T]
+    lengths: Tensor  # [B, N]
+    log_probs: Tensor  # [B, N]
+    marginals: Tensor  # [B, L]
+
+
+class _State(NamedTuple):
+    """What the search knows between two steps. A score of -inf marks a place without a path."""
+
+    scores: Tensor  # [B, N] of the live paths
+    labels: Tensor  # [B, N, T] theirs
+    output: Tensor  # [B, N, H]
+    cell: Tensor  # [B, N, H]
+    done_scores: Tensor  # [B, N], best first
+    done_labels: Tensor  # [B, N, T]
+    marginals: Tensor  # [B, L]
+    accepting: Tensor  # [B] bool; False once a literal stop has fixed the result
+    marked: Tensor  # [B] bool, a value was not finite that could have changed the result
+
+
+def top(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the largest values and their places: [B, n] to [B, count] each.
+
+    ONNX's TopK puts the lower place first where values are equal, as the search wants it; torch's
+    own promises no order.
+    """
+    largest, places = values.topk(count, dim=1)
+    return largest, places
+
+
+class PathSearch(nn.Module):
+    """The beam search of a head.
+
+    Args:
+        head: whose weights are copied, as float32.
+        search: the options; `min_labels` is an input.
+        loop: repeat one step in a loop that ends with the last live path, instead of writing T
+            steps one after the other.
+    """
+
+    def __init__(self, head: Head, search: SearchConfig, loop: bool) -> None:
+        super().__init__()
+        self.search = search
+        self.max_labels = resolve_max_labels(head, search)
+        self.num_labels = head.num_labels
+        self.cell = head.cell
+        self.activation = head.activation
+        self.loop = loop
+        with torch.no_grad():
+            start = torch.tensor([head.start], device=head.label_embedding.device)
+            output, cell = head.extend(start, head.initial_state(1))
+            constants = {
+                "label_embedding": head.label_embedding[: head.num_labels + 1],
+                "score_bias": head.score_bias,
+                "label_gates": head.recurrence.input_gates(head.label_embedding),
+                "recurrent_weight": head.recurrence.weight_hh,
+                "output_weight": head.output_projection.weight,
+                "root_projected": head.output_projection(output)[None],  # [1, 1, D]
+                "root_output": output[None],  # [1, 1, H]
+                "root_cell": cell[None],
+                "root_product": head.recurrence.fed_back(output, cell)
+                @ head.recurrence.weight_hh.T,
+                "sure_end": torch.tensor([-torch.inf] * head.num_labels + [0.0]),
+            }
+        for name, value in constants.items():
+            constant = None if value is None else value.detach().float().contiguous().clone()
+            self.register_buffer(name, constant)
+
+    label_embedding: Tensor
+    score_bias: Tensor | None
+    label_gates: Tensor
+    recurrent_weight: Tensor
+    output_weight: Tensor
+    root_projected: Tensor
+    root_output: Tensor
+    root_cell: Tensor
+    root_product: Tensor
+    sure_end: Tensor
+
+    def forward(
+        self, joint: Tensor, label_logits: Tensor | None, min_labels: Tensor, forbidden: Tensor
+    ) -> Paths:
+        """Search.
+
+        Args:
+            joint: [B, D].
+            label_logits: [B, L+1] or None.
+            min_labels: [] int64, END is forbidden on shorter paths.
+            forbidden: [1 or B, L] bool, labels that no path may have.
+        """
+        N, T = self.search.beam_size, self.max_labels
+        given = (joint, label_logits, min_labels, forbidden)
+        finite = joint.isfinite().all(1)
+        if label_logits is not None:
+            finite = finite & label_logits.isfinite().all(1)
+        zero = joint.new_zeros(())
+        begin = torch.where(finite, zero, -torch.inf)[:, None]  # [B, 1]: the empty path is live
+        state = _State(
+            scores=begin,
+            labels=torch.full_like(begin, PAD, dtype=torch.int64)[:, :, None].expand(-1, 1, T),
+            output=self.root_output,
+            cell=self.root_cell,
+            done_scores=torch.full_like(begin, -torch.inf).expand(-1, N),
+            done_labels=torch.full_like(begin, PAD, dtype=torch.int64)[:, :, None].expand(-1, N, T),
+            marginals=torch.zeros_like(begin).expand(-1, self.num_labels),
+            accepting=finite | True,
+            marked=~finite,
+        )
+        if T:
+            state = self._step(state, torch.tensor(0), *given, first=True)
+        if self.loop and T > 1:
+            state = self._loop(state, *given)
+        else:
+            for t in range(1, T):
+                state = self._step(state, torch.tensor(t), *given)
+        # Paths of length T can only end, at log-probability 0.
+        scores, labels = self._merged(state, state.scores, state.labels)
+        marked = state.marked[:, None]
+        absent = scores == -torch.inf
+        lengths = (labels != PAD).sum(2).masked_fill(absent | marked, 0)
+        return Paths(
+            labels=labels.masked_fill((absent | marked)[:, :, None], PAD),
+            lengths=lengths,
+            log_probs=scores.masked_fill(marked, torch.nan),
+            marginals=state.marginals.masked_fill(marked, torch.nan),
+        )
+
+    def _loop(
+        self,
+        state: _State,
+        joint: Tensor,
+        label_logits: Tensor | None,
+        min_labels: Tensor,
+        forbidden: Tensor,
+    ) -> _State:
+        """Repeat the step from the second on, while a path is live."""
+        from torch._higher_order_ops.while_loop import while_loop
+
+        def going(t: Tensor, *values: Tensor) -> Tensor:
+            return (t < self.max_labels) & (_State(*values).scores > -torch.inf).any()
+
+        def body(t: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+            state = _State(*values)
+            after = self._step(state, t, joint, label_logits, min_labels, forbidden)
+            return (t + 1, *(part.clone() for part in after))  # no input may be returned
+
+        carried = (torch.tensor(1), *(part.clone() for part in state))
+        _, *values = while_loop(going, body, carried)
+        return _State(*values)
+
+    def _step(
+        self,
+        state: _State,
+        t: Tensor,  # [] int64, labels on every live path
+        joint: Tensor,
+        label_logits: Tensor | None,
+        min_labels: Tensor,
+        forbidden: Tensor,
+        first: bool = False,  # the empty path alone is live
+    ) -> _State:
+        """Score what may follow the live paths, end some and extend the N best."""
+        N, L = self.search.beam_size, self.num_labels
+        B, P = state.scores.shape
+        projected = self.root_projected if first else state.output @ self.output_weight.T
+        log_probs, bad = self._log_probs(
+            state, t, projected, joint, label_logits, min_labels, forbidden
+        )
+        extended = (state.scores[:, :, None] + log_probs).masked_fill(
+            bad[:, :, None], -torch.inf
+        )  # [B, P, L+1]
+        marginals = state.marginals + extended[:, :, :L].exp().sum(1)
+        floor_before = self._floor(state.done_scores, state.accepting)
+
+        width = L + 1 if self.search.end_takes_slot else L
+        places = min(N, P * width)
+        scores = extended[:, :, :width].reshape(B, P * width)
+        scores, index = top(scores, places)
+        firsts = torch.arange(1, P, device=index.device) * width  # index // width takes ten nodes
+        parent = (index[:, :, None] >= firsts).sum(2)
+        label = index - parent * width
+        if places < N:
+            pad = (0, N - places)
+            scores = nn.functional.pad(scores, pad, value=-torch.inf)
+            parent, label = nn.functional.pad(parent, pad), nn.functional.pad(label, pad)
+        rows = parent + P * torch.arange(B, device=parent.device)[:, None]  # [B, N] of B x P
+        labels = state.labels.flatten(0, 1)[rows]  # the parents' [B, N, T]
+        if self.search.end_takes_slot:
+            ends = label == L
+            finished, finished_labels = scores.masked_fill(~ends, -torch.inf), labels
+            scores = scores.masked_fill(ends, -torch.inf)
+            label = label.masked_fill(ends, 0)
+        else:
+            finished, finished_labels = extended[:, :, L], state.labels
+        done_scores, done_labels = self._merged(state, finished, finished_labels)
+
+        accepting = state.accepting
+        if self.search.stop == "literal":
+            worst = done_scores.masked_fill(done_scores == -torch.inf, torch.inf).amin(1)
+            passed = (scores.amax(1) < worst) & (worst < torch.inf)
+            accepting = accepting & ~(passed & (scores.amax(1) > -torch.inf))
+        could_enter = (state.scores > floor_before[:, None]) & (
+            state.scores >= self._floor(done_scores, state.accepting)[:, None]
+        )
+        marked = state.marked | (bad & could_enter).any(1)
+        settled = scores.amax(1) <= self._floor(done_scores, accepting)
+        stopped = settled & (scores.exp().sum(1) < LIVE_MASS_FLOOR)
+        scores = scores.masked_fill(stopped[:, None], -torch.inf)
+
+        position = torch.arange(self.max_labels, device=label.device)
+        output, cell = self._extended(state, rows, label, first)
+        return _State(
+            scores=scores,
+            labels=torch.where(position == t, label[:, :, None], labels),
+            output=output,
+            cell=cell,
+            done_scores=done_scores,
+            done_labels=done_labels,
+            marginals=marginals,
+            accepting=accepting,
+            marked=marked,
+        )
+
+    def _log_probs(
+        self,
+        state: _State,
+        t: Tensor,
+        projected: Tensor,
+        joint: Tensor,
+        label_logits: Tensor | None,
+        min_labels: Tensor,
+        forbidden: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Return log p of what may follow [B, P, L+1], and where scores are not finite [B, P]."""
+        total = projected + joint[:, None, :]
+        if self.activation != "identity":
+            total = total.relu() if self.activation == "relu" else total.tanh()
+        scores = total @ self.label_embedding.T  # [B, P, L+1]
+        if self.score_bias is not None:
+            scores = scores + self.score_bias
+        # Only the end may follow where every label is forbidden, also below min_labels.
+        allowed = ~self._follows_none(state, forbidden)  # [B, P, L]
+        only_end = (~allowed).all(2, keepdim=True) & (t < min_labels)  # [B, P, 1]
+        end = (t >= min_labels).expand(*allowed.shape[:2], 1)
+        allowed = torch.cat([allowed, end], dim=2)
+        if label_logits is not None:
+            # Only differences matter: taking off the largest first keeps the sum precise.
+            logits = label_logits[:, None, :].masked_fill(~allowed, -torch.inf)
+            largest = logits.amax(2, keepdim=True).masked_fill(only_end, 0.0)
+            scores = scores + (label_logits[:, None, :] - largest)
+        scores = scores.masked_fill(~allowed, -torch.inf)
+        bad = scores.isnan().any(2) | scores.amax(2).isinf()
+        bad = bad & ~only_end[:, :, 0]
+        log_probs = scores.log_softmax(2).clamp(max=0)
+        return torch.where(only_end, self.sure_end, log_probs), bad
+
+    def _follows_none(self, state: _State, forbidden: Tensor) -> Tensor:
+        """Return which labels may not follow each live path: [B, P, L] bool."""
+        B, P, T = state.labels.shape
+        labels = torch.arange(self.num_labels, device=state.labels.device)
+        if self.search.order == "increasing":
+            last = state.labels.amax(2, keepdim=True)  # -1 on the empty path
+            return (labels <= last) | forbidden[:, None, :]
+        if self.search.order == "unique":
+            columns = state.labels + 1  # the first column takes the padding
+            taken = torch.zeros(B, P, self.num_labels + 1, device=columns.device)
+            taken = taken.scatter(2, columns, 1.0)
+            return (taken[:, :, 1:] > 0) | forbidden[:, None, :]
+        return forbidden[:, None, :].expand(B, P, -1)
+
+    def _extended(
+        self, state: _State, rows: Tensor, label: Tensor, first: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Read one more label [B, N] into the states of the parents [B, N] (equation 3)."""
+        gates = self.label_gates[label]  # [B, N, 4H]
+        if first:
+            gates, before = gates + self.root_product, self.root_cell
+        else:
+            before = state.cell.flatten(0, 1)[rows]
+            fed_back = state.output.flatten(0, 1)[rows] if self.cell == "lstm" else before
+            gates = gates + fed_back @ self.recurrent_weight.T
+        if self.cell == "lstm":
+            i, f, g, o = gates.chunk(4, dim=2)
+            cell = f.sigmoid() * before + i.sigmoid() * g.tanh()
+            return o.sigmoid() * cell.tanh(), cell
+        x, i, f, g = gates.relu().chunk(4, dim=2)
+        cell = f * before + i * x
+        return cell * g, cell
+
+    def _merged(
+        self, state: _State, finished: Tensor, finished_labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the N best done paths; at equal score the one that finished earlier is ahead."""
+        offered = torch.cat([state.done_scores, finished], dim=1)
+        offered_labels = torch.cat([state.done_labels, finished_labels], dim=1)
+        scores, index = top(offered, self.search.beam_size)
+        B, offers = offered.shape
+        rows = index + offers * torch.arange(B, device=index.device)[:, None]
+        labels = offered_labels.flatten(0, 1)[rows]
+        if self.search.stop == "literal":
+            accepting = state.accepting[:, None]
+            scores = torch.where(accepting, scores, state.done_scores)
+            labels = torch.where(accepting[:, :, None], labels, state.done_labels)
+        return scores, labels
+
+    def _floor(self, done_scores: Tensor, accepting: Tensor) -> Tensor:
+        """Return the score at or below which a live path cannot enter the result: [B]."""
+        if self.search.stop == "n_best":
+            return done_scores[:, -1]
+        return torch.where(accepting, -torch.inf, torch.inf)
+
+
+class ExportedModel(nn.Module):
+    """A model from its input to decided paths and scores.
+
+    Args:
+        model: whose weights are copied.
+        input_kind: what comes in.
+        search: the options of the search.
+        loop: see `PathSearch`.
+        half: backbone, trunk and the projections of the image compute in float16. The recurrence,
+            label scores and sums stay float32.
+    """
+
+    def __init__(
+        self, model: CNNRNN, input_kind: Input, search: SearchConfig, loop: bool, half: bool
+    ) -> None:
+        super().__init__()
+        copied = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+        self.search = PathSearch(copied.head, search, loop)
+        self.backbone = None if input_kind == "features" else copied.backbone
+        self.trunk = copied.head.trunk
+        self.image_projection = copied.head.image_projection
+        self.label_classifier = copied.head.label_classifier
+        self.input_kind = input_kind
+        self.mix_weight = model.calibration.mix_weight
+        self.dtype = torch.float16 if half else torch.float32
+        for part in (self.backbone, self.trunk, self.image_projection, self.label_classifier):
+            if part is not None:
+                part.to(self.dtype)
+
+    def forward(self, inputs: Tensor, min_labels: Tensor, forbidden: Tensor) -> tuple[Tensor, ...]:
+        """Return what `OUTPUT_NAMES` names, and label scores where there is a chain term.
+
+        Args:
+            inputs: uint8 [B, S, S, 3], normalised float [B, 3, S, S] or features [B, F].
+            min_labels: [] int64.
+            forbidden: [1 or B, L] bool.
+        """
+        if self.backbone is not None:
+            if self.input_kind == "uint8":
+                inputs = normalize(inputs.permute(0, 3, 1, 2), self.backbone.preprocessing)
+            inputs = self.backbone(inputs.to(self.dtype))
+        hidden = self.trunk(inputs.to(self.dtype))
+        joint = self.image_projection(hidden).float()
+        label_scores = label_logits = None
+        if self.label_classifier is not None:
+            label_scores = self.label_classifier(hidden).float()
+            label_logits = chain_logits(label_scores)
+        paths = self.search(joint, label_logits, min_labels, forbidden)
+        scores = mixed_scores(paths.marginals, label_scores, self.mix_weight)
+        outputs = (*paths, scores, joint)
+        return outputs if label_scores is None else (*outputs, label_scores)

@@ -1,0 +1,236 @@
+"""Writes a model as one ONNX file, from pictures or feature vectors to label paths."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+
+from cnnrnn.classifier import CNNRNN, weights_digest
+from cnnrnn.config import SearchConfig
+from cnnrnn.ensemble import Ensemble, load_model
+from cnnrnn.export.graph import (
+    INPUT_NAMES,
+    LABEL_SCORES,
+    OUTPUT_NAMES,
+    ExportedModel,
+    Input,
+)
+from cnnrnn.search.engine import head_parameters, resolve_max_labels
+from cnnrnn.state import write_whole
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+Precision = Literal["float32", "float16"]
+OPSET = 20
+FORMAT = 1
+ONE_FILE_BYTES = 2**31 - 2**20
+"""An ONNX file cannot be larger than 2 GB; a larger model's weights lie beside it."""
+
+
+def export_onnx(
+    model: CNNRNN | Ensemble | str | Path,
+    path: str | Path,
+    *,
+    input_kind: Input | None = None,
+    precision: Precision = "float32",
+    loop: bool = False,
+    dynamic_size: bool = False,
+    search: SearchConfig | None = None,
+) -> None:
+    """Write a model as one ONNX file: backbone, projection and the whole beam search.
+
+    docs/deployment.md lists inputs, outputs and metadata of the file.
+
+    Args:
+        model: a model or a checkpoint folder.
+        path: file to write.
+        input_kind: what the file takes: `uint8` pictures [B, S, S, 3], normalised inside; `float`,
+            normalised pictures [B, 3, S, S]; or `features` [B, F], for the head alone. By default
+            `uint8`, and `features` for a model without a backbone.
+        precision: `float16` for backbone, trunk and image projections; recurrence, label scores
+            and the search stay float32.
+        loop: the steps of the search as an ONNX Loop, which ends with the last live path and makes
+            a smaller file, instead of one after the other.
+        dynamic_size: pictures of any height and width, where the backbone takes them.
+        search: options of the search; the model's own by default.
+
+    Raises:
+        ValueError: the options do not fit the model, or it cannot be exported.
+        ModuleNotFoundError: onnx or onnxscript is not installed.
+    """
+    _require_onnx()
+    import onnx
+
+    model = _single_model(model)
+    search = search or model.search
+    search = replace(search, max_labels=resolve_max_labels(model.head, search))
+    input_kind = input_kind or ("features" if model.backbone is None else "uint8")
+    _check_options(model, input_kind, precision, dynamic_size)
+    exported = ExportedModel(model, input_kind, search, loop, precision == "float16").eval()
+    proto = _exported(exported, model, input_kind, search, dynamic_size)
+    _give_defaults(proto, search, len(model.labels))
+    del proto.metadata_props[:]
+    metadata = _metadata(model, input_kind, precision, loop, search)
+    onnx.helper.set_model_props(proto, metadata)
+    path = Path(path)
+    if proto.ByteSize() < ONE_FILE_BYTES:
+        onnx.checker.check_model(proto, full_check=True)
+        write_whole(path, lambda file: file.write_bytes(proto.SerializeToString()))
+        return
+    onnx.save(proto, path, save_as_external_data=True, location=f"{path.name}.data")
+    onnx.checker.check_model(path, full_check=True)
+
+
+def _require_onnx() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"export needs {error.name}, which is not installed: "
+            'run `pip install "cnnrnn[onnx]"`, or "cnnrnn[onnx-cpu]" on a machine without a GPU'
+        ) from error
+
+
+def _single_model(model: CNNRNN | Ensemble | str | Path) -> CNNRNN:
+    loaded = load_model(model) if isinstance(model, (str, Path)) else model
+    if isinstance(loaded, Ensemble):
+        raise ValueError("an ensemble cannot be exported; export its members one by one")
+    return loaded
+
+
+def _check_options(
+    model: CNNRNN, input_kind: Input, precision: Precision, dynamic_size: bool
+) -> None:
+    if input_kind not in INPUT_NAMES:
+        raise ValueError(f"input_kind must be one of {', '.join(INPUT_NAMES)}, got {input_kind!r}")
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision must be float32 or float16, got {precision!r}")
+    if model.backbone is None and input_kind != "features":
+        raise ValueError(
+            f"input_kind must be features for a model without a backbone, got {input_kind}"
+        )
+    if dynamic_size and input_kind == "features":
+        raise ValueError("dynamic_size is of pictures; the input is feature vectors")
+
+
+def _exported(
+    exported: ExportedModel,
+    model: CNNRNN,
+    input_kind: Input,
+    search: SearchConfig,
+    dynamic_size: bool,
+) -> ModelProto:
+    shape: dict[int, Any] = {0: torch.export.Dim("batch")}
+    if input_kind == "features":
+        example = torch.zeros(2, model.feature_dim)
+    else:
+        assert model.backbone is not None
+        side = model.backbone.preprocessing.image_size
+        first = 1 if input_kind == "uint8" else 2
+        if dynamic_size:
+            shape |= {first + i: torch.export.Dim.DYNAMIC for i in range(2)}
+        sizes = (2, side, side, 3) if input_kind == "uint8" else (2, 3, side, side)
+        example = torch.zeros(sizes, dtype=torch.uint8 if input_kind == "uint8" else torch.float32)
+    arguments = (
+        example,
+        torch.tensor(search.min_labels),
+        torch.zeros(1, len(model.labels), dtype=torch.bool),
+    )
+    chained = model.head.label_classifier is not None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(
+                exported, arguments, dynamic_shapes=(shape, {}, {}), strict=False
+            )
+            written = torch.onnx.export(
+                program,
+                input_names=[INPUT_NAMES[input_kind], "min_labels", "forbidden"],
+                output_names=[*OUTPUT_NAMES, *([LABEL_SCORES] if chained else [])],
+                opset_version=OPSET,
+                dynamo=True,
+                verbose=False,
+            )
+    except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError) as error:
+        reason = " ".join(str(error).split())[:300]
+        size = ", for pictures of any size," if dynamic_size else ""
+        raise ValueError(
+            f"backbone {model.config.backbone}{size} cannot be exported: {reason}"
+        ) from error
+    assert written is not None
+    proto: ModelProto = written.model_proto
+    names = ("batch",) if input_kind == "features" else ("batch", "height", "width")
+    _name_dimensions(proto, names)
+    return proto
+
+
+def _name_dimensions(proto: ModelProto, names: tuple[str, ...]) -> None:
+    """Name the dimensions that vary, which torch has numbered, in the order of the first input."""
+    values = [*proto.graph.input, *proto.graph.output]
+    dims = [dim for value in values for dim in value.type.tensor_type.shape.dim]
+    numbered = [dim.dim_param for dim in proto.graph.input[0].type.tensor_type.shape.dim]
+    named = dict(zip((name for name in numbered if name), names, strict=False))
+    for dim in dims:
+        if dim.dim_param in named:
+            dim.dim_param = named[dim.dim_param]
+
+
+def _give_defaults(proto: ModelProto, search: SearchConfig, num_labels: int) -> None:
+    """Make two inputs optional: an initializer of an input's name is its default."""
+    import numpy as np
+    from onnx import numpy_helper
+
+    # Traced with one row for all images, it broadcasts as well with a row for each.
+    proto.graph.input[2].type.tensor_type.shape.dim[0].dim_param = "rows"
+    del proto.graph.value_info[:]
+    for name, value in (
+        ("min_labels", np.array(search.min_labels, np.int64)),
+        ("forbidden", np.zeros((1, num_labels), bool)),
+    ):
+        proto.graph.initializer.append(numpy_helper.from_array(value, name))
+
+
+def _metadata(
+    model: CNNRNN, input_kind: Input, precision: Precision, loop: bool, search: SearchConfig
+) -> dict[str, str]:
+    """Return what a consumer must know beside the graph, each value as JSON."""
+    preprocessing = None if model.backbone is None else asdict(model.backbone.preprocessing)
+    values = {
+        "cnnrnn_format": FORMAT,
+        "input": input_kind,
+        "precision": precision,
+        "loop": loop,
+        "labels": list(model.labels),
+        "source_index": list(model.label_space.source_index),
+        "preprocessing": None if input_kind == "features" else preprocessing,
+        "calibration": asdict(model.calibration),
+        "search": asdict(search),
+        "cell": model.head.cell,
+        "activation": model.head.activation,
+    }
+    content = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+    content.update(weights_digest(model.state_dict().items()).encode())
+    texts = {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}
+    return texts | {"content_hash": content.hexdigest(), "head": _head_text(model)}
+
+
+def _head_text(model: CNNRNN) -> str:
+    """Return the weights of the search, for the compiled one, as a safetensors file in base64."""
+    from safetensors.torch import save
+
+    searched = {id(tensor) for tensor in head_parameters(model.head) if tensor is not None}
+    tensors = {
+        name: tensor.detach().cpu().float().contiguous()
+        for name, tensor in model.head.named_parameters()
+        if id(tensor) in searched
+    }
+    return base64.b64encode(save(tensors)).decode()

@@ -1,0 +1,510 @@
+"""`OnnxPredictor`: an exported model in ONNX Runtime, with the inputs and results of `predict`."""
+
+from __future__ import annotations
+
+import base64
+import importlib.metadata
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cnnrnn.classifier import read_options, typed
+from cnnrnn.config import Calibration, Decide, OnBadImage, Preprocessing, SearchConfig
+from cnnrnn.data.images import normalize
+from cnnrnn.decisions import SEARCH_BATCH, Inference
+from cnnrnn.export.graph import INPUT_NAMES, LABEL_SCORES, OUTPUT_NAMES, Input
+from cnnrnn.export.onnx import FORMAT
+from cnnrnn.model import Head, ImageEmbedding, chain_logits
+from cnnrnn.predictor import Options, Prediction, decided_predictions, predict_images
+from cnnrnn.search import NonFiniteError, SearchResult, beam_search
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+Search = Literal["onnx", "compiled"]
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
+_ERRORS_ONLY = 3  # of ONNX Runtime's levels: it warns of every optional input
+
+
+class ProviderError(RuntimeError):
+    """ONNX Runtime does not run on the execution provider that was asked for."""
+
+
+class OnnxModelError(ValueError):
+    """A file is not an ONNX model that `export_onnx` wrote."""
+
+
+class OnnxPredictor:
+    """An exported model.
+
+    Args:
+        path: a file written by `cnnrnn.export_onnx`.
+        providers: what runs it, most wanted first: `cpu`, `cuda`, `tensorrt` or ONNX Runtime's own
+            names, each also as (name, options).
+        search: `onnx` runs the whole graph in ONNX Runtime; `compiled` runs it up to the image's
+            embedding, and the search in this package's engine.
+        fallback: accept another provider than the first one, with a warning.
+        threads: of one operator, on the CPU; ONNX Runtime's choice (a thread per core) by default.
+
+    Attributes:
+        labels: names in path order, [L].
+        calibration: thresholds, k and mixing weight that validation data chose.
+        preprocessing: of pictures; None for a file that takes feature vectors.
+        search_config: the options of the search; T is resolved.
+        input_kind: `uint8`, `float` or `features`.
+        content_hash: SHA-256 of weights and metadata; the same for two exports of one model.
+        search: where the search runs.
+
+    Raises:
+        OnnxModelError: the file is no such model.
+        ProviderError: the provider is not there or cannot start, and `fallback` is off.
+        ModuleNotFoundError: ONNX Runtime is not installed.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        providers: Sequence[str | tuple[str, dict[str, Any]]] = ("cpu",),
+        search: Search = "onnx",
+        fallback: bool = False,
+        threads: int | None = None,
+    ) -> None:
+        if search not in get_args(Search):
+            raise ValueError(f"search must be onnx or compiled, got {search!r}")
+        if isinstance(providers, str) or not providers:
+            raise ValueError(f"providers must be a list of names, got {providers!r}")
+        self.path = Path(path)
+        self.search: Search = search
+        self._process = os.getpid()
+        self._session = _open(self.path, providers, fallback, threads, search)
+        self._read_metadata(self._session.get_modelmeta().custom_metadata_map)
+        self._output_names = [output.name for output in self._session.get_outputs()]
+
+    def _read_metadata(self, texts: dict[str, str]) -> None:
+        try:
+            values = {
+                name: text if name in ("content_hash", "head") else json.loads(text)
+                for name, text in texts.items()
+            }
+            if values["cnnrnn_format"] != FORMAT:
+                raise OnnxModelError(
+                    f"{self.path} has format {values['cnnrnn_format']}, this release reads "
+                    f"{FORMAT}; upgrade cnnrnn"
+                )
+            self.labels = tuple(values["labels"])
+            self.calibration = read_options(Calibration, "calibration", values["calibration"])
+            self.search_config = read_options(SearchConfig, "search", values["search"])
+            self.input_kind: Input = typed("input", values["input"], Input)
+            self.content_hash: str = values["content_hash"]
+            self.preprocessing = None
+            if values["preprocessing"] is not None:
+                self.preprocessing = read_options(
+                    Preprocessing, "preprocessing", values["preprocessing"]
+                )
+            self._head = _search_head(values) if self.search == "compiled" else None
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, OnnxModelError):
+                raise
+            raise OnnxModelError(
+                f"{self.path} must be written by cnnrnn.export_onnx, found metadata that lack or "
+                f"spoil {error}"
+            ) from error
+
+    @property
+    def providers(self) -> list[str]:
+        """The execution providers that really run, most used first."""
+        return list(self._session.get_providers())
+
+    def predict(self, images: Any, **options: Any) -> list[Prediction]:
+        """Predict label sets of images; arguments as in `predict_iter`."""
+        return list(self.predict_iter(images, **options))
+
+    def predict_iter(
+        self,
+        images: Any,
+        *,
+        top_k: int | None = None,
+        beam_size: int | None = None,
+        min_labels: int | None = None,
+        forbidden_labels: Sequence[str] = (),
+        decide: Decide = "path",
+        threshold: float | None = None,
+        batch_size: int = 64,
+        workers: int | None = None,
+        on_bad_image: OnBadImage = "error",
+    ) -> Iterator[Prediction]:
+        """Predict image after image; arguments and results as in `cnnrnn.predict_iter`.
+
+        Args:
+            images: as there. A file that takes uint8 pictures takes no float tensors.
+            top_k: as there.
+            beam_size: N; fixed in the file, so another only for the compiled search.
+            min_labels: as there.
+            forbidden_labels: labels that no path may have; only for the search in ONNX Runtime.
+            decide: as there.
+            threshold: as there.
+            batch_size: as there.
+            workers: as there.
+            on_bad_image: as there.
+        """
+        if self.preprocessing is None:
+            raise ValueError(
+                f"{self.path} takes feature vectors, no images; use predict_features(features)"
+            )
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if on_bad_image not in ("error", "skip"):
+            raise ValueError(f"on_bad_image must be error or skip, got {on_bad_image!r}")
+        options = Options(top_k, decide if threshold is None else "threshold", threshold)
+        search = self._search(beam_size, min_labels)
+        running = _OnnxModel(self, search, self._forbidden(forbidden_labels))
+        return predict_images(
+            images, running, options, batch_size=batch_size, workers=workers,
+            on_bad_image=on_bad_image,
+        )  # fmt: skip
+
+    def predict_features(
+        self,
+        features: Tensor | np.ndarray[Any, Any],
+        *,
+        top_k: int | None = None,
+        beam_size: int | None = None,
+        min_labels: int | None = None,
+        forbidden_labels: Sequence[str] = (),
+        decide: Decide = "path",
+        threshold: float | None = None,
+    ) -> list[Prediction]:
+        """Predict label sets of feature vectors [B, F]; other arguments as in `predict_iter`."""
+        if self.input_kind != "features":
+            raise ValueError(
+                f"{self.path} takes images, no feature vectors; export with input_kind features"
+            )
+        options = Options(top_k, decide if threshold is None else "threshold", threshold)
+        search = self._search(beam_size, min_labels)
+        batch = torch.as_tensor(features).to(torch.float32)
+        inference = self.infer(batch, search, self._forbidden(forbidden_labels))
+        return decided_predictions(inference, self.labels, self.calibration, options)
+
+    def infer(
+        self, inputs: Tensor, search: SearchConfig | None = None, forbidden: Tensor | None = None
+    ) -> Inference:
+        """Run the model on its own kind of input.
+
+        Args:
+            inputs: uint8 [B, S, S, 3], normalised float [B, 3, S, S] or features [B, F]; on a GPU
+                without a copy, where a GPU's provider runs.
+            search: changes `min_labels`, and for the compiled search anything.
+            forbidden: [1 or B, L] bool, labels that no path may have.
+
+        Returns:
+            Sets and scores on the CPU.
+
+        Raises:
+            NonFiniteError: for inputs that give values that are not finite.
+        """
+        search = search or self.search_config
+        parts = inputs.split(SEARCH_BATCH) if len(inputs) else (inputs,)
+        masks: Sequence[Tensor | None] = [forbidden] * len(parts)
+        if forbidden is not None and len(forbidden) > 1:
+            masks = forbidden.split(SEARCH_BATCH)
+        runs = [self._searched(part, search, mask) for part, mask in zip(parts, masks, strict=True)]
+        results = [result for result, _ in runs]
+        label_scores = [scores.cpu() for _, scores in runs if scores is not None]
+        marked = torch.cat([result.log_probs[:, 0].isnan() for result in results])
+        if marked.any():
+            raise NonFiniteError(marked.nonzero()[:, 0].tolist(), len(inputs))
+        return Inference(
+            sets=torch.cat([result.best_sets() for result in results]),
+            marginals=torch.cat([result.marginals() for result in results]),
+            label_scores=torch.cat(label_scores) if label_scores else None,
+            search=tuple(results),
+        )
+
+    def run(
+        self,
+        inputs: Tensor,
+        *,
+        min_labels: int | None = None,
+        forbidden: Tensor | None = None,
+        outputs: Sequence[str] | None = None,
+    ) -> dict[str, Tensor]:
+        """Run the graph and return its outputs by name, on the device of `inputs`.
+
+        Args:
+            inputs: as in `infer`.
+            min_labels: END is forbidden on shorter paths; the file's own by default.
+            forbidden: [1 or B, L] bool, labels that no path may have.
+            outputs: names; all by default.
+
+        Raises:
+            RuntimeError: in a process that was forked after the file was opened.
+        """
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"{self.path} was opened before this process was forked, and ONNX Runtime's "
+                "threads are not in a forked process: open the OnnxPredictor in the child"
+            )
+        names = list(outputs or self._output_names)
+        on_gpu = inputs.is_cuda and self.providers[0] != PROVIDERS["cpu"]
+        device = inputs.device if on_gpu else torch.device("cpu")
+        given = {INPUT_NAMES[self.input_kind]: inputs}
+        if min_labels is not None:
+            given["min_labels"] = torch.tensor(min_labels)
+        if forbidden is not None:
+            given["forbidden"] = forbidden
+        given = {name: tensor.to(device).contiguous() for name, tensor in given.items()}
+        found = {name: self._empty(name, len(inputs), device) for name in names}
+        if len(inputs):
+            binding = self._session.io_binding()
+            for name, tensor in given.items():
+                binding.bind_input(name, *_place(tensor))
+            for name, tensor in found.items():
+                binding.bind_output(name, *_place(tensor))
+            if on_gpu:
+                torch.cuda.current_stream(device).synchronize()
+            self._session.run_with_iobinding(binding)
+        return {name: tensor.to(inputs.device) for name, tensor in found.items()}
+
+    def _empty(self, name: str, batch: int, device: torch.device) -> Tensor:
+        N, T, L = self.search_config.beam_size, self.search_config.max_labels, len(self.labels)
+        assert T is not None
+        shapes = dict(zip(OUTPUT_NAMES, ((N, T), (N,), (N,), (L,), (L,)), strict=False))
+        shapes |= {"joint": (self._joint_dim(),), LABEL_SCORES: (L,)}
+        dtype = torch.int64 if name in ("labels", "lengths") else torch.float32
+        return torch.empty(batch, *shapes[name], dtype=dtype, device=device)
+
+    def _joint_dim(self) -> int:
+        joint = next(output for output in self._session.get_outputs() if output.name == "joint")
+        return int(joint.shape[1])
+
+    def _searched(
+        self, inputs: Tensor, search: SearchConfig, forbidden: Tensor | None
+    ) -> tuple[SearchResult, Tensor | None]:
+        """Return the result, on the CPU, and the chain term's own scores or None."""
+        if self._head is not None:
+            found = self.run(inputs)
+            label_scores = found.get(LABEL_SCORES)
+            logits = None if label_scores is None else chain_logits(label_scores)
+            embedding = ImageEmbedding(found["joint"], logits)
+            result = beam_search(self._head, embedding, search, marginals=True, on_nonfinite="mark")
+            result = replace(
+                result, labels=result.labels.cpu(), lengths=result.lengths.cpu(),
+                log_probs=result.log_probs.cpu(), requested_marginals=result.marginals().cpu(),
+            )  # fmt: skip
+            return result, label_scores
+        found = self.run(
+            inputs,
+            min_labels=search.min_labels,
+            forbidden=forbidden,
+            outputs=[name for name in self._output_names if name not in ("scores", "joint")],
+        )
+        result = SearchResult(
+            labels=found["labels"].cpu(),
+            lengths=found["lengths"].cpu(),
+            log_probs=found["log_probs"].cpu(),
+            num_labels=len(self.labels),
+            requested_marginals=found["marginals"].cpu(),
+        )
+        return result, found.get(LABEL_SCORES)
+
+    def _search(self, beam_size: int | None, min_labels: int | None) -> SearchConfig:
+        search = self.search_config
+        if beam_size is not None and beam_size != search.beam_size:
+            if self.search == "onnx":
+                raise ValueError(
+                    f"beam_size is {search.beam_size} in {self.path}, got {beam_size}; export "
+                    "again, or open the file with search='compiled'"
+                )
+            search = replace(search, beam_size=beam_size)
+        return search if min_labels is None else replace(search, min_labels=min_labels)
+
+    def _forbidden(self, names: Sequence[str]) -> Tensor | None:
+        if not names:
+            return None
+        if self.search == "compiled":
+            raise ValueError("forbidden_labels needs the search in the file: search='onnx'")
+        unknown = [name for name in names if name not in self.labels]
+        if unknown:
+            raise ValueError(f"forbidden_labels must be labels of {self.path}, got {unknown[0]!r}")
+        return torch.tensor([[name in names for name in self.labels]])
+
+
+class _OnnxModel:
+    """What `predict_images` needs of an exported model."""
+
+    def __init__(
+        self, predictor: OnnxPredictor, search: SearchConfig, forbidden: Tensor | None
+    ) -> None:
+        assert predictor.preprocessing is not None
+        self.labels = predictor.labels
+        self.calibration = predictor.calibration
+        self.preprocessing = predictor.preprocessing
+        self._predictor = predictor
+        self._search = search
+        self._forbidden = forbidden
+
+    def begin(self, images: list[Tensor]) -> Callable[[], Inference]:
+        if self._predictor.input_kind == "uint8":
+            if any(image.dtype != torch.uint8 for image in images):
+                raise ValueError(
+                    f"{self._predictor.path} takes uint8 pictures, got a float tensor; export with "
+                    "input_kind float"
+                )
+            batch = torch.stack([image.permute(1, 2, 0) for image in images])
+        else:
+            batch = torch.cat([normalize(image[None], self.preprocessing) for image in images])
+        inference = self._predictor.infer(batch, self._search, self._forbidden)
+        return lambda: inference
+
+
+def _place(tensor: Tensor) -> tuple[str, int, Any, list[int], int]:
+    """Return what ONNX Runtime binds of a tensor: device, its number, type, shape and address."""
+    types = {torch.uint8: np.uint8, torch.bool: np.bool_, torch.int64: np.int64,
+             torch.float32: np.float32}  # fmt: skip
+    return (
+        tensor.device.type, tensor.device.index or 0, types[tensor.dtype], list(tensor.shape),
+        tensor.data_ptr(),
+    )  # fmt: skip
+
+
+def _search_head(values: dict[str, Any]) -> Head:
+    """Return a head that searches, from the file's metadata; it embeds no images."""
+    from safetensors.torch import load
+
+    weights = load(base64.b64decode(values["head"]))
+    head = Head(
+        len(values["labels"]),
+        1,
+        weights["label_embedding"].shape[1],
+        weights["output_projection.weight"].shape[1],
+        values["cell"],
+        values["activation"],
+        score_bias="score_bias" in weights,
+    )
+    missing, unexpected = head.load_state_dict(weights, strict=False)
+    if unexpected or any(not name.startswith("image_projection") for name in missing):
+        raise ValueError(f"head: {unexpected or missing}")
+    head.max_labels = values["search"]["max_labels"]
+    return head.eval()
+
+
+def _open(
+    path: Path,
+    providers: Sequence[str | tuple[str, dict[str, Any]]],
+    fallback: bool,
+    threads: int | None,
+    search: Search,
+) -> onnxruntime.InferenceSession:
+    if not path.is_file():
+        raise OnnxModelError(f"{path} must be an ONNX file, found nothing there")
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'ONNX Runtime is not installed: run `pip install "cnnrnn[onnx]"`, or '
+            '"cnnrnn[onnx-cpu]" on a machine without a GPU'
+        ) from error
+    if not hasattr(onnxruntime, "InferenceSession"):
+        raise ProviderError(f"ONNX Runtime is broken. {distribution_problem() or REPAIR}")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}")
+        options.intra_op_num_threads = threads
+    wanted = [_provider(provider) for provider in providers]
+    first = wanted[0][0]
+    there = onnxruntime.get_available_providers()
+    why = None
+    if first not in there:
+        why = f"{first} is not in this ONNX Runtime, which has {', '.join(there)}"
+        if first in PROVIDERS.values():
+            why += f". {distribution_problem() or REPAIR}"
+        if not fallback:
+            raise ProviderError(why)
+    if first in (PROVIDERS["cuda"], PROVIDERS["tensorrt"]) and first in there:
+        with redirect_stdout(None):
+            onnxruntime.preload_dlls()  # CUDA's libraries as pip installs them beside torch
+    usable = [provider for provider in wanted if provider[0] in there]
+    source = _embedding_part(path) if search == "compiled" else str(path)
+    try:
+        session = onnxruntime.InferenceSession(
+            source, options, providers=usable or [(PROVIDERS["cpu"], {})]
+        )
+    except Exception as error:  # ONNX Runtime's errors have no common class of their own
+        reason = " ".join(str(error).split())[:300]
+        raise OnnxModelError(f"{path} cannot be opened by ONNX Runtime: {reason}") from error
+    runs = session.get_providers()[0]
+    if runs != first:
+        why = why or (
+            f"{first} cannot start: ONNX Runtime's log above names the library that is missing, or "
+            "there is no GPU"
+        )
+        if not fallback:
+            raise ProviderError(f"{why}; pass fallback=True to run on {runs}")
+        warnings.warn(f"{why}; {runs} runs instead", stacklevel=3)
+    return session
+
+
+REPAIR = "For CUDA and TensorRT run `pip uninstall -y onnxruntime && pip install onnxruntime-gpu`"
+
+
+def distribution_problem() -> str | None:
+    """Say what is wrong where both distributions of ONNX Runtime are installed, and the repair."""
+    if not all(_installed(name) for name in DISTRIBUTIONS):
+        return None
+    return (
+        "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: run "
+        "`pip uninstall -y onnxruntime onnxruntime-gpu`, then `pip install onnxruntime-gpu`"
+    )
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _provider(provider: str | tuple[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
+    name, options = (provider, {}) if isinstance(provider, str) else provider
+    return PROVIDERS.get(name, name), options
+
+
+def _embedding_part(path: Path) -> bytes:
+    """Return the model up to the image's embedding, without the search."""
+    try:
+        import onnx
+        from onnx.utils import Extractor
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "search='compiled' takes the file apart with onnx, which is not installed: run "
+            '`pip install "cnnrnn[onnx]"`'
+        ) from error
+    try:
+        model = onnx.load(path)
+        names = [output.name for output in model.graph.output]
+        kept = [name for name in ("joint", LABEL_SCORES) if name in names]
+        part = Extractor(model).extract_model([model.graph.input[0].name], kept)
+    except Exception as error:  # protobuf and onnx raise whatever they please
+        reason = " ".join(str(error).split())[:300]
+        raise OnnxModelError(f"{path} must be an ONNX model of cnnrnn, found: {reason}") from error
+    part.metadata_props.extend(model.metadata_props)
+    text: bytes = part.SerializeToString()
+    return text
