@@ -73,7 +73,7 @@ def export_onnx(
     search = search or model.search
     search = replace(search, max_labels=resolve_max_labels(model.head, search))
     input_kind = input_kind or ("features" if model.backbone is None else "uint8")
-    _check_options(model, input_kind, precision, dynamic_size)
+    _check_options(model, input_kind, precision, dynamic_size, search)
     exported = ExportedModel(model, input_kind, search, loop, precision == "float16").eval()
     proto = _exported(exported, model, input_kind, search, dynamic_size)
     _give_defaults(proto, search, len(model.labels))
@@ -108,7 +108,11 @@ def _single_model(model: CNNRNN | Ensemble | str | Path) -> CNNRNN:
 
 
 def _check_options(
-    model: CNNRNN, input_kind: Input, precision: Precision, dynamic_size: bool
+    model: CNNRNN,
+    input_kind: Input,
+    precision: Precision,
+    dynamic_size: bool,
+    search: SearchConfig,
 ) -> None:
     if input_kind not in INPUT_NAMES:
         raise ValueError(f"input_kind must be one of {', '.join(INPUT_NAMES)}, got {input_kind!r}")
@@ -120,6 +124,8 @@ def _check_options(
         )
     if dynamic_size and input_kind == "features":
         raise ValueError("dynamic_size is of pictures; the input is feature vectors")
+    if not search.max_labels:
+        raise ValueError("max_labels must be at least 1 to export, got 0")
 
 
 def _exported(

@@ -1,0 +1,21 @@
+"""Label pictures with an exported model: ONNX Runtime, NumPy and Pillow alone.
+
+python examples/predict_onnx.py model.onnx picture.jpg another.png
+"""
+
+import json
+import sys
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+about = {k: v for k, v in session.get_modelmeta().custom_metadata_map.items() if k != "head"}
+names, preprocessing = json.loads(about["labels"]), json.loads(about["preprocessing"])
+size, how = (preprocessing["image_size"],) * 2, preprocessing["interpolation"].upper()
+for file in sys.argv[2:]:
+    picture = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+    pixels = np.asarray(picture.resize(size, Image.Resampling[how]))[None]  # [1, S, S, 3] uint8
+    labels, lengths, log_probs = session.run(["labels", "lengths", "log_probs"], {"images": pixels})
+    print(file, [names[i] for i in labels[0, 0, : lengths[0, 0]]], f"{log_probs[0, 0]:.4f}")

@@ -1,0 +1,352 @@
+"""Exported files: what is in them, and that ONNX Runtime gives the reference's answers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+
+import cnnrnn
+from cnnrnn import ModelConfig, OnnxModelError, OnnxPredictor, SearchConfig, export_onnx
+from cnnrnn.backbones import make_backbone
+from cnnrnn.classifier import CNNRNN
+from cnnrnn.config import Calibration
+from cnnrnn.data.images import normalize
+from cnnrnn.labels import LabelSpace
+from cnnrnn.model import Head, ImageEmbedding
+from cnnrnn.predictor import DEMO_MODEL
+from cnnrnn.search import reference
+from cnnrnn.search.engine import resolve_max_labels
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+BATCHES = (0, 1, 2, 7, 65)
+L, F = 6, 5
+
+
+def head_model(search: SearchConfig, seed: int = 0, **options: object) -> CNNRNN:
+    """A random model of feature vectors."""
+    torch.manual_seed(seed)
+    config = ModelConfig(backbone="features", trunk_dim=7, joint_dim=8, hidden_dim=9, **options)
+    head = Head.from_config(config, L, F)
+    head.max_labels = 3
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.mul_(3)
+    labels = LabelSpace.given([f"label {i}" for i in range(L)])
+    return CNNRNN(config, labels, head, None, search, Calibration(0.4, 0.25)).eval()
+
+
+def picture_model() -> CNNRNN:
+    torch.manual_seed(1)
+    config = ModelConfig(backbone="small", image_size=16, trunk_dim=0, joint_dim=8, hidden_dim=8)
+    backbone = make_backbone(config)
+    head = Head.from_config(config, L, backbone.feature_dim)
+    head.max_labels = 3
+    with torch.no_grad():
+        head.label_classifier.weight.mul_(8)
+        head.label_embedding.mul_(3)
+    labels = LabelSpace.given([f"label {i}" for i in range(L)])
+    search = SearchConfig(beam_size=4)
+    return CNNRNN(config, labels, head, backbone, search, Calibration(0.4, 0.25)).eval()
+
+
+HEADS = {
+    "increasing": head_model(SearchConfig(beam_size=4)),
+    "unique, loop": head_model(SearchConfig(beam_size=8, order="unique"), chain_term=False),
+    "paper, loop": head_model(SearchConfig.paper(1), chain_term=False, cell="paper"),
+}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A function that writes a model of `HEADS` when it is first asked for, and opens it."""
+    folder = tmp_path_factory.mktemp("onnx")
+
+    def open_exported(name, search="onnx"):
+        file = folder / f"{name}.onnx"
+        if not file.exists():
+            export_onnx(HEADS[name], file, loop="loop" in name)
+        return OnnxPredictor(file, search=search, threads=1)
+
+    return open_exported
+
+
+@torch.no_grad()
+def by_reference(model, features, **changes):
+    search = replace(model.search, **changes)
+    embedding, _ = model.head.embed_with_label_scores(features)
+    return reference.beam_search(
+        model.head, embedding, search, max_labels=resolve_max_labels(model.head, search),
+        marginals=True,
+    )  # fmt: skip
+
+
+def assert_same(found, expected):
+    assert torch.equal(found["labels"], expected.labels)
+    assert torch.equal(found["lengths"], expected.lengths)
+    options = {"rtol": 1e-5, "atol": 1e-5, "equal_nan": True}
+    torch.testing.assert_close(found["log_probs"], expected.log_probs, **options)
+    torch.testing.assert_close(found["marginals"], expected.marginals(), **options)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_reference_and_both_searches_agree(exported, name):
+    model, whole, compiled = HEADS[name], exported(name), exported(name, "compiled")
+    for batch in BATCHES:
+        features = torch.randn(batch, F)
+        expected = by_reference(model, features)
+        found = whole.run(features)
+        assert_same(found, expected)
+        inference = compiled.infer(features)
+        assert torch.equal(inference.search[0].labels, expected.labels)
+        torch.testing.assert_close(inference.marginals, found["marginals"], rtol=1e-5, atol=1e-5)
+        mixed = model.infer(features).mixed(0.25)
+        torch.testing.assert_close(found["scores"], mixed, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_nan_touches_no_other_image_and_is_reported(exported, name):
+    model, whole = HEADS[name], exported(name)
+    features = torch.randn(9, F)
+    features[4, 2] = torch.nan
+    assert_same(whole.run(features), by_reference(model, features))
+    for predictor in (whole, exported(name, "compiled")):
+        with pytest.raises(cnnrnn.NonFiniteError) as error:
+            predictor.predict_features(features)
+        assert error.value.images == [4]
+
+
+def test_at_least_so_many_labels_and_without_some(exported):
+    name = "increasing"
+    model, whole = HEADS[name], exported(name)
+    features = torch.randn(7, F)
+    for least in (0, 1, 3):
+        assert_same(
+            whole.run(features, min_labels=least), by_reference(model, features, min_labels=least)
+        )
+    predictions = whole.predict_features(features, forbidden_labels=["label 0", "label 2"])
+    assert not {"label 0", "label 2"} & {label for p in predictions for label in p.labels}
+    with pytest.raises(ValueError, match="forbidden_labels must be labels of .*, got 'nothing'"):
+        whole.predict_features(features, forbidden_labels=["nothing"])
+    with pytest.raises(ValueError, match="forbidden_labels needs the search in the file"):
+        exported(name, "compiled").predict_features(features, forbidden_labels=["label 0"])
+    with pytest.raises(ValueError, match=r"min_labels \(4\) must not exceed max_labels \(3\)"):
+        whole.predict_features(features, min_labels=4)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["unrolled", "loop"])
+def tied(request, tmp_path_factory):
+    """A head to which all labels are alike, and its file."""
+    model = head_model(SearchConfig(beam_size=8, order="unique"), chain_term=False)
+    with torch.no_grad():
+        model.head.label_embedding.zero_()
+        model.head.score_bias.zero_()
+    file = tmp_path_factory.mktemp("tied") / "model.onnx"
+    export_onnx(model, file, loop=request.param)
+    return model, OnnxPredictor(file, threads=1)
+
+
+def test_ties_go_to_the_lower_path_and_label(tied):
+    model, predictor = tied
+    features = torch.randn(3, F)
+    expected = by_reference(model, features)
+    found = predictor.run(features)
+    assert torch.equal(found["labels"], expected.labels)
+    assert expected.labels[0, :, 0].tolist() == [-1, 0, 1, 2, 3, 4, 5, 0]
+
+
+def test_the_demo_model_gives_the_labels_of_torch(tmp_path):
+    model = cnnrnn.load(DEMO_MODEL)
+    random = np.random.default_rng(0)
+    pictures = random.integers(0, 256, (65, 64, 64, 3), dtype=np.uint8)
+    expected = model.predict(pictures)
+    export_onnx(model, tmp_path / "demo.onnx", loop=True)
+    for search in ("onnx", "compiled"):
+        predictor = OnnxPredictor(tmp_path / "demo.onnx", search=search, threads=1)
+        assert predictor.predict([]) == []
+        for decide in ("path", "threshold"):
+            found = predictor.predict(pictures, decide=decide)
+            theirs = expected if decide == "path" else model.predict(pictures, decide=decide)
+            assert [p.labels for p in found] == [p.labels for p in theirs]
+        for mine, theirs in zip(predictor.predict(pictures), expected, strict=True):
+            assert mine.log_prob == pytest.approx(theirs.log_prob, abs=2e-4)
+            assert mine.scores == pytest.approx(theirs.scores, abs=2e-4)
+            assert [labels for labels, _ in mine.paths[:2]] == [
+                labels for labels, _ in theirs.paths[:2]
+            ]
+
+
+# Files
+
+
+@pytest.fixture(scope="module")
+def pictures_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("pictures") / "model.onnx"
+    export_onnx(picture_model(), file)
+    return file
+
+
+def test_a_file_is_checked_complete_and_describes_itself(pictures_file):
+    proto = onnx.load(pictures_file)
+    onnx.checker.check_model(proto, full_check=True)
+    assert [(o.domain, o.version) for o in proto.opset_import] == [("", 20)]
+    assert proto.ir_version == 10
+    assert list(pictures_file.parent.iterdir()) == [pictures_file]
+    shapes = {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*proto.graph.input, *proto.graph.output)
+    }
+    assert shapes == {
+        "images": ["batch", 16, 16, 3],
+        "min_labels": [],
+        "forbidden": ["rows", L],
+        "labels": ["batch", 4, 3],
+        "lengths": ["batch", 4],
+        "log_probs": ["batch", 4],
+        "marginals": ["batch", L],
+        "scores": ["batch", L],
+        "joint": ["batch", 8],
+        "label_scores": ["batch", L],
+    }
+    model = picture_model()
+    metadata = {prop.key: prop.value for prop in proto.metadata_props}
+    assert json.loads(metadata["labels"]) == list(model.labels)
+    assert json.loads(metadata["preprocessing"])["image_size"] == 16
+    calibration = asdict(model.calibration) | {"label_thresholds": []}
+    assert json.loads(metadata["calibration"]) == calibration
+    assert json.loads(metadata["search"])["max_labels"] == 3
+    assert len(metadata["content_hash"]) == 64
+    used = {name for node in proto.graph.node for name in node.input}
+    unused = {tensor.name for tensor in proto.graph.initializer} - used
+    assert unused <= {"min_labels", "forbidden"}
+
+
+def test_the_label_part_of_the_gates_is_a_table(pictures_file):
+    graph = onnx.load(pictures_file).graph
+    shapes = {tuple(tensor.dims) for tensor in graph.initializer}
+    assert (L + 2, 4 * 8) in shapes  # a row of gates per label
+    assert (8, 8 * 4) in shapes or (8 * 4, 8) in shapes  # the recurrent weight
+    operators = [node.op_type for node in graph.node]
+    assert operators.count("MatMul") < 10  # two per step after the first: scores and gates
+    assert "Loop" not in operators
+
+
+def test_the_content_hash_is_of_weights_and_options(tmp_path, pictures_file):
+    model = head_model(SearchConfig(beam_size=2, max_labels=1))
+    hashes = []
+    for change in (False, False, True):
+        if change:
+            with torch.no_grad():
+                model.head.label_embedding[0, 0] += 1
+        export_onnx(model, tmp_path / "model.onnx")
+        hashes.append(OnnxPredictor(tmp_path / "model.onnx").content_hash)
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_float16_keeps_the_labels_of_clear_cases(tmp_path, pictures_file):
+    export_onnx(picture_model(), tmp_path / "half.onnx", precision="float16")
+    pictures = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3), dtype=np.uint8)
+    whole, half = OnnxPredictor(pictures_file), OnnxPredictor(tmp_path / "half.onnx")
+    assert (tmp_path / "half.onnx").stat().st_size < 0.7 * pictures_file.stat().st_size
+    for mine, theirs in zip(half.predict(pictures), whole.predict(pictures), strict=True):
+        assert mine.scores == pytest.approx(theirs.scores, abs=0.02)
+        lead = theirs.paths[0][1] - theirs.paths[1][1]
+        assert mine.labels == theirs.labels or lead < 0.05
+
+
+def test_normalised_pictures_of_any_size(tmp_path):
+    model = picture_model()
+    export_onnx(model, tmp_path / "any.onnx", input_kind="float", dynamic_size=True, loop=True)
+    predictor = OnnxPredictor(tmp_path / "any.onnx")
+    assert predictor.input_kind == "float"
+    for height, width in ((16, 16), (24, 40)):
+        images = torch.rand(3, 3, height, width)
+        normal = normalize(images, model.backbone.preprocessing)
+        with torch.no_grad():
+            features = model.features(normal)
+        found = predictor.run(normal)
+        expected = by_reference(model, features)
+        assert torch.equal(found["labels"], expected.labels)
+        torch.testing.assert_close(found["log_probs"], expected.log_probs, rtol=1e-4, atol=1e-4)
+    floats = torch.rand(3, 3, 16, 16)
+    assert [p.labels for p in predictor.predict(floats)] == [
+        p.labels for p in model.predict(floats)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"input_kind": "uint8"}, "input_kind must be features for a model without a backbone"),
+        ({"input_kind": "jpeg"}, "input_kind must be one of uint8, float, features, got 'jpeg'"),
+        ({"precision": "int8"}, "precision must be float32 or float16, got 'int8'"),
+        ({"dynamic_size": True}, "dynamic_size is of pictures; the input is feature vectors"),
+        ({"search": SearchConfig(max_labels=0)}, "max_labels must be at least 1 to export, got 0"),
+    ],
+)
+def test_options_that_do_not_fit(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        export_onnx(HEADS["increasing"], tmp_path / "model.onnx", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_ensemble_is_refused(tmp_path):
+    ensemble = cnnrnn.Ensemble([HEADS["increasing"], HEADS["increasing"]])
+    with pytest.raises(ValueError, match="an ensemble cannot be exported"):
+        export_onnx(ensemble, tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "must be an ONNX file, found nothing there"),
+        (b"", "cannot be opened by ONNX Runtime"),
+        (b"no model at all", "cannot be opened by ONNX Runtime"),
+    ],
+)
+def test_what_is_no_model(tmp_path, content, message):
+    file = tmp_path / "model.onnx"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(OnnxModelError, match=message):
+        OnnxPredictor(file)
+    if content is not None:
+        with pytest.raises(OnnxModelError, match="must be an ONNX model of cnnrnn|cannot be open"):
+            OnnxPredictor(file, search="compiled")
+
+
+def test_a_model_that_others_wrote(tmp_path, pictures_file):
+    proto = onnx.load(pictures_file)
+    spoilt = [prop for prop in proto.metadata_props if prop.key == "calibration"][0]
+    spoilt.value = '{"threshold": "high"}'
+    onnx.save(proto, tmp_path / "spoilt.onnx")
+    with pytest.raises(OnnxModelError, match="must be written by cnnrnn.export_onnx.*calibration"):
+        OnnxPredictor(tmp_path / "spoilt.onnx")
+    del proto.metadata_props[:]
+    onnx.save(proto, tmp_path / "bare.onnx")
+    with pytest.raises(OnnxModelError, match="must be written by cnnrnn.export_onnx"):
+        OnnxPredictor(tmp_path / "bare.onnx")
+
+
+def test_a_file_cut_short(tmp_path, pictures_file):
+    data = pictures_file.read_bytes()
+    for share in (0.1, 0.5, 0.99):
+        (tmp_path / "cut.onnx").write_bytes(data[: int(len(data) * share)])
+        for search in ("onnx", "compiled"):
+            with pytest.raises(OnnxModelError):
+                OnnxPredictor(tmp_path / "cut.onnx", search=search)
+
+
+def test_the_embedding_is_an_output(exported):
+    model, features = HEADS["increasing"], torch.randn(4, F)
+    found = exported("increasing").run(features, outputs=["joint", "label_scores"])
+    with torch.no_grad():
+        embedding, label_scores = model.head.embed_with_label_scores(features)
+    assert isinstance(embedding, ImageEmbedding)
+    torch.testing.assert_close(found["joint"], embedding.joint, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found["label_scores"], label_scores, rtol=1e-5, atol=1e-5)
