@@ -24,7 +24,7 @@ def one_thread() -> Iterator[None]:
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
     """Say what bears on the figures; host names do not."""
     return {
-        "cpu": _processor(),
+        "cpu": processor(),
         "instruction_sets": _C.instruction_sets(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -32,7 +32,7 @@ def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, A
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     listing = Path("/proc/cpuinfo")
     if listing.exists():
         for line in listing.read_text(encoding="utf-8").splitlines():

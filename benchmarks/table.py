@@ -27,7 +27,10 @@ from cnnrnn.comparison import COLUMNS, Row, markdown_table, read_rows, table_cel
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / name for name in ("performance.md", "comparison.md", "training.md")),
+    *(
+        ROOT / "docs" / name
+        for name in ("performance.md", "comparison.md", "training.md", "deployment.md")
+    ),
 )
 COMPARED = {
     "scene": "scenes", "camvid": "street patches", "coco": "COCO label sets",
@@ -273,12 +276,87 @@ def recipe(data_set: str) -> str:
     return recipe_table(json.loads(file.read_text(encoding="utf-8")), data_set) + "\n"
 
 
+def _deployed() -> dict[str, Any]:
+    file = ROOT / "benchmarks" / "results" / "deployment.json"
+    results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return results
+
+
+def deployment() -> str:
+    """Rates and latencies of a deployed model, and what it takes over its backbone alone."""
+    rows = _deployed()["latencies"]
+    batches = sorted({row["batch"] for row in rows})
+    header = [
+        "",
+        *(f"images/s, B = {b}" for b in batches),
+        *(f"p50 / p99 ms, B = {b}" for b in batches),
+        *(f"over backbone, B = {b}" for b in batches),
+    ]
+    table = []
+    for what in dict.fromkeys(row["what"] for row in rows):
+        own = [next(r for r in rows if r["what"] == what and r["batch"] == b) for b in batches]
+        over = [f"{100 * (r['over_backbone'] - 1):+.1f} %" if "over_backbone" in r else ""
+                for r in own]  # fmt: skip
+        if what == "search":
+            over = [f"{100 * r['share_of_torch']:.2f} % of torch" for r in own]
+        table.append(
+            [what, *(_number(r["images_per_second"]) for r in own),
+             *(f"{_number(r['p50_ms'])} / {_number(r['p99_ms'])}" for r in own), *over]
+        )  # fmt: skip
+    return _table(header, table)
+
+
+def deployment_summary() -> str:
+    """The README's: one picture and 64."""
+    rows = _deployed()["latencies"]
+
+    def cell(what: str, batch: int) -> dict[str, Any]:
+        return next(r for r in rows if r["what"] == what and r["batch"] == batch)
+
+    table = []
+    for what in dict.fromkeys(row["what"] for row in rows):
+        if what != "search":
+            one, many = cell(what, 1), cell(what, 64)
+            over = f"{100 * (many['over_backbone'] - 1):+.1f} %" if "over_backbone" in many else ""
+            table.append([what, f"{_number(one['p50_ms'])} / {_number(one['p99_ms'])}",
+                          f"{many['images_per_second']:.1f}", over])  # fmt: skip
+    header = ["", "one picture, p50 / p99 ms", "batches of 64, images/s", "over the backbone alone"]
+    return _table(header, table)
+
+
+def deployment_predict() -> str:
+    """Predict over files beside its parts."""
+    header = ["backbone", "decoding alone, images/s", "backbone alone", "bound", "predict",
+              "of the bound"]  # fmt: skip
+    rows = [
+        [r["backbone_name"], _number(r["decoding"]), _number(r["backbone"]),
+         _number(1 / (1 / r["decoding"] + 1 / r["backbone"])), _number(r["predict"]),
+         f"{100 * r['of_bound']:.0f} %"]
+        for r in _deployed()["throughput"]
+    ]  # fmt: skip
+    return _table(header, rows)
+
+
+def deployment_machine() -> str:
+    """Say where and when the deployment figures were measured."""
+    results = _deployed()
+    about = results["machine"]
+    return (
+        f"{about['cpu']}, {about['cores']} cores, torch {about['torch']}, ONNX Runtime "
+        f"{about['onnxruntime']}, {results['date']}, commit {results['commit'][:7]}.\n"
+    )
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "machine": machine, "throughput": throughput, "work": work, "kept": kept,
     "one-image": one_image, "threads": threads, "share": share, "summary": summary,
     **{f"comparison-{d}": lambda results, d=d: comparison(d) for d in COMPARED},
     "comparison": lambda results: best_of_all(),
     "recipe-scene": lambda results: recipe("scene"),
+    "deployment": lambda results: deployment(),
+    "deployment-summary": lambda results: deployment_summary(),
+    "deployment-predict": lambda results: deployment_predict(),
+    "deployment-machine": lambda results: deployment_machine(),
 }  # fmt: skip
 
 

@@ -268,6 +268,13 @@ def _predict_parser() -> ArgumentParser:
         "--workers", type=int | None, help="threads that decode; one per core, up to 8, without"
     )
     parser.add_argument(
+        "--precision", type=Literal["fp32", "bf16", "auto"], default="fp32",
+        help="of the backbone in torch; auto is bf16 where the hardware has it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compiled", action="store_true", help="run the backbone through torch.compile"
+    )
+    parser.add_argument(
         "--search", type=Literal["onnx", "compiled"], default="onnx",
         help="of FILE.onnx: in ONNX Runtime too, or by the compiled search",
     )  # fmt: skip
@@ -537,7 +544,10 @@ def _predict(parser: ArgumentParser, options: Namespace) -> int:
     if options.model is not None and options.model.endswith(".onnx"):
         predictions = _onnx_predictor(options).predict_iter(options.images, **asked)
     else:
-        predictions = predict_iter(options.images, options.model, device=options.device, **asked)
+        predictions = predict_iter(
+            options.images, options.model, device=options.device, precision=options.precision,
+            compiled=options.compiled, **asked,
+        )  # fmt: skip
     bad = 0
     show = no_progress if options.out is None else terminal_progress
     with _output(options.out) as stream, show("predict", None) as advance:

@@ -7,17 +7,18 @@ import itertools
 import logging
 import math
 import os
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from cnnrnn.classifier import CNNRNN, load_checkpoint
@@ -34,6 +35,7 @@ from cnnrnn.search import NonFiniteError
 DEMO_MODEL = Path(__file__).parent / "scenes_model"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 MAX_WORKERS = 8
+Precision = Literal["fp32", "bf16", "auto"]
 _forked: list[bool] = []
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: _forked.append(True))
@@ -140,6 +142,8 @@ def predict(
     batch_size: int = 64,
     device: str | None = None,
     workers: int | None = None,
+    precision: Precision = "fp32",
+    compiled: bool = False,
     on_bad_image: OnBadImage = "error",
 ) -> list[Prediction]:
     """Predict the label set of each image, in the order given.
@@ -161,6 +165,9 @@ def predict(
             checkpoint on the `auto` device.
         workers: threads that decode; 0 decodes in the calling one. None has one per core, up to 8,
             and 0 for an iterator, so that a batch is answered before more is taken from it.
+        precision: of the backbone. `bf16` is twice as fast where the hardware has it, and moves
+            scores by about a hundredth; `auto` is bf16 there and fp32 elsewhere.
+        compiled: run the backbone through torch.compile, which takes a minute at the first batch.
         on_bad_image: `error` stops at an unreadable image, `skip` gives it a prediction without
             labels and with `.error`.
 
@@ -184,6 +191,8 @@ def predict(
             batch_size=batch_size,
             device=device,
             workers=workers,
+            precision=precision,
+            compiled=compiled,
             on_bad_image=on_bad_image,
         )
     )
@@ -201,6 +210,8 @@ def predict_iter(
     batch_size: int = 64,
     device: str | None = None,
     workers: int | None = None,
+    precision: Precision = "fp32",
+    compiled: bool = False,
     on_bad_image: OnBadImage = "error",
 ) -> Iterator[Prediction]:
     """Predict image after image, holding a few batches at a time; arguments as in `predict`.
@@ -220,10 +231,7 @@ def predict_iter(
             "use model.predict_features(features)"
         )
     search = _search_of(classifier, beam_size, min_labels)
-    running = _TorchModel(
-        classifier, search, tuple(classifier.labels), classifier.calibration,
-        classifier.backbone.preprocessing,
-    )  # fmt: skip
+    running = TorchModel(classifier, search, precision, compiled)
     return predict_images(
         images, running, options, batch_size=batch_size, workers=workers, on_bad_image=on_bad_image
     )
@@ -348,24 +356,73 @@ class ImageModel(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class _TorchModel:
-    """A model whose backbone torch runs."""
+class TorchModel:
+    """A model whose backbone torch runs.
 
-    model: CNNRNN | Ensemble
-    search: SearchConfig
-    labels: tuple[str, ...]
-    calibration: Calibration
-    preprocessing: Preprocessing
+    Args:
+        model: has a backbone, in eval mode.
+        search: the options of the search.
+        precision: of the backbone.
+        compiled: compile the backbone with torch.compile, once per model.
+    """
+
+    def __init__(
+        self,
+        model: CNNRNN | Ensemble,
+        search: SearchConfig,
+        precision: Precision = "fp32",
+        compiled: bool = False,
+    ) -> None:
+        assert model.backbone is not None
+        if precision not in get_args(Precision):
+            raise ValueError(f"precision must be fp32, bf16 or auto, got {precision!r}")
+        self.labels = tuple(model.labels)
+        self.calibration: Calibration = model.calibration
+        self.preprocessing = model.backbone.preprocessing
+        self._model = model
+        self._search = search
+        self._backbone = _compiled(model.backbone) if compiled else model.backbone
+        self._half = precision == "bf16" or (precision == "auto" and _has_bf16(model.device))
 
     @torch.no_grad()
     def begin(self, images: list[Tensor]) -> Callable[[], Inference]:
+        """Run the backbone, which a GPU does while the caller goes on."""
         if _forked:
             torch.set_num_threads(1)  # those of the parent's pool are not here: torch would wait
-        device = self.model.device
-        parts = [normalize(image[None].to(device), self.preprocessing) for image in images]
-        features = self.model.features(torch.cat(parts)).float()
-        return lambda: self.model.infer(features, self.search)
+        features = self.features(images)
+        return lambda: self._model.infer(features, self._search)
+
+    @torch.no_grad()
+    def features(self, images: list[Tensor]) -> Tensor:
+        """Return the backbone's features [n, F] of images, as `ImageModel.begin` takes them."""
+        device = self._model.device
+        parts = [torch.stack(images)] if _alike(images) else [image[None] for image in images]
+        batch = torch.cat([normalize(part.to(device), self.preprocessing) for part in parts])
+        with torch.autocast(device.type, torch.bfloat16, enabled=self._half):
+            features: Tensor = self._backbone(batch)
+        return features.float()
+
+
+def _alike(images: list[Tensor]) -> bool:
+    return len({(image.dtype, image.device) for image in images}) == 1
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 by instructions of its own."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+_compiled_backbones: weakref.WeakKeyDictionary[nn.Module, Callable[[Tensor], Tensor]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _compiled(backbone: nn.Module) -> Callable[[Tensor], Tensor]:
+    if backbone not in _compiled_backbones:
+        _compiled_backbones[backbone] = torch.compile(backbone)
+    return _compiled_backbones[backbone]
 
 
 def predict_images(
