@@ -168,6 +168,10 @@ def _train_parser(preset: str) -> ArgumentParser:
     _add_data(parser)
     parser.add_argument("--out", type=str, required=True, help="folder for the run")
     parser.add_argument(
+        "--resume", action="store_true",
+        help="go on with the run in --out after the last epoch that it finished, or start it",
+    )  # fmt: skip
+    parser.add_argument(
         "--members", type=int, default=1, help="train an ensemble of so many, with seeds in a row"
     )
     parser.add_argument(
@@ -182,10 +186,6 @@ def _add_recipe(parser: ArgumentParser, preset: str) -> None:
     parser.add_argument(
         "--preset", type=Literal["ours", "paper"], default="ours",
         help="defaults: this project's recipe, or the paper's (VGG-16 fc7, RMSprop, its cell)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--resume", action="store_true",
-        help="go on with the run in --out after the last epoch that it finished, or start it",
     )  # fmt: skip
     parser.add_class_arguments(TrainConfig, None)
     parser.add_class_arguments(ModelConfig, "model")

@@ -94,13 +94,13 @@ def threshold_sets(scores: Tensor, threshold: float | Tensor) -> Tensor:
 
 
 def best_threshold(
-    scores: Tensor, targets: Tensor, metric: Literal["O-F1", "C-F1"] = "O-F1"
+    scores: Tensor, targets: Tensor, metric: Literal["O-F1", "C-F1", "exact-match"] = "O-F1"
 ) -> tuple[float, float]:
-    """Find the one threshold for all labels that gives the best O-F1, or C-F1.
+    """Find the one threshold for all labels that gives the best O-F1, C-F1 or exact match.
 
-    Every distinct outcome of `threshold_sets` is tried: a cut lies midway between two adjacent
-    distinct scores, the last one at the lowest score. Of equally good cuts the highest is taken.
-    Without positives every cut gives 0, and the highest score is returned. O(nL log nL).
+    Every distinct outcome of `threshold_sets` that names a label is tried: a cut lies midway
+    between two adjacent distinct scores, the last one at the lowest score. Of equally good cuts the
+    highest is taken. Without positives F1 is 0, and the highest score is returned. O(nL log nL).
 
     Args:
         scores: [n, L] floating point; one column calibrates one label.
@@ -114,27 +114,29 @@ def best_threshold(
         ValueError: when shapes, types or values are wrong, there is no image, or `metric` is
             another.
     """
-    if metric not in ("O-F1", "C-F1"):
-        raise ValueError(f"metric must be O-F1 or C-F1, got {metric!r}")
+    if metric not in ("O-F1", "C-F1", "exact-match"):
+        raise ValueError(f"metric must be O-F1, C-F1 or exact-match, got {metric!r}")
     scores = _checked_scores(scores)
     targets = _checked_targets(targets, scores, "scores")
 
     sorted_scores = scores.flatten().sort().values
-    if not bool(targets.any()):
+    if metric != "exact-match" and not bool(targets.any()):
         return float(sorted_scores[-1]), 0.0
     if metric == "O-F1":
-        cuts, f1 = _o_f1_at_cuts(sorted_scores, scores[targets].sort().values)
+        cuts, values = _o_f1_at_cuts(sorted_scores, scores[targets].sort().values)
+    elif metric == "C-F1":
+        cuts, values = _c_f1_at_cuts(scores, targets)
     else:
-        cuts, f1 = _c_f1_at_cuts(scores, targets)
-    best = int(f1.argmax())  # the first, highest, of equally good cuts
+        cuts, values = _exact_match_at_cuts(scores, targets)
+    best = int(values.argmax())  # the first, highest, of equally good cuts
     upper = float(cuts[best])
     below = int(torch.searchsorted(sorted_scores, cuts[best]))  # scores under the cut
     if below == 0:
-        return upper, float(f1[best])
+        return upper, float(values[best])
     lower = float(sorted_scores[below - 1])
     middle = torch.tensor(upper / 2 + lower / 2, dtype=scores.dtype).item()
     # Rounding (neighbouring floats) or infinities may put the middle on the wrong side.
-    return (middle if lower < middle <= upper else upper), float(f1[best])
+    return (middle if lower < middle <= upper else upper), float(values[best])
 
 
 def best_label_thresholds(
@@ -164,27 +166,39 @@ def best_label_thresholds(
     return thresholds
 
 
-def best_k(scores: Tensor, targets: Tensor) -> tuple[int, float]:
-    """Find the number of labels per image that gives the best O-F1.
+def best_k(
+    scores: Tensor, targets: Tensor, metric: Literal["O-F1", "exact-match"] = "O-F1"
+) -> tuple[int, float]:
+    """Find the number of labels per image that gives the best O-F1, or exact match.
 
     Args:
         scores: [n, L] floating point.
         targets: [n, L] bool or 0/1 integers.
+        metric: what to maximise.
 
     Returns:
-        k in 1..L, the smallest of equally good ones, and the O-F1 that `top_k_sets` gives with it.
+        k in 1..L, the smallest of equally good ones, and the metric that `top_k_sets` gives with
+        it.
 
     Raises:
-        ValueError: when shapes, types or values are wrong, or there is no image.
+        ValueError: when shapes, types or values are wrong, there is no image, or `metric` is
+            another.
     """
+    if metric not in ("O-F1", "exact-match"):
+        raise ValueError(f"metric must be O-F1 or exact-match, got {metric!r}")
     scores = _checked_scores(scores)
     targets = _checked_targets(targets, scores, "scores")
     num_images, num_labels = scores.shape
-    correct = targets.gather(1, _ranking(scores)).sum(0).cumsum(0)  # [L] by k - 1
-    predicted = num_images * torch.arange(1, num_labels + 1, device=scores.device)
-    f1 = _f1(correct, predicted, correct[-1])
-    best = int(f1.argmax())  # the first of equal maxima
-    return best + 1, float(f1[best])
+    ranked = targets.gather(1, _ranking(scores))
+    k = torch.arange(1, num_labels + 1, device=scores.device)
+    if metric == "O-F1":
+        correct = ranked.sum(0).cumsum(0)  # [L] by k - 1
+        values = _f1(correct, num_images * k, correct[-1])
+    else:
+        whole = (ranked.cumsum(1) == k) & (targets.sum(1, keepdim=True) == k)
+        values = whole.sum(0).double() / num_images
+    best = int(values.argmax())  # the first of equal maxima
+    return best + 1, float(values[best])
 
 
 def average_precision(
@@ -601,6 +615,23 @@ def _c_f1_at_cuts(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     total = class_precision + class_recall
     f1 = torch.where(total > 0, 2 * class_precision * class_recall / total, 0.0)
     return cuts[complete], f1
+
+
+def _exact_match_at_cuts(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the distinct scores, falling, and the exact match of a cut at each: [m] and [m].
+
+    An image's set is right where the cut is above the scores of all its absent labels and not above
+    that of any present one: the rest is counting.
+    """
+    absent = scores.masked_fill(targets, -torch.inf).amax(1)
+    present = scores.masked_fill(~targets, torch.inf).amin(1)
+    has_absent = ~targets.all(1)  # where not, the cut may be as low as it will
+    possible = (absent < present) | ~has_absent
+    lowest, highest = absent[possible & has_absent].sort().values, present[possible].sort().values
+    cuts = scores.unique().flip(0)
+    low_enough = len(highest) - torch.searchsorted(highest, cuts)
+    too_low = len(lowest) - torch.searchsorted(lowest, cuts)
+    return cuts, (low_enough - too_low).double() / len(scores)
 
 
 def _average_precisions(

@@ -410,7 +410,7 @@ def _alike(images: list[Tensor]) -> bool:
 def _has_bf16(device: torch.device) -> bool:
     """Whether a device multiplies bfloat16 by instructions of its own."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,11 +22,13 @@ from cnnrnn.comparison import (
     compared_splits,
     frozen_features,
 )
+from cnnrnn.comparison.methods import Scored
 from cnnrnn.comparison.results import Results, table_cells
-from cnnrnn.comparison.run import ensemble_seeds
+from cnnrnn.comparison.run import _own_exact_match, ensemble_seeds
 from cnnrnn.config import CompareConfig, ModelConfig, SearchConfig, TrainConfig
 from cnnrnn.data import DataError, Dataset, load_dataset
 from cnnrnn.fit import NonFiniteLossError
+from cnnrnn.metrics import best_threshold, multilabel_metrics
 
 HEAD = ModelConfig(trunk_dim=0, hidden_dim=16, joint_dim=16, input_dropout=0.0, joint_dropout=0.0)
 SEARCH = SearchConfig(beam_size=4)
@@ -84,7 +87,7 @@ def test_the_whole_table_once(separable, tmp_path):
     for row in rows:
         path = row.title.endswith("best path")
         assert all(0 <= f <= 1 or math.isnan(f) for f in row.figures())
-        assert math.isnan(row.own_c_f1) == path
+        assert math.isnan(row.own_c_f1) == math.isnan(row.own_exact) == path
         assert list(row.decision) == ["path"] if path else len(row.decision) == 1
         assert row.own["images"] == 100 and row.at_3["mean-labels-predicted"] <= 3
     markdown = (tmp_path / "table.md").read_text().splitlines()
@@ -219,7 +222,8 @@ def test_results_survive_the_file(tmp_path):
     read = Results(tmp_path / "results.json", {"sizes": [1, 2]})
     (again,) = read.rows("a", 0)
     assert math.isnan(again.own_c_f1)
-    assert replace(again, own_c_f1=0.0) == replace(row, own_c_f1=0.0)
+    known = {"own_c_f1": 0.0, "own_exact": 0.0}
+    assert replace(again, **known) == replace(row, **known)
     assert ("a", 1) not in read
     assert "NaN" not in (tmp_path / "results.json").read_text()
 
@@ -321,10 +325,22 @@ def test_members_are_the_seeds_in_groups():
     assert groups((0, 1, 2, 3, 4), 2) == [(0, 1), (2, 3)]
 
 
+def test_exact_match_by_a_cut_of_its_own():
+    """A k of 2 suits the images of two labels, whatever the threshold for O-F1 says."""
+    targets = torch.tensor([[True, True, False], [False, True, True]]).repeat(5, 1)
+    scores = torch.tensor([[0.9, 0.8, 0.7], [0.1, 0.3, 0.2]]).repeat(5, 1)
+    split = SimpleNamespace(targets=targets)
+    judging = SimpleNamespace(val=split, test=split)
+    found = _own_exact_match(judging, Scored(scores), Scored(scores))
+    assert found == 1.0
+    threshold, _ = best_threshold(scores, targets)
+    assert multilabel_metrics(scores, targets, threshold=threshold)["exact-match"] < 1.0
+
+
 def made_row(title, seed, figure, method="a"):
     own = {"O-F1": figure, "C-F1": figure, "mAP": 0.5, "MAP@10": math.nan,
            "exact-match": 0.1 * seed, "example-F1": 1.0}  # fmt: skip
-    return Row(method, title, seed, {"C": 1.0}, {"k": 2}, own, own, math.nan, 1.5)
+    return Row(method, title, seed, {"C": 1.0}, {"k": 2}, own, own, math.nan, math.nan, 1.5)
 
 
 def test_a_table_has_means_errors_and_the_best():

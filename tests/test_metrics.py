@@ -206,6 +206,19 @@ def test_best_threshold_for_c_f1_is_the_exact_maximum(case: tuple[Tensor, Tensor
         assert measured["C-F1"] == pytest.approx(max(every_cut), abs=1e-12)
 
 
+@settings(max_examples=200, deadline=None)
+@given(tied_cases())
+def test_best_threshold_for_exact_match_is_the_exact_maximum(case: tuple[Tensor, Tensor]) -> None:
+    scores, targets = case
+    threshold, value = metrics.best_threshold(scores, targets, "exact-match")
+    every_cut = [
+        float(((scores >= cut) == targets).all(1).double().mean()) for cut in scores.unique()
+    ]
+    assert value == pytest.approx(max(every_cut), abs=1e-12)
+    right = (metrics.threshold_sets(scores, threshold) == targets).all(1)
+    assert float(right.double().mean()) == pytest.approx(max(every_cut), abs=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_best_threshold_between_neighbouring_floats(dtype: torch.dtype) -> None:
     low = torch.tensor(1.0, dtype=dtype)
@@ -238,6 +251,13 @@ def test_best_k_against_brute_force(case: tuple[Tensor, Tensor]) -> None:
     k, value = metrics.best_k(scores, targets)
     assert k == 1 + values.index(max(values))
     assert value == pytest.approx(float(max(values)), abs=1e-15)
+    exact = [
+        float((metrics.top_k_sets(scores, k) == targets).all(1).double().mean())
+        for k in range(1, scores.shape[1] + 1)
+    ]
+    k, value = metrics.best_k(scores, targets, "exact-match")
+    assert k == 1 + exact.index(max(exact))
+    assert value == pytest.approx(max(exact), abs=1e-12)
 
 
 # Average precision
@@ -659,8 +679,10 @@ def test_options_must_go_together() -> None:
         metrics.threshold_sets(scores, NAN)
     with pytest.raises(ValueError, match="method must be all_point or 11_point, got 'voc'"):
         metrics.average_precision(scores, TARGETS, "voc")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="metric must be O-F1 or C-F1, got 'mAP'"):
+    with pytest.raises(ValueError, match="metric must be O-F1, C-F1 or exact-match, got 'mAP'"):
         metrics.best_threshold(scores, TARGETS, "mAP")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="metric must be O-F1 or exact-match, got 'C-F1'"):
+        metrics.best_k(scores, TARGETS, "C-F1")  # type: ignore[arg-type]
 
 
 # Labels that are neither present nor absent.

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from cnnrnn.state import write_whole
 
-FORMAT = 1
-COLUMNS = ("O-F1", "C-F1", "C-F1 own", "mAP", "MAP@10", "exact match", "example-F1",
+FORMAT = 2
+COLUMNS = ("O-F1", "C-F1", "C-F1 own", "mAP", "MAP@10", "exact match", "exact own", "example-F1",
            "O-F1 @3", "C-F1 @3")  # fmt: skip
 
 
@@ -31,6 +31,8 @@ class Row:
         own: metrics of the sets by that decision.
         at_3: metrics of at most (path) or exactly (others) three labels.
         own_c_f1: C-F1 at the threshold that has the best C-F1 on validation data; NaN for a path.
+        own_exact: exact match by the threshold or k that has the best one on validation data; NaN
+            for a path.
         seconds: of tuning, training and measuring, less what was trained before.
     """
 
@@ -42,13 +44,15 @@ class Row:
     own: dict[str, float]
     at_3: dict[str, float]
     own_c_f1: float
+    own_exact: float
     seconds: float
 
     def figures(self) -> tuple[float, ...]:
         """Return the figures of `COLUMNS`, as fractions of 1."""
-        names = ("mAP", "MAP@10", "exact-match", "example-F1")
+        own = self.own
         return (
-            self.own["O-F1"], self.own["C-F1"], self.own_c_f1, *(self.own[n] for n in names),
+            own["O-F1"], own["C-F1"], self.own_c_f1, own["mAP"], own["MAP@10"],
+            own["exact-match"], self.own_exact, own["example-F1"],
             self.at_3["O-F1"], self.at_3["C-F1"],
         )  # fmt: skip
 
@@ -134,7 +138,8 @@ def _rows(content: dict[str, Any]) -> list[Row]:
             name: {key: _number(value) for key, value in record[name].items()}
             for name in ("own", "at_3")
         }
-        rows.append(Row(**record | measures | {"own_c_f1": _number(record["own_c_f1"])}))
+        chosen = {name: _number(record[name]) for name in ("own_c_f1", "own_exact")}
+        rows.append(Row(**record | measures | chosen))
     return rows
 
 

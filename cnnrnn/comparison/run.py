@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from cnnrnn.config import CompareConfig, ModelConfig, OnBadImage, SearchConfig, 
 from cnnrnn.data import DataError, Dataset
 from cnnrnn.features import cached_features
 from cnnrnn.fit import NonFiniteLossError, Split
-from cnnrnn.metrics import best_threshold, multilabel_metrics
+from cnnrnn.metrics import best_k, best_threshold, multilabel_metrics
 from cnnrnn.progress import Progress, no_progress
 from cnnrnn.search import NonFiniteError
 from cnnrnn.state import write_whole
@@ -323,6 +323,7 @@ class _Judged(NamedTuple):
     own: dict[str, float]
     at_3: dict[str, float]
     own_c_f1: float
+    own_exact: float
 
 
 def _judge(comparison: Comparison, by_k: bool, val: Scored, test: Scored) -> _Judged:
@@ -335,7 +336,7 @@ def _judge(comparison: Comparison, by_k: bool, val: Scored, test: Scored) -> _Ju
             multilabel_metrics(test.sets, targets, scores=test.scores, k=k, unknown=unknown)
             for k in (None, 3)
         )
-        return _Judged({"path": 1}, own, at_3, math.nan)
+        return _Judged({"path": 1}, own, at_3, math.nan, math.nan)
     cut = choose_cut(val.scores, comparison.val.targets, by_k)
     decision = {
         name: value
@@ -348,4 +349,13 @@ def _judge(comparison: Comparison, by_k: bool, val: Scored, test: Scored) -> _Ju
     at_3 = multilabel_metrics(test.scores, targets, k=3, unknown=unknown)
     for_c_f1, _ = best_threshold(val.scores, comparison.val.targets, "C-F1")
     own_c_f1 = multilabel_metrics(test.scores, targets, threshold=for_c_f1, unknown=unknown)
-    return _Judged(decision, own, at_3, own_c_f1["C-F1"])
+    return _Judged(decision, own, at_3, own_c_f1["C-F1"], _own_exact_match(comparison, val, test))
+
+
+def _own_exact_match(comparison: Comparison, val: Scored, test: Scored) -> float:
+    """Return exact match by the threshold or k that has the best one on validation data."""
+    targets = comparison.val.targets
+    threshold, by_threshold = best_threshold(val.scores, targets, "exact-match")
+    k, by_k = best_k(val.scores, targets, "exact-match")
+    cut: dict[str, Any] = {"k": k} if by_k >= by_threshold else {"threshold": threshold}
+    return multilabel_metrics(test.scores, comparison.test.targets, **cut)["exact-match"]
