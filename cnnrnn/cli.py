@@ -536,13 +536,22 @@ def _predict(parser: ArgumentParser, options: Namespace) -> int:
     from cnnrnn.predictor import predict_iter
     from cnnrnn.progress import no_progress, terminal_progress
 
+    default = {"precision": "fp32", "compiled": False, "search": "onnx"}
     asked: dict[str, Any] = {
         name: options[name]
         for name in ("top_k", "beam_size", "min_labels", "decide", "threshold", "batch_size",
                      "workers", "on_bad_image")
     }  # fmt: skip
-    if options.model is not None and options.model.endswith(".onnx"):
+    torch_only = [name for name in ("precision", "compiled") if options[name] != default[name]]
+    if options.model is not None and options.model.lower().endswith(".onnx"):
+        if torch_only:
+            raise ValueError(
+                f"--{torch_only[0]} must be left out for {options.model}, which ONNX Runtime runs; "
+                "`cnnrnn export --precision float16` makes a file in half precision"
+            )
         predictions = _onnx_predictor(options).predict_iter(options.images, **asked)
+    elif options.search != default["search"]:
+        raise ValueError(f"--search must be left out but for FILE.onnx, got {options.search}")
     else:
         predictions = predict_iter(
             options.images, options.model, device=options.device, precision=options.precision,
@@ -563,14 +572,15 @@ def _predict(parser: ArgumentParser, options: Namespace) -> int:
 
 
 def _onnx_predictor(options: Namespace) -> OnnxPredictor:
-    import torch
-
     from cnnrnn.export import OnnxPredictor
+    from cnnrnn.export.runtime import has_cuda
 
     device, _, number = options.device.partition(":")
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    provider = (device, {"device_id": int(number)}) if number else device
+        device = "cuda" if has_cuda() else "cpu"
+    if device not in ("cpu", "cuda") or not (number.isdecimal() or not number):
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {options.device!r}")
+    provider = (device, {"device_id": number}) if number else device
     return OnnxPredictor(options.model, providers=[provider], search=options.search)
 
 

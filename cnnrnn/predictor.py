@@ -7,6 +7,7 @@ import itertools
 import logging
 import math
 import os
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Set
@@ -36,9 +37,18 @@ DEMO_MODEL = Path(__file__).parent / "scenes_model"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 MAX_WORKERS = 8
 Precision = Literal["fp32", "bf16", "auto"]
+_pil_lock = threading.Lock()  # Pillow loads an image lazily, and one image may come twice
 _forked: list[bool] = []
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: _forked.append(True))
+
+
+def use_one_thread_if_forked() -> None:
+    """Keep torch from waiting for its parent's threads, which are not in a forked process."""
+    if _forked:
+        torch.set_num_threads(1)
+
+
 _log = logging.getLogger(__name__)
 
 
@@ -252,8 +262,7 @@ def predict_features(
     classifier = resolve_model(model, None)
     search = _search_of(classifier, beam_size, min_labels)
     batch = torch.as_tensor(features).to(classifier.device, torch.float32)
-    if _forked:
-        torch.set_num_threads(1)
+    use_one_thread_if_forked()
     inference = classifier.infer(batch, search)
     return decided_predictions(inference, tuple(classifier.labels), classifier.calibration, options)
 
@@ -387,8 +396,6 @@ class TorchModel:
     @torch.no_grad()
     def begin(self, images: list[Tensor]) -> Callable[[], Inference]:
         """Run the backbone, which a GPU does while the caller goes on."""
-        if _forked:
-            torch.set_num_threads(1)  # those of the parent's pool are not here: torch would wait
         features = self.features(images)
         return lambda: self._model.infer(features, self._search)
 
@@ -477,14 +484,25 @@ def mapped_in_order(
         yield from map(function, items)
         return
     pending: deque[Future[Out]] = deque()
+    source = iter(items)
     with ThreadPoolExecutor(workers, "cnnrnn-decode") as pool:
         try:
-            for item in items:
+            failure = None
+            while True:
+                try:
+                    item = next(source)
+                except StopIteration:
+                    break
+                except Exception as error:  # what came before it is answered first
+                    failure = error
+                    break
                 pending.append(pool.submit(function, item))
                 while pending and (len(pending) > ahead or pending[0].done()):
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
+            if failure is not None:
+                raise failure
         finally:
             for future in pending:
                 future.cancel()
@@ -498,15 +516,27 @@ def _stream(
     ahead: int,
 ) -> Iterator[Prediction]:
     """Begin so many batches ahead of the one that is searched: on a GPU the two overlap."""
+    use_one_thread_if_forked()
     begun: deque[tuple[list[_Item], Callable[[], Inference] | None]] = deque()
+    failure: Exception | None = None
     try:
-        while group := list(itertools.islice(items, batch_size)):
-            images = [item.image for item in group if item.image is not None]
-            begun.append((group, model.begin(images) if images else None))
+        while failure is None:
+            group: list[_Item] = []
+            try:
+                group.extend(itertools.islice(items, batch_size))
+            except Exception as error:  # what came before it is answered first
+                failure = error
+            if group:
+                images = [item.image for item in group if item.image is not None]
+                begun.append((group, model.begin(images) if images else None))
+            elif failure is None:
+                break
             if len(begun) > ahead:
                 yield from _decided_group(*begun.popleft(), model, options)
         while begun:
             yield from _decided_group(*begun.popleft(), model, options)
+        if failure is not None:
+            raise failure
     finally:
         items.close()
 
@@ -623,11 +653,13 @@ def _from_pil(image: Image.Image, position: int) -> Image.Image:
     try:
         if 0 in image.size:
             raise ValueError(f"{image.width}x{image.height} pixels")
-        return to_rgb(image)
+        with _pil_lock:
+            return to_rgb(image)
     except MemoryError:
         raise
     except Exception as error:  # a file opened lazily is decoded here; see `decode_image`
-        raise BadImageError(f"image {position}", " ".join(str(error).split())) from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BadImageError(f"image {position}", reason) from error
 
 
 def _from_array(array: np.ndarray[Any, Any], position: int) -> Image.Image:

@@ -15,6 +15,7 @@ from cnnrnn.backbones import make_backbone
 from cnnrnn.classifier import CNNRNN
 from cnnrnn.config import Calibration
 from cnnrnn.data.images import normalize
+from cnnrnn.export import onnx as onnx_module
 from cnnrnn.labels import LabelSpace
 from cnnrnn.model import Head, ImageEmbedding
 from cnnrnn.predictor import DEMO_MODEL
@@ -133,7 +134,7 @@ def test_at_least_so_many_labels_and_without_some(exported):
     assert not {"label 0", "label 2"} & {label for p in predictions for label in p.labels}
     with pytest.raises(ValueError, match="forbidden_labels must be labels of .*, got 'nothing'"):
         whole.predict_features(features, forbidden_labels=["nothing"])
-    with pytest.raises(ValueError, match="forbidden_labels needs the search in the file"):
+    with pytest.raises(ValueError, match="forbidden labels need the search in the file"):
         exported(name, "compiled").predict_features(features, forbidden_labels=["label 0"])
     with pytest.raises(ValueError, match=r"min_labels \(4\) must not exceed max_labels \(3\)"):
         whole.predict_features(features, min_labels=4)
@@ -236,16 +237,19 @@ def test_the_label_part_of_the_gates_is_a_table(pictures_file):
     assert "Loop" not in operators
 
 
-def test_the_content_hash_is_of_weights_and_options(tmp_path, pictures_file):
+def test_the_content_hash_is_of_weights_and_options(pictures_file):
     model = head_model(SearchConfig(beam_size=2, max_labels=1))
-    hashes = []
-    for change in (False, False, True):
-        if change:
-            with torch.no_grad():
-                model.head.label_embedding[0, 0] += 1
-        export_onnx(model, tmp_path / "model.onnx")
-        hashes.append(OnnxPredictor(tmp_path / "model.onnx").content_hash)
-    assert hashes[0] == hashes[1] != hashes[2]
+    search = model.search
+    hashes = [
+        onnx_module._metadata(model, "features", "float32", False, search)["content_hash"]
+        for _ in range(2)
+    ]
+    with torch.no_grad():
+        model.head.label_embedding[0, 0] += 1
+    changed = onnx_module._metadata(model, "features", "float32", False, search)
+    assert hashes[0] == hashes[1] != changed["content_hash"]
+    metadata = {prop.key: prop.value for prop in onnx.load(pictures_file).metadata_props}
+    assert OnnxPredictor(pictures_file).content_hash == metadata["content_hash"]
 
 
 def test_float16_keeps_the_labels_of_clear_cases(tmp_path, pictures_file):
@@ -304,7 +308,7 @@ def test_an_ensemble_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "must be an ONNX file, found nothing there"),
+        (None, "must be an ONNX file of cnnrnn export, found nothing there"),
         (b"", "cannot be opened by ONNX Runtime"),
         (b"no model at all", "cannot be opened by ONNX Runtime"),
     ],
@@ -340,6 +344,39 @@ def test_a_file_cut_short(tmp_path, pictures_file):
         for search in ("onnx", "compiled"):
             with pytest.raises(OnnxModelError):
                 OnnxPredictor(tmp_path / "cut.onnx", search=search)
+
+
+def test_no_image_at_all(exported):
+    """ONNX Runtime itself, which `run` does not ask then."""
+    for name in HEADS:
+        session = exported(name)._session
+        found = session.run(None, {"features": np.zeros((0, F), np.float32)})
+        assert [len(output) for output in found] == [0] * len(found)
+
+
+def test_weights_beside_a_file_that_would_be_too_large(tmp_path, monkeypatch):
+    model, file = HEADS["increasing"], tmp_path / "model.onnx"
+    features = torch.randn(3, F)
+    expected = by_reference(model, features)
+    monkeypatch.setattr(onnx_module, "ONE_FILE_BYTES", 100)
+    sizes = []
+    for _ in range(2):
+        export_onnx(model, file, loop=True)
+        assert sorted(tmp_path.iterdir()) == [file, tmp_path / "model.onnx.data"]
+        sizes.append((tmp_path / "model.onnx.data").stat().st_size)
+        assert_same(OnnxPredictor(file, threads=1).run(features), expected)
+    assert sizes[0] == sizes[1] > 0
+    monkeypatch.undo()
+    export_onnx(model, file, loop=True)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_spoilt_head_is_a_spoilt_file(tmp_path, pictures_file):
+    proto = onnx.load(pictures_file)
+    next(prop for prop in proto.metadata_props if prop.key == "head").value = "AAAA"
+    onnx.save(proto, tmp_path / "spoilt.onnx")
+    with pytest.raises(OnnxModelError, match="must be written by cnnrnn.export_onnx"):
+        OnnxPredictor(tmp_path / "spoilt.onnx", search="compiled")
 
 
 def test_the_embedding_is_an_output(exported):

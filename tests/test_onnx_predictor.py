@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,64 @@ def test_float_pictures_need_a_file_that_takes_them(predictor):
         predictor.predict(7)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"inputs": torch.zeros(2, 16, 16, 3)}, r"images must be uint8 \[batch, 16, 16, 3\], got "),
+        ({"inputs": torch.zeros(2, 9, 16, 3, dtype=torch.uint8)}, r"got torch.uint8 \[2, 9, 16, 3"),
+        ({"inputs": torch.zeros(16, 16, 3, dtype=torch.uint8)}, r"got torch.uint8 \[16, 16, 3"),
+        ({"min_labels": 4}, "min_labels must be in 0..3, got 4"),
+        ({"forbidden": torch.zeros(3, 6, dtype=torch.bool)}, r"forbidden must be bool \[1 or 2, 6"),
+        ({"forbidden": torch.zeros(1, 6)}, r"got torch.float32 \[1, 6\]"),
+        ({"outputs": ["nothing"]}, "outputs must be among labels, .*, got 'nothing'"),
+    ],
+)
+def test_what_the_graph_does_not_take(file, options, message):
+    arguments = {"inputs": torch.zeros(2, 16, 16, 3, dtype=torch.uint8)} | options
+    with pytest.raises(ValueError, match=message):
+        OnnxPredictor(file, threads=1).run(**arguments)
+
+
+def test_what_the_compiled_search_cannot_be_asked(file):
+    compiled = OnnxPredictor(file, search="compiled", threads=1)
+    images = torch.zeros(2, 16, 16, 3, dtype=torch.uint8)
+    assert set(compiled.run(images)) == {"joint", "label_scores"}
+    with pytest.raises(ValueError, match="outputs must be among joint, label_scores, got 'labels'"):
+        compiled.run(images, outputs=["labels"])
+    with pytest.raises(ValueError, match="min_labels and forbidden need the search in the file"):
+        compiled.run(images, min_labels=1)
+    with pytest.raises(ValueError, match="forbidden labels need the search in the file"):
+        compiled.infer(images, forbidden=torch.ones(1, 6, dtype=torch.bool))
+    whole = OnnxPredictor(file, threads=1)
+    other = replace(whole.search_config, order="unique")
+    with pytest.raises(ValueError, match="search must be that of .* but for min_labels"):
+        whole.infer(images, other)
+    with pytest.raises(TypeError, match="inputs must be a tensor, got ndarray"):
+        whole.run(images.numpy())
+
+
+def test_a_mask_for_every_image(file):
+    whole = OnnxPredictor(file, threads=1)
+    random = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (5000, 16, 16, 3), dtype=torch.uint8, generator=random)
+    masks = torch.rand(5000, 6, generator=random) < 0.3
+    sets = whole.infer(images, forbidden=masks).sets  # in two slices
+    assert sets.any() and not (sets & masks).any()
+    one = whole.infer(images[4500:4501], forbidden=masks[4500:4501]).sets
+    assert torch.equal(one[0], sets[4500])
+
+
+def test_pictures_that_are_not_finite_are_named(folder, tmp_path):
+    model = picture_model()
+    with torch.no_grad():
+        model.head.image_projection.weight[0, 0] = torch.nan
+    export_onnx(model, tmp_path / "spoilt.onnx", loop=True)
+    for search in ("onnx", "compiled"):
+        spoilt = OnnxPredictor(tmp_path / "spoilt.onnx", search=search, threads=1)
+        with pytest.raises(ValueError, match="not finite for 2 images .*00.png, .*01.png"):
+            spoilt.predict(folder, batch_size=2)
+
+
 # Providers
 
 
@@ -249,12 +308,17 @@ predictor.run(small)
 child = os.fork()
 if child == 0:
     same = [p.labels for p in model.predict(pictures)] == expected
+    floats = torch.rand(2, 3, 600, 600)  # resized before anything else
+    same &= len(model.predict(iter(floats))) == 2
     began = time.perf_counter()
     try:
         predictor.run(small)
     except RuntimeError as error:
         told = "open the OnnxPredictor in the child" in str(error)
-    os._exit(0 if same and told and time.perf_counter() - began < 1 else 1)
+    soon = time.perf_counter() - began < 1
+    opened = cnnrnn.OnnxPredictor(sys.argv[1], threads=2)
+    same &= len(opened.predict(list(small.numpy()) * 16)) == 64
+    os._exit(0 if same and told and soon else 1)
 for _ in range(300):
     ended, status = os.waitpid(child, os.WNOHANG)
     if ended:
@@ -361,5 +425,15 @@ def test_the_command_line(tmp_path, model, folder, capsys):
     assert "nothing is not a checkpoint" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "checkpoint"), str(tmp_path / "no" / "x.onnx")]) == 1
     assert "must be in a folder that exists" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "checkpoint"), str(tmp_path / "model")]) == 1
+    assert "must be a file that ends in .onnx" in capsys.readouterr().err
+    for option in (["--precision", "bf16"], ["--compiled"]):
+        assert main([*common, "--model", str(out), *option]) == 1
+        assert f"{option[0]} must be left out for" in capsys.readouterr().err
+    assert main([*common, "--model", str(tmp_path / "checkpoint"), "--search", "compiled"]) == 1
+    assert "--search must be left out but for FILE.onnx" in capsys.readouterr().err
+    for device in ("cuda:x", "banana"):
+        assert main([*common, "--model", str(out), "--device", device]) == 1
+        assert "--device must be auto, cpu, cuda or cuda:N, got" in capsys.readouterr().err
     assert main([*common, "--model", str(tmp_path / "no.onnx")]) == 1
-    assert "must be an ONNX file, found nothing there" in capsys.readouterr().err
+    assert "must be an ONNX file of cnnrnn export, found nothing there" in capsys.readouterr().err

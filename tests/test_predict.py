@@ -6,6 +6,7 @@ import io
 import math
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -179,6 +180,59 @@ def test_a_checkpoint_folder_stands_for_its_model(tmp_path, model, arrays):
     model.save(tmp_path / "run" / "best")
     for name in (tmp_path / "run" / "best", str(tmp_path / "run")):
         assert answers(cnnrnn.predict(arrays, name, device="cpu")) == answers(model.predict(arrays))
+
+
+def test_one_picture_that_comes_twice_is_loaded_once(model, tmp_path, arrays):
+    Image.fromarray(arrays[0]).resize((300, 200)).save(tmp_path / "a.jpg")
+    for _ in range(5):
+        lazy = Image.open(tmp_path / "a.jpg")
+        found = model.predict([lazy] * 8, workers=8)
+        assert len({p.log_prob for p in found}) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_came_before_an_error_is_answered(model, arrays, tmp_path, workers):
+    def source():
+        yield from arrays[:10]
+        raise KeyError("no more")
+
+    found = []
+    with pytest.raises(KeyError, match="no more"):
+        for prediction in cnnrnn.predict_iter(source(), model, batch_size=4, workers=workers):
+            found.append(prediction)
+    assert answers(found) == answers(model.predict(arrays[:10]))
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    found = []
+    with pytest.raises(BadImageError, match="broken.png"):
+        images = [*arrays[:7], tmp_path / "broken.png", *arrays[7:]]
+        for prediction in cnnrnn.predict_iter(images, model, batch_size=4, workers=workers):
+            found.append(prediction)
+    assert answers(found) == answers(model.predict(arrays[:7]))
+
+
+def test_workers_change_nothing_and_leave_no_thread(model, arrays):
+    before = threading.active_count()
+    for workers in (0, 1, 3):
+        found = model.predict(list(arrays), workers=workers, batch_size=5)
+        assert answers(found) == answers(model.predict(arrays))
+    stream = cnnrnn.predict_iter(list(arrays), model, workers=3, batch_size=2)
+    next(stream)
+    stream.close()
+    assert threading.active_count() == before
+    with pytest.raises(ValueError, match="workers must be at least 0, got -1"):
+        model.predict(arrays, workers=-1)
+
+
+def test_half_precision_and_compiled_backbones(model, arrays):
+    expected = model.predict(arrays)
+    for precision in ("bf16", "auto"):
+        for mine, theirs in zip(model.predict(arrays, precision=precision), expected, strict=True):
+            assert mine.scores == pytest.approx(theirs.scores, abs=0.05)
+    compiled = model.predict(arrays, compiled=True)
+    for mine, theirs in zip(compiled, expected, strict=True):
+        assert mine.scores == pytest.approx(theirs.scores, abs=1e-4)
+    with pytest.raises(ValueError, match="precision must be fp32, bf16 or auto, got 'fp8'"):
+        model.predict(arrays, precision="fp8")
 
 
 # Bad images

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import tempfile
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -69,6 +70,9 @@ def export_onnx(
     _require_onnx()
     import onnx
 
+    path = Path(path)
+    if path.suffix.lower() != ".onnx" or path.is_dir():
+        raise ValueError(f"path must be a file that ends in .onnx, got {path}")
     model = _single_model(model)
     search = search or model.search
     search = replace(search, max_labels=resolve_max_labels(model.head, search))
@@ -80,13 +84,25 @@ def export_onnx(
     del proto.metadata_props[:]
     metadata = _metadata(model, input_kind, precision, loop, search)
     onnx.helper.set_model_props(proto, metadata)
-    path = Path(path)
-    if proto.ByteSize() < ONE_FILE_BYTES:
+    _write(proto, path)
+
+
+def _write(proto: ModelProto, path: Path) -> None:
+    """Check a model and put it at its place, its weights beside it where it is too large."""
+    import onnx
+
+    beside = path.with_name(f"{path.name}.data")
+    if sum(len(tensor.raw_data) for tensor in proto.graph.initializer) < ONE_FILE_BYTES:
         onnx.checker.check_model(proto, full_check=True)
         write_whole(path, lambda file: file.write_bytes(proto.SerializeToString()))
+        beside.unlink(missing_ok=True)
         return
-    onnx.save(proto, path, save_as_external_data=True, location=f"{path.name}.data")
-    onnx.checker.check_model(path, full_check=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        partial = Path(folder) / path.name
+        onnx.save(proto, partial, save_as_external_data=True, location=beside.name)
+        onnx.checker.check_model(partial, full_check=True)
+        partial.with_name(beside.name).replace(beside)
+        partial.replace(path)
 
 
 def _require_onnx() -> None:
@@ -168,9 +184,9 @@ def _exported(
             )
     except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError) as error:
         reason = " ".join(str(error).split())[:300]
-        size = ", for pictures of any size," if dynamic_size else ""
+        how = " for pictures of any size; without dynamic_size it may be" if dynamic_size else ""
         raise ValueError(
-            f"backbone {model.config.backbone}{size} cannot be exported: {reason}"
+            f"backbone {model.config.backbone} cannot be exported{how}. torch says: {reason}"
         ) from error
     assert written is not None
     proto: ModelProto = written.model_proto

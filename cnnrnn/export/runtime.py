@@ -8,13 +8,13 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from cnnrnn.classifier import read_options, typed
@@ -24,7 +24,13 @@ from cnnrnn.decisions import SEARCH_BATCH, Inference
 from cnnrnn.export.graph import INPUT_NAMES, LABEL_SCORES, OUTPUT_NAMES, Input
 from cnnrnn.export.onnx import FORMAT
 from cnnrnn.model import Head, ImageEmbedding, chain_logits
-from cnnrnn.predictor import Options, Prediction, decided_predictions, predict_images
+from cnnrnn.predictor import (
+    Options,
+    Prediction,
+    decided_predictions,
+    predict_images,
+    use_one_thread_if_forked,
+)
 from cnnrnn.search import NonFiniteError, SearchResult, beam_search
 
 if TYPE_CHECKING:
@@ -37,6 +43,7 @@ PROVIDERS = {
     "tensorrt": "TensorrtExecutionProvider",
 }
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
+NO_MASK = "forbidden labels need the search in the file: search='onnx'"
 _ERRORS_ONLY = 3  # of ONNX Runtime's levels: it warns of every optional input
 
 
@@ -64,7 +71,8 @@ class OnnxPredictor:
         labels: names in path order, [L].
         calibration: thresholds, k and mixing weight that validation data chose.
         preprocessing: of pictures; None for a file that takes feature vectors.
-        search_config: the options of the search; T is resolved.
+        search_config: the options of the search.
+        max_labels: T, the longest path.
         input_kind: `uint8`, `float` or `features`.
         content_hash: SHA-256 of weights and metadata; the same for two exports of one model.
         search: where the search runs.
@@ -97,7 +105,7 @@ class OnnxPredictor:
 
     def _read_metadata(self, texts: dict[str, str]) -> None:
         try:
-            values = {
+            values: dict[str, Any] = {
                 name: text if name in ("content_hash", "head") else json.loads(text)
                 for name, text in texts.items()
             }
@@ -109,6 +117,7 @@ class OnnxPredictor:
             self.labels = tuple(values["labels"])
             self.calibration = read_options(Calibration, "calibration", values["calibration"])
             self.search_config = read_options(SearchConfig, "search", values["search"])
+            self.max_labels: int = typed("search.max_labels", values["search"]["max_labels"], int)
             self.input_kind: Input = typed("input", values["input"], Input)
             self.content_hash: str = values["content_hash"]
             self.preprocessing = None
@@ -117,7 +126,7 @@ class OnnxPredictor:
                     Preprocessing, "preprocessing", values["preprocessing"]
                 )
             self._head = _search_head(values) if self.search == "compiled" else None
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, SafetensorError) as error:
             if isinstance(error, OnnxModelError):
                 raise
             raise OnnxModelError(
@@ -208,16 +217,29 @@ class OnnxPredictor:
         Args:
             inputs: uint8 [B, S, S, 3], normalised float [B, 3, S, S] or features [B, F]; on a GPU
                 without a copy, where a GPU's provider runs.
-            search: changes `min_labels`, and for the compiled search anything.
-            forbidden: [1 or B, L] bool, labels that no path may have.
+            search: another `min_labels`, and for the compiled search any other options.
+            forbidden: [1 or B, L] bool, labels that no path may have; only for the search in ONNX
+                Runtime.
 
         Returns:
             Sets and scores on the CPU.
 
         Raises:
+            ValueError: for inputs and options that do not fit the file.
             NonFiniteError: for inputs that give values that are not finite.
         """
+        use_one_thread_if_forked()
         search = search or self.search_config
+        if self.search == "compiled":
+            if forbidden is not None:
+                raise ValueError(NO_MASK)
+        elif replace(search, min_labels=self.search_config.min_labels) != self.search_config:
+            raise ValueError(
+                f"search must be that of {self.path} but for min_labels, {self.search_config}, got "
+                f"{search}; export again, or open the file with search='compiled'"
+            )
+        inputs = self._checked(inputs)
+        forbidden = None if forbidden is None else self._checked_mask(forbidden, len(inputs))
         parts = inputs.split(SEARCH_BATCH) if len(inputs) else (inputs,)
         masks: Sequence[Tensor | None] = [forbidden] * len(parts)
         if forbidden is not None and len(forbidden) > 1:
@@ -249,9 +271,12 @@ class OnnxPredictor:
             inputs: as in `infer`.
             min_labels: END is forbidden on shorter paths; the file's own by default.
             forbidden: [1 or B, L] bool, labels that no path may have.
-            outputs: names; all by default.
+            outputs: names; all by default. A file opened for the compiled search gives `joint` and
+                `label_scores` alone, and takes neither of the other options.
 
         Raises:
+            TypeError: `inputs` is no tensor.
+            ValueError: an argument does not fit the file.
             RuntimeError: in a process that was forked after the file was opened.
         """
         if os.getpid() != self._process:
@@ -260,13 +285,23 @@ class OnnxPredictor:
                 "threads are not in a forked process: open the OnnxPredictor in the child"
             )
         names = list(outputs or self._output_names)
+        unknown = [name for name in names if name not in self._output_names]
+        if unknown:
+            raise ValueError(
+                f"outputs must be among {', '.join(self._output_names)}, got {unknown[0]!r}"
+            )
+        if self.search == "compiled" and (min_labels is not None or forbidden is not None):
+            raise ValueError("min_labels and forbidden need the search in the file: search='onnx'")
+        if min_labels is not None and not 0 <= min_labels <= self.max_labels:
+            raise ValueError(f"min_labels must be in 0..{self.max_labels}, got {min_labels}")
+        inputs = self._checked(inputs)
         on_gpu = inputs.is_cuda and self.providers[0] != PROVIDERS["cpu"]
         device = inputs.device if on_gpu else torch.device("cpu")
         given = {INPUT_NAMES[self.input_kind]: inputs}
         if min_labels is not None:
             given["min_labels"] = torch.tensor(min_labels)
         if forbidden is not None:
-            given["forbidden"] = forbidden
+            given["forbidden"] = self._checked_mask(forbidden, len(inputs))
         given = {name: tensor.to(device).contiguous() for name, tensor in given.items()}
         found = {name: self._empty(name, len(inputs), device) for name in names}
         if len(inputs):
@@ -280,9 +315,40 @@ class OnnxPredictor:
             self._session.run_with_iobinding(binding)
         return {name: tensor.to(inputs.device) for name, tensor in found.items()}
 
+    def _checked(self, inputs: Tensor) -> Tensor:
+        """Return inputs as the file takes them, of the width that it declares."""
+        if not isinstance(inputs, Tensor):
+            raise TypeError(f"inputs must be a tensor, got {type(inputs).__name__}")
+        declared = self._session.get_inputs()[0]
+        of_bytes = self.input_kind == "uint8"
+        fits = inputs.dtype == torch.uint8 if of_bytes else inputs.is_floating_point()
+        sizes = list(inputs.shape)
+        if (
+            not fits
+            or len(sizes) != len(declared.shape)
+            or any(
+                isinstance(side, int) and side != size
+                for side, size in zip(declared.shape, sizes, strict=True)
+            )
+        ):
+            shape = ", ".join(map(str, declared.shape))
+            raise ValueError(
+                f"{declared.name} must be {'uint8' if of_bytes else 'float'} [{shape}], got "
+                f"{inputs.dtype} {sizes}"
+            )
+        return inputs if of_bytes else inputs.float()
+
+    def _checked_mask(self, forbidden: Tensor, batch: int) -> Tensor:
+        L = len(self.labels)
+        sizes = list(forbidden.shape)
+        if forbidden.dtype != torch.bool or sizes not in ([1, L], [batch, L]):
+            raise ValueError(
+                f"forbidden must be bool [1 or {batch}, {L}], got {forbidden.dtype} {sizes}"
+            )
+        return forbidden
+
     def _empty(self, name: str, batch: int, device: torch.device) -> Tensor:
-        N, T, L = self.search_config.beam_size, self.search_config.max_labels, len(self.labels)
-        assert T is not None
+        N, T, L = self.search_config.beam_size, self.max_labels, len(self.labels)
         shapes = dict(zip(OUTPUT_NAMES, ((N, T), (N,), (N,), (L,), (L,)), strict=False))
         shapes |= {"joint": (self._joint_dim(),), LABEL_SCORES: (L,)}
         dtype = torch.int64 if name in ("labels", "lengths") else torch.float32
@@ -337,7 +403,7 @@ class OnnxPredictor:
         if not names:
             return None
         if self.search == "compiled":
-            raise ValueError("forbidden_labels needs the search in the file: search='onnx'")
+            raise ValueError(NO_MASK)
         unknown = [name for name in names if name not in self.labels]
         if unknown:
             raise ValueError(f"forbidden_labels must be labels of {self.path}, got {unknown[0]!r}")
@@ -359,6 +425,7 @@ class _OnnxModel:
         self._forbidden = forbidden
 
     def begin(self, images: list[Tensor]) -> Callable[[], Inference]:
+        """Put images together; ONNX Runtime runs when the search is due."""
         if self._predictor.input_kind == "uint8":
             if any(image.dtype != torch.uint8 for image in images):
                 raise ValueError(
@@ -368,8 +435,7 @@ class _OnnxModel:
             batch = torch.stack([image.permute(1, 2, 0) for image in images])
         else:
             batch = torch.cat([normalize(image[None], self.preprocessing) for image in images])
-        inference = self._predictor.infer(batch, self._search, self._forbidden)
-        return lambda: inference
+        return lambda: self._predictor.infer(batch, self._search, self._forbidden)
 
 
 def _place(tensor: Tensor) -> tuple[str, int, Any, list[int], int]:
@@ -411,7 +477,8 @@ def _open(
     search: Search,
 ) -> onnxruntime.InferenceSession:
     if not path.is_file():
-        raise OnnxModelError(f"{path} must be an ONNX file, found nothing there")
+        found = "a folder" if path.is_dir() else "nothing there"
+        raise OnnxModelError(f"{path} must be an ONNX file of cnnrnn export, found {found}")
     try:
         import onnxruntime
     except ModuleNotFoundError as error:
@@ -438,8 +505,7 @@ def _open(
         if not fallback:
             raise ProviderError(why)
     if first in (PROVIDERS["cuda"], PROVIDERS["tensorrt"]) and first in there:
-        with redirect_stdout(None):
-            onnxruntime.preload_dlls()  # CUDA's libraries as pip installs them beside torch
+        onnxruntime.preload_dlls()  # CUDA's libraries as pip installs them beside torch
     usable = [provider for provider in wanted if provider[0] in there]
     source = _embedding_part(path) if search == "compiled" else str(path)
     try:
@@ -462,6 +528,15 @@ def _open(
 
 
 REPAIR = "For CUDA and TensorRT run `pip uninstall -y onnxruntime && pip install onnxruntime-gpu`"
+
+
+def has_cuda() -> bool:
+    """Whether there is a GPU, and an ONNX Runtime that was built for it."""
+    if not torch.cuda.is_available():
+        return False
+    import onnxruntime
+
+    return PROVIDERS["cuda"] in onnxruntime.get_available_providers()
 
 
 def distribution_problem() -> str | None:
