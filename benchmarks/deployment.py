@@ -45,7 +45,7 @@ from cnnrnn.backbones import Backbone, make_backbone
 from cnnrnn.classifier import CNNRNN
 from cnnrnn.data.images import decode_image, normalize, to_tensor
 from cnnrnn.labels import LabelSpace
-from cnnrnn.predictor import TorchModel, mapped_in_order, usable_cores
+from cnnrnn.pipeline import TorchModel, mapped_in_order, usable_cores
 
 SEARCH = SearchConfig(beam_size=8, max_labels=18)
 TURNS = {1: 60, 8: 20, 64: 5}

@@ -34,7 +34,7 @@ PAGES = (
 )
 COMPARED = {
     "scene": "scenes", "camvid": "street patches", "coco": "COCO label sets",
-    "corel5k": "Corel-5k",
+    "corel5k": "Corel-5k", "corel16k": "Corel-16k",
 }  # fmt: skip
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from cnnrnn.ensemble import Ensemble, set_log_probs
     from cnnrnn.export import OnnxModelError, OnnxPredictor, ProviderError, export_onnx
     from cnnrnn.model import Head, ImageEmbedding
-    from cnnrnn.predictor import Prediction, load, predict, predict_features, predict_iter
+    from cnnrnn.prediction import Prediction
+    from cnnrnn.predictor import load, predict, predict_features, predict_iter
     from cnnrnn.search import NonFiniteError, SearchResult, beam_search
 
 __version__ = "0.1.0"
@@ -33,7 +34,7 @@ _HOMES = {
     "NonFiniteError": "cnnrnn.search",
     "OnnxModelError": "cnnrnn.export",
     "OnnxPredictor": "cnnrnn.export",
-    "Prediction": "cnnrnn.predictor",
+    "Prediction": "cnnrnn.prediction",
     "Preprocessing": "cnnrnn.config",
     "ProviderError": "cnnrnn.export",
     "SearchConfig": "cnnrnn.config",

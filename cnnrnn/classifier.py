@@ -22,7 +22,7 @@ from cnnrnn.model import Head, ImageEmbedding
 
 if TYPE_CHECKING:
     from cnnrnn.decisions import Inference
-    from cnnrnn.predictor import Prediction
+    from cnnrnn.prediction import Prediction
 
 T = TypeVar("T")
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from cnnrnn.ensemble import EnsembleResult
     from cnnrnn.export import OnnxPredictor
-    from cnnrnn.predictor import Prediction
+    from cnnrnn.prediction import Prediction
     from cnnrnn.train import TrainResult
 
 TABLE_METRICS = ("C-P", "C-R", "C-F1", "O-P", "O-R", "O-F1", "MAP@10", "mAP", "mAP-11pt",

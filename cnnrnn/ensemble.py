@@ -44,7 +44,7 @@ from cnnrnn.search.engine import resolve_max_labels
 from cnnrnn.state import STATE_FILE, ResumeError
 
 if TYPE_CHECKING:
-    from cnnrnn.predictor import Prediction
+    from cnnrnn.prediction import Prediction
 
 SCORES_AT_ONCE = 1 << 24  # label scores held while sets are scored: 64 MB
 

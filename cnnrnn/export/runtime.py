@@ -24,13 +24,8 @@ from cnnrnn.decisions import SEARCH_BATCH, Inference
 from cnnrnn.export.graph import INPUT_NAMES, LABEL_SCORES, OUTPUT_NAMES, Input
 from cnnrnn.export.onnx import FORMAT
 from cnnrnn.model import Head, ImageEmbedding, chain_logits
-from cnnrnn.predictor import (
-    Options,
-    Prediction,
-    decided_predictions,
-    predict_images,
-    use_one_thread_if_forked,
-)
+from cnnrnn.pipeline import predict_images, use_one_thread_if_forked
+from cnnrnn.prediction import Options, Prediction, decided_predictions
 from cnnrnn.search import NonFiniteError, SearchResult, beam_search
 
 if TYPE_CHECKING:

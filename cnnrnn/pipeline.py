@@ -1,0 +1,385 @@
+"""From pictures to predictions: decoding, backbone and search, each while the others run."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Set
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cnnrnn.classifier import CNNRNN
+from cnnrnn.config import Calibration, OnBadImage, Preprocessing, SearchConfig
+from cnnrnn.data import BadImageError, DataError
+from cnnrnn.data.images import decode_image, normalize, to_rgb, to_tensor
+from cnnrnn.decisions import Inference
+from cnnrnn.ensemble import Ensemble
+from cnnrnn.prediction import Options, Prediction, decide
+from cnnrnn.search import NonFiniteError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+MAX_WORKERS = 8
+Precision = Literal["fp32", "bf16", "auto"]
+_pil_lock = threading.Lock()  # Pillow loads an image lazily, and one image may come twice
+_forked: list[bool] = []
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _forked.append(True))
+
+
+def use_one_thread_if_forked() -> None:
+    """Keep torch from waiting for its parent's threads, which are not in a forked process."""
+    if _forked:
+        torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One image on its way: a uint8 or float tensor [3, S, S], or why there is none."""
+
+    source: str
+    image: Tensor | None
+    error: str | None = None
+
+
+class ImageModel(Protocol):
+    """What `predict_images` needs of a model, whatever runs it."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Label names in path order."""
+
+    @property
+    def calibration(self) -> Calibration:
+        """Thresholds, k and mixing weight."""
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What turns a decoded picture into the model's input."""
+
+    def begin(self, images: list[Tensor]) -> Callable[[], Inference]:
+        """Start on images, each uint8 or float in 0..1 of [3, S, S], on the CPU or a GPU.
+
+        Returns:
+            What ends it; raises NonFiniteError for images whose values are not finite.
+        """
+
+
+class TorchModel:
+    """A model whose backbone torch runs.
+
+    Args:
+        model: has a backbone, in eval mode.
+        search: the options of the search.
+        precision: of the backbone.
+        compiled: compile the backbone with torch.compile, once per model.
+    """
+
+    def __init__(
+        self,
+        model: CNNRNN | Ensemble,
+        search: SearchConfig,
+        precision: Precision = "fp32",
+        compiled: bool = False,
+    ) -> None:
+        assert model.backbone is not None
+        if precision not in get_args(Precision):
+            raise ValueError(f"precision must be fp32, bf16 or auto, got {precision!r}")
+        self.labels = tuple(model.labels)
+        self.calibration: Calibration = model.calibration
+        self.preprocessing = model.backbone.preprocessing
+        self._model = model
+        self._search = search
+        self._backbone = _compiled(model.backbone) if compiled else model.backbone
+        self._half = precision == "bf16" or (precision == "auto" and _has_bf16(model.device))
+
+    @torch.no_grad()
+    def begin(self, images: list[Tensor]) -> Callable[[], Inference]:
+        """Run the backbone, which a GPU does while the caller goes on."""
+        features = self.features(images)
+        return lambda: self._model.infer(features, self._search)
+
+    @torch.no_grad()
+    def features(self, images: list[Tensor]) -> Tensor:
+        """Return the backbone's features [n, F] of images, as `ImageModel.begin` takes them."""
+        device = self._model.device
+        parts = [torch.stack(images)] if _alike(images) else [image[None] for image in images]
+        batch = torch.cat([normalize(part.to(device), self.preprocessing) for part in parts])
+        with torch.autocast(device.type, torch.bfloat16, enabled=self._half):
+            features: Tensor = self._backbone(batch)
+        return features.float()
+
+
+def _alike(images: list[Tensor]) -> bool:
+    return len({(image.dtype, image.device) for image in images}) == 1
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 by instructions of its own."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+_compiled_backbones: weakref.WeakKeyDictionary[nn.Module, Callable[[Tensor], Tensor]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _compiled(backbone: nn.Module) -> Callable[[Tensor], Tensor]:
+    if backbone not in _compiled_backbones:
+        _compiled_backbones[backbone] = torch.compile(backbone)
+    return _compiled_backbones[backbone]
+
+
+def predict_images(
+    images: Any,
+    model: ImageModel,
+    options: Options,
+    *,
+    batch_size: int,
+    workers: int | None,
+    on_bad_image: OnBadImage,
+) -> Iterator[Prediction]:
+    """Decode in threads, run the model, search and decide, one batch ahead of another."""
+    if not _is_known(images):
+        raise TypeError(
+            "images must be a path, a folder, a PIL image, an array, a tensor, or a list of "
+            f"these, got {type(images).__name__}"
+        )
+    if workers is None:
+        workers = 0 if isinstance(images, Iterator) else min(usable_cores(), MAX_WORKERS)
+    elif workers < 0:
+        raise ValueError(f"workers must be at least 0, got {workers}")
+    items = mapped_in_order(
+        lambda numbered: _item(*numbered, model.preprocessing, on_bad_image),
+        enumerate(_singles(images)),
+        workers=workers,
+        ahead=2 * batch_size,
+    )
+    return _stream(items, model, options, batch_size, ahead=1 if workers else 0)
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+def mapped_in_order(
+    function: Callable[[In], Out], items: Iterable[In], *, workers: int, ahead: int
+) -> Generator[Out, None, None]:
+    """Yield function(item) of each item in order, computed in threads.
+
+    Args:
+        function: called in a thread, or with 0 workers in the caller's.
+        items: advanced in the caller's thread.
+        workers: threads.
+        ahead: at most so many items are taken before their turn.
+    """
+    if workers == 0:
+        yield from map(function, items)
+        return
+    pending: deque[Future[Out]] = deque()
+    source = iter(items)
+    with ThreadPoolExecutor(workers, "cnnrnn-decode") as pool:
+        try:
+            failure = None
+            while True:
+                try:
+                    item = next(source)
+                except StopIteration:
+                    break
+                except Exception as error:  # what came before it is answered first
+                    failure = error
+                    break
+                pending.append(pool.submit(function, item))
+                while pending and (len(pending) > ahead or pending[0].done()):
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+            if failure is not None:
+                raise failure
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _stream(
+    items: Generator[_Item, None, None],
+    model: ImageModel,
+    options: Options,
+    batch_size: int,
+    ahead: int,
+) -> Iterator[Prediction]:
+    """Begin so many batches ahead of the one that is searched: on a GPU the two overlap."""
+    use_one_thread_if_forked()
+    begun: deque[tuple[list[_Item], Callable[[], Inference] | None]] = deque()
+    failure: Exception | None = None
+    try:
+        while failure is None:
+            group: list[_Item] = []
+            try:
+                group.extend(itertools.islice(items, batch_size))
+            except Exception as error:  # what came before it is answered first
+                failure = error
+            if group:
+                images = [item.image for item in group if item.image is not None]
+                begun.append((group, model.begin(images) if images else None))
+            elif failure is None:
+                break
+            if len(begun) > ahead:
+                yield from _decided_group(*begun.popleft(), model, options)
+        while begun:
+            yield from _decided_group(*begun.popleft(), model, options)
+        if failure is not None:
+            raise failure
+    finally:
+        items.close()
+
+
+def _decided_group(
+    group: list[_Item],
+    finish: Callable[[], Inference] | None,
+    model: ImageModel,
+    options: Options,
+) -> Iterator[Prediction]:
+    decided = None
+    if finish is not None:
+        try:
+            decided = decide(finish(), model.calibration, options)
+        except NonFiniteError as error:
+            names = [item.source for item in group if item.image is not None]
+            named = ", ".join(names[i] for i in error.images[:8])
+            raise ValueError(
+                f"the model gives values that are not finite for {len(error.images)} images "
+                f"({named}); check its weights"
+            ) from error
+    row = 0
+    for item in group:
+        if item.image is None:
+            yield Prediction(item.source, item.error)
+            continue
+        yield Prediction(item.source, None, model.labels, decided, row)
+        row += 1
+
+
+def _item(
+    position: int, image: Any, preprocessing: Preprocessing, on_bad_image: OnBadImage
+) -> _Item:
+    source = str(image) if isinstance(image, (str, Path)) else str(position)
+    if isinstance(image, (str, Path, Image.Image)):
+        try:
+            rgb = (
+                _from_pil(image, position)
+                if isinstance(image, Image.Image)
+                else decode_image(image)
+            )
+            return _Item(source, to_tensor(rgb, preprocessing))
+        except BadImageError as error:
+            if on_bad_image == "error":
+                raise
+            return _Item(source, None, str(error))
+    if isinstance(image, np.ndarray):
+        return _Item(source, to_tensor(_from_array(image, position), preprocessing))
+    if isinstance(image, Tensor):
+        return _Item(source, _from_tensor(image, position, preprocessing))
+    raise TypeError(
+        f"image {position} must be a path, PIL image, array or tensor, got {type(image).__name__}"
+    )
+
+
+def _singles(images: Any) -> Iterator[Any]:
+    """Take folders, batches and lists apart into single images, in order."""
+    if isinstance(images, (str, Path)):
+        path = Path(images)
+        yield from folder_images(path) if path.is_dir() else (path,)
+    elif isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4:
+        yield from images
+    elif isinstance(images, (Image.Image, np.ndarray, Tensor)):
+        yield images
+    elif _is_list(images):
+        for image in images:
+            yield from _singles(image) if _is_known(image) else (image,)
+
+
+def _is_known(images: Any) -> bool:
+    return isinstance(images, (str, Path, Image.Image, np.ndarray, Tensor)) or _is_list(images)
+
+
+def _is_list(images: Any) -> bool:
+    """Whether something is iterated over; the bytes of a file or a mapping's keys are a mistake."""
+    return isinstance(images, Iterable) and not isinstance(images, (bytes, bytearray, Mapping, Set))
+
+
+def folder_images(folder: Path) -> list[Path]:
+    """Return the pictures in a folder and below, by their suffix, sorted by path.
+
+    Raises:
+        DataError: there is none.
+    """
+    found = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+    )
+    if not found:
+        raise DataError(f"{folder} holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
+    return found
+
+
+def _from_pil(image: Image.Image, position: int) -> Image.Image:
+    try:
+        if 0 in image.size:
+            raise ValueError(f"{image.width}x{image.height} pixels")
+        with _pil_lock:
+            return to_rgb(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # a file opened lazily is decoded here; see `decode_image`
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BadImageError(f"image {position}", reason) from error
+
+
+def _from_array(array: np.ndarray[Any, Any], position: int) -> Image.Image:
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or 0 in array.shape:
+        raise ValueError(
+            f"image {position} must be an array [H, W, 3] of uint8 RGB, "
+            f"got {list(array.shape)} of {array.dtype}"
+        )
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _from_tensor(image: Tensor, position: int, preprocessing: Preprocessing) -> Tensor:
+    if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
+        raise ValueError(f"image {position} must be a tensor [3, H, W], got {list(image.shape)}")
+    if image.dtype == torch.uint8:
+        pixels = image.permute(1, 2, 0).cpu().numpy()
+        return to_tensor(_from_array(pixels, position), preprocessing)
+    if not image.is_floating_point():
+        raise ValueError(f"image {position} must be uint8 or float in 0..1, got {image.dtype}")
+    image = image.float()
+    low, high = float(image.min()), float(image.max())
+    if not (low >= 0.0 and high <= 1.0):
+        raise ValueError(
+            f"image {position} must be float in 0..1, got values from {low:g} to {high:g}"
+        )
+    side = preprocessing.image_size
+    if image.shape[1:] != (side, side):
+        image = functional.interpolate(
+            image[None], (side, side), mode=preprocessing.interpolation, antialias=True
+        )[0].clamp(0, 1)
+    return image

@@ -1,0 +1,137 @@
+"""`Prediction`, and how label sets are decided for it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cnnrnn.config import DECISIONS, Calibration, Decide
+from cnnrnn.decisions import Inference, decided_sets
+from cnnrnn.labels import PAD
+from cnnrnn.metrics import cut_to_k
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Prediction:
+    """What the model says of one image; a view of its batch, nothing is copied until asked.
+
+    Attributes:
+        source: the image's path, or its position in what was passed.
+        error: why the image could not be read, under `on_bad_image="skip"`; then there are no
+            labels.
+    """
+
+    source: str
+    error: str | None = None
+    _names: tuple[str, ...] = ()
+    _batch: Decided | None = None
+    _row: int = 0
+
+    def __repr__(self) -> str:
+        if self._batch is None:
+            return f"Prediction({self.source!r}, error={self.error!r})"
+        return f"Prediction({self.source!r}, labels={self.labels}, log_prob={self.log_prob:.4f})"
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the decided label set, in path order."""
+        if self._batch is None:
+            return []
+        return [self._names[i] for i in self._batch.sets[self._row].nonzero()[:, 0].tolist()]
+
+    @property
+    def log_prob(self) -> float:
+        """Log-probability of the best path; NaN for an image that could not be read."""
+        return float(self._paths()[1][0]) if self._batch is not None else float("nan")
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Each label's score in 0..1: its marginal over paths, mixed as the model was calibrated.
+
+        Thresholds apply to this score.
+        """
+        if self._batch is None:
+            return {}
+        return dict(zip(self._names, self._batch.scores[self._row].tolist(), strict=True))
+
+    @property
+    def paths(self) -> list[tuple[tuple[str, ...], float]]:
+        """The N best label paths with their log-probabilities, best first."""
+        if self._batch is None:
+            return []
+        labels, log_probs = self._paths()
+        return [
+            (tuple(self._names[i] for i in path if i != PAD), log_prob)
+            for path, log_prob in zip(labels.tolist(), log_probs.tolist(), strict=True)
+            if log_prob != -torch.inf
+        ]
+
+    @property
+    def sets(self) -> list[tuple[frozenset[str], float]]:
+        """Distinct label sets with their probabilities, best first; orders of one set add up."""
+        if self._batch is None:
+            return []
+        result, row = self._batch.inference.result_of(self._row)
+        return [
+            (frozenset(self._names[i] for i in labels), probability)
+            for labels, probability in result.label_sets(row)
+        ]
+
+    def _paths(self) -> tuple[Tensor, Tensor]:
+        assert self._batch is not None
+        result, row = self._batch.inference.result_of(self._row)
+        return result.labels[row], result.log_probs[row]
+
+
+@dataclass(frozen=True, eq=False)
+class Decided:
+    """What is said of m images.
+
+    Attributes:
+        inference: paths, marginals and label scores.
+        sets: [m, L] bool, the decided label sets.
+        scores: [m, L], each label's score in 0..1.
+    """
+
+    inference: Inference
+    sets: Tensor
+    scores: Tensor
+
+
+@dataclass(frozen=True)
+class Options:
+    """How label sets are decided; see `predict`."""
+
+    top_k: int | None
+    decide: Decide
+    threshold: float | None
+
+    def __post_init__(self) -> None:
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise ValueError(f"threshold must be a finite number, got {self.threshold}")
+        if self.decide not in DECISIONS:
+            raise ValueError(f"decide must be one of {', '.join(DECISIONS)}, got {self.decide!r}")
+
+
+def decide(inference: Inference, calibration: Calibration, options: Options) -> Decided:
+    """Decide label sets as the options say."""
+    scores = inference.mixed(calibration.mix_weight)
+    if options.threshold is not None:
+        calibration = replace(calibration, threshold=options.threshold)
+    sets = decided_sets(options.decide, inference.sets, scores, calibration)
+    if options.top_k is not None:
+        sets = cut_to_k(sets, scores, options.top_k)
+    return Decided(inference, sets, scores)
+
+
+def decided_predictions(
+    inference: Inference, labels: tuple[str, ...], calibration: Calibration, options: Options
+) -> list[Prediction]:
+    """Return the predictions of feature vectors, named by their rows."""
+    decided = decide(inference, calibration, options)
+    return [Prediction(str(row), None, labels, decided, row) for row in range(len(decided.sets))]
