@@ -13,7 +13,7 @@ searches read features of a trained head's held-out images (heads.py) instead, a
 others; what the graph in ONNX Runtime takes does not depend on values.
 
 Then `predict` over a folder of JPEG files, beside decoding alone and the backbone alone on tensors
-that lie in memory, with as many threads as cores.
+that lie in memory: in each a thread per core, and a batch per thread.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,7 @@ def latencies(timed: dict[str, Callable[[Tensor], Any]], side: int) -> list[dict
     return rows
 
 
-def throughput(model: CNNRNN, folder: Path, pictures: int, turns: int) -> list[dict[str, Any]]:
+def throughput(model: CNNRNN, folder: Path, pictures: int, turns: int) -> dict[str, Any]:
     """Time predict over files beside its parts, by turns."""
     assert model.backbone is not None
     preprocessing = model.backbone.preprocessing
@@ -196,16 +197,19 @@ def throughput(model: CNNRNN, folder: Path, pictures: int, turns: int) -> list[d
     running = TorchModel(model, model.search)
     tensors = [to_tensor(decode_image(file), preprocessing) for file in files]
 
+    def in_threads(work: Callable[[Any], Any], items: list[Any]) -> None:
+        one = partial(torch.set_num_threads, 1)
+        with ThreadPoolExecutor(cores, initializer=one) as pool:
+            for _ in mapped_in_order(work, items, pool, ahead=128):
+                pass
+        torch.set_num_threads(cores)
+
     def decoding() -> None:
-        for _ in mapped_in_order(
-            lambda file: to_tensor(decode_image(file), preprocessing), files, workers=cores,
-            ahead=128,
-        ):  # fmt: skip
-            pass
+        in_threads(lambda file: to_tensor(decode_image(file), preprocessing), files)
 
     def backbone() -> None:
-        for at in range(0, len(tensors), 64):
-            running.features(tensors[at : at + 64])
+        starts = list(range(0, len(tensors), 64))
+        in_threads(lambda at: running.features(tensors[at : at + 64]), starts)
 
     def predicting() -> None:
         assert len(model.predict(files, workers=cores)) == len(files)
@@ -231,7 +235,7 @@ def throughput(model: CNNRNN, folder: Path, pictures: int, turns: int) -> list[d
             "pictures": len(files), "turns": turns, "threads": cores}  # fmt: skip
     print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
                     for k, v in row.items()), flush=True)  # fmt: skip
-    return [row]
+    return row
 
 
 def write_pictures(folder: Path, count: int) -> list[Path]:
@@ -252,20 +256,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON to write")
     parser.add_argument("--threads", type=int, default=1, help="of the latencies")
-    parser.add_argument("--pictures", type=int, default=256, help="of the folder")
+    parser.add_argument("--pictures", type=int, default=256, help="of the ResNet-50's folder")
+    parser.add_argument(
+        "--only",
+        choices=["latencies", "throughput"],
+        help="measure one part anew, in the same file",
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    parts: dict[str, list[dict[str, Any]]] = {}
+    if options.only is not None:
+        former = json.loads(options.out.read_text(encoding="utf-8"))
+        parts = {part: former[part] for part in ("latencies", "throughput")}
     model = make_model("resnet50")
     assert model.backbone is not None
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        timed = contestants(model, folder, options.threads)
-        rows = latencies(timed, model.backbone.preprocessing.image_size)
-        torch.set_num_threads(usable_cores())
-        reached = throughput(model, folder, options.pictures, turns=3)
-        small = replace(model.config, backbone="small")
-        small_model = make_model(small.backbone)
-        reached += throughput(small_model, folder, 4 * options.pictures, turns=5)
+        if options.only != "throughput":
+            timed = contestants(model, folder, options.threads)
+            parts["latencies"] = latencies(timed, model.backbone.preprocessing.image_size)
+        if options.only != "latencies":
+            torch.set_num_threads(usable_cores())
+            parts["throughput"] = [
+                throughput(model, folder, options.pictures, turns=3),
+                throughput(make_model("small"), folder, 16 * options.pictures, turns=5),
+            ]
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.strip()  # fmt: skip
@@ -275,10 +290,9 @@ def main() -> None:
         "commit": commit,
         "date": datetime.date.today().isoformat(),
         "threads": options.threads,
-        "latencies": rows,
-        "throughput": reached,
+        **parts,
     }  # fmt: skip
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, get_args
 
@@ -67,6 +68,10 @@ class ImageModel(Protocol):
     def preprocessing(self) -> Preprocessing:
         """What turns a decoded picture into the model's input."""
 
+    @property
+    def torch_threads(self) -> int:
+        """Threads of torch that several batches may share; 0 to begin one after the other."""
+
     def begin(self, images: list[Tensor]) -> Callable[[], Inference]:
         """Start on images, each uint8 or float in 0..1 of [3, S, S], on the CPU or a GPU.
 
@@ -102,6 +107,11 @@ class TorchModel:
         self._search = search
         self._backbone = _compiled(model.backbone) if compiled else model.backbone
         self._half = precision == "bf16" or (precision == "auto" and _has_bf16(model.device))
+
+    @property
+    def torch_threads(self) -> int:
+        """Those of this thread on a CPU; on a GPU batches follow each other."""
+        return torch.get_num_threads() if self._model.device.type == "cpu" else 0
 
     @torch.no_grad()
     def begin(self, images: list[Tensor]) -> Callable[[], Inference]:
@@ -161,13 +171,53 @@ def predict_images(
         workers = 0 if isinstance(images, Iterator) else min(usable_cores(), MAX_WORKERS)
     elif workers < 0:
         raise ValueError(f"workers must be at least 0, got {workers}")
-    items = mapped_in_order(
-        lambda numbered: _item(*numbered, model.preprocessing, on_bad_image),
-        enumerate(_singles(images)),
-        workers=workers,
-        ahead=2 * batch_size,
-    )
-    return _stream(items, model, options, batch_size, ahead=1 if workers else 0)
+    numbered = enumerate(_singles(images))
+
+    def read(item: tuple[int, Any]) -> _Item:
+        return _item(*item, model.preprocessing, on_bad_image)
+
+    if not workers:
+        return _stream(map(read, numbered), model.begin, model, options, batch_size, ahead=0)
+    return _stream_in_threads(read, numbered, model, options, batch_size, workers)
+
+
+def _stream_in_threads(
+    read: Callable[[tuple[int, Any]], _Item],
+    numbered: Iterable[tuple[int, Any]],
+    model: ImageModel,
+    options: Options,
+    batch_size: int,
+    workers: int,
+) -> Iterator[Prediction]:
+    """Decode in threads, and on a CPU compute as many batches at once as torch has threads.
+
+    A batch on one thread wastes nothing on waiting; one batch on all of them would. It is computed
+    in the threads that decode: more threads than cores cost a tenth.
+    """
+    use_one_thread_if_forked()
+    threads = model.torch_threads
+    batches = min(workers, threads)
+    share = partial(torch.set_num_threads, threads // max(batches, 1))
+    with ThreadPoolExecutor(workers, "cnnrnn-predict", share if batches else None) as pool:
+        items = mapped_in_order(read, numbered, pool, ahead=2 * batch_size)
+
+        def begin(images: list[Tensor]) -> Callable[[], Inference]:
+            return pool.submit(lambda: model.begin(images)()).result
+
+        if not batches:
+            ahead = 1
+        elif workers == batches:
+            ahead = batches  # the last one waits for a thread
+        else:
+            ahead = batches - 1
+        try:
+            yield from _stream(
+                items, begin if batches else model.begin, model, options, batch_size, ahead
+            )
+        finally:
+            items.close()
+            if batches:
+                torch.set_num_threads(threads)  # a part of it is common to all threads
 
 
 def usable_cores() -> int:
@@ -180,75 +230,69 @@ Out = TypeVar("Out")
 
 
 def mapped_in_order(
-    function: Callable[[In], Out], items: Iterable[In], *, workers: int, ahead: int
+    function: Callable[[In], Out], items: Iterable[In], pool: ThreadPoolExecutor, *, ahead: int
 ) -> Generator[Out, None, None]:
     """Yield function(item) of each item in order, computed in threads.
 
     Args:
-        function: called in a thread, or with 0 workers in the caller's.
+        function: called in a thread.
         items: advanced in the caller's thread.
-        workers: threads.
+        pool: the threads.
         ahead: at most so many items are taken before their turn.
     """
-    if workers == 0:
-        yield from map(function, items)
-        return
     pending: deque[Future[Out]] = deque()
     source = iter(items)
-    with ThreadPoolExecutor(workers, "cnnrnn-decode") as pool:
-        try:
-            failure = None
-            while True:
-                try:
-                    item = next(source)
-                except StopIteration:
-                    break
-                except Exception as error:  # what came before it is answered first
-                    failure = error
-                    break
-                pending.append(pool.submit(function, item))
-                while pending and (len(pending) > ahead or pending[0].done()):
-                    yield pending.popleft().result()
-            while pending:
+    try:
+        failure = None
+        while True:
+            try:
+                item = next(source)
+            except StopIteration:
+                break
+            except Exception as error:  # what came before it is answered first
+                failure = error
+                break
+            pending.append(pool.submit(function, item))
+            while pending and (len(pending) > ahead or pending[0].done()):
                 yield pending.popleft().result()
-            if failure is not None:
-                raise failure
-        finally:
-            for future in pending:
-                future.cancel()
+        while pending:
+            yield pending.popleft().result()
+        if failure is not None:
+            raise failure
+    finally:
+        for future in pending:
+            future.cancel()
 
 
 def _stream(
-    items: Generator[_Item, None, None],
+    items: Iterator[_Item],
+    begin: Callable[[list[Tensor]], Callable[[], Inference]],
     model: ImageModel,
     options: Options,
     batch_size: int,
     ahead: int,
 ) -> Iterator[Prediction]:
-    """Begin so many batches ahead of the one that is searched: on a GPU the two overlap."""
+    """Begin so many batches ahead of the one that is answered."""
     use_one_thread_if_forked()
     begun: deque[tuple[list[_Item], Callable[[], Inference] | None]] = deque()
     failure: Exception | None = None
-    try:
-        while failure is None:
-            group: list[_Item] = []
-            try:
-                group.extend(itertools.islice(items, batch_size))
-            except Exception as error:  # what came before it is answered first
-                failure = error
-            if group:
-                images = [item.image for item in group if item.image is not None]
-                begun.append((group, model.begin(images) if images else None))
-            elif failure is None:
-                break
-            if len(begun) > ahead:
-                yield from _decided_group(*begun.popleft(), model, options)
-        while begun:
+    while failure is None:
+        group: list[_Item] = []
+        try:
+            group.extend(itertools.islice(items, batch_size))
+        except Exception as error:  # what came before it is answered first
+            failure = error
+        if group:
+            images = [item.image for item in group if item.image is not None]
+            begun.append((group, begin(images) if images else None))
+        elif failure is None:
+            break
+        if len(begun) > ahead:
             yield from _decided_group(*begun.popleft(), model, options)
-        if failure is not None:
-            raise failure
-    finally:
-        items.close()
+    while begun:
+        yield from _decided_group(*begun.popleft(), model, options)
+    if failure is not None:
+        raise failure
 
 
 def _decided_group(

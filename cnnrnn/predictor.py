@@ -55,7 +55,8 @@ def predict(
         batch_size: images per step.
         device: `cpu`, `cuda`, `cuda:N` or `auto`; None leaves a model where it is, and puts a
             checkpoint on the `auto` device.
-        workers: threads that decode; 0 decodes in the calling one. None has one per core, up to 8,
+        workers: threads that decode, while on a CPU as many batches are computed at once, as far as
+            torch has threads; 0 does all in the calling thread. None has one per core, up to 8,
             and 0 for an iterator, so that a batch is answered before more is taken from it.
         precision: of the backbone. `bf16` is twice as fast where the hardware has it, and moves
             scores by about a hundredth; `auto` is bf16 there and fp32 elsewhere.
@@ -109,7 +110,8 @@ def predict_iter(
     """Predict image after image, holding a few batches at a time; arguments as in `predict`.
 
     `images` may also be any iterable of single images, such as a generator that never ends. With
-    `workers` up to four batches are taken ahead of the prediction that is returned.
+    `workers` up to three batches, and on a CPU one for each thread of torch, are taken ahead of the
+    prediction that is returned.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -221,6 +222,35 @@ def test_workers_change_nothing_and_leave_no_thread(model, arrays):
     assert threading.active_count() == before
     with pytest.raises(ValueError, match="workers must be at least 0, got -1"):
         model.predict(arrays, workers=-1)
+
+
+def test_batches_in_several_threads_come_in_order(model, arrays):
+    """With two threads of torch two batches are computed at once, each on one."""
+    expected = answers(model.predict(arrays, workers=0))
+    running, at_once = [], []
+    own = model.infer
+
+    def watched(features, search):
+        running.append(torch.get_num_threads())
+        at_once.append(len(running))
+        time.sleep(0.02)
+        found = own(features, search)
+        assert running.pop() == 1
+        return found
+
+    torch.set_num_threads(2)
+    try:
+        model.infer = watched
+        assert answers(model.predict(list(arrays), workers=3, batch_size=2)) == expected
+        assert max(at_once) == 2
+        assert torch.get_num_threads() == 2
+        stream = cnnrnn.predict_iter(list(arrays), model, workers=2, batch_size=2)
+        next(stream)
+        stream.close()
+        assert torch.get_num_threads() == 2
+    finally:
+        del model.infer
+        torch.set_num_threads(1)
 
 
 def test_half_precision_and_compiled_backbones(model, arrays):

@@ -415,6 +415,7 @@ class _OnnxModel:
         self.labels = predictor.labels
         self.calibration = predictor.calibration
         self.preprocessing = predictor.preprocessing
+        self.torch_threads = 0  # ONNX Runtime has threads of its own
         self._predictor = predictor
         self._search = search
         self._forbidden = forbidden
