@@ -353,6 +353,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     **{f"comparison-{d}": lambda results, d=d: comparison(d) for d in COMPARED},
     "comparison": lambda results: best_of_all(),
     "recipe-scene": lambda results: recipe("scene"),
+    "recipe-camvid": lambda results: recipe("camvid"),
     "deployment": lambda results: deployment(),
     "deployment-summary": lambda results: deployment_summary(),
     "deployment-predict": lambda results: deployment_predict(),
