@@ -9,7 +9,7 @@ import platform
 import torch
 
 from cnnrnn import __version__
-from cnnrnn.export.runtime import distribution_problem
+from cnnrnn.export.session import distribution_problem
 
 EXTRAS = {
     "vision": ("timm", "torchvision", "defusedxml", "pycocotools", "scikit-learn", "scipy"),

@@ -573,7 +573,7 @@ def _predict(parser: ArgumentParser, options: Namespace) -> int:
 
 def _onnx_predictor(options: Namespace) -> OnnxPredictor:
     from cnnrnn.export import OnnxPredictor
-    from cnnrnn.export.runtime import has_cuda
+    from cnnrnn.export.session import has_cuda
 
     device, _, number = options.device.partition(":")
     if device == "auto":

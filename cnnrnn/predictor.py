@@ -58,8 +58,8 @@ def predict(
         workers: threads that decode, while on a CPU as many batches are computed at once, as far as
             torch has threads; 0 does all in the calling thread. None has one per core, up to 8,
             and 0 for an iterator, so that a batch is answered before more is taken from it.
-        precision: of the backbone. `bf16` is twice as fast where the hardware has it, and moves
-            scores by about a hundredth; `auto` is bf16 there and fp32 elsewhere.
+        precision: of the backbone. `bf16` is faster where the hardware has it, and moves scores
+            by up to some hundredths; `auto` is bf16 there and fp32 elsewhere.
         compiled: run the backbone through torch.compile, which takes a minute at the first batch.
         on_bad_image: `error` stops at an unreadable image, `skip` gives it a prediction without
             labels and with `.error`.

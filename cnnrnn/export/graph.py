@@ -274,7 +274,7 @@ class PathSearch(nn.Module):
         if self.score_bias is not None:
             scores = scores + self.score_bias
         # Only the end may follow where every label is forbidden, also below min_labels.
-        allowed = ~self._follows_none(state, forbidden)  # [B, P, L]
+        allowed = ~self._forbidden(state, forbidden)  # [B, P, L]
         only_end = (~allowed).all(2, keepdim=True) & (t < min_labels)  # [B, P, 1]
         end = (t >= min_labels).expand(*allowed.shape[:2], 1)
         allowed = torch.cat([allowed, end], dim=2)
@@ -289,7 +289,7 @@ class PathSearch(nn.Module):
         log_probs = scores.log_softmax(2).clamp(max=0)
         return torch.where(only_end, self.sure_end, log_probs), bad
 
-    def _follows_none(self, state: _State, forbidden: Tensor) -> Tensor:
+    def _forbidden(self, state: _State, forbidden: Tensor) -> Tensor:
         """Return which labels may not follow each live path: [B, P, L] bool."""
         B, P, T = state.labels.shape
         labels = torch.arange(self.num_labels, device=state.labels.device)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import base64
-import importlib.metadata
 import json
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -23,31 +21,13 @@ from cnnrnn.data.images import normalize
 from cnnrnn.decisions import SEARCH_BATCH, Inference
 from cnnrnn.export.graph import INPUT_NAMES, LABEL_SCORES, OUTPUT_NAMES, Input
 from cnnrnn.export.onnx import FORMAT
+from cnnrnn.export.session import PROVIDERS, OnnxModelError, Search, open_session
 from cnnrnn.model import Head, ImageEmbedding, chain_logits
 from cnnrnn.pipeline import predict_images, use_one_thread_if_forked
 from cnnrnn.prediction import Options, Prediction, decided_predictions
 from cnnrnn.search import NonFiniteError, SearchResult, beam_search
 
-if TYPE_CHECKING:
-    import onnxruntime
-
-Search = Literal["onnx", "compiled"]
-PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-}
-DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 NO_MASK = "forbidden labels need the search in the file: search='onnx'"
-_ERRORS_ONLY = 3  # of ONNX Runtime's levels: it warns of every optional input
-
-
-class ProviderError(RuntimeError):
-    """ONNX Runtime does not run on the execution provider that was asked for."""
-
-
-class OnnxModelError(ValueError):
-    """A file is not an ONNX model that `export_onnx` wrote."""
 
 
 class OnnxPredictor:
@@ -69,7 +49,7 @@ class OnnxPredictor:
         search_config: the options of the search.
         max_labels: T, the longest path.
         input_kind: `uint8`, `float` or `features`.
-        content_hash: SHA-256 of weights and metadata; the same for two exports of one model.
+        content_hash: SHA-256 of weights and metadata; the same for two exports alike of one model.
         search: where the search runs.
 
     Raises:
@@ -94,7 +74,7 @@ class OnnxPredictor:
         self.path = Path(path)
         self.search: Search = search
         self._process = os.getpid()
-        self._session = _open(self.path, providers, fallback, threads, search)
+        self._session = open_session(self.path, providers, search, fallback, threads)
         self._read_metadata(self._session.get_modelmeta().custom_metadata_map)
         self._output_names = [output.name for output in self._session.get_outputs()]
 
@@ -463,119 +443,3 @@ def _search_head(values: dict[str, Any]) -> Head:
         raise ValueError(f"head: {unexpected or missing}")
     head.max_labels = values["search"]["max_labels"]
     return head.eval()
-
-
-def _open(
-    path: Path,
-    providers: Sequence[str | tuple[str, dict[str, Any]]],
-    fallback: bool,
-    threads: int | None,
-    search: Search,
-) -> onnxruntime.InferenceSession:
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "nothing there"
-        raise OnnxModelError(f"{path} must be an ONNX file of cnnrnn export, found {found}")
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'ONNX Runtime is not installed: run `pip install "cnnrnn[onnx]"`, or '
-            '"cnnrnn[onnx-cpu]" on a machine without a GPU'
-        ) from error
-    if not hasattr(onnxruntime, "InferenceSession"):
-        raise ProviderError(f"ONNX Runtime is broken. {distribution_problem() or REPAIR}")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
-    if threads is not None:
-        if threads < 1:
-            raise ValueError(f"threads must be at least 1, got {threads}")
-        options.intra_op_num_threads = threads
-    wanted = [_provider(provider) for provider in providers]
-    first = wanted[0][0]
-    there = onnxruntime.get_available_providers()
-    why = None
-    if first not in there:
-        why = f"{first} is not in this ONNX Runtime, which has {', '.join(there)}"
-        if first in PROVIDERS.values():
-            why += f". {distribution_problem() or REPAIR}"
-        if not fallback:
-            raise ProviderError(why)
-    if first in (PROVIDERS["cuda"], PROVIDERS["tensorrt"]) and first in there:
-        onnxruntime.preload_dlls()  # CUDA's libraries as pip installs them beside torch
-    usable = [provider for provider in wanted if provider[0] in there]
-    source = _embedding_part(path) if search == "compiled" else str(path)
-    try:
-        session = onnxruntime.InferenceSession(
-            source, options, providers=usable or [(PROVIDERS["cpu"], {})]
-        )
-    except Exception as error:  # ONNX Runtime's errors have no common class of their own
-        reason = " ".join(str(error).split())[:300]
-        raise OnnxModelError(f"{path} cannot be opened by ONNX Runtime: {reason}") from error
-    runs = session.get_providers()[0]
-    if runs != first:
-        why = why or (
-            f"{first} cannot start: ONNX Runtime's log above names the library that is missing, or "
-            "there is no GPU"
-        )
-        if not fallback:
-            raise ProviderError(f"{why}; pass fallback=True to run on {runs}")
-        warnings.warn(f"{why}; {runs} runs instead", stacklevel=3)
-    return session
-
-
-REPAIR = "For CUDA and TensorRT run `pip uninstall -y onnxruntime && pip install onnxruntime-gpu`"
-
-
-def has_cuda() -> bool:
-    """Whether there is a GPU, and an ONNX Runtime that was built for it."""
-    if not torch.cuda.is_available():
-        return False
-    import onnxruntime
-
-    return PROVIDERS["cuda"] in onnxruntime.get_available_providers()
-
-
-def distribution_problem() -> str | None:
-    """Say what is wrong where both distributions of ONNX Runtime are installed, and the repair."""
-    if not all(_installed(name) for name in DISTRIBUTIONS):
-        return None
-    return (
-        "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: run "
-        "`pip uninstall -y onnxruntime onnxruntime-gpu`, then `pip install onnxruntime-gpu`"
-    )
-
-
-def _installed(distribution: str) -> bool:
-    try:
-        importlib.metadata.distribution(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def _provider(provider: str | tuple[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
-    name, options = (provider, {}) if isinstance(provider, str) else provider
-    return PROVIDERS.get(name, name), options
-
-
-def _embedding_part(path: Path) -> bytes:
-    """Return the model up to the image's embedding, without the search."""
-    try:
-        import onnx
-        from onnx.utils import Extractor
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "search='compiled' takes the file apart with onnx, which is not installed: run "
-            '`pip install "cnnrnn[onnx]"`'
-        ) from error
-    try:
-        model = onnx.load(path)
-        names = [output.name for output in model.graph.output]
-        kept = [name for name in ("joint", LABEL_SCORES) if name in names]
-        part = Extractor(model).extract_model([model.graph.input[0].name], kept)
-    except Exception as error:  # protobuf and onnx raise whatever they please
-        reason = " ".join(str(error).split())[:300]
-        raise OnnxModelError(f"{path} must be an ONNX model of cnnrnn, found: {reason}") from error
-    part.metadata_props.extend(model.metadata_props)
-    text: bytes = part.SerializeToString()
-    return text
