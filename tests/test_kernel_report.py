@@ -23,7 +23,7 @@ def test_kernels_neither_spill_nor_leave_too_few_registers(tmp_path):
     for precision in ("Exact", "Fast"):
         for beam in ("4", "16"):
             for panels in ("resident", "streamed"):
-                assert f"search_tiles<{precision}, {beam}, {panels}>" in kernels
+                assert f"search_warps<{precision}, {beam}, {panels}>" in kernels
     assert {"multiply_rows", "step_cells"} <= set(kernels)
     for kernel in kernels.values():
         assert report.within_bounds(kernel), kernel
@@ -43,5 +43,5 @@ def test_spills_and_stack_frames_are_seen(tmp_path):
     )
     (kernel,) = report.compile_for(90, source, tmp_path / "wasteful.cubin")
     assert kernel.stack >= 256 and not report.within_bounds(kernel)
-    wide = report.Kernel("search_tiles<Fast, 4, resident>", 129, 0, 0, 0)
+    wide = report.Kernel("search_warps<Fast, 4, resident>", 129, 0, 0, 0)
     assert not report.within_bounds(wide)

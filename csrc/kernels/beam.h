@@ -185,7 +185,7 @@ template <int kCapacity>
 CNNRNN_INLINE void take_step(const BeamRules& rules, const Extensions<kCapacity>& best,
                              const PathStep* steps, const FinishedPaths<kCapacity>& done,
                              Beam<kCapacity>* beam, int32_t* trace) {
-  beam->done = done;
+  if (&done != &beam->done) beam->done = done;
   int count = 0;
   for (int i = 0; i < best.size; ++i) {
     const Extension& extension = best.items[i];

@@ -1,4 +1,4 @@
-// How a warp scores 16 rows against a panel of 32 labels: z = U_l x, twice. Device code.
+// How a warp scores 16 rows against a panel of 32 labels: z = U_l x + bias, twice. Device code.
 //
 // ExactScores multiplies in fp32. A lane owns 4 rows x 4 labels, so that 8 loads of 16 bytes feed
 // 64 multiply-adds; 8 lanes, a group, share their rows. FastScores multiplies fp16 on the tensor
@@ -21,8 +21,15 @@ constexpr int kWarpLanes = 32;
 
 __device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) % kWarpLanes; }
 
-// Where the kernels run on the CPU, for tests, their stand-in for CUDA's header has these two.
+// Where the kernels run on the CPU, for tests, their stand-in for CUDA's header has these three.
 #if defined(__CUDACC__)
+
+// 2^x within 2 ulp; 0 where it would be subnormal.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
 
 // Two floats, rounded to nearest: `low` in the low half.
 __device__ __forceinline__ uint32_t pack_halves(float low, float high) {
@@ -51,6 +58,16 @@ struct ExactScores {
 
   // The j-th label of a lane within a panel.
   CNNRNN_METHOD static int label(int lane, int j) { return lane % kLanesPerRow + kLanesPerRow * j; }
+
+  // A lane's scores of one row into that row [32], and back.
+  static __device__ __forceinline__ void put_scores(float* row, const float (&scores)[kLabels]) {
+#pragma unroll
+    for (int j = 0; j < kLabels; ++j) row[label(lane_id(), j)] = scores[j];
+  }
+  static __device__ __forceinline__ void get_scores(const float* row, float (&scores)[kLabels]) {
+#pragma unroll
+    for (int j = 0; j < kLabels; ++j) scores[j] = row[label(lane_id(), j)];
+  }
 
   // A panel in memory: weights [stride / 4, 32, 4], so that the lanes of a warp read 16 bytes side
   // by side, then the bias [32], -inf past END.
@@ -81,10 +98,12 @@ struct ExactScores {
                                                   Scores& z) {
     const int D = kJoint > 0 ? kJoint : stride;
     const float4* weights = reinterpret_cast<const float4*>(panel) + lane_id() % kLanesPerRow;
+    const float* bias = reinterpret_cast<const float*>(panel + bias_at(D));
 #pragma unroll
-    for (auto& row : z) {
+    for (int j = 0; j < kLabels; ++j) {
+      const float of_label = bias[label(lane_id(), j)];
 #pragma unroll
-      for (float& score : row) score = 0.0f;
+      for (int i = 0; i < kRows; ++i) z[i][j] = of_label;
     }
 #pragma unroll 1  // more would pass the 128 registers of two blocks a multiprocessor
     for (int quad = 0; quad < D / 4; ++quad) {
@@ -119,6 +138,21 @@ struct FastScores {
 
   CNNRNN_METHOD static int label(int lane, int j) {
     return j / 2 * 8 + lane % kLanesPerRow * 2 + j % 2;
+  }
+
+  static __device__ __forceinline__ void put_scores(float* row, const float (&scores)[kLabels]) {
+#pragma unroll
+    for (int j = 0; j < kLabels; j += 2) {
+      *reinterpret_cast<float2*>(row + label(lane_id(), j)) = make_float2(scores[j], scores[j + 1]);
+    }
+  }
+  static __device__ __forceinline__ void get_scores(const float* row, float (&scores)[kLabels]) {
+#pragma unroll
+    for (int j = 0; j < kLabels; j += 2) {
+      const float2 two = *reinterpret_cast<const float2*>(row + label(lane_id(), j));
+      scores[j] = two.x;
+      scores[j + 1] = two.y;
+    }
   }
 
   // A panel in memory: what each lane gives the instruction, [4 label tiles, stride / 16, 32 lanes]
@@ -167,11 +201,14 @@ struct FastScores {
   static __device__ __forceinline__ void multiply(const Rows<kJoint>& rows,
                                                   const unsigned char* panel, int stride,
                                                   Scores& z) {
-    const int steps = (kJoint > 0 ? kJoint : stride) / kStep;
+    const int D = kJoint > 0 ? kJoint : stride, steps = D / kStep;
     const uint2* weights = reinterpret_cast<const uint2*>(panel) + lane_id();
+    const float* bias = reinterpret_cast<const float*>(panel + bias_at(D));
 #pragma unroll
     for (int tile = 0; tile < kLabels / 2; ++tile) {
-      float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      const float even = bias[label(lane_id(), 2 * tile)],
+                  odd = bias[label(lane_id(), 2 * tile + 1)];
+      float sums[4] = {even, odd, even, odd};
       if constexpr (kJoint > 0) {
 #pragma unroll
         for (int step = 0; step < kJoint / kStep; ++step) {

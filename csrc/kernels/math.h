@@ -15,6 +15,12 @@
 #define CNNRNN_DEVICE
 #endif
 #define CNNRNN_INLINE CNNRNN_DEVICE static inline
+// Before a loop that must be unrolled on the device: arrays in registers have no run-time index.
+#if defined(__CUDA_ARCH__)
+#define CNNRNN_UNROLL _Pragma("unroll")
+#else
+#define CNNRNN_UNROLL
+#endif
 // A method that leaves no copy behind for the linker to share between instruction sets.
 #define CNNRNN_METHOD CNNRNN_DEVICE inline __attribute__((always_inline))
 
@@ -23,7 +29,16 @@ namespace cnnrnn {
 enum class Cell { kLstm, kPaper };
 enum class Activation { kRelu, kTanh, kIdentity };
 
-CNNRNN_INLINE float relu(float x) { return x < 0.0f ? 0.0f : x; }  // keeps NaN
+// Keeps NaN.
+CNNRNN_INLINE float relu(float x) {
+#if defined(__CUDA_ARCH__)
+  float positive;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(positive) : "f"(x));  // one instruction
+  return positive;
+#else
+  return x < 0.0f ? 0.0f : x;
+#endif
+}
 
 // A float, or a vector of them, and the integers of the same width: what `exponential` is written
 // for. Files for an instruction set add their vector type.

@@ -1,15 +1,16 @@
 // Beam search on the device: one launch takes every image through all its steps.
 //
-// A warp owns a tile of 16 rows. A row is a live path; the rows of an image stand side by side, as
-// many as the beam size up to a power of two, so that whatever an image decides stays within a warp
-// and no block-wide barrier is needed. In each step
-// - lane r < 16 looks up the prefix of row r in the table, and the warp gathers h(U_o o + e) of all
-//   16 rows;
+// A warp owns some images, as many as have 32 live paths together, or half of them where a batch is
+// too small to fill the device. A lane owns a path, so that whatever an image decides stays within
+// a warp and no block-wide barrier is needed. In each step
+// - each lane looks up the prefix of its path in the table. Paths that are to be scored are dealt
+//   out to tiles of 16 rows, one tile after the other, and the warp gathers h(U_o o + e) of a tile;
 // - labels go by in panels of 32, which label_scores_cuda.h multiplies, exactly in fp32 or fast in
-//   fp16. Softmax's denominator is kept online, the N best labels of a row in a list that takes
-//   only what exceeds its worst: scores of labels are never written to memory;
-// - the N x N continuations of an image are ranked by counting, all lanes at once, and lane m of
-//   the warp decides with beam.h for the m-th image what ends, lives on or is dropped;
+//   fp16. label_selection_cuda.h keeps softmax's denominator and hands the labels that may be among
+//   the best to the lanes that own their paths: scores of labels are never written to device
+//   memory;
+// - lane m of the warp offers the ends of the m-th image with beam.h, the lanes of an image choose
+//   its N best continuations one by one, and lane m decides what lives on or is dropped;
 // - an image that needs states that are not there enters their prefixes into the table and is
 //   parked: its beam goes to memory, and another launch takes it up when they have been made.
 //
@@ -19,7 +20,7 @@
 // By count, not measured: a row costs 64 x 96 multiply-adds at L = 81, D = 64. B = 4,096 images of
 // 4 rows and 4 steps are 0.40 G, 12 us at an H200's 33.5 T/s of fp32, unless the loads that feed
 // them from shared memory take longer. The table is read once a row and step: 16 bytes of a slot
-// and 256 of U_o o.
+// and 256 of U_o o. docs/performance.md has the instructions that a warp issues.
 
 #include <algorithm>
 #include <cstdint>
@@ -30,6 +31,7 @@
 #include "beam.h"
 #include "device_head.h"
 #include "label_scores_cuda.h"
+#include "label_selection_cuda.h"
 #include "launch.h"
 #include "math.h"
 #include "prefix_slots.h"
@@ -43,8 +45,6 @@ namespace {
 
 constexpr int kLeastWarps = 4, kMostWarps = 8;  // of a block
 constexpr int kBlocksEach = 2;                  // of a multiprocessor
-constexpr int64_t kMostStaged = 4;              // panels streamed at once
-constexpr int kSmallBeam = 4;       // beams up to it have kernels that keep less per image
 constexpr int kResidentJoint = 64;  // D of the kernels that keep all of U_l in shared memory
 constexpr int kThreads = 256;       // of the kernel that packs
 
@@ -52,38 +52,47 @@ constexpr int kThreads = 256;       // of the kernel that packs
 template <int kCapacity>
 struct alignas(16) ImageState {
   Beam<kCapacity> beam;
-  FinishedPaths<kCapacity> done;  // with the ends of this step
-  FinishedPaths<kCapacity> scratch;
+  FinishedPaths<kCapacity> set_aside;
   Extensions<kCapacity> best;  // the continuations that live on
   PathStep steps[kCapacity];
   float floor;      // what a continuation must exceed
   uint32_t needed;  // bit j: the state of live path j is missing and needed
   int32_t image;
+  int32_t scored;  // live paths in this step
+  bool may_undo;   // the ends of this step are in set_aside until it is sure that they stay
   bool active;
   bool finite;  // its embedding
+
+  // The finished paths, with the ends of this step.
+  __device__ FinishedPaths<kCapacity>& done() { return may_undo ? set_aside : beam.done; }
 };
 
 // A warp's part of shared memory.
 template <typename S, int kCapacity>
-struct Tile {
-  ImageState<kCapacity>* images;     // [images]
-  typename S::Element* joint;        // [16, D + padding]: h(U_o o + e)
-  TopN<int32_t, kCapacity>* labels;  // [16]: each row's best labels by score
-  float* log_sum_exp;                // [16]
-  float* end;                        // [16]: END's score
-  float* headroom;                   // [16]: how far a label may stay below the best and matter
-  float* probabilities;              // [16, kPanelLabels], where marginals are wanted
+struct WarpMemory {
+  ImageState<kCapacity>* images;  // [images]
+  typename S::Element* joint;     // [16, D + padding]: h(U_o o + e) of a tile's rows
+  unsigned char* best;            // [32] of RowBest's part
+  float* chunk;                   // ChunkScores' part
+  float* end;                     // [16]: END's score
+  TileRow* rows;                  // [16]
 };
 
-// Images of a tile, and rows of an image.
-struct TileShape {
-  int images, rows;
+// How a warp's lanes are dealt out to images.
+struct WarpShape {
+  int images;     // of a warp
+  int log_paths;  // of the lanes of an image: the beam size up to a power of two
+
+  CNNRNN_METHOD int paths() const { return 1 << log_paths; }
+  CNNRNN_METHOD int image_of(int lane) const { return lane >> log_paths; }
+  CNNRNN_METHOD int path_of(int lane) const { return lane & (paths() - 1); }
+  CNNRNN_METHOD bool has(int lane) const { return image_of(lane) < images; }
 };
 
-CNNRNN_INLINE TileShape tile_shape(int beam_size) {
-  int rows = 1;
-  while (rows < beam_size) rows *= 2;
-  return {kTileRows / rows, rows};
+WarpShape warp_shape(int beam_size, bool half) {
+  int log_paths = 0;
+  while (1 << log_paths < beam_size) ++log_paths;
+  return {(half ? kWarpLanes / 2 : kWarpLanes) >> log_paths, log_paths};
 }
 
 template <typename S>
@@ -92,29 +101,28 @@ CNNRNN_INLINE int64_t joint_bytes(int stride) {
 }
 
 template <typename S, int kCapacity>
-CNNRNN_INLINE int64_t tile_bytes(int images, int stride, bool marginals) {
-  const int64_t floats = kTileRows * (3 + (marginals ? kPanelLabels : 0));
-  const int64_t bytes = images * static_cast<int64_t>(sizeof(ImageState<kCapacity>)) +
-                        joint_bytes<S>(stride) +
-                        kTileRows * static_cast<int64_t>(sizeof(TopN<int32_t, kCapacity>)) +
-                        floats * static_cast<int64_t>(sizeof(float));
-  return (bytes + 15) / 16 * 16;
+CNNRNN_INLINE int64_t warp_bytes(int images, int stride) {
+  return images * static_cast<int64_t>(sizeof(ImageState<kCapacity>)) + joint_bytes<S>(stride) +
+         kWarpLanes * RowBest<kCapacity>::kSharedBytes + ChunkScores<S>::kBytes +
+         kTileRows * static_cast<int64_t>(sizeof(float) + sizeof(TileRow));
 }
 
 template <typename S, int kCapacity>
-__device__ Tile<S, kCapacity> tile_at(unsigned char* shared, int images, int stride) {
-  static_assert(sizeof(ImageState<kCapacity>) % 16 == 0);  // rows are read 16 bytes at a time
-  Tile<S, kCapacity> tile;
-  tile.images = reinterpret_cast<ImageState<kCapacity>*>(shared);
+__device__ WarpMemory<S, kCapacity> memory_at(unsigned char* shared, int images, int stride) {
+  // Rows are read 16 bytes at a time.
+  static_assert(sizeof(ImageState<kCapacity>) % 16 == 0 &&
+                RowBest<kCapacity>::kSharedBytes * kWarpLanes % 16 == 0 &&
+                ChunkScores<S>::kBytes % 16 == 0);
+  WarpMemory<S, kCapacity> memory;
+  memory.images = reinterpret_cast<ImageState<kCapacity>*>(shared);
   shared += images * sizeof(ImageState<kCapacity>);
-  tile.joint = reinterpret_cast<typename S::Element*>(shared);
-  shared += joint_bytes<S>(stride);
-  tile.labels = reinterpret_cast<TopN<int32_t, kCapacity>*>(shared);
-  tile.log_sum_exp = reinterpret_cast<float*>(tile.labels + kTileRows);
-  tile.end = tile.log_sum_exp + kTileRows;
-  tile.headroom = tile.end + kTileRows;
-  tile.probabilities = tile.headroom + kTileRows;
-  return tile;
+  memory.joint = reinterpret_cast<typename S::Element*>(shared);
+  memory.best = shared + joint_bytes<S>(stride);
+  memory.chunk =
+      reinterpret_cast<float*>(memory.best + kWarpLanes * RowBest<kCapacity>::kSharedBytes);
+  memory.end = memory.chunk + ChunkScores<S>::kBytes / sizeof(float);
+  memory.rows = reinterpret_cast<TileRow*>(memory.end + kTileRows);
+  return memory;
 }
 
 // --- The table ---------------------------------------------------------------------------------
@@ -148,8 +156,8 @@ __device__ void request_state(const DeviceHead& head, int32_t parent, int32_t la
   head.node_gates[parent] = row;
 }
 
-// Finds the prefixes of an image's live paths; `row` is one of theirs. Returns the node whose state
-// the row is scored with, or kNoNode.
+// Finds the prefix of an image's j-th live path. Returns the node whose state it is scored with, or
+// kNoNode.
 template <int kCapacity>
 __device__ int32_t look_up(const DeviceHead& head, const BeamRules& rules,
                            ImageState<kCapacity>* image, int j) {
@@ -160,6 +168,7 @@ __device__ int32_t look_up(const DeviceHead& head, const BeamRules& rules,
   step.node = kNoNode;
   if (!is_scored(rules, path, length)) {
     step.kind = PathStep::Kind::kOnlyEnds;
+    step.end_score = path.score;
     return kNoNode;
   }
   step.node = length == 0
@@ -170,272 +179,225 @@ __device__ int32_t look_up(const DeviceHead& head, const BeamRules& rules,
   return step.node;
 }
 
+// What a lane knows of its path in a step.
+struct OwnedPath {
+  int32_t node = kNoNode;         // whose state it is scored with
+  int32_t rank = 0;               // among the warp's paths that are scored
+  bool is_scored = false;         // its labels have been, and their scores are finite
+  float log_sum_exp = -INFINITY;  // of these
+  float reached = -INFINITY;      // by N continuations of its image, as far as is known
+
+  // Its row in the tile that begins at `first`, or -1.
+  __device__ __forceinline__ int row_of_tile(int first) const {
+    return node != kNoNode && rank >= first && rank < first + kTileRows ? rank - first : -1;
+  }
+};
+
+// Looks up the states of a warp's paths and ranks those that are scored; `count` is how many.
+template <typename S, int kCapacity>
+__device__ __forceinline__ OwnedPath begin_step(const DeviceHead& head, const BeamRules& rules,
+                                                const WarpMemory<S, kCapacity>& memory,
+                                                WarpShape shape, int* count) {
+  const int lane = lane_id();
+  OwnedPath path;
+  if (shape.has(lane)) {
+    ImageState<kCapacity>* const image = &memory.images[shape.image_of(lane)];
+    path.node = look_up(head, rules, image, shape.path_of(lane));
+    if (shape.path_of(lane) == 0)
+      image->floor = selection_floor(rules, image->beam, image->beam.done);
+  }
+  const uint32_t scored = __ballot_sync(~0u, path.node != kNoNode);
+  *count = __popc(scored);
+  path.rank = __popc(scored & ((1u << lane) - 1));
+  return path;
+}
+
 // --- Label scores ------------------------------------------------------------------------------
 
-// h(U_o o + e) of the tile's rows; zeros where a row is not scored. `node` is that of lane r's row.
+__device__ __forceinline__ float4 activate(Activation activation, float4 x) {
+  return make_float4(activate(activation, x.x), activate(activation, x.y),
+                     activate(activation, x.z), activate(activation, x.w));
+}
+
+// h(U_o o + e) of a tile's rows.
 template <typename S, int kCapacity, bool kResident>
 __device__ __forceinline__ void gather_joint(const DeviceHead& head, const ImageEmbeddings& images,
-                                             const Tile<S, kCapacity>& tile, int rows,
-                                             int32_t node) {
-  const int lane = lane_id();
+                                             const WarpMemory<S, kCapacity>& memory,
+                                             WarpShape shape, int32_t node_of_path, int rows) {
+  constexpr int kLanes = 8, kTogether = kWarpLanes / kLanes;  // lanes of a row, rows at a time
   const int stride = kResident ? kResidentJoint : head.joint_stride;
   const int D = kResident ? kResidentJoint : head.joint_dim;
-  // Half a warp takes a row.
-#pragma unroll 4
-  for (int r = lane / 16; r < kTileRows; r += 2) {
-    const int32_t from = __shfl_sync(~0u, node, r);
-    const int64_t image = from == kNoNode ? 0 : tile.images[r / rows].image;
-    const float* const o = head.projected + static_cast<int64_t>(from) * stride;
-    const float* const e = images.joint + image * D;
-    for (int quad = lane % 16; quad < stride / 4; quad += 16) {
-      float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      if (from != kNoNode) {
-        const int d = 4 * quad;
-        x = *reinterpret_cast<const float4*>(o + d);
-        if constexpr (kResident) {
-          const float4 y = *reinterpret_cast<const float4*>(e + d);
-          x = make_float4(x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w);
-        } else {  // rows of e may begin anywhere, and end before the stride does
-          x = make_float4(x.x + (d < D ? e[d] : 0.0f), x.y + (d + 1 < D ? e[d + 1] : 0.0f),
-                          x.z + (d + 2 < D ? e[d + 2] : 0.0f), x.w + (d + 3 < D ? e[d + 3] : 0.0f));
-        }
-        x = make_float4(activate(head.activation, x.x), activate(head.activation, x.y),
-                        activate(head.activation, x.z), activate(head.activation, x.w));
+  for (int r0 = 0; r0 < rows; r0 += kTogether) {
+    const int r = r0 + lane_id() / kLanes, owner = memory.rows[r].owner;
+    const int32_t node = __shfl_sync(~0u, node_of_path, owner < 0 ? 0 : owner);
+    if (owner < 0) continue;
+    const int32_t image = memory.images[shape.image_of(owner)].image;
+    const float* const o = head.projected + static_cast<int64_t>(node) * stride;
+    const float* const e = images.joint + static_cast<int64_t>(image) * D;
+    typename S::Element* const row = memory.joint + r * (stride + S::kPadding);
+#pragma unroll 2
+    for (int quad = lane_id() % kLanes; quad < stride / 4; quad += kLanes) {
+      const int d = 4 * quad;
+      float4 x = *reinterpret_cast<const float4*>(o + d);
+      if constexpr (kResident) {
+        const float4 y = *reinterpret_cast<const float4*>(e + d);
+        x = make_float4(x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w);
+      } else {  // rows of e may begin anywhere, and end before the stride does
+        x = make_float4(x.x + (d < D ? e[d] : 0.0f), x.y + (d + 1 < D ? e[d + 1] : 0.0f),
+                        x.z + (d + 2 < D ? e[d + 2] : 0.0f), x.w + (d + 3 < D ? e[d + 3] : 0.0f));
       }
-      S::put_row(tile.joint + r * (stride + S::kPadding), quad, x);
+      // The branch once rather than for each element.
+      x = head.activation == Activation::kRelu ? activate(Activation::kRelu, x)
+                                               : activate(head.activation, x);
+      S::put_row(row, quad, x);
     }
   }
   __syncwarp();
 }
 
-// The live path of a lane's i-th row, or null where that row is not scored.
-template <typename S, int kCapacity>
-__device__ __forceinline__ const LivePath* scored_path(const Tile<S, kCapacity>& tile, int rows,
-                                                       int r) {
-  const ImageState<kCapacity>& image = tile.images[r / rows];
-  const int j = r % rows;
-  const bool scored =
-      image.active && j < image.beam.live_count && image.steps[j].kind == PathStep::Kind::kScored;
-  return scored ? &image.beam.live[j] : nullptr;
-}
-
-// Adds the biases and label logits and forbids what may not follow. Sets bit i of `nonfinite` where
-// the logits of a lane's row i are not finite.
-template <typename S, int kCapacity>
-__device__ __forceinline__ void complete_scores(const DeviceHead& head, const BeamRules& rules,
-                                                const ImageEmbeddings& images,
-                                                const Tile<S, kCapacity>& tile, int rows, int panel,
-                                                const float* bias, typename S::Scores& z,
-                                                uint32_t* nonfinite) {
-  const int lane = lane_id(), group = lane / S::kLanesPerRow;
-  const int32_t L = head.num_labels, first_label = panel * kPanelLabels;
-#pragma unroll
-  for (int j = 0; j < S::kLabels; ++j) {
-#pragma unroll
-    for (int i = 0; i < S::kRows; ++i) z[i][j] += bias[S::label(lane, j)];
+// Begins the tile of the first-th scored path and those after it. Returns the first panel that any
+// of its rows needs.
+template <typename S, int kCapacity, bool kResident>
+__device__ __forceinline__ int begin_tile(const DeviceHead& head, const SearchPass& pass,
+                                          const WarpMemory<S, kCapacity>& memory, WarpShape shape,
+                                          const OwnedPath& path, int first, int count,
+                                          RowSums<S>* sums) {
+  const int lane = lane_id(), rows = min(count - first, kTileRows), row = path.row_of_tile(first);
+  uint32_t first_label = ~0u;
+  __syncwarp();  // the last tile has been read
+  if (row >= 0) {
+    const ImageState<kCapacity>& image = memory.images[shape.image_of(lane)];
+    const LivePath& live = image.beam.live[shape.path_of(lane)];
+    first_label = static_cast<uint32_t>(first_allowed(pass.rules, live));
+    // A label's log-probability is at most its distance from the largest score.
+    constexpr float kRounding = 0.01f;
+    memory.rows[row] = {lane, static_cast<int32_t>(first_label), -INFINITY,
+                        live.score - image.floor + kRounding, 0.0f};
   }
+  if (lane >= rows && lane < kTileRows) memory.rows[lane] = {-1, 0, INFINITY, 0.0f, INFINITY};
+  __syncwarp();
+  gather_joint<S, kCapacity, kResident>(head, pass.images, memory, shape, path.node, rows);
 #pragma unroll
   for (int i = 0; i < S::kRows; ++i) {
-    const int r = group + S::kGroups * i;
-    const LivePath* const path = scored_path(tile, rows, r);
-    if (path == nullptr) continue;
-    const ImageState<kCapacity>& image = tile.images[r / rows];
-    if (images.label_logits != nullptr) {
-      const float* logits = images.label_logits + static_cast<int64_t>(image.image) * (L + 1);
+    sums->largest[i] = -INFINITY;
+    sums->base[i] = kNoExponent;
+    sums->sum[i] = 0.0f;
+  }
+  return static_cast<int>(__reduce_min_sync(~0u, first_label) / kPanelLabels);
+}
+
+// The labels of a panel that may not follow a row's path, END aside: bit l for the panel's label l.
+// `owner` is the lane of the path, or -1.
+template <typename S, int kCapacity>
+__device__ __forceinline__ uint32_t forbidden_labels(const DeviceHead& head, const BeamRules& rules,
+                                                     const WarpMemory<S, kCapacity>& memory,
+                                                     WarpShape shape, int owner,
+                                                     int32_t first_label, int32_t allowed) {
+  const int32_t before = allowed - first_label;
+  uint32_t labels = before <= 0 ? 0 : before >= kPanelLabels ? ~0u : (1u << before) - 1;
+  if (rules.options.order != Order::kUnique || owner < 0) return labels;
+  const Beam<kCapacity>& beam = memory.images[shape.image_of(owner)].beam;
+  if (beam.step == 0) return labels;
+  int32_t on_path = beam.live[shape.path_of(owner)].label;
+  for (int32_t node = beam.live[shape.path_of(owner)].parent;; node = head.node_parent[node]) {
+    const auto at = static_cast<uint32_t>(on_path - first_label);
+    if (at < kPanelLabels) labels |= 1u << at;
+    if (node == kRootNode) return labels;
+    on_path = head.node_label[node];
+  }
+}
+
+// Adds label logits to a panel's scores and forbids labels that may not follow. A label logit that
+// is not finite leaves its row without a finite denominator.
+template <typename S, int kCapacity>
+__device__ __forceinline__ void complete_scores(const DeviceHead& head, const SearchPass& pass,
+                                                const WarpMemory<S, kCapacity>& memory,
+                                                WarpShape shape, int panel, typename S::Scores& z,
+                                                RowSums<S>* sums) {
+  const int lane = lane_id();
+  const int32_t L = head.num_labels, first_label = panel * kPanelLabels;
+#pragma unroll
+  for (int i = 0; i < S::kRows; ++i) {
+    const TileRow& row = memory.rows[lane / S::kLanesPerRow + S::kGroups * i];
+    const int owner = row.owner;
+    if (pass.images.label_logits != nullptr && owner >= 0) {
+      const int64_t image = memory.images[shape.image_of(owner)].image;
+      const float* logits = pass.images.label_logits + image * (L + 1);
 #pragma unroll
       for (int j = 0; j < S::kLabels; ++j) {
         const int32_t label = first_label + S::label(lane, j);
         if (label > L) continue;
         const float logit = logits[label];
-        if (!isfinite(logit)) *nonfinite |= 1u << i;
+        sums->sum[i] = fmaf(logit, 0.0f, sums->sum[i]);
         z[i][j] += logit;
       }
     }
-    const int64_t length = image.beam.step;
-    // The first label that is allowed, counted from the panel's first, and END where it is not.
-    const int allowed = static_cast<int>(first_allowed(rules, *path)) - first_label;
-    const int end = end_allowed(rules, length) ? kPanelLabels : L - first_label;
-    if (allowed > 0 || end < kPanelLabels) {
+    const uint32_t forbidden =
+        forbidden_labels(head, pass.rules, memory, shape, owner, first_label, row.allowed);
+    if (forbidden == 0) continue;
+    const uint32_t of_lane = forbidden >> S::label(lane, 0);
 #pragma unroll
-      for (int j = 0; j < S::kLabels; ++j) {
-        const int label = S::label(lane, j);
-        if (label < allowed || label == end) z[i][j] = -INFINITY;
-      }
-    }
-    if (rules.options.order == Order::kUnique && length > 0) {
-      int32_t on_path = path->label;
-      for (int32_t node = path->parent;; node = head.node_parent[node]) {
-#pragma unroll
-        for (int j = 0; j < S::kLabels; ++j) {
-          if (first_label + S::label(lane, j) == on_path) z[i][j] = -INFINITY;
-        }
-        if (node == kRootNode) break;
-        on_path = head.node_label[node];
-      }
+    for (int j = 0; j < S::kLabels; ++j) {
+      if ((of_lane >> S::label(0, j) & 1) != 0) z[i][j] = -INFINITY;
     }
   }
 }
 
-// What a lane knows of its rows while panels go by: the same in all lanes of a group, but `sum`,
-// which is the lane's own part.
-template <typename S>
-struct RowSums {
-  float largest[S::kRows];   // score so far
-  float sum[S::kRows];       // of exp(score - largest)
-  float bound[S::kRows];     // what a label must exceed to be among the best
-  float headroom[S::kRows];  // how far it may stay below the largest and matter
-};
-
-struct Candidate {
-  float score;
-  int32_t label;
-};
-
-// The best of a lane's labels in one row, then of its group's: at equal score the lower label.
-template <typename S>
-__device__ __forceinline__ Candidate best_of_row(const float (&z)[S::kLabels], int first_label) {
-  const int lane = lane_id();
-  Candidate best{-INFINITY, INT32_MAX};
-#pragma unroll
-  for (int j = 0; j < S::kLabels; ++j) {
-    if (z[j] > best.score) best = {z[j], first_label + S::label(lane, j)};
-  }
-#pragma unroll
-  for (int other = S::kLanesPerRow / 2; other > 0; other /= 2) {
-    const float score = __shfl_xor_sync(~0u, best.score, other);
-    const int32_t label = __shfl_xor_sync(~0u, best.label, other);
-    if (score > best.score || (score == best.score && label < best.label)) best = {score, label};
-  }
-  return best;
-}
-
-// Takes a panel's scores into the sums and the best labels. END's go to tile.end and are no label.
+// Ends the softmax of the rows of a tile: the lanes that own their paths know its denominator then,
+// and their images END's score. A lane's path is in row `row`; -1: in none.
 template <typename S, int kCapacity>
-__device__ __forceinline__ void take_panel(const DeviceHead& head, const Tile<S, kCapacity>& tile,
-                                           int beam_size, int panel, typename S::Scores& z,
-                                           RowSums<S>* sums) {
-  const int lane = lane_id(), group = lane / S::kLanesPerRow;
-  const int32_t first_label = panel * kPanelLabels, end = head.num_labels - first_label;
-  const int owned = lane % S::kLanesPerRow;  // the row of the group whose list is this lane's
-#pragma unroll
-  for (int i = 0; i < S::kRows; ++i) {
-    float largest = z[i][0];
-#pragma unroll
-    for (int j = 1; j < S::kLabels; ++j) largest = fmaxf(largest, z[i][j]);
-#pragma unroll
-    for (int other = S::kLanesPerRow / 2; other > 0; other /= 2) {
-      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, other));
-    }
-    largest = fmaxf(largest, sums->largest[i]);
-    const float base = largest == -INFINITY ? 0.0f : largest;
-    float sum = sums->sum[i] * __expf(sums->largest[i] - base);
-#pragma unroll
-    for (int j = 0; j < S::kLabels; ++j) sum += __expf(z[i][j] - base);
-    sums->largest[i] = largest;
-    sums->sum[i] = sum;
-    sums->bound[i] = fmaxf(sums->bound[i], largest - sums->headroom[i]);
+__device__ __forceinline__ void finish_softmax(const BeamRules& rules,
+                                               const WarpMemory<S, kCapacity>& memory,
+                                               WarpShape shape, const RowSums<S>& sums, int row,
+                                               OwnedPath* path) {
+  const int lane = lane_id(), in_tile = row < 0 ? 0 : row;
+  ImageState<kCapacity>& image = memory.images[shape.has(lane) ? shape.image_of(lane) : 0];
+  __syncwarp();  // END's scores have been written
+  const float end = end_allowed(rules, image.beam.step) ? memory.end[in_tile] : -INFINITY;
+  const float log_sum_exp = log_sum_exp_of_path(sums, in_tile, end);
+  if (row < 0) return;
+  PathStep& step = image.steps[shape.path_of(lane)];
+  if (log_sum_exp > -INFINITY) {
+    path->is_scored = true;
+    path->log_sum_exp = step.log_sum_exp = log_sum_exp;
+    step.end_score = image.beam.live[shape.path_of(lane)].score + step_log_prob(end, log_sum_exp);
+  } else {  // NaN, or every score is -inf
+    step.kind = PathStep::Kind::kNotFinite;
   }
-  if (end < kPanelLabels) {
-#pragma unroll
-    for (int i = 0; i < S::kRows; ++i) {
-#pragma unroll
-      for (int j = 0; j < S::kLabels; ++j) {
-        if (S::label(lane, j) != end) continue;
-        tile.end[group + S::kGroups * i] = z[i][j];
-        z[i][j] = -INFINITY;
-      }
-    }
-  }
-  for (int taken = 0; taken < beam_size; ++taken) {
-    bool any = false;
-#pragma unroll
-    for (int i = 0; i < S::kRows; ++i) {
-#pragma unroll
-      for (int j = 0; j < S::kLabels; ++j) any = any || z[i][j] > sums->bound[i];
-    }
-    if (!__any_sync(~0u, any)) break;
-    Candidate mine{-INFINITY, INT32_MAX};
-#pragma unroll
-    for (int i = 0; i < S::kRows; ++i) {
-      const Candidate best = best_of_row<S>(z[i], first_label);
-      if (owned == i) mine = best;
-#pragma unroll
-      for (int j = 0; j < S::kLabels; ++j) {
-        if (first_label + S::label(lane, j) == best.label) z[i][j] = -INFINITY;
-      }
-    }
-    float bound = -INFINITY;
-    if (owned < S::kRows) {
-      TopN<int32_t, kCapacity>& list = tile.labels[group + S::kGroups * owned];
-      list.offer(mine.score, mine.label);
-      bound = list.bound();
-    }
-#pragma unroll
-    for (int i = 0; i < S::kRows; ++i) {
-      const float of_list = __shfl_sync(~0u, bound, group * S::kLanesPerRow + i);
-      sums->bound[i] = fmaxf(sums->bound[i], of_list);
-    }
-  }
-}
-
-// The softmax's denominators, and whether the label logits that the root's step saw were finite.
-template <typename S, int kCapacity>
-__device__ __forceinline__ void finish_sums(const Tile<S, kCapacity>& tile, TileShape shape,
-                                            const RowSums<S>& sums, uint32_t nonfinite) {
-  const int lane = lane_id(), group = lane / S::kLanesPerRow, owned = lane % S::kLanesPerRow;
-#pragma unroll
-  for (int i = 0; i < S::kRows; ++i) {
-    float sum = sums.sum[i];
-#pragma unroll
-    for (int other = S::kLanesPerRow / 2; other > 0; other /= 2) {
-      sum += __shfl_xor_sync(~0u, sum, other);
-    }
-    // Outside the condition: within it, the compiler takes i for the lane and indexes memory by it.
-    const float log_sum_exp = sums.largest[i] + __logf(sum);
-    if (owned == i) tile.log_sum_exp[group + S::kGroups * i] = log_sum_exp;
-  }
-#pragma unroll
-  for (int other = S::kLanesPerRow / 2; other > 0; other /= 2) {
-    nonfinite |= __shfl_xor_sync(~0u, nonfinite, other);
-  }
-  const int r = group + S::kGroups * owned;
-  if (owned < S::kRows && (nonfinite >> owned & 1) != 0 && r % shape.rows == 0) {
-    ImageState<kCapacity>& image = tile.images[r / shape.rows];
-    if (image.beam.step == 0) image.finite = false;
-  }
-  __syncwarp();
 }
 
 // Marginals: the probabilities of a panel's labels, added path by path. One lane owns a label.
 template <typename S, int kCapacity>
 __device__ void add_marginals(const DeviceHead& head, const SearchOutput& output,
-                              const Tile<S, kCapacity>& tile, TileShape shape, int panel,
-                              const typename S::Scores& z) {
+                              const WarpMemory<S, kCapacity>& memory, WarpShape shape, int rows,
+                              int panel, const typename S::Scores& z, ChunkScores<S>* chunk) {
   const int lane = lane_id(), group = lane / S::kLanesPerRow;
 #pragma unroll
   for (int i = 0; i < S::kRows; ++i) {
-    const int r = group + S::kGroups * i;
-    const LivePath* const path = scored_path(tile, shape.rows, r);
-    const float log_sum_exp =
-        path == nullptr ? 0.0f : tile.images[r / shape.rows].steps[r % shape.rows].log_sum_exp;
+    const int r = group + S::kGroups * i, owner = memory.rows[r].owner;
+    if (owner < 0) continue;
+    const ImageState<kCapacity>& image = memory.images[shape.image_of(owner)];
+    const PathStep& step = image.steps[shape.path_of(owner)];
+    const float score = image.beam.live[shape.path_of(owner)].score;
+    const bool is_scored = step.kind == PathStep::Kind::kScored;
 #pragma unroll
     for (int j = 0; j < S::kLabels; ++j) {
-      tile.probabilities[r * kPanelLabels + S::label(lane, j)] =
-          path == nullptr ? 0.0f : expf(path->score + step_log_prob(z[i][j], log_sum_exp));
+      chunk->row(0, r)[S::label(lane, j)] =
+          is_scored ? expf(score + step_log_prob(z[i][j], step.log_sum_exp)) : 0.0f;
     }
   }
   __syncwarp();
   const int32_t label = panel * kPanelLabels + lane;
-  for (int m = 0; m < shape.images && label < head.num_labels; ++m) {
-    const ImageState<kCapacity>& image = tile.images[m];
-    if (!image.active) continue;
+  for (int r = 0; r < rows && label < head.num_labels;) {
+    const int m = shape.image_of(memory.rows[r].owner);
+    const ImageState<kCapacity>& image = memory.images[m];
     float* const sum =
         output.marginals + static_cast<int64_t>(image.image) * head.num_labels + label;
     float total = image.beam.step == 0 ? 0.0f : *sum;
-    for (int j = 0; j < image.beam.live_count; ++j) {
-      total += tile.probabilities[(m * shape.rows + j) * kPanelLabels + lane];
+    for (; r < rows && shape.image_of(memory.rows[r].owner) == m; ++r) {
+      total += chunk->row(0, r)[lane];
     }
-    *sum = total;
+    if (image.active) *sum = total;
   }
   __syncwarp();
 }
@@ -443,94 +405,67 @@ __device__ void add_marginals(const DeviceHead& head, const SearchOutput& output
 // --- Decisions, by lane m for the m-th image of a tile -----------------------------------------
 
 // The ends of this step, and what is needed of the states that are missing.
-template <typename S, int kCapacity>
-__device__ void offer_step_ends(const BeamRules& rules, const Tile<S, kCapacity>& tile,
-                                int first_row, ImageState<kCapacity>* image) {
+template <int kCapacity>
+__device__ void offer_step_ends(const BeamRules& rules, ImageState<kCapacity>* image) {
   const Beam<kCapacity>& beam = image->beam;
   image->needed = 0;
-  image->done = beam.done;
-  if (needs_all_states(rules)) {
-    image->needed = states_needed(rules, beam, image->steps, beam.done, false, &image->scratch);
-  }
-  for (int j = 0; j < beam.live_count; ++j) {
-    PathStep& step = image->steps[j];
-    if (step.kind == PathStep::Kind::kOnlyEnds) step.end_score = beam.live[j].score;
-    if (step.kind != PathStep::Kind::kScored) continue;
-    step.log_sum_exp = tile.log_sum_exp[first_row + j];
-    if (!(step.log_sum_exp > -INFINITY)) {  // NaN, or every score is -inf
-      step.kind = PathStep::Kind::kNotFinite;
-      continue;
-    }
-    step.end_score = beam.live[j].score + step_log_prob(tile.end[first_row + j], step.log_sum_exp);
-  }
-  offer_ends(rules, beam, image->steps, &image->done);
-  if (!rules.options.end_takes_slot && image->needed == 0) {
-    image->needed = states_needed(rules, beam, image->steps, image->done, false, &image->scratch);
-  }
-  image->floor = selection_floor(rules, beam, image->done);
   image->best.size = 0;
-}
-
-// A continuation of an image: its label, or END where that takes a slot.
-template <typename S, int kCapacity>
-__device__ __forceinline__ bool continuation(const BeamRules& rules, const Tile<S, kCapacity>& tile,
-                                             const ImageState<kCapacity>& image, int first_row,
-                                             int j, int at, Candidate* found) {
-  const PathStep& step = image.steps[j];
-  const bool scored = step.kind == PathStep::Kind::kScored;
-  const TopN<int32_t, kCapacity>& labels = tile.labels[first_row + j];
-  if (scored && at < labels.size) {
-    *found = {labels.scores[at], labels.items[at]};
-    return found->score > image.floor;
-  }
-  if (!rules.options.end_takes_slot || at != (scored ? labels.size : 0)) return false;
-  if (!scored && step.kind != PathStep::Kind::kOnlyEnds) return false;
-  *found = {step.end_score, static_cast<int32_t>(rules.num_labels)};
-  return found->score > -INFINITY;
-}
-
-// Ranks an image's continuations by counting those that come before each, all lanes at once: at
-// equal score the lower path and label. The N first make up `best`.
-template <typename S, int kCapacity>
-__device__ void choose_continuations(const BeamRules& rules, const Tile<S, kCapacity>& tile,
-                                     TileShape shape) {
-  const int per_path = rules.options.beam_size + 1;  // its best labels and END
-  const int per_image = shape.rows * per_path;
-  // From a label's score in its row to that of the path which it continues.
-  for (int c = lane_id(); c < shape.images * per_image; c += kWarpLanes) {
-    const int r = c / per_path, j = r % shape.rows, at = c % per_path;
-    const ImageState<kCapacity>& image = tile.images[r / shape.rows];
-    TopN<int32_t, kCapacity>& labels = tile.labels[r];
-    if (!image.active || j >= image.beam.live_count || at >= labels.size) continue;
-    if (image.steps[j].kind != PathStep::Kind::kScored) continue;
-    labels.scores[at] =
-        image.beam.live[j].score + step_log_prob(labels.scores[at], image.steps[j].log_sum_exp);
-  }
-  __syncwarp();
-  for (int c = lane_id(); c < shape.images * per_image; c += kWarpLanes) {
-    const int m = c / per_image, j = c % per_image / per_path;
-    ImageState<kCapacity>& image = tile.images[m];
-    if (!image.active || image.needed != 0 || j >= image.beam.live_count) continue;
-    const int first_row = m * shape.rows;
-    Candidate mine;
-    if (!continuation(rules, tile, image, first_row, j, c % per_path, &mine)) continue;
-    int rank = 0;
-    for (int i = 0; i < image.beam.live_count && rank < rules.options.beam_size; ++i) {
-      for (int at = 0; at < per_path; ++at) {
-        Candidate other;
-        if (!continuation(rules, tile, image, first_row, i, at, &other)) continue;
-        const bool first =
-            other.score > mine.score ||
-            (other.score == mine.score && (i < j || (i == j && other.label < mine.label)));
-        rank += first ? 1 : 0;
-      }
+  image->scored = 0;
+  image->may_undo = false;
+  for (int j = 0; j < beam.live_count; ++j) {
+    const PathStep::Kind kind = image->steps[j].kind;
+    image->scored += kind == PathStep::Kind::kScored ? 1 : 0;
+    if (kind == PathStep::Kind::kMissing || kind == PathStep::Kind::kNotFinite) {
+      image->may_undo = true;
     }
-    if (rank >= rules.options.beam_size) continue;
-    image.best.scores[rank] = mine.score;
-    image.best.items[rank] = {j, mine.label};
-    atomicMax(&image.best.size, rank + 1);
   }
-  __syncwarp();
+  if (image->may_undo) {
+    image->set_aside = beam.done;
+    if (needs_all_states(rules)) {
+      image->needed =
+          states_needed<kCapacity>(rules, beam, image->steps, beam.done, false, nullptr);
+    }
+  }
+  offer_ends(rules, beam, image->steps, &image->done());
+  if (image->may_undo && !rules.options.end_takes_slot && image->needed == 0) {
+    image->needed =
+        states_needed<kCapacity>(rules, beam, image->steps, image->done(), false, nullptr);
+  }
+  image->floor = selection_floor(rules, beam, image->done());
+}
+
+// Chooses the N best continuations of each image, all images at once: each time the first one among
+// the first ones of its paths, at equal score the lower path's.
+template <int kCapacity>
+__device__ void choose_continuations(const BeamRules& rules, ImageState<kCapacity>* images,
+                                     WarpShape shape, const OwnedPath& path,
+                                     RowBest<kCapacity>* best) {
+  const int lane = lane_id(), j = shape.path_of(lane);
+  const bool has = shape.has(lane);
+  ImageState<kCapacity>& image = images[has ? shape.image_of(lane) : 0];
+  if (path.is_scored) best->extend_path(image.beam.live[j].score, path.log_sum_exp);
+  if (rules.options.end_takes_slot && has && image.active && j < image.beam.live_count) {
+    const PathStep& step = image.steps[j];
+    if (path.is_scored || step.kind == PathStep::Kind::kOnlyEnds) {
+      best->offer(step.end_score, static_cast<int32_t>(rules.num_labels));
+    }
+  }
+  const float floor = has ? image.floor : INFINITY;
+  const uint32_t of_image = ((1ull << shape.paths()) - 1) << (lane - j);
+  for (int rank = 0; rank < rules.options.beam_size; ++rank) {
+    const float score = best->first_score();
+    float largest = score;
+    for (int other = shape.paths() / 2; other > 0; other /= 2) {
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, other));
+    }
+    const uint32_t first = __ballot_sync(~0u, score > floor && score == largest);
+    if (first == 0) break;
+    if (__ffs(static_cast<int>(first & of_image)) - 1 != lane) continue;
+    image.best.scores[rank] = score;
+    image.best.items[rank] = {j, best->first_label()};
+    image.best.size = rank + 1;
+    best->drop_first();
+  }
 }
 
 // kLost: it would be parked, and no pass follows.
@@ -541,12 +476,14 @@ __device__ Outcome decide(const BeamRules& rules, ImageState<kCapacity>* image) 
   if (!image->finite) return Outcome::kNotFinite;
   if (image->needed != 0) return Outcome::kParks;
   const Beam<kCapacity>& beam = image->beam;
-  offer_chosen_ends(rules, beam, image->best, &image->done);
+  offer_chosen_ends(rules, beam, image->best, &image->done());
+  if (!image->may_undo) return Outcome::kTakesStep;
   if (rules.options.end_takes_slot) {
-    image->needed = states_needed(rules, beam, image->steps, image->done, false, &image->scratch);
+    image->needed =
+        states_needed<kCapacity>(rules, beam, image->steps, image->done(), false, nullptr);
     if (image->needed != 0) return Outcome::kParks;
   }
-  if (is_nonfinite(rules, beam, image->steps, image->done)) return Outcome::kNotFinite;
+  if (is_nonfinite(rules, beam, image->steps, image->done())) return Outcome::kNotFinite;
   return Outcome::kTakesStep;
 }
 
@@ -573,135 +510,98 @@ __device__ void write_path(const DeviceHead& head, const BeamRules& rules,
   }
 }
 
-// --- A tile's way through the search -----------------------------------------------------------
+// --- A warp's way through the search -----------------------------------------------------------
 
-// Whether a warp's lanes all find n values finite.
-__device__ bool all_finite(const float* values, int64_t n) {
-  bool finite = true;
-  for (int64_t i = lane_id(); i < n; i += kWarpLanes) finite = finite && isfinite(values[i]);
-  return __all_sync(~0u, finite);
-}
-
-// Sets up the images of a tile, which begins at the first-th of the pass.
+// Sets up the images of a warp, which begin at the first-th of the pass. The lanes of an image look
+// at its embedding together.
 template <typename S, int kCapacity>
-__device__ void begin_tile(const DeviceHead& head, const SearchPass& pass,
-                           const Tile<S, kCapacity>& tile, TileShape shape, int first, int count) {
-  const int beam_size = pass.rules.options.beam_size;
-  __syncwarp();  // the last tile's images have been read
-  for (int m = 0; m < shape.images; ++m) {
-    ImageState<kCapacity>& image = tile.images[m];
-    const bool there = first + m < count;
-    const int64_t index = !there                       ? 0
-                          : pass.image_list != nullptr ? pass.image_list[first + m]
-                                                       : pass.first_image + first + m;
-    bool finite = true;
-    if (there && !pass.resumes) {
-      finite = all_finite(pass.images.joint + index * head.joint_dim, head.joint_dim);
-      // Otherwise the root's step sees them all.
-      if (pass.images.label_logits != nullptr && pass.rules.options.max_labels == 0) {
-        const int64_t scores = head.num_labels + 1;
-        finite = all_finite(pass.images.label_logits + index * scores, scores) && finite;
-      }
+__device__ void begin_images(const DeviceHead& head, const SearchPass& pass,
+                             const WarpMemory<S, kCapacity>& memory, WarpShape shape, int first,
+                             int count) {
+  const int lane = lane_id(), m = shape.image_of(lane), j = shape.path_of(lane);
+  const bool there = shape.has(lane) && first + m < count;
+  const int64_t index = !there                       ? 0
+                        : pass.image_list != nullptr ? pass.image_list[first + m]
+                                                     : pass.first_image + first + m;
+  float poison = 0.0f;  // NaN where a value is not finite
+  const auto look_at = [&](const float* values, int64_t n) {
+    for (int64_t i = j; i < n; i += shape.paths()) poison = fmaf(values[i], 0.0f, poison);
+  };
+  if (there && !pass.resumes) {
+    look_at(pass.images.joint + index * head.joint_dim, head.joint_dim);
+    // Otherwise the root's step sees them all.
+    if (pass.images.label_logits != nullptr && pass.rules.options.max_labels == 0) {
+      look_at(pass.images.label_logits + index * (head.num_labels + 1), head.num_labels + 1);
     }
-    if (lane_id() != 0) continue;
+  }
+  for (int other = shape.paths() / 2; other > 0; other /= 2) {
+    poison += __shfl_xor_sync(~0u, poison, other);
+  }
+  __syncwarp();  // the last images have been read
+  if (shape.has(lane) && j == 0) {
+    ImageState<kCapacity>& image = memory.images[m];
     image.image = static_cast<int32_t>(index);
     image.active = there;
-    image.finite = finite;
+    image.finite = !isnan(poison);
     image.needed = 0;
-    image.done.limit = image.scratch.limit = image.best.limit = beam_size;
-    if (!there) continue;
-    if (pass.resumes) {
+    image.set_aside.limit = image.best.limit = pass.rules.options.beam_size;
+    if (there && pass.resumes) {
       image.beam = static_cast<const Beam<kCapacity>*>(pass.parked_beams)[index];
-    } else {
-      new (&image.beam) Beam<kCapacity>(beam_size);  // in place: a copy would go through memory
+    } else {  // in place: a copy would go through memory
+      new (&image.beam) Beam<kCapacity>(pass.rules.options.beam_size);
     }
   }
   __syncwarp();
-}
-
-// Looks up the states of a tile's paths and gathers what is scored. Returns the first panel that
-// any row needs.
-template <typename S, int kCapacity, bool kResident>
-__device__ int begin_step(const DeviceHead& head, const SearchPass& pass,
-                          const Tile<S, kCapacity>& tile, TileShape shape, RowSums<S>* sums) {
-  const int lane = lane_id(), group = lane / S::kLanesPerRow;
-  int32_t node = kNoNode;
-  uint32_t first_panel = head.panels;
-  if (lane < kTileRows) {
-    ImageState<kCapacity>* const image = &tile.images[lane / shape.rows];
-    const int j = lane % shape.rows;
-    node = look_up(head, pass.rules, image, j);
-    tile.headroom[lane] = -INFINITY;  // nothing of a row matters that is not scored
-    if (node != kNoNode) {
-      const LivePath& path = image->beam.live[j];
-      first_panel = static_cast<uint32_t>(first_allowed(pass.rules, path) / kPanelLabels);
-      // A label's log-probability is at most its distance from the largest score.
-      constexpr float kRounding = 0.01f;
-      tile.headroom[lane] =
-          path.score - selection_floor(pass.rules, image->beam, image->beam.done) + kRounding;
-    }
-    tile.labels[lane].size = 0;
-    tile.labels[lane].limit = pass.rules.options.beam_size;
-    tile.end[lane] = -INFINITY;
-  }
-  gather_joint<S, kCapacity, kResident>(head, pass.images, tile, shape.rows, node);
-#pragma unroll
-  for (int i = 0; i < S::kRows; ++i) {
-    sums->largest[i] = sums->bound[i] = -INFINITY;
-    sums->sum[i] = 0.0f;
-    sums->headroom[i] = tile.headroom[group + S::kGroups * i];
-  }
-  return static_cast<int>(__reduce_min_sync(~0u, first_panel));
 }
 
 // Ends a step: what the outcome of lane m's image asks for.
 template <typename S, int kCapacity>
 __device__ void end_step(const DeviceHead& head, const SearchPass& pass,
-                         const Tile<S, kCapacity>& tile, TileShape shape, Outcome outcome) {
+                         const WarpMemory<S, kCapacity>& memory, WarpShape shape, Outcome outcome) {
   const int lane = lane_id();
   const BeamRules& rules = pass.rules;
   const int64_t N = rules.options.beam_size, T = rules.options.max_labels;
   if (outcome == Outcome::kTakesStep) {
-    ImageState<kCapacity>& image = tile.images[lane];
+    ImageState<kCapacity>& image = memory.images[lane];
     Beam<kCapacity>& beam = image.beam;
     int32_t* const trace = pass.output.trace == nullptr
                                ? nullptr
                                : pass.output.trace + (image.image * (T + 1) + beam.step) * N * 2;
-    take_step(rules, image.best, image.steps, image.done, &beam, trace);
+    take_step(rules, image.best, image.steps, image.done(), &beam, trace);
     if (beam.live_count == 0) outcome = Outcome::kEnds;
   }
   if (outcome == Outcome::kParks && pass.marks_parked) outcome = Outcome::kLost;
   if (outcome == Outcome::kParks) {
-    const ImageState<kCapacity>& image = tile.images[lane];
+    const ImageState<kCapacity>& image = memory.images[lane];
     static_cast<Beam<kCapacity>*>(pass.parked_beams)[image.image] = image.beam;
     pass.parked[atomicAdd(pass.parked_count, 1)] = image.image;
   }
   if (outcome == Outcome::kNotFinite) atomicAdd(&head.counts->call.nonfinite_images, 1);
   __syncwarp();
-  // Lane r serves row r of the tile.
-  const int row_image = lane % kTileRows / shape.rows, j = lane % shape.rows;
-  const auto of_row = static_cast<Outcome>(__shfl_sync(~0u, static_cast<int>(outcome), row_image));
-  if (lane < kTileRows && j < N) {
-    const ImageState<kCapacity>& image = tile.images[row_image];
-    if (of_row == Outcome::kParks) {
+  const int m = shape.image_of(lane), j = shape.path_of(lane);
+  const auto of_image = static_cast<Outcome>(__shfl_sync(~0u, static_cast<int>(outcome), m));
+  if (shape.has(lane) && j < N) {
+    const ImageState<kCapacity>& image = memory.images[m];
+    if (of_image == Outcome::kParks) {
       if ((image.needed >> j & 1) != 0) {
         request_state(head, image.beam.live[j].parent, image.beam.live[j].label);
       }
-    } else if (of_row != Outcome::kNone && of_row != Outcome::kTakesStep) {
-      write_path(head, rules, pass.output, image, j, of_row);
+    } else if (of_image != Outcome::kNone && of_image != Outcome::kTakesStep) {
+      write_path(head, rules, pass.output, image, j, of_image);
     }
   }
   if (pass.output.marginals != nullptr) {
-    for (int m = 0; m < shape.images; ++m) {
-      const auto of_image = static_cast<Outcome>(__shfl_sync(~0u, static_cast<int>(outcome), m));
-      if (of_image != Outcome::kNotFinite && of_image != Outcome::kLost) continue;
-      float* const sums =
-          pass.output.marginals + static_cast<int64_t>(tile.images[m].image) * head.num_labels;
+    for (int other = 0; other < shape.images; ++other) {
+      const auto its = static_cast<Outcome>(__shfl_sync(~0u, static_cast<int>(outcome), other));
+      if (its != Outcome::kNotFinite && its != Outcome::kLost) continue;
+      float* const sums = pass.output.marginals +
+                          static_cast<int64_t>(memory.images[other].image) * head.num_labels;
       for (int l = lane; l < head.num_labels; l += kWarpLanes) sums[l] = NAN;
     }
   }
   __syncwarp();
-  if (outcome != Outcome::kNone && outcome != Outcome::kTakesStep) tile.images[lane].active = false;
+  if (outcome != Outcome::kNone && outcome != Outcome::kTakesStep)
+    memory.images[lane].active = false;
   __syncwarp();
 }
 
@@ -722,15 +622,18 @@ __device__ void copy_panels(unsigned char* to, const unsigned char* from, int by
   }
 }
 
-// Shows a warp the panels from `first` on. Streamed ones are brought by the whole block, whose
+// Shows a warp the panels from `first` on, a chunk of up to kChunkPanels at a time: its first
+// panel, how many they are, and their weights. Streamed ones are brought by the whole block, whose
 // warps all call this.
 template <typename S, bool kResident, typename Take>
-__device__ __forceinline__ void for_each_panel(const DeviceHead& head, unsigned char* panels,
+__device__ __forceinline__ void for_each_chunk(const DeviceHead& head, unsigned char* panels,
                                                int staged, int first, Take take) {
   const int bytes =
       static_cast<int>(panel_bytes<S>(kResident ? kResidentJoint : head.joint_stride));
   if constexpr (kResident) {
-    for (int panel = first; panel < head.panels; ++panel) take(panel, panels + panel * bytes);
+    for (int panel = first; panel < head.panels; panel += kChunkPanels) {
+      take(panel, min(kChunkPanels, head.panels - panel), panels + panel * bytes);
+    }
   } else {
     for (int stage = 0; stage < head.panels; stage += staged) {
       const int end = min(stage + staged, head.panels);
@@ -738,9 +641,8 @@ __device__ __forceinline__ void for_each_panel(const DeviceHead& head, unsigned 
       copy_panels(panels, panels_of<S>(head) + static_cast<int64_t>(stage) * bytes,
                   (end - stage) * bytes);
       __syncthreads();
-      for (int panel = max(stage, first); panel < end; ++panel) {
-        take(panel, panels + (panel - stage) * bytes);
-      }
+      const int panel = max(stage, first);
+      if (panel < end) take(panel, end - panel, panels + (panel - stage) * bytes);
     }
   }
 }
@@ -748,77 +650,117 @@ __device__ __forceinline__ void for_each_panel(const DeviceHead& head, unsigned 
 // `staged`: panels in shared memory at once; all of them where kResident.
 template <typename S, int kCapacity, bool kResident>
 __global__ void __launch_bounds__(kMostWarps* kWarpLanes, kBlocksEach)
-    search_tiles(DeviceHead head, SearchPass pass, int staged) {
+    search_warps(DeviceHead head, SearchPass pass, WarpShape shape, int staged) {
   constexpr int kJoint = kResident ? kResidentJoint : 0;
   using Rows = typename S::template Rows<kJoint>;
   const BeamRules& rules = pass.rules;
   const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarpLanes;
   const int warps = static_cast<int>(blockDim.x) / kWarpLanes;
   const int stride = kResident ? kResidentJoint : head.joint_stride;
-  const bool marginals = pass.output.marginals != nullptr;
-  const TileShape shape = tile_shape(rules.options.beam_size);
   const int count = pass.image_count == nullptr ? pass.count : *pass.image_count;
-  const int tiles = (count + shape.images - 1) / shape.images;
-  if (static_cast<int>(blockIdx.x) * warps >= tiles) return;  // as most of a pass that resumes few
+  const int each = warps * shape.images;
+  const int begin = static_cast<int>(blockIdx.x) * each;
+  if (begin >= count) return;  // as most of a pass that resumes few
   unsigned char* const panels = dynamic_shared;
-  const Tile<S, kCapacity> tile =
-      tile_at<S, kCapacity>(dynamic_shared + staged * panel_bytes<S>(stride) +
-                                warp * tile_bytes<S, kCapacity>(shape.images, stride, marginals),
-                            shape.images, stride);
+  const WarpMemory<S, kCapacity> memory =
+      memory_at<S, kCapacity>(dynamic_shared + staged * panel_bytes<S>(stride) +
+                                  warp * warp_bytes<S, kCapacity>(shape.images, stride),
+                              shape.images, stride);
+  ChunkScores<S> chunk(memory.chunk);
   if constexpr (kResident) {
     copy_panels(panels, panels_of<S>(head), staged * static_cast<int>(panel_bytes<S>(stride)));
     __syncthreads();
   }
+  // What a warp, or where panels are streamed a block, goes on for.
+  const auto any_of_block = [](bool warp_goes_on) {
+    return kResident ? warp_goes_on : __syncthreads_or(warp_goes_on) != 0;
+  };
   unsigned lookups = 0;
-  for (int block = static_cast<int>(blockIdx.x) * warps; block < tiles;
-       block += static_cast<int>(gridDim.x) * warps) {
-    begin_tile(head, pass, tile, shape, (block + warp) * shape.images, count);
+  for (int first_image = begin; first_image < count;
+       first_image += static_cast<int>(gridDim.x) * each) {
+    begin_images(head, pass, memory, shape, first_image + warp * shape.images, count);
     while (true) {
-      const bool mine = lane < shape.images && tile.images[lane].active;
+      const bool mine = lane < shape.images && memory.images[lane].active;
       const bool active = __any_sync(~0u, mine);
-      if (kResident ? !active : __syncthreads_or(active) == 0) break;
+      if (!any_of_block(active)) break;
+      OwnedPath path;
+      int scored = 0;
+      RowBest<kCapacity> best(memory.best + lane * RowBest<kCapacity>::kSharedBytes,
+                              rules.options.beam_size);
+      best.clear();
+      if (active) path = begin_step(head, rules, memory, shape, &scored);
       RowSums<S> sums;
-      uint32_t nonfinite = 0;
-      typename S::Scores z;
-      const int first_panel =
-          active ? begin_step<S, kCapacity, kResident>(head, pass, tile, shape, &sums)
-                 : head.panels;
-      const Rows joint(tile.joint, stride);
-      const auto score_panel = [&](int panel, const unsigned char* weights) {
+      const auto score_panel = [&](const Rows& joint, int panel, const unsigned char* weights,
+                                   typename S::Scores& z) {
         S::template multiply<kJoint>(joint, weights, stride, z);
-        complete_scores<S>(head, rules, pass.images, tile, shape.rows, panel,
-                           reinterpret_cast<const float*>(weights + S::bias_at(stride)), z,
-                           &nonfinite);
+        complete_scores(head, pass, memory, shape, panel, z, &sums);
       };
-      for_each_panel<S, kResident>(
-          head, panels, staged, first_panel, [&](int panel, const unsigned char* weights) {
-            score_panel(panel, weights);
-            take_panel<S>(head, tile, rules.options.beam_size, panel, z, &sums);
-          });
+      for (int first = 0; any_of_block(first < scored); first += kTileRows) {
+        const int first_panel = first < scored
+                                    ? begin_tile<S, kCapacity, kResident>(
+                                          head, pass, memory, shape, path, first, scored, &sums)
+                                    : head.panels;
+        const Rows joint(memory.joint, stride);
+        for_each_chunk<S, kResident>(
+            head, panels, staged, first_panel,
+            [&](int panel, int chunk_panels, const unsigned char* weights) {
+              const int first_label = panel * kPanelLabels, row = path.row_of_tile(first);
+              for (int p = 0; p < chunk_panels; ++p) {
+                typename S::Scores z;
+                score_panel(joint, panel + p, weights + p * panel_bytes<S>(stride), z);
+                add_panel(p, head.num_labels - first_label - p * kPanelLabels, z, memory.end,
+                          &chunk, &sums);
+              }
+              if (panel + chunk_panels < head.panels) {
+                select_early(first_label, chunk_panels, chunk, sums, row, memory.rows, &best);
+                return;
+              }
+              finish_softmax(rules, memory, shape, sums, row, &path);
+              const ImageState<kCapacity>& image =
+                  memory.images[shape.has(lane) ? shape.image_of(lane) : 0];
+              select_last(first_label, chunk_panels, chunk, path.is_scored ? row : -1,
+                          shape.paths(), image.beam.live[shape.path_of(lane)].score,
+                          path.log_sum_exp, image.floor, memory.rows, &path.reached, &best);
+            });
+      }
       Outcome outcome = Outcome::kNone;
       if (active) {
-        finish_sums<S>(tile, shape, sums, nonfinite);
-        if (mine) offer_step_ends(rules, tile, lane * shape.rows, &tile.images[lane]);
         __syncwarp();
-        choose_continuations(rules, tile, shape);
+        if (mine) offer_step_ends(rules, &memory.images[lane]);
+        __syncwarp();
+        choose_continuations(rules, memory.images, shape, path, &best);
+        __syncwarp();
         if (mine) {
-          ImageState<kCapacity>& image = tile.images[lane];
+          ImageState<kCapacity>& image = memory.images[lane];
           outcome = decide(rules, &image);
-          if (outcome != Outcome::kTakesStep) image.active = false;
-          for (int j = 0; j < image.beam.live_count && image.active; ++j) {
-            if (image.steps[j].kind == PathStep::Kind::kScored) ++lookups;
+          if (outcome == Outcome::kTakesStep) {
+            lookups += static_cast<unsigned>(image.scored);
+          } else {
+            image.active = false;
           }
         }
         __syncwarp();
       }
-      if (marginals) {
-        for_each_panel<S, kResident>(head, panels, staged, first_panel,
-                                     [&](int panel, const unsigned char* weights) {
-                                       score_panel(panel, weights);
-                                       add_marginals<S>(head, pass.output, tile, shape, panel, z);
-                                     });
+      if (pass.output.marginals != nullptr) {
+        for (int first = 0; any_of_block(first < scored); first += kTileRows) {
+          const int first_panel = first < scored
+                                      ? begin_tile<S, kCapacity, kResident>(
+                                            head, pass, memory, shape, path, first, scored, &sums)
+                                      : head.panels;
+          const Rows joint(memory.joint, stride);
+          for_each_chunk<S, kResident>(
+              head, panels, staged, first_panel,
+              [&](int panel, int chunk_panels, const unsigned char* weights) {
+                for (int p = 0; p < chunk_panels; ++p) {
+                  typename S::Scores z;
+                  score_panel(joint, panel + p, weights + p * panel_bytes<S>(stride), z);
+                  add_marginals(head, pass.output, memory, shape, min(scored - first, kTileRows),
+                                panel + p, z, &chunk);
+                }
+              });
+        }
       }
-      if (active) end_step(head, pass, tile, shape, outcome);
+      if (active) end_step(head, pass, memory, shape, outcome);
     }
   }
 #pragma unroll
@@ -855,44 +797,49 @@ __global__ void __launch_bounds__(kThreads)
 template <typename S, int kCapacity>
 void launch_search(const DeviceHead& head, const SearchPass& pass, const CudaDevice& device,
                    cudaStream_t stream) {
-  const TileShape shape = tile_shape(pass.rules.options.beam_size);
-  const int64_t tile =
-      tile_bytes<S, kCapacity>(shape.images, head.joint_stride, pass.output.marginals != nullptr);
+  // As many images as there are lanes for, if that leaves enough warps.
+  const auto warps_each = [&](WarpShape of) {
+    const int64_t images = int64_t{device.multiprocessors} * of.images;
+    return (pass.count + images - 1) / images;
+  };
+  const int beam_size = pass.rules.options.beam_size;
+  WarpShape shape = warp_shape(beam_size, false);
+  if (shape.images > 1 && warps_each(shape) < kMostWarps) shape = warp_shape(beam_size, true);
+  const int64_t of_warp = warp_bytes<S, kCapacity>(shape.images, head.joint_stride);
   const int64_t panel = panel_bytes<S>(head.joint_stride);
-  const int64_t tiles = (int64_t{pass.count} + shape.images - 1) / shape.images;
-  // As many warps as there are tiles for each multiprocessor, and enough to bring the panels.
-  const int64_t per_multiprocessor = (tiles + device.multiprocessors - 1) / device.multiprocessors;
-  const int64_t wanted = std::clamp<int64_t>(per_multiprocessor, kLeastWarps, kMostWarps);
-  const bool fits = head.panels * panel + kLeastWarps * tile <= device.shared_bytes;
+  // As many warps as there are images for, and enough to bring the panels.
+  const int64_t wanted = std::clamp<int64_t>(warps_each(shape), kLeastWarps, kMostWarps);
+  const bool fits = head.panels * panel + kLeastWarps * of_warp <= device.shared_bytes;
   const bool resident = fits && head.joint_dim == kResidentJoint;
   int64_t staged = head.panels;
   if (!resident) {
-    staged = std::min<int64_t>(staged, kMostStaged);
-    while (staged > 1 && staged * panel + kLeastWarps * tile > device.shared_bytes) staged /= 2;
+    staged = std::min<int64_t>(staged, kChunkPanels);
+    while (staged > 1 && staged * panel + kLeastWarps * of_warp > device.shared_bytes) --staged;
   }
-  const auto warps_within = [&](int64_t bytes) { return (bytes - staged * panel) / tile; };
+  const auto warps_within = [&](int64_t bytes) { return (bytes - staged * panel) / of_warp; };
   // Rather two blocks a multiprocessor than one with a few warps more. Each costs 1 KB beside.
   const int64_t of_two = warps_within((device.shared_bytes + 1024) / kBlocksEach - 1024);
   const int64_t warps =
       std::min(wanted, of_two >= kLeastWarps ? of_two : warps_within(device.shared_bytes));
   if (warps < 1) {
     throw std::invalid_argument("joint_dim " + std::to_string(head.joint_dim) + " needs " +
-                                std::to_string(staged * panel + tile) +
+                                std::to_string(staged * panel + of_warp) +
                                 " bytes of shared memory a block, and this GPU has " +
                                 std::to_string(device.shared_bytes) +
                                 "; search on the CPU, or train with a smaller one");
   }
   const auto kernel =
-      resident ? search_tiles<S, kCapacity, true> : search_tiles<S, kCapacity, false>;
-  const int64_t bytes = staged * panel + warps * tile;
+      resident ? search_warps<S, kCapacity, true> : search_warps<S, kCapacity, false>;
+  const int64_t bytes = staged * panel + warps * of_warp;
   // The most there is, always: the limit is the kernel's, and another head's thread may set it too.
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   static_cast<int>(device.shared_bytes)),
              "asking for shared memory");
+  const int64_t each = warps * shape.images;
   const int64_t blocks =
-      std::min((tiles + warps - 1) / warps, int64_t{device.multiprocessors} * kBlocksEach);
-  launch("search_tiles", kernel, blocks, static_cast<int>(warps) * kWarpLanes,
-         static_cast<size_t>(bytes), stream, head, pass, static_cast<int>(staged));
+      std::min((pass.count + each - 1) / each, int64_t{device.multiprocessors} * kBlocksEach);
+  launch("search_warps", kernel, blocks, static_cast<int>(warps) * kWarpLanes,
+         static_cast<size_t>(bytes), stream, head, pass, shape, static_cast<int>(staged));
 }
 
 template <typename S>

@@ -10,6 +10,7 @@
 
 #include <math.h>
 
+#include <bit>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -31,12 +32,16 @@ struct uint3 {
 struct alignas(8) uint2 {
   unsigned x, y;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
 struct dim3 : uint3 {
   dim3(unsigned x = 1) : uint3{x, 1, 1} {}
 };
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 extern uint3 threadIdx, blockIdx;
@@ -114,6 +119,10 @@ inline unsigned __reduce_min_sync(unsigned, unsigned value) {
   return value;
 }
 
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  return ~__reduce_min_sync(mask, ~value);
+}
+
 // A fiber never stops within an atomic.
 template <typename T>
 T atomicAdd(T* at, std::type_identity_t<T> value) {
@@ -130,12 +139,16 @@ T atomicCAS(T* at, std::type_identity_t<T> expected, std::type_identity_t<T> val
 
 // What the kernels write in PTX; tensor_cores.cpp.
 namespace cnnrnn {
+inline float exp2_approx(float x) { return exp2f(x); }
 uint32_t pack_halves(float low, float high);
 void mma_m16n8k16(float (&sums)[4], const uint32_t (&a)[4], uint2 b);
 }  // namespace cnnrnn
 
-#define __expf expf
 #define __logf logf
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
+inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 

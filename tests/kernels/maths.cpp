@@ -1,6 +1,6 @@
-// Checks csrc/kernels/math.h against libm in double, TopN against a stable sort, what beam.h
-// decides against cases worked by hand, and the device's prefix index under threads. Exit status 1
-// and the failing lines on standard error where one does not hold.
+// Checks csrc/kernels/math.h against libm in double, TopN and RowBest against a stable sort, what
+// beam.h decides against cases worked by hand, and the device's prefix index under threads. Exit
+// status 1 and the failing lines on standard error where one does not hold.
 
 #include <algorithm>
 #include <cmath>
@@ -14,6 +14,7 @@
 #include "kernels/beam.h"
 #include "kernels/math.h"
 #include "kernels/prefix_slots.h"
+#include "kernels/row_best.h"
 #include "kernels/topn.h"
 
 namespace {
@@ -129,6 +130,42 @@ void check_top_n(int limit, unsigned seed) {
     CHECK(top.full() == (static_cast<int>(sorted.size()) == limit));
     if (!sorted.empty()) CHECK(top.worst() == sorted.back().score);
   }
+}
+
+// Offers labels in ascending order, few distinct scores, and makes them continuations of a path.
+// From `path_score` -1e7 on, adding to it makes scores equal that were not.
+template <int kCapacity>
+void check_row_best(int limit, float path_score, unsigned seed) {
+  std::mt19937 random(seed);
+  std::uniform_int_distribution<int> level(0, 9);
+  const float log_sum_exp = 1.25f;
+  alignas(16) unsigned char memory[cnnrnn::RowBest<kCapacity>::kSharedBytes + 1];
+  cnnrnn::RowBest<kCapacity> best(memory, limit);
+  best.clear();
+  std::vector<Offer> sorted;
+  for (int label = 0; label < 40; label += 1 + level(random) / 5) {
+    const int drawn = level(random);
+    const float score = drawn == 0 ? -kInf : drawn == 1 ? kNan : -0.25f * static_cast<float>(drawn);
+    best.offer(score, label);
+    if (score > -kInf) sorted.push_back({score, label});
+    std::stable_sort(sorted.begin(), sorted.end(),
+                     [](const Offer& a, const Offer& b) { return a.score > b.score; });
+    if (static_cast<int>(sorted.size()) > limit) sorted.resize(limit);
+    const bool full = static_cast<int>(sorted.size()) == limit;
+    CHECK(best.bound() == (full ? sorted.back().score : -kInf));
+  }
+  best.extend_path(path_score, log_sum_exp);
+  for (Offer& offer : sorted) {
+    offer.score = path_score + cnnrnn::step_log_prob(offer.score, log_sum_exp);
+  }
+  std::sort(sorted.begin(), sorted.end(), [](const Offer& a, const Offer& b) {
+    return a.score > b.score || (a.score == b.score && a.item < b.item);
+  });
+  for (const Offer& offer : sorted) {
+    CHECK(best.first_score() == offer.score && best.first_label() == offer.item);
+    best.drop_first();
+  }
+  if (limit == kCapacity) CHECK(best.first_score() == -kInf);
 }
 
 using cnnrnn::BeamRules;
@@ -283,6 +320,15 @@ int main() {
   for (unsigned seed = 0; seed < 200; ++seed) {
     check_top_n<1>(1, seed);
     for (int limit : {1, 2, 15, 16}) check_top_n<16>(limit, seed);
+    for (float path_score : {0.0f, -3.7f, -1e7f, -1e8f}) {
+      // Where fewer are asked for than there is room for, more are kept, of which rounding may make
+      // some equal to the last that is asked for.
+      check_row_best<4>(4, path_score, seed);
+      if (path_score > -1e7f) {
+        for (int limit : {1, 3}) check_row_best<4>(limit, path_score, seed);
+      }
+      for (int limit : {1, 2, 15, 16}) check_row_best<16>(limit, path_score, seed);
+    }
   }
   return failures == 0 ? 0 : 1;
 }

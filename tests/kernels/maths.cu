@@ -1,5 +1,5 @@
-// Uses every function of csrc/kernels/math.h, topn.h, prefix_key.h and beam.h in a kernel and on
-// the host; run where there is a GPU, it compares the two.
+// Uses every function of csrc/kernels/math.h, topn.h, row_best.h, prefix_key.h and beam.h in a
+// kernel and on the host; run where there is a GPU, it compares the two.
 
 #include <cmath>
 #include <cstdint>
@@ -9,12 +9,13 @@
 #include "kernels/beam.h"
 #include "kernels/math.h"
 #include "kernels/prefix_key.h"
+#include "kernels/row_best.h"
 #include "kernels/topn.h"
 
 namespace {
 
 constexpr int kRows = 257;
-constexpr int kValues = 24;  // written per row
+constexpr int kValues = 28;  // written per row
 
 // A search of three steps over four labels whose scores come from `row`; values [6].
 CNNRNN_INLINE void search(int row, float* values) {
@@ -59,6 +60,21 @@ CNNRNN_INLINE void search(int row, float* values) {
   values[5] = nonfinite ? 1.0f : 0.0f;
 }
 
+// The best labels of a path; values [2].
+template <int kCapacity>
+CNNRNN_INLINE void best_labels(int row, float* values) {
+  alignas(16) unsigned char memory[cnnrnn::RowBest<kCapacity>::kSharedBytes + 1];
+  cnnrnn::RowBest<kCapacity> best(memory, 3);
+  best.clear();
+  for (int label = 0; label < 12; ++label) {
+    best.offer(-0.5f * static_cast<float>((row + 5 * label) % 7), label);
+  }
+  values[0] = best.bound();
+  best.extend_path(-2.0f, 0.5f);
+  best.drop_first();
+  values[1] = best.first_score() + static_cast<float>(best.first_label());
+}
+
 // The same calls for both sides; `values` [kValues].
 CNNRNN_INLINE void evaluate(int row, float* values) {
   const float x = 0.05f * static_cast<float>(row - kRows / 2);
@@ -86,6 +102,8 @@ CNNRNN_INLINE void evaluate(int row, float* values) {
   values[16] = static_cast<float>(cnnrnn::first_slot(key, 1023));
   values[17] = static_cast<float>(cnnrnn::key_parent(key) - cnnrnn::key_label(key));
   search(row, values + 18);
+  best_labels<cnnrnn::kSmallBeam>(row, values + 24);
+  best_labels<cnnrnn::kMaxBeamSize>(row, values + 26);
 }
 
 __global__ void evaluate_rows(float* values) {  // [kRows, kValues]

@@ -66,8 +66,8 @@ def _found(pattern: str, text: str) -> str:
 
 
 def _readable(mangled: str) -> str:
-    """Return a kernel's name and template arguments: search_tiles<Exact, 4, resident>."""
-    name = next(n for n in ("search_tiles", "pack_scores", "multiply_rows", "step_cells",
+    """Return a kernel's name and template arguments: search_warps<Exact, 4, resident>."""
+    name = next(n for n in ("search_warps", "pack_scores", "multiply_rows", "step_cells",
                             "end_round", "make_room", mangled) if n in mangled)  # fmt: skip
     arguments = [s for s in ("Exact", "Fast") if f"{s}Scores" in mangled]
     capacity = re.search(r"Li(\d+)ELb([01])", mangled)
@@ -82,7 +82,7 @@ def within_bounds(kernel: Kernel) -> bool:
     Two blocks of 256 threads of the search, three of the product, fit the 65,536 registers of a
     multiprocessor. Streamed panels may spill a few registers on the older architectures.
     """
-    most = 128 if kernel.name.startswith("search_tiles") else 80
+    most = 128 if kernel.name.startswith("search_warps") else 80
     spills = 40 if "streamed" in kernel.name else 0
     return kernel.registers <= most and kernel.stack <= spills and kernel.spills <= spills
 
