@@ -155,17 +155,17 @@ struct FastScores {
     }
   }
 
-  // A panel in memory: what each lane gives the instruction, [4 label tiles, stride / 16, 32 lanes]
-  // of four halves, then the bias [32] of floats.
+  // A panel in memory: what each lane gives the instruction, [2 pairs of tiles of 8 labels,
+  // stride / 16, 32 lanes] of four halves for either tile, then the bias [32] of floats.
   CNNRNN_METHOD static int64_t bias_at(int stride) {
     return static_cast<int64_t>(sizeof(Element)) * kPanelLabels * stride;
   }
   __device__ static void put_weight(unsigned char* panel, int stride, int at, int d, float weight) {
     const int tile = at / 8, step = d / kStep, k = d % kStep;
     const int lane = at % 8 * kLanesPerRow + k % 8 / 2;
-    const int half = k / 8 * 2 + k % 2;
+    const int half = tile % 2 * 4 + k / 8 * 2 + k % 2;
     reinterpret_cast<Element*>(
-        panel)[((tile * (stride / kStep) + step) * kWarpLanes + lane) * 4 + half] =
+        panel)[((tile / 2 * (stride / kStep) + step) * kWarpLanes + lane) * 8 + half] =
         static_cast<Element>(pack_halves(weight, 0.0f));
   }
 
@@ -202,29 +202,38 @@ struct FastScores {
                                                   const unsigned char* panel, int stride,
                                                   Scores& z) {
     const int D = kJoint > 0 ? kJoint : stride, steps = D / kStep;
-    const uint2* weights = reinterpret_cast<const uint2*>(panel) + lane_id();
+    const uint4* weights = reinterpret_cast<const uint4*>(panel) + lane_id();
     const float* bias = reinterpret_cast<const float*>(panel + bias_at(D));
 #pragma unroll
-    for (int tile = 0; tile < kLabels / 2; ++tile) {
-      const float even = bias[label(lane_id(), 2 * tile)],
-                  odd = bias[label(lane_id(), 2 * tile + 1)];
-      float sums[4] = {even, odd, even, odd};
+    for (int pair = 0; pair < kLabels / 4; ++pair) {  // of tiles of 8 labels
+      float sums[2][4];
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) {
+        const float2 of_labels = *reinterpret_cast<const float2*>(
+            bias + label(lane_id(), 4 * pair + 2 * tile));
+        sums[tile][0] = sums[tile][2] = of_labels.x;
+        sums[tile][1] = sums[tile][3] = of_labels.y;
+      }
+      const auto take_step = [&](const uint32_t (&part)[4], int step) {
+        const uint4 b = weights[(pair * steps + step) * kWarpLanes];
+        mma_m16n8k16(sums[0], part, {b.x, b.y});
+        mma_m16n8k16(sums[1], part, {b.z, b.w});
+      };
       if constexpr (kJoint > 0) {
 #pragma unroll
-        for (int step = 0; step < kJoint / kStep; ++step) {
-          mma_m16n8k16(sums, rows.parts[step], weights[(tile * steps + step) * kWarpLanes]);
-        }
+        for (int step = 0; step < kJoint / kStep; ++step) take_step(rows.parts[step], step);
       } else {
         for (int step = 0; step < steps; ++step) {
           uint32_t part[4];
           load(rows.joint, stride, step * kStep, part);
-          mma_m16n8k16(sums, part, weights[(tile * steps + step) * kWarpLanes]);
+          take_step(part, step);
         }
       }
-      z[0][2 * tile] = sums[0];
-      z[0][2 * tile + 1] = sums[1];
-      z[1][2 * tile] = sums[2];
-      z[1][2 * tile + 1] = sums[3];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) z[i][4 * pair + j] = sums[j / 2][2 * i + j % 2];
+      }
     }
   }
 };

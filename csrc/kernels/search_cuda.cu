@@ -255,10 +255,14 @@ __device__ __forceinline__ void gather_joint(const DeviceHead& head, const Image
   __syncwarp();
 }
 
-// Begins the tile of the first-th scored path and those after it. Returns the first panel that any
-// of its rows needs.
+// Of a tile: the first label that may follow any of its paths, and all of them.
+struct AllowedLabels {
+  int32_t by_one, by_all;
+};
+
+// Begins the tile of the first-th scored path and those after it.
 template <typename S, int kCapacity, bool kResident>
-__device__ __forceinline__ int begin_tile(const DeviceHead& head, const SearchPass& pass,
+__device__ __forceinline__ AllowedLabels begin_tile(const DeviceHead& head, const SearchPass& pass,
                                           const WarpMemory<S, kCapacity>& memory, WarpShape shape,
                                           const OwnedPath& path, int first, int count,
                                           RowSums<S>* sums) {
@@ -283,7 +287,8 @@ __device__ __forceinline__ int begin_tile(const DeviceHead& head, const SearchPa
     sums->base[i] = kNoExponent;
     sums->sum[i] = 0.0f;
   }
-  return static_cast<int>(__reduce_min_sync(~0u, first_label) / kPanelLabels);
+  return {static_cast<int32_t>(__reduce_min_sync(~0u, first_label)),
+          static_cast<int32_t>(__reduce_max_sync(~0u, row < 0 ? 0 : first_label))};
 }
 
 // The labels of a panel that may not follow a row's path, END aside: bit l for the panel's label l.
@@ -657,6 +662,8 @@ __global__ void __launch_bounds__(kMostWarps* kWarpLanes, kBlocksEach)
   const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarpLanes;
   const int warps = static_cast<int>(blockDim.x) / kWarpLanes;
   const int stride = kResident ? kResidentJoint : head.joint_stride;
+  const bool completes =
+      pass.images.label_logits != nullptr || rules.options.order == Order::kUnique;
   const int count = pass.image_count == nullptr ? pass.count : *pass.image_count;
   const int each = warps * shape.images;
   const int begin = static_cast<int>(blockIdx.x) * each;
@@ -690,16 +697,21 @@ __global__ void __launch_bounds__(kMostWarps* kWarpLanes, kBlocksEach)
       best.clear();
       if (active) path = begin_step(head, rules, memory, shape, &scored);
       RowSums<S> sums;
+      AllowedLabels allowed{};
       const auto score_panel = [&](const Rows& joint, int panel, const unsigned char* weights,
                                    typename S::Scores& z) {
         S::template multiply<kJoint>(joint, weights, stride, z);
-        complete_scores(head, pass, memory, shape, panel, z, &sums);
+        if (completes || panel * kPanelLabels < allowed.by_all) {
+          complete_scores(head, pass, memory, shape, panel, z, &sums);
+        }
       };
       for (int first = 0; any_of_block(first < scored); first += kTileRows) {
-        const int first_panel = first < scored
-                                    ? begin_tile<S, kCapacity, kResident>(
-                                          head, pass, memory, shape, path, first, scored, &sums)
-                                    : head.panels;
+        int first_panel = head.panels;
+        if (first < scored) {
+          allowed = begin_tile<S, kCapacity, kResident>(head, pass, memory, shape, path, first,
+                                                        scored, &sums);
+          first_panel = allowed.by_one / kPanelLabels;
+        }
         const Rows joint(memory.joint, stride);
         for_each_chunk<S, kResident>(
             head, panels, staged, first_panel,
@@ -743,10 +755,12 @@ __global__ void __launch_bounds__(kMostWarps* kWarpLanes, kBlocksEach)
       }
       if (pass.output.marginals != nullptr) {
         for (int first = 0; any_of_block(first < scored); first += kTileRows) {
-          const int first_panel = first < scored
-                                      ? begin_tile<S, kCapacity, kResident>(
-                                            head, pass, memory, shape, path, first, scored, &sums)
-                                      : head.panels;
+          int first_panel = head.panels;
+          if (first < scored) {
+            allowed = begin_tile<S, kCapacity, kResident>(head, pass, memory, shape, path, first,
+                                                          scored, &sums);
+            first_panel = allowed.by_one / kPanelLabels;
+          }
           const Rows joint(memory.joint, stride);
           for_each_chunk<S, kResident>(
               head, panels, staged, first_panel,

@@ -22,6 +22,7 @@ cuda_on_cpu_switch:
 namespace cuda_on_cpu {
 
 int lane;
+TakeLaunch take_launch;
 
 namespace {
 
@@ -43,7 +44,7 @@ int turn[32];                   // the one being filled
 bool block_votes, block_result, capturing;
 LaneOrder lane_order;
 std::mt19937 random_bits;
-int max_shared = 227 * 1024, last_shared;
+int multiprocessors = 3, max_shared = 227 * 1024, last_shared;
 
 [[noreturn]] void fail(const char* what) {
   std::fprintf(stderr, "cuda_on_cpu: block %u: %s\n", blockIdx.x, what);
@@ -123,6 +124,8 @@ void set_lane_order(LaneOrder order, uint32_t seed) {
   random_bits.seed(seed);
 }
 
+void set_multiprocessors(int count) { multiprocessors = count; }
+
 void set_max_shared_memory(int bytes) { max_shared = bytes; }
 
 int last_shared_memory() { return last_shared; }
@@ -181,7 +184,8 @@ void* allocate(size_t bytes) {
 }  // namespace cuda_on_cpu
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 3 : cuda_on_cpu::max_shared;
+  *value = attribute == cudaDevAttrMultiProcessorCount ? cuda_on_cpu::multiprocessors
+                                                       : cuda_on_cpu::max_shared;
   return cudaSuccess;
 }
 

@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 
@@ -31,6 +32,9 @@ struct uint3 {
 };
 struct alignas(8) uint2 {
   unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
 };
 struct alignas(8) float2 {
   float x, y;
@@ -70,6 +74,7 @@ namespace cuda_on_cpu {
 // lanes of a warp: what is not synchronised comes out differently.
 enum class LaneOrder { kAscending, kDescending, kShuffled };
 void set_lane_order(LaneOrder order, uint32_t seed);
+void set_multiprocessors(int count);    // of the device, three at first
 void set_max_shared_memory(int bytes);  // of a block
 int last_shared_memory();               // of a block of the last kernel that had any
 void set_capturing(bool capturing);     // what every stream says of itself
@@ -80,6 +85,11 @@ const uint64_t* meet(const char* collective, const void* value, size_t bytes);
 // Waits for the block; returns whether a thread voted.
 bool meet_block(const char* collective, bool vote);
 cudaError_t launch(const cudaLaunchConfig_t& config, std::function<void()> run_thread);
+// Takes launches, if it is set and returns true: the kernel's address, blocks, threads and bytes of
+// shared memory, and where its arguments stand and how long they are.
+using TakeLaunch = bool (*)(const void* kernel, unsigned blocks, unsigned threads, size_t shared,
+                            int count, const void* const* arguments, const size_t* sizes);
+extern TakeLaunch take_launch;
 void* allocate(size_t bytes);
 
 template <typename T>
@@ -181,5 +191,21 @@ inline cudaError_t cudaFuncSetAttribute(auto*, cudaFuncAttribute, int) { return 
 template <typename... Formals>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Formals...),
                                auto&&... actuals) {
-  return cuda_on_cpu::launch(*config, std::bind(kernel, static_cast<Formals>(actuals)...));
+  const std::tuple<std::decay_t<Formals>...> values(static_cast<Formals>(actuals)...);
+  if (cuda_on_cpu::take_launch != nullptr) {
+    const void* arguments[sizeof...(Formals)];
+    std::apply(
+        [&](auto&... value) {
+          int i = 0;
+          ((arguments[i++] = &value), ...);
+        },
+        values);
+    const size_t sizes[] = {sizeof(std::decay_t<Formals>)...};
+    if (cuda_on_cpu::take_launch(reinterpret_cast<const void*>(kernel), config->gridDim.x,
+                                 config->blockDim.x, config->dynamicSmemBytes, sizeof...(Formals),
+                                 arguments, sizes)) {
+      return cudaSuccess;
+    }
+  }
+  return cuda_on_cpu::launch(*config, [=] { std::apply(kernel, values); });
 }

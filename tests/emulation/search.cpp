@@ -79,7 +79,11 @@ void set_lane_order(int order, uint32_t seed) {
   cuda_on_cpu::set_lane_order(static_cast<cuda_on_cpu::LaneOrder>(order), seed);
 }
 
+void set_take_launch(cuda_on_cpu::TakeLaunch take) { cuda_on_cpu::take_launch = take; }
+
 int last_shared_memory() { return cuda_on_cpu::last_shared_memory(); }
+
+void set_multiprocessors(int count) { cuda_on_cpu::set_multiprocessors(count); }
 
 void set_max_shared_memory(int bytes) { cuda_on_cpu::set_max_shared_memory(bytes); }
 
