@@ -1,7 +1,7 @@
 """Count the instructions of the CUDA search, without a GPU: `python benchmarks/instructions.py`.
 
-Runs what nvcc makes of the kernels, PTX, on the CPU (tests/ptx) and counts how often a warp issues an
-instruction, with every state at hand, on the trained heads of heads.py; N = 4, T = 5. Writes
+Runs what nvcc makes of the kernels, PTX, on the CPU (tests/ptx) and counts how often a warp issues
+an instruction, with every state at hand, on the trained heads of heads.py; N = 4, T = 5. Writes
 benchmarks/results/instructions.json; `python benchmarks/table.py benchmarks/results/cpu.json` puts
 it into docs/performance.md. `--functions` prints where the instructions are.
 

@@ -5,7 +5,8 @@
     python benchmarks/table.py benchmarks/results/cpu.json            # rewrites the tables
 
 Those of methods and recipe are made from `benchmarks/results/comparison/` (results.json of `cnnrnn
-compare`, one per data set) and `benchmarks/results/recipe.json` (of benchmarks/recipe.py).
+compare`, one per data set) and `benchmarks/results/recipe.json` (of benchmarks/recipe.py), that of
+instructions from `benchmarks/results/instructions.json` (of benchmarks/instructions.py).
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`.
 """
@@ -276,6 +277,32 @@ def recipe(data_set: str) -> str:
     return recipe_table(json.loads(file.read_text(encoding="utf-8")), data_set) + "\n"
 
 
+# Of an H200: multiprocessors, schedulers of each, and their clock in GHz.
+H200_ISSUES = 132 * 4 * 1.98e9
+
+
+def instructions() -> str:
+    """What the CUDA search issues, counted, and how long an H200 takes to issue it at least."""
+    file = ROOT / "benchmarks" / "results" / "instructions.json"
+    cases = json.loads(file.read_text(encoding="utf-8"))["cases"]
+    rows = []
+    for large in (case for case in cases if case["batch"] == "large"):
+        same = {key: large[key] for key in ("L", "chain_term", "precision")} | {"batch": "small"}
+        small = next(case for case in cases if same.items() <= case.items())
+        rows.append([
+            f"{_size(large['L'], large['chain_term'])}, {large['precision']}",
+            f"{large['paths_scored']:.1f}",
+            *(f"{case[what]:,.0f}" for case in (large, small)
+              for what in ("instructions", "products")),
+            *(f"{1e6 * images * case['instructions'] / H200_ISSUES:.3g} us"
+              for images, case in ((65536, large), (4096, small))),
+        ])  # fmt: skip
+    header = ["", "paths scored", "instructions, large batch", "of them multiply-adds",
+              "instructions, small batch", "of them multiply-adds", "B = 65,536, at least",
+              "B = 4,096, at least"]  # fmt: skip
+    return _table(header, rows)
+
+
 def _deployed() -> dict[str, Any]:
     file = ROOT / "benchmarks" / "results" / "deployment.json"
     results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -354,6 +381,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "comparison": lambda results: best_of_all(),
     "recipe-scene": lambda results: recipe("scene"),
     "recipe-camvid": lambda results: recipe("camvid"),
+    "instructions": lambda results: instructions(),
     "deployment": lambda results: deployment(),
     "deployment-summary": lambda results: deployment_summary(),
     "deployment-predict": lambda results: deployment_predict(),

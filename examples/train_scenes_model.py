@@ -1,6 +1,6 @@
 """Train the small model that ships in the package, and measure it on scenes of another seed.
 
-Run by `make scenes-model`; about ten minutes on two CPU cores. Deterministic on one machine: the
+Run by `make scenes-model`; about nine minutes on two CPU cores. Deterministic on one machine: the
 same seeds, pictures and steps.
 """
 

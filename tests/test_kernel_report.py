@@ -26,7 +26,7 @@ def test_kernels_neither_spill_nor_leave_too_few_registers(tmp_path):
                 assert f"search_warps<{precision}, {beam}, {panels}>" in kernels
     assert {"multiply_rows", "step_cells"} <= set(kernels)
     for kernel in kernels.values():
-        assert report.within_bounds(kernel), kernel
+        assert report.within_bounds(kernel, 90), kernel
         assert kernel.stack == 0 and kernel.spills == 0, kernel
 
 
@@ -42,6 +42,6 @@ def test_spills_and_stack_frames_are_seen(tmp_path):
         """
     )
     (kernel,) = report.compile_for(90, source, tmp_path / "wasteful.cubin")
-    assert kernel.stack >= 256 and not report.within_bounds(kernel)
+    assert kernel.stack >= 256 and not report.within_bounds(kernel, 90)
     wide = report.Kernel("search_warps<Fast, 4, resident>", 129, 0, 0, 0)
-    assert not report.within_bounds(wide)
+    assert not report.within_bounds(wide, 90)

@@ -21,13 +21,13 @@ from cnnrnn.data.images import normalize
 from cnnrnn.decisions import SEARCH_BATCH, Inference
 from cnnrnn.export.graph import INPUT_NAMES, LABEL_SCORES, OUTPUT_NAMES, Input
 from cnnrnn.export.onnx import FORMAT
-from cnnrnn.export.session import PROVIDERS, OnnxModelError, Search, open_session
+from cnnrnn.export.session import COMPILED, PROVIDERS, OnnxModelError, Search, open_session
 from cnnrnn.model import Head, ImageEmbedding, chain_logits
 from cnnrnn.pipeline import predict_images, use_one_thread_if_forked
 from cnnrnn.prediction import Options, Prediction, decided_predictions
 from cnnrnn.search import NonFiniteError, SearchResult, beam_search
 
-NO_MASK = "forbidden labels need the search in the file: search='onnx'"
+NO_MASK = 'forbidden labels need the search in the file: search="onnx" (--search onnx)'
 
 
 class OnnxPredictor:
@@ -211,7 +211,7 @@ class OnnxPredictor:
         elif replace(search, min_labels=self.search_config.min_labels) != self.search_config:
             raise ValueError(
                 f"search must be that of {self.path} but for min_labels, {self.search_config}, got "
-                f"{search}; export again, or open the file with search='compiled'"
+                f"{search}; export again, or open the file with {COMPILED}"
             )
         inputs = self._checked(inputs)
         forbidden = None if forbidden is None else self._checked_mask(forbidden, len(inputs))
@@ -369,7 +369,7 @@ class OnnxPredictor:
             if self.search == "onnx":
                 raise ValueError(
                     f"beam_size is {search.beam_size} in {self.path}, got {beam_size}; export "
-                    "again, or open the file with search='compiled'"
+                    f"again, or open the file with {COMPILED}"
                 )
             search = replace(search, beam_size=beam_size)
         return search if min_labels is None else replace(search, min_labels=min_labels)

@@ -23,6 +23,7 @@ PROVIDERS = {
 }
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 REPAIR = "For CUDA and TensorRT run `pip uninstall -y onnxruntime && pip install onnxruntime-gpu`"
+COMPILED = 'search="compiled" (--search compiled on the command line)'
 _ERRORS_ONLY = 3  # of ONNX Runtime's levels: it warns of every optional input
 
 
@@ -91,7 +92,9 @@ def open_session(
             "there is no GPU"
         )
         if not fallback:
-            raise ProviderError(f"{why}; pass fallback=True to run on {runs}")
+            raise ProviderError(
+                f"{why}; pass fallback=True, or --device cpu on the command line, to run on {runs}"
+            )
         warnings.warn(f"{why}; {runs} runs instead", stacklevel=3)
     return session
 
@@ -135,7 +138,7 @@ def _embedding_part(path: Path) -> bytes:
         from onnx.utils import Extractor
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "search='compiled' takes the file apart with onnx, which is not installed: run "
+            f"{COMPILED} takes the file apart with onnx, which is not installed: run "
             '`pip install "cnnrnn[onnx]"`'
         ) from error
     try:

@@ -45,6 +45,12 @@ namespace {
 
 constexpr int kLeastWarps = 4, kMostWarps = 8;  // of a block
 constexpr int kBlocksEach = 2;                  // of a multiprocessor
+// As many as the registers must allow: the shared memory of some holds one block in any case.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890)
+constexpr int kBlocksWithin = 1;
+#else
+constexpr int kBlocksWithin = kBlocksEach;
+#endif
 constexpr int kResidentJoint = 64;  // D of the kernels that keep all of U_l in shared memory
 constexpr int kThreads = 256;       // of the kernel that packs
 
@@ -263,9 +269,9 @@ struct AllowedLabels {
 // Begins the tile of the first-th scored path and those after it.
 template <typename S, int kCapacity, bool kResident>
 __device__ __forceinline__ AllowedLabels begin_tile(const DeviceHead& head, const SearchPass& pass,
-                                          const WarpMemory<S, kCapacity>& memory, WarpShape shape,
-                                          const OwnedPath& path, int first, int count,
-                                          RowSums<S>* sums) {
+                                                    const WarpMemory<S, kCapacity>& memory,
+                                                    WarpShape shape, const OwnedPath& path,
+                                                    int first, int count, RowSums<S>* sums) {
   const int lane = lane_id(), rows = min(count - first, kTileRows), row = path.row_of_tile(first);
   uint32_t first_label = ~0u;
   __syncwarp();  // the last tile has been read
@@ -654,7 +660,7 @@ __device__ __forceinline__ void for_each_chunk(const DeviceHead& head, unsigned 
 
 // `staged`: panels in shared memory at once; all of them where kResident.
 template <typename S, int kCapacity, bool kResident>
-__global__ void __launch_bounds__(kMostWarps* kWarpLanes, kBlocksEach)
+__global__ void __launch_bounds__(kMostWarps* kWarpLanes, kBlocksWithin)
     search_warps(DeviceHead head, SearchPass pass, WarpShape shape, int staged) {
   constexpr int kJoint = kResident ? kResidentJoint : 0;
   using Rows = typename S::template Rows<kJoint>;

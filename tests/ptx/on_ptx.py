@@ -1,7 +1,7 @@
 """The CUDA search, run from the PTX that nvcc makes of its kernels.
 
-The host's half is that of `tests/emulation`, whose launches come here: what is launched there as C++
-for the CPU is found here by its name, as nvcc compiled it.
+The host's half is that of `tests/emulation`, whose launches come here: what is launched there as
+C++ for the CPU is found here by its name, as nvcc compiled it.
 """
 
 from __future__ import annotations

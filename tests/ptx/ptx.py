@@ -130,8 +130,10 @@ class Warp:
                           for name, kind in kernel.registers.items()}  # fmt: skip
         self.special = {name: np.full(LANES, value, np.uint32) for name, value in special.items()}
         self.special["%tid.x"] = np.arange(first, first + LANES, dtype=np.uint32)
-        self.spaces = {space: {size: memory.view(BITS[size]) for size in BITS}
-                       for space, memory in (("param", parameters), ("shared", shared))}  # fmt: skip
+        self.spaces = {
+            space: {size: memory.view(bits) for size, bits in BITS.items()}
+            for space, memory in (("param", parameters), ("shared", shared))
+        }
         self.at = np.zeros(LANES, np.int64)  # the next instruction of each lane
         self.at[self.special["%tid.x"] >= special["%ntid.x"]] = len(kernel.lines)
         self.counts = np.zeros(len(kernel.lines), np.int64)
@@ -594,8 +596,10 @@ def _matrix(kernel: Kernel, parts: list[str], operands: list[str]) -> Operation:
     """Return mma.m16n8k16 of halves with sums in float32, by the layouts that PTX lays down."""
     assert ".".join(parts[3:]) == "m16n8k16.row.col.f32.f16.f16.f32", parts
     writers = [_writer(kernel, item) for item in _items(operands[0])]
-    readers = [[_reader(kernel, item, kind) for item in _items(operand)]
-               for operand, kind in zip(operands[1:], ("b32", "b32", "f32"), strict=True)]  # fmt: skip
+    readers = [
+        [_reader(kernel, item, kind) for item in _items(operand)]
+        for operand, kind in zip(operands[1:], ("b32", "b32", "f32"), strict=True)
+    ]
     group, place = np.arange(LANES) // 4, np.arange(LANES) % 4
 
     def halves(values: Lanes) -> Lanes:
