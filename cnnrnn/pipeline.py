@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -141,15 +140,17 @@ def _has_bf16(device: torch.device) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-_compiled_backbones: weakref.WeakKeyDictionary[nn.Module, Callable[[Tensor], Tensor]] = (
-    weakref.WeakKeyDictionary()
-)
+def _run_backbone(backbone: nn.Module, images: Tensor) -> Tensor:
+    features: Tensor = backbone(images)
+    return features
 
 
 def _compiled(backbone: nn.Module) -> Callable[[Tensor], Tensor]:
-    if backbone not in _compiled_backbones:
-        _compiled_backbones[backbone] = torch.compile(backbone)
-    return _compiled_backbones[backbone]
+    """Return a backbone compiled; torch finds what it has compiled by the function and the module.
+
+    `torch.compile(backbone)` would be kept by whoever keeps it, and keep the backbone.
+    """
+    return partial(torch.compile(_run_backbone), backbone)
 
 
 def predict_images(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import io
 import math
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -251,6 +254,22 @@ def test_batches_in_several_threads_come_in_order(model, arrays):
     finally:
         del model.infer
         torch.set_num_threads(1)
+
+
+def test_a_compiled_backbone_is_compiled_once_and_let_go(model, arrays):
+    copied = copy.deepcopy(model)
+    expected = model.predict(arrays)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for _ in range(2):
+        found = copied.predict(arrays, compiled=True)
+    frames = torch._dynamo.utils.counters["frames"]
+    assert 1 <= frames["ok"] <= 2  # the second one for any number of pictures
+    assert [p.labels for p in found] == [p.labels for p in expected]
+    gone = weakref.ref(copied.backbone)
+    del copied, found
+    gc.collect()
+    assert gone() is None
 
 
 def test_half_precision_and_compiled_backbones(model, arrays):
