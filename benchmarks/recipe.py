@@ -1,9 +1,10 @@
 """What each ingredient of the training recipe is worth: the recipe, and it with one thing changed.
+The same for the order of labels, and losses without one.
 
     python benchmarks/recipe.py --out recipe.json features:scene.npz features:corel5k.npz
 
 Each source needs a test split. Mixing weight, thresholds and epochs are chosen on validation data,
-as ever. docs/training.md has the tables of what was measured.
+as ever. docs/training.md and docs/orders.md have the tables of what was measured.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -68,6 +69,33 @@ VARIANTS = (
     Variant("predicted label alignment", train={"loss": "pla"}, search={"order": "unique"}),
     Variant("minimal loss alignment", train={"loss": "mla"}, search={"order": "unique"}),
 )
+ORDERS = (
+    Variant("in the source's order", train={"label_order": "given"}),
+    Variant("in a random order", train={"label_order": "random"}),
+    Variant("easiest label first", train={"label_order": "easiest"}),
+    Variant("shuffled", train={"label_order": "shuffled"}, search={"order": "unique"}),
+    *(
+        Variant(
+            f"no chain term, {name}", train={"label_order": order}, model={"chain_term": False},
+            search={"order": "unique" if order == "shuffled" else "increasing"},
+        )
+        for name, order in (
+            ("rarest label first", "rare"), ("in the source's order", "given"),
+            ("in a random order", "random"), ("easiest label first", "easiest"),
+            ("shuffled", "shuffled"),
+        )
+    ),
+)  # fmt: skip
+# The rows of docs/orders.md, and what they are there.
+OF_ORDERS = {
+    "the recipe": "most frequent label first (the default)",
+    **{name: name for name in (
+        "rarest label first", "in the source's order", "in a random order", "easiest label first",
+        "shuffled", "predicted label alignment", "minimal loss alignment",
+    )},
+    "no chain term": "no chain term, most frequent label first",
+    **{v.name: v.name for v in ORDERS if v.name.startswith("no chain term")},
+}  # fmt: skip
 
 
 @contextmanager
@@ -117,11 +145,14 @@ def measure(dataset: Dataset, variant: Variant, seed: int, device: str) -> dict[
     }
 
 
-def table(results: list[dict[str, Any]], source: str) -> str:
-    """Lay one source's figures out as Markdown: mean and standard error over seeds, per cent."""
+def table(results: list[dict[str, Any]], source: str, rows: Mapping[str, str] | None = None) -> str:
+    """Lay one source's figures out as Markdown: mean and standard error over seeds, per cent.
+
+    `rows`: names of variants, and what they are called; by default the recipe's.
+    """
     lines = [f"| {source} | " + " | ".join(MEASURES) + " |", "|---" * (len(MEASURES) + 1) + "|"]
-    for variant in VARIANTS:
-        own = [r for r in results if r["source"] == source and r["variant"] == variant.name]
+    for variant, shown in (rows or {v.name: v.name for v in VARIANTS}).items():
+        own = [r for r in results if r["source"] == source and r["variant"] == variant]
         if not own:
             continue
         cells = []
@@ -129,7 +160,7 @@ def table(results: list[dict[str, Any]], source: str) -> str:
             values = [100 * r["figures"][measure_name] for r in own]
             error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
             cells.append(f"{statistics.mean(values):.1f} ± {error:.1f}")
-        lines.append(f"| {variant.name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {shown} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -146,7 +177,7 @@ def main() -> None:
     )
     done = {(r["source"], r["variant"], r["seed"]) for r in results}
     wanted = [
-        v for v in VARIANTS
+        v for v in (*VARIANTS, *ORDERS)
         if options.variants is None or any(w in v.name for w in options.variants.split(","))
     ]  # fmt: skip
     for source in options.sources:
@@ -164,7 +195,7 @@ def main() -> None:
                 options.out.write_text(json.dumps(results, indent=1) + "\n")
                 shown = "  ".join(f"{k} {100 * figures[k]:.1f}" for k in MEASURES)
                 print(f"{name}, {variant.name}, seed {seed}: {shown}", flush=True)
-        print(table(results, name), flush=True)
+        print(table(results, name), table(results, name, OF_ORDERS), sep="\n\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from recipe import OF_ORDERS
 from recipe import table as recipe_table
 
 from cnnrnn.comparison import COLUMNS, Row, markdown_table, read_rows, table_cells
@@ -30,7 +31,13 @@ PAGES = (
     ROOT / "README.md",
     *(
         ROOT / "docs" / name
-        for name in ("performance.md", "comparison.md", "training.md", "deployment.md")
+        for name in (
+            "performance.md",
+            "comparison.md",
+            "training.md",
+            "orders.md",
+            "deployment.md",
+        )
     ),
 )
 COMPARED = {
@@ -271,10 +278,10 @@ def best_of_all() -> str:
     return _table(["", *COMPARED.values()], rows)
 
 
-def recipe(data_set: str) -> str:
-    """What each part of the recipe is worth on one data set."""
+def recipe(data_set: str, rows: dict[str, str] | None = None) -> str:
+    """What each part of the recipe, or each order of labels, is worth on one data set."""
     file = ROOT / "benchmarks" / "results" / "recipe.json"
-    return recipe_table(json.loads(file.read_text(encoding="utf-8")), data_set) + "\n"
+    return recipe_table(json.loads(file.read_text(encoding="utf-8")), data_set, rows) + "\n"
 
 
 # Of an H200: multiprocessors, schedulers of each, and their clock in GHz.
@@ -381,6 +388,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "comparison": lambda results: best_of_all(),
     "recipe-scene": lambda results: recipe("scene"),
     "recipe-camvid": lambda results: recipe("camvid"),
+    "orders-scene": lambda results: recipe("scene", OF_ORDERS),
+    "orders-camvid": lambda results: recipe("camvid", OF_ORDERS),
     "instructions": lambda results: instructions(),
     "deployment": lambda results: deployment(),
     "deployment-summary": lambda results: deployment_summary(),
