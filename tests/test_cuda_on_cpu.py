@@ -23,7 +23,8 @@ from replay import (
 )
 
 from cnnrnn.config import SearchConfig
-from cnnrnn.model import Head, ImageEmbedding
+from cnnrnn.model import Head, ImageEmbedding, chain_logits
+from cnnrnn.search import reference
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "emulation"))
 import emulated  # noqa: E402  # a folder of the tests, not a package
@@ -269,6 +270,92 @@ def test_scores_that_overflow_mark_what_the_cpu_search_marks(library, overflowin
     expected = run_compiled(head, embedding, CONFIG, 5)
     assert expected[2].isnan().all()
     assert torch.equal(found[2].isnan(), expected[2].isnan())
+
+
+def bare_head(num_labels: int, joint_dim: int) -> Head:
+    """A head whose every score is 0 until a test sets some weights."""
+    head = Head(num_labels, 4, joint_dim=joint_dim, hidden_dim=4, activation="identity").eval()
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.zero_()
+    return head
+
+
+def assert_as_on_the_cpu(library, head, embedding, config, T):
+    found = run_compiled(head, embedding, config, T, pack=partial(emulated.EmulatedHead, library))
+    expected = run_compiled(head, embedding, config, T)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    torch.testing.assert_close(found[2], expected[2], rtol=1e-5, atol=1e-5)
+    return found
+
+
+@pytest.mark.parametrize("order", ["increasing", "unique"])
+@pytest.mark.parametrize("joint_dim", [16, 64])
+def test_labels_of_a_path_that_overflows_late_are_not_its_continuations(library, joint_dim, order):
+    # Path (1) is worse than two finished ones once label 100, in the second chunk, overflows.
+    head = bare_head(130, joint_dim)
+    with torch.no_grad():
+        head.label_embedding[1, 15] = head.label_embedding[0, 13] = 1.0
+        head.recurrence.weight_ih[8, 15] = head.recurrence.weight_ih[9, 13] = 5.0
+        head.output_projection.weight[14, 0] = 1e38
+        head.label_embedding[100, 14] = 1e3
+        head.output_projection.weight[12, 1] = 1e3
+        head.label_embedding[130, 12] = 1.0  # END is nearly sure after label 0
+        head.score_bias.fill_(10.0)
+        head.score_bias[[0, 1, 130]] = 30 + torch.tensor([0.5, 0.1, 0.4]).log()
+    config = SearchConfig(beam_size=2, order=order)
+    found = assert_as_on_the_cpu(
+        library, head, ImageEmbedding(torch.zeros(1, joint_dim)), config, 2
+    )
+    assert found[0][0, :, 0].tolist() == [0, -1]
+
+
+@pytest.mark.parametrize("size", [1e6, 1e9, 3.1e9, 1e10, -1e10, 1e20, 2.3e38, -3e38])
+@pytest.mark.parametrize("num_labels", [40, 130])
+def test_scores_of_any_size_that_are_finite(library, num_labels, size):
+    head = bare_head(num_labels, 16)
+    with torch.no_grad():
+        head.score_bias.fill_(size)
+        head.score_bias[3] += abs(size) * 1e-6
+    for N in (1, 4, 7):
+        config = SearchConfig(beam_size=N)
+        assert_as_on_the_cpu(library, head, ImageEmbedding(torch.zeros(2, 16)), config, 2)
+
+
+@pytest.mark.parametrize("size", [3e5, 2e6, 1e7, 1e9])
+@pytest.mark.parametrize("joint_dim", [16, 64])
+def test_a_large_score_in_an_early_chunk_is_not_rounded_away(library, joint_dim, size):
+    # Label 50 is sure after label 0, whose path is little better than the finished one.
+    head = bare_head(130, joint_dim)
+    with torch.no_grad():
+        head.label_embedding[0, 15] = head.label_embedding[50, 14] = 1.0
+        head.recurrence.weight_ih[8, 15] = 20.0
+        head.output_projection.weight[14, 0] = size
+        head.score_bias.fill_(-30.0)
+        head.score_bias[[0, 130]] = torch.tensor([0.51, 0.49]).log()
+    config = SearchConfig(beam_size=1)
+    found = assert_as_on_the_cpu(
+        library, head, ImageEmbedding(torch.zeros(1, joint_dim)), config, 2
+    )
+    assert found[0][0, 0].tolist() == [0, 50]
+
+
+@pytest.mark.parametrize("num_labels", [81, 300, 5000])
+def test_the_size_of_label_logits_costs_no_precision(library, num_labels):
+    head = bare_head(num_labels, 16)
+    logits = chain_logits(
+        torch.randn(4, num_labels, generator=torch.Generator().manual_seed(1)) - 1
+    )
+    assert logits.abs().max() > num_labels / 4
+    embedding = ImageEmbedding(torch.zeros(4, 16), logits)
+    config = SearchConfig(beam_size=4, max_labels=6)
+    pack = partial(emulated.EmulatedHead, library)
+    found = run_compiled(head, embedding, config, 6, pack=pack)
+    exact = reference.beam_search(
+        head.double(), embedding.to("cpu", torch.float64), config, max_labels=6
+    )
+    assert torch.equal(found[0], exact.labels)
+    torch.testing.assert_close(found[2].double(), exact.log_probs, rtol=2e-6, atol=2e-6)
 
 
 def test_a_captured_search_of_one_launch_marks_images_that_miss_a_state(library, head):

@@ -166,6 +166,61 @@ def test_what_cannot_be_right_is_refused():
         run_both("ld.shared.u32 %r4, [%rd3];")
 
 
+RACE = """
+.version 9.0
+.target sm_90
+.address_size 64
+.extern .shared .align 16 .b8 dynamic_sharedE[];
+.entry race(
+  .param .u64 race_param_0
+)
+{{
+  .reg .b32 %r<9>;
+  .reg .b64 %rd<5>;
+  ld.param.u64 %rd1, [race_param_0];
+  mov.u32 %r1, %tid.x;
+  mov.u32 %r2, dynamic_sharedE;
+  shl.b32 %r3, %r1, 2;
+  add.s32 %r4, %r2, %r3;
+  xor.b32 %r5, %r4, {other};
+  st.shared.u32 [%r4], %r1;
+  {between}
+  ld.shared.u32 %r6, [%r5];
+  {after}
+  st.shared.u32 [%r4], %r6;
+  mul.wide.u32 %rd2, %r1, 4;
+  add.s64 %rd3, %rd1, %rd2;
+  st.global.u32 [%rd3], %r6;
+  ret;
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("other", "between", "after", "said"),
+    [
+        (4, "bar.warp.sync -1;", "bar.warp.sync -1;", None),
+        (0, "", "", None),  # everyone's own
+        (4, "", "bar.warp.sync -1;", "reads shared memory that another has written"),
+        (4, "shfl.sync.bfly.b32 %r7, %r1, 1, 31, -1;", "bar.warp.sync -1;",
+         "reads shared memory that another has written"),
+        (4, "bar.warp.sync -1;", "", "writes shared memory that another has read"),
+        (128, "bar.warp.sync -1;", "bar.sync 0;", "writes shared memory that another has read"),
+        (128, "bar.sync 0;", "bar.sync 0;", None),
+    ],
+)  # fmt: skip
+def test_races_on_shared_memory_are_seen(other, between, after, said):
+    kernel = ptx.parse(RACE.format(other=other, between=between, after=after))["race"]
+    out = np.zeros(64, np.uint32)
+    arguments = [ctypes.c_uint64(out.ctypes.data)]
+    if said is None:
+        kernel.run(arguments, 1, 64, 256)
+        assert out.tolist() == [i ^ other // 4 for i in range(64)]
+    else:
+        with pytest.raises(RuntimeError, match=said):
+            kernel.run(arguments, 1, 64, 256)
+
+
 def test_counts_are_told_by_function(compiled):
     head = random_head(torch.Generator().manual_seed(0), 80, joint_dim=64, hidden_dim=16)
     embedding = random_embedding(torch.Generator().manual_seed(1), head, 8, label_logits=False)

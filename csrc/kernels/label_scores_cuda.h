@@ -209,8 +209,8 @@ struct FastScores {
       float sums[2][4];
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
-        const float2 of_labels = *reinterpret_cast<const float2*>(
-            bias + label(lane_id(), 4 * pair + 2 * tile));
+        const float2 of_labels =
+            *reinterpret_cast<const float2*>(bias + label(lane_id(), 4 * pair + 2 * tile));
         sums[tile][0] = sums[tile][2] = of_labels.x;
         sums[tile][1] = sums[tile][3] = of_labels.y;
       }

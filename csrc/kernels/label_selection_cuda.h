@@ -79,6 +79,7 @@ struct TileRow {
   float bound;      // what a label must exceed to be among the N best
   float headroom;   // how far it may stay below the largest score and matter
   float least;      // after the last chunk: what a label must reach
+  float shift;      // what is taken off its label logits
 };
 
 // What a lane knows of the softmax of its rows: its own part.
@@ -90,12 +91,13 @@ struct RowSums {
 };
 
 // The base of a softmax: a whole power of two near its largest score, so that nothing is rounded in
-// going from one base to another. Without a score it is far below those of all others.
+// going from one base to another. Without a score it is far below those of all others. Rounded up
+// before, so that however large a score is, it is not far above the base.
 constexpr float kLog2E = 1.44269504f;
 constexpr float kNoExponent = -3.40282347e38f;
 
 __device__ __forceinline__ float exponent(float largest) {
-  return fmaxf(rintf(kLog2E * largest), kNoExponent);
+  return fmaxf(rintf(__fmul_ru(kLog2E, largest)), kNoExponent);
 }
 
 // exp(score) / 2^exponent.
@@ -136,6 +138,9 @@ __device__ __forceinline__ float just_above(float x) {
   const int bits = __float_as_int(x + 0.0f);  // -0 becomes 0
   return __int_as_float(bits < 0 ? bits - 1 : bits + 1);
 }
+
+// What rounding may add to or take from scores of this size, and more.
+__device__ __forceinline__ float rounding_of(float score) { return 0.01f + 1e-6f * fabsf(score); }
 
 // A score that N labels of a chunk reach: the smallest of kSmallBeam lanes' largest.
 template <typename S>
@@ -243,11 +248,11 @@ __device__ __forceinline__ void select_early(int first_label, int panels,
   for (int i = 0; i < S::kRows; ++i) {
     const float headroom = rows[lane_id() / S::kLanesPerRow + S::kGroups * i].headroom;
     const float largest = largest_of_group<S::kLanesPerRow>(sums.largest[i]);
-    const float bound = fmaxf(least[i], largest - headroom);
-    least[i] = just_above(bound);
+    const float bound = least[i];
+    least[i] = fmaxf(just_above(bound), largest - headroom - rounding_of(largest));
     if constexpr (kCapacity == kSmallBeam) {
       const float reached = reached_by_few<S>(of_chunk[i]);
-      least[i] = reached > bound ? reached : least[i];
+      if (reached > bound) least[i] = fmaxf(least[i], reached);
     }
   }
   pass_labels<S>(first_label, panels, chunk, least, row, best);
@@ -278,8 +283,8 @@ __device__ __forceinline__ void select_last(int first_label, int panels,
   for (int other = paths / 2; other > 0; other /= 2) {
     *reached = fmaxf(*reached, __shfl_xor_sync(~0u, *reached, other));
   }
-  const float rounding = 0.01f + 1e-6f * fabsf(log_sum_exp);
-  const float limit = fmaxf(*reached, floor) - score + log_sum_exp - rounding;
+  const float limit =
+      fmaxf(*reached, floor) - score + log_sum_exp - rounding_of(score) - rounding_of(log_sum_exp);
   if (row >= 0) rows[row].least = fmaxf(least, limit);
   __syncwarp();
   float of_rows[S::kRows];
@@ -304,9 +309,12 @@ __device__ __forceinline__ float log_sum_exp_of_path(const RowSums<S>& sums, int
     }
   }
   const float of_labels = for_path<S>(largest, row), labels_sum = for_path<S>(sum, row);
-  const float base = exponent(fmaxf(of_labels, end));
-  if (of_labels == -INFINITY && end == -INFINITY) return -INFINITY;
-  return log_of(base, labels_sum * exp2_approx(exponent(of_labels) - base) + exp_above(end, base));
+  const float most = fmaxf(of_labels, end), base = exponent(most);
+  if (most == -INFINITY) return -INFINITY;
+  const float total = labels_sum * exp2_approx(exponent(of_labels) - base) + exp_above(end, base);
+  // Half a step of floats this large is more than the logarithm of any number of labels.
+  constexpr float kAllTheSame = 0x1p28f;
+  return fabsf(most) >= kAllTheSame && total >= 0.0f ? most : log_of(base, total);
 }
 
 }  // namespace cnnrnn

@@ -280,11 +280,12 @@ __device__ __forceinline__ AllowedLabels begin_tile(const DeviceHead& head, cons
     const LivePath& live = image.beam.live[shape.path_of(lane)];
     first_label = static_cast<uint32_t>(first_allowed(pass.rules, live));
     // A label's log-probability is at most its distance from the largest score.
-    constexpr float kRounding = 0.01f;
-    memory.rows[row] = {lane, static_cast<int32_t>(first_label), -INFINITY,
-                        live.score - image.floor + kRounding, 0.0f};
+    const float headroom = live.score - image.floor + rounding_of(live.score);
+    memory.rows[row] = {lane, static_cast<int32_t>(first_label), -INFINITY, headroom, 0.0f, 0.0f};
   }
-  if (lane >= rows && lane < kTileRows) memory.rows[lane] = {-1, 0, INFINITY, 0.0f, INFINITY};
+  if (lane >= rows && lane < kTileRows) {
+    memory.rows[lane] = {-1, 0, INFINITY, -INFINITY, INFINITY, 0.0f};
+  }
   __syncwarp();
   gather_joint<S, kCapacity, kResident>(head, pass.images, memory, shape, path.node, rows);
 #pragma unroll
@@ -318,15 +319,48 @@ __device__ __forceinline__ uint32_t forbidden_labels(const DeviceHead& head, con
   }
 }
 
+// Of the rows whose first allowed label is in this panel, sets what is taken off their label logits
+// before they are rounded with the scores: the largest one that is allowed and in this panel, since
+// only differences matter and a chain term's logits run to hundreds together.
+template <typename S, int kCapacity>
+__device__ void find_shifts(const DeviceHead& head, const float* label_logits,
+                            const WarpMemory<S, kCapacity>& memory, WarpShape shape, int panel) {
+  const int lane = lane_id();
+  const int32_t L = head.num_labels, first_label = panel * kPanelLabels;
+#pragma unroll
+  for (int i = 0; i < S::kRows; ++i) {
+    TileRow& row = memory.rows[lane / S::kLanesPerRow + S::kGroups * i];
+    const bool begins = row.owner >= 0 && row.allowed / kPanelLabels == panel;
+    float largest = -INFINITY;
+    if (begins) {
+      const int64_t image = memory.images[shape.image_of(row.owner)].image;
+#pragma unroll
+      for (int j = 0; j < S::kLabels; ++j) {
+        const int32_t label = first_label + S::label(lane, j);
+        if (label >= row.allowed && label <= L) {
+          largest = fmaxf(largest, label_logits[image * (L + 1) + label]);
+        }
+      }
+    }
+    largest = largest_of_group<S::kLanesPerRow>(largest);
+    if (begins && lane % S::kLanesPerRow == 0) row.shift = largest;
+  }
+  __syncwarp();
+}
+
 // Adds label logits to a panel's scores and forbids labels that may not follow. A label logit that
 // is not finite leaves its row without a finite denominator.
 template <typename S, int kCapacity>
 __device__ __forceinline__ void complete_scores(const DeviceHead& head, const SearchPass& pass,
                                                 const WarpMemory<S, kCapacity>& memory,
-                                                WarpShape shape, int panel, typename S::Scores& z,
-                                                RowSums<S>* sums) {
+                                                WarpShape shape, AllowedLabels allowed, int panel,
+                                                typename S::Scores& z, RowSums<S>* sums) {
   const int lane = lane_id();
   const int32_t L = head.num_labels, first_label = panel * kPanelLabels;
+  if (pass.images.label_logits != nullptr && allowed.by_one < first_label + kPanelLabels &&
+      allowed.by_all >= first_label) {
+    find_shifts(head, pass.images.label_logits, memory, shape, panel);
+  }
 #pragma unroll
   for (int i = 0; i < S::kRows; ++i) {
     const TileRow& row = memory.rows[lane / S::kLanesPerRow + S::kGroups * i];
@@ -334,13 +368,14 @@ __device__ __forceinline__ void complete_scores(const DeviceHead& head, const Se
     if (pass.images.label_logits != nullptr && owner >= 0) {
       const int64_t image = memory.images[shape.image_of(owner)].image;
       const float* logits = pass.images.label_logits + image * (L + 1);
+      const float shift = row.shift;
 #pragma unroll
       for (int j = 0; j < S::kLabels; ++j) {
         const int32_t label = first_label + S::label(lane, j);
         if (label > L) continue;
         const float logit = logits[label];
         sums->sum[i] = fmaf(logit, 0.0f, sums->sum[i]);
-        z[i][j] += logit;
+        z[i][j] += logit - shift;
       }
     }
     const uint32_t forbidden =
@@ -420,7 +455,6 @@ template <int kCapacity>
 __device__ void offer_step_ends(const BeamRules& rules, ImageState<kCapacity>* image) {
   const Beam<kCapacity>& beam = image->beam;
   image->needed = 0;
-  image->best.size = 0;
   image->scored = 0;
   image->may_undo = false;
   for (int j = 0; j < beam.live_count; ++j) {
@@ -454,7 +488,11 @@ __device__ void choose_continuations(const BeamRules& rules, ImageState<kCapacit
   const int lane = lane_id(), j = shape.path_of(lane);
   const bool has = shape.has(lane);
   ImageState<kCapacity>& image = images[has ? shape.image_of(lane) : 0];
-  if (path.is_scored) best->extend_path(image.beam.live[j].score, path.log_sum_exp);
+  if (path.is_scored) {
+    best->extend_path(image.beam.live[j].score, path.log_sum_exp);
+  } else {  // an early chunk may have been finite
+    best->clear();
+  }
   if (rules.options.end_takes_slot && has && image.active && j < image.beam.live_count) {
     const PathStep& step = image.steps[j];
     if (path.is_scored || step.kind == PathStep::Kind::kOnlyEnds) {
@@ -463,6 +501,7 @@ __device__ void choose_continuations(const BeamRules& rules, ImageState<kCapacit
   }
   const float floor = has ? image.floor : INFINITY;
   const uint32_t of_image = ((1ull << shape.paths()) - 1) << (lane - j);
+  int chosen = 0;
   for (int rank = 0; rank < rules.options.beam_size; ++rank) {
     const float score = best->first_score();
     float largest = score;
@@ -471,12 +510,13 @@ __device__ void choose_continuations(const BeamRules& rules, ImageState<kCapacit
     }
     const uint32_t first = __ballot_sync(~0u, score > floor && score == largest);
     if (first == 0) break;
+    chosen += (first & of_image) != 0 ? 1 : 0;
     if (__ffs(static_cast<int>(first & of_image)) - 1 != lane) continue;
     image.best.scores[rank] = score;
     image.best.items[rank] = {j, best->first_label()};
-    image.best.size = rank + 1;
     best->drop_first();
   }
+  if (has && j == 0) image.best.size = chosen;
 }
 
 // kLost: it would be parked, and no pass follows.
@@ -708,7 +748,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarpLanes, kBlocksWithin)
                                    typename S::Scores& z) {
         S::template multiply<kJoint>(joint, weights, stride, z);
         if (completes || panel * kPanelLabels < allowed.by_all) {
-          complete_scores(head, pass, memory, shape, panel, z, &sums);
+          complete_scores(head, pass, memory, shape, allowed, panel, z, &sums);
         }
       };
       for (int first = 0; any_of_block(first < scored); first += kTileRows) {

@@ -155,6 +155,11 @@ void mma_m16n8k16(float (&sums)[4], const uint32_t (&a)[4], uint2 b);
 }  // namespace cnnrnn
 
 #define __logf logf
+inline float __fmul_ru(float x, float y) {  // rounded up
+  const float nearest = x * y;
+  const double exact = static_cast<double>(x) * y;
+  return nearest < exact ? std::nextafter(nearest, INFINITY) : nearest;
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __float_as_int(float x) { return std::bit_cast<int>(x); }

@@ -6,6 +6,10 @@ vector. Of lanes that have parted, those at the lowest instruction go first, and
 collective waits there for the others; how a GPU would bring them together again is not stated by
 PTX, and its count may differ a little. Device memory is this process's own, by address. What is
 here is what the kernels use; anything else is refused when a kernel is decoded.
+
+Shared memory is watched: where two threads touch a byte, one of them to write, and no barrier of
+their warp, or of their block, lies between, the kernel races and is stopped. Shuffles and votes are
+no barriers.
 """
 
 from __future__ import annotations
@@ -95,7 +99,7 @@ class Kernel:
         self, memory: Lanes, blocks: int, threads: int, shared_bytes: int, counts: Lanes
     ) -> None:
         for block in range(blocks):
-            shared = np.full((shared_bytes + 127) // 8 * 8, 0xFF, np.uint8)
+            shared = Shared(shared_bytes)
             warps = [
                 Warp(self, memory, shared, first,
                      {"%ctaid.x": block, "%nctaid.x": blocks, "%ntid.x": threads})
@@ -113,17 +117,69 @@ class Kernel:
                         pass
                     warp.fresh = False
                 running, result = still, any(votes)
+                shared.barrier += 1
             counts += sum(warp.counts for warp in warps)
+
+
+class Shared:
+    """A block's shared memory, and who touched each byte last."""
+
+    MANY = -2  # threads, or warps, have read it since their last barrier
+
+    def __init__(self, size: int) -> None:
+        """Begin with bytes that no one has written."""
+        self.size = size
+        self.bytes = np.full((size + 7) // 8 * 8, 0xFF, np.uint8)
+        self.barrier = 1  # of the block: how many there have been
+        # Of the last write and the last read: the thread, its warp, and the barriers of either.
+        self._last = {kind: {"thread": np.full(len(self.bytes), -1), **{
+            what: np.zeros(len(self.bytes), np.int64) for what in ("warp", "own", "block")
+        }} for kind in ("written", "read")}  # fmt: skip
+
+    def touch(self, warp: Warp, address: Lanes, width: int, active: Lanes, writes: bool) -> None:
+        """Note an access of `width` bytes by the active lanes; raise where it races."""
+        threads = np.repeat(warp.special["%tid.x"][active].astype(np.int64), width)
+        at = (address[:, None] + np.arange(width)).ravel()
+        _, place, lanes = np.unique(at, return_inverse=True, return_counts=True)
+        several = lanes[place] > 1
+        if writes and several.any():
+            raise RuntimeError(f"{warp.place()}: lanes write to the same shared memory at once")
+        for kind in ("written", "read") if writes else ("written",):
+            last = {what: values[at] for what, values in self._last[kind].items()}
+            same_warp = last["warp"] == warp.index
+            unordered = np.where(same_warp, last["own"] == warp.barrier,
+                                 last["block"] == self.barrier)  # fmt: skip
+            races = unordered & (last["thread"] != -1) & (last["thread"] != threads)
+            if races.any():
+                raise RuntimeError(
+                    f"{warp.place()}: thread {threads[races][0]} {'writes' if writes else 'reads'} "
+                    f"shared memory that another has {kind} since the last barrier"
+                )
+        last = self._last["written" if writes else "read"]
+        warps = np.full(len(at), warp.index)
+        if not writes:
+            mine = last["warp"][at] == warp.index
+            since = np.where(
+                mine, last["own"][at] == warp.barrier, last["block"][at] == self.barrier
+            )
+            others = since & (last["thread"][at] != -1) & (last["thread"][at] != threads)
+            threads = np.where(several | others, self.MANY, threads)
+            warps = np.where(others & ~mine, self.MANY, warps)
+        now = {"thread": threads, "warp": warps, "own": warp.barrier, "block": self.barrier}
+        for what, value in now.items():
+            last[what][at] = value
 
 
 class Warp:
     """32 lanes on their way through a kernel."""
 
     def __init__(
-        self, kernel: Kernel, parameters: Lanes, shared: Lanes, first: int, special: dict[str, int]
+        self, kernel: Kernel, parameters: Lanes, shared: Shared, first: int, special: dict[str, int]
     ) -> None:
         """Set up the threads from the first-th on, of a block that may end within this warp."""
-        self.kernel = kernel
+        self.kernel, self.shared, self.index = kernel, shared, first // LANES
+        self.barrier = 1  # of the warp, those of the block among them: how many there have been
+        self.here = 0
         wide = {"pred": np.bool_, "b16": np.uint16, "b32": np.uint32, "f32": np.uint32,
                 "u32": np.uint32, "b64": np.uint64}  # fmt: skip
         self.registers = {name: np.zeros(LANES, wide[kind])
@@ -132,12 +188,17 @@ class Warp:
         self.special["%tid.x"] = np.arange(first, first + LANES, dtype=np.uint32)
         self.spaces = {
             space: {size: memory.view(bits) for size, bits in BITS.items()}
-            for space, memory in (("param", parameters), ("shared", shared))
+            for space, memory in (("param", parameters), ("shared", shared.bytes))
         }
         self.at = np.zeros(LANES, np.int64)  # the next instruction of each lane
         self.at[self.special["%tid.x"] >= special["%ntid.x"]] = len(kernel.lines)
         self.counts = np.zeros(len(kernel.lines), np.int64)
         self.vote, self.block_vote, self.fresh = False, False, True
+
+    def place(self) -> str:
+        """Say where the warp is."""
+        line = self.kernel.lines[self.here]
+        return f"{line.source[0]}:{line.source[1]} ({line.text})"
 
     def steps(self) -> Generator[bool, bool, None]:
         """Run to the end; yield this warp's vote at each barrier of the block, to be sent all's."""
@@ -157,8 +218,10 @@ class Warp:
                 at = int(self.at[~waits].min())
                 active = self.at == at
             self.counts[at] += 1
+            self.here = at
             kind = operations[at](self, active)
             if kind == "barrier":
+                self.barrier += 1
                 self.block_vote = yield self.vote
                 operations[at](self, ~active)  # no lane: takes the result
             if kind != "jump":
@@ -280,7 +343,8 @@ def _decode(kernel: Kernel, text: str, index: int) -> Operation:
 
         return jump
     make = _MAKERS.get(parts[0])
-    if make is None:
+    rounds = {"rz", "rm", "rp"} & set(parts)
+    if make is None or (rounds and (make not in (_multiply, _fused) or "rz" in parts)):
         raise NotImplementedError(f"{kernel.name}: {text}")
     operation = make(kernel, parts, operands)
     if not guard:
@@ -333,7 +397,11 @@ def _flush(x: Lanes) -> Lanes:
 def _multiply(kernel: Kernel, parts: list[str], operands: list[str]) -> Operation:
     kind, is_wide = parts[-1], "wide" in parts
     if kind == "f32":
-        return _simple(kernel, operands, [kind, kind], np.multiply)
+        return _simple(kernel, operands, [kind, kind], lambda x, y: _rounded(
+            x.astype(np.float64) * y.astype(np.float64), parts
+        ))  # fmt: skip
+    if kind.endswith("64") and "hi" in parts:
+        raise NotImplementedError(f"{kernel.name}: {'.'.join(parts)}")
     dtype: Any = TYPES[kind]
     wide: Any = np.int64 if np.dtype(dtype).kind == "i" else np.uint64
     kinds = [kind, kind] + [kind[0] + "64" if is_wide else kind] * (len(operands) - 3)
@@ -350,14 +418,19 @@ def _multiply(kernel: Kernel, parts: list[str], operands: list[str]) -> Operatio
 
 def _fused(kernel: Kernel, parts: list[str], operands: list[str]) -> Operation:
     def compute(x: Lanes, y: Lanes, z: Lanes) -> Lanes:
-        exact = x.astype(np.float64) * y.astype(np.float64) + z.astype(np.float64)
-        rounded = exact.astype(np.float32)
-        if "rm" in parts:  # towards minus infinity
-            below = np.nextafter(rounded, np.float32(-np.inf))
-            rounded = np.where(rounded.astype(np.float64) > exact, below, rounded)
-        return rounded
+        product = x.astype(np.float64) * y.astype(np.float64)
+        return _rounded(product + z.astype(np.float64), parts)
 
     return _simple(kernel, operands, ["f32"] * 3, compute)
+
+
+def _rounded(exact: Lanes, parts: list[str]) -> Lanes:
+    """Round to float32: to nearest, down (.rm) or up (.rp)."""
+    nearest = exact.astype(np.float32)
+    beside = np.nextafter(nearest, np.float32(np.inf if "rp" in parts else -np.inf))
+    back = nearest.astype(np.float64)
+    wrong = back > exact if "rm" in parts else back < exact if "rp" in parts else np.False_
+    return np.where(wrong & np.isfinite(exact), beside, nearest)
 
 
 def _shift(kernel: Kernel, parts: list[str], operands: list[str]) -> Operation:
@@ -385,6 +458,8 @@ def _bits(kernel: Kernel, parts: list[str], operands: list[str]) -> Operation:
         "bfind": (lambda x: 31 - highest(x) if x else 0xFFFFFFFF)
                  if "shiftamt" in parts else highest,
     }  # fmt: skip
+    if parts[-1].endswith("64"):
+        raise NotImplementedError(f"{kernel.name}: {'.'.join(parts)}")
     count = of_one[parts[0]]
     return _simple(kernel, operands, ["b32"],
                    lambda x: np.array([count(int(value)) for value in x], np.uint32))  # fmt: skip
@@ -465,7 +540,7 @@ def _convert(kernel: Kernel, parts: list[str], operands: list[str]) -> Operation
         saturate: Any = lambda x: np.nan_to_num(np.clip(x, 0, 1))  # noqa: E731
         return _simple(kernel, operands, [of], saturate)
     if "rni" in parts:
-        return _simple(kernel, operands, [of], np.rint)
+        return _simple(kernel, operands, [of], lambda x: np.rint(x).astype(TYPES[to]))
     return _simple(kernel, operands, [of], lambda x: x.astype(TYPES[to]))
 
 
@@ -490,16 +565,21 @@ def _memory(kernel: Kernel, parts: list[str], operands: list[str]) -> Operation:
     base, offset = _reader(kernel, place[1], "b64"), int(place[2] or 0)
     space = next((part for part in parts if part in ("global", "shared", "param")), "generic")
 
+    count = len(_items(operands[0 if parts[0] == "ld" else 1])) if parts[0] in ("ld", "st") else 1
+
     def locate(warp: Warp, active: Lanes) -> tuple[Lanes, Lanes]:
         address = base(warp)[active].astype(np.int64) + offset
-        if (address % size).any():
+        if (address % (size * count)).any():
             raise RuntimeError(f"{kernel.name}: {parts} is not aligned")
         shared = space == "shared" or (space == "generic" and address[0] >= SHARED_WINDOW)
         if shared or space == "param":
             address &= 0xFFFF_FFFF
             memory = warp.spaces["shared" if shared else "param"][size]
-            if len(address) and address.max() + size > memory.nbytes:
+            room = warp.shared.size if shared else memory.nbytes
+            if len(address) and address.max() + size * count > room:
                 raise RuntimeError(f"{kernel.name}: {parts} is outside of its memory")
+            if shared and parts[0] in ("ld", "st"):
+                warp.shared.touch(warp, address, size * count, active, parts[0] == "st")
             return memory, address // size
         return _GLOBAL[size], (address - PARAMETER_BYTES) // size
 
@@ -577,7 +657,11 @@ def _reduce(kernel: Kernel, parts: list[str], operands: list[str]) -> Operation:
 
 def _barrier(kernel: Kernel, parts: list[str], operands: list[str]) -> Operation:
     if "warp" in parts:
-        return lambda warp, active: None
+
+        def synchronise(warp: Warp, active: Lanes) -> None:
+            warp.barrier += 1
+
+        return synchronise
     if "red" not in parts:
         return lambda warp, active: "barrier" if active.any() else None
     write, vote = _writer(kernel, operands[0]), _reader(kernel, operands[-1], "pred")
