@@ -327,6 +327,7 @@ __device__ void find_shifts(const DeviceHead& head, const float* label_logits,
                             const WarpMemory<S, kCapacity>& memory, WarpShape shape, int panel) {
   const int lane = lane_id();
   const int32_t L = head.num_labels, first_label = panel * kPanelLabels;
+  __syncwarp();  // the last panel's have been read
 #pragma unroll
   for (int i = 0; i < S::kRows; ++i) {
     TileRow& row = memory.rows[lane / S::kLanesPerRow + S::kGroups * i];
