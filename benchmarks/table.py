@@ -301,7 +301,7 @@ def instructions() -> str:
             f"{large['paths_scored']:.1f}",
             *(f"{case[what]:,.0f}" for case in (large, small)
               for what in ("instructions", "products")),
-            *(f"{1e6 * images * case['instructions'] / H200_ISSUES:.3g} us"
+            *(f"{1e6 * images * case['instructions'] / H200_ISSUES:,.0f} us"
               for images, case in ((65536, large), (4096, small))),
         ])  # fmt: skip
     header = ["", "paths scored", "instructions, large batch", "of them multiply-adds",
