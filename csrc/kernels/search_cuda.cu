@@ -186,43 +186,49 @@ __global__ void __launch_bounds__(kMostWarps* kWarpLanes, kBlocksWithin)
       if (active) path = begin_step(head, rules, memory, shape, &scored);
       RowSums<S> sums;
       AllowedLabels allowed{};
-      const auto score_panel = [&](const Rows& joint, int panel, const unsigned char* weights,
-                                   typename S::Scores& z) {
-        S::template multiply<kJoint>(joint, weights, stride, z);
-        if (completes || panel * kPanelLabels < allowed.by_all) {
-          complete_scores(head, pass, memory, shape, allowed, panel, z, &sums);
+      // Deals the scored paths to tiles, and shows each tile's chunks: the first path, the first
+      // panel, how many panels they are, and what scores the p-th of them.
+      const auto for_each_tile = [&](auto take_chunk) {
+        for (int first = 0; any_of_block(first < scored); first += kTileRows) {
+          int first_panel = head.panels;
+          if (first < scored) {
+            allowed = begin_tile<S, kCapacity, kResident>(head, pass, memory, shape, path, first,
+                                                          scored, &sums);
+            first_panel = allowed.by_one / kPanelLabels;
+          }
+          const Rows joint(memory.joint, stride);
+          for_each_chunk<S, kResident>(
+              head, panels, staged, first_panel,
+              [&](int panel, int chunk_panels, const unsigned char* weights) {
+                take_chunk(first, panel, chunk_panels, [&](int p, typename S::Scores& z) {
+                  S::template multiply<kJoint>(joint, weights + p * panel_bytes<S>(stride), stride,
+                                               z);
+                  if (completes || (panel + p) * kPanelLabels < allowed.by_all) {
+                    complete_scores(head, pass, memory, shape, allowed, panel + p, z, &sums);
+                  }
+                });
+              });
         }
       };
-      for (int first = 0; any_of_block(first < scored); first += kTileRows) {
-        int first_panel = head.panels;
-        if (first < scored) {
-          allowed = begin_tile<S, kCapacity, kResident>(head, pass, memory, shape, path, first,
-                                                        scored, &sums);
-          first_panel = allowed.by_one / kPanelLabels;
+      for_each_tile([&](int first, int panel, int chunk_panels, const auto& score_panel) {
+        const int first_label = panel * kPanelLabels, row = path.row_of_tile(first);
+        for (int p = 0; p < chunk_panels; ++p) {
+          typename S::Scores z;
+          score_panel(p, z);
+          add_panel(p, head.num_labels - first_label - p * kPanelLabels, z, memory.end, &chunk,
+                    &sums);
         }
-        const Rows joint(memory.joint, stride);
-        for_each_chunk<S, kResident>(
-            head, panels, staged, first_panel,
-            [&](int panel, int chunk_panels, const unsigned char* weights) {
-              const int first_label = panel * kPanelLabels, row = path.row_of_tile(first);
-              for (int p = 0; p < chunk_panels; ++p) {
-                typename S::Scores z;
-                score_panel(joint, panel + p, weights + p * panel_bytes<S>(stride), z);
-                add_panel(p, head.num_labels - first_label - p * kPanelLabels, z, memory.end,
-                          &chunk, &sums);
-              }
-              if (panel + chunk_panels < head.panels) {
-                select_early(first_label, chunk_panels, chunk, sums, row, memory.rows, &best);
-                return;
-              }
-              finish_softmax(rules, memory, shape, sums, row, &path);
-              const ImageState<kCapacity>& image =
-                  memory.images[shape.has(lane) ? shape.image_of(lane) : 0];
-              select_last(first_label, chunk_panels, chunk, path.is_scored ? row : -1,
-                          shape.paths(), image.beam.live[shape.path_of(lane)].score,
-                          path.log_sum_exp, image.floor, memory.rows, &path.reached, &best);
-            });
-      }
+        if (panel + chunk_panels < head.panels) {
+          select_early(first_label, chunk_panels, chunk, sums, row, memory.rows, &best);
+          return;
+        }
+        finish_softmax(rules, memory, shape, sums, row, &path);
+        const ImageState<kCapacity>& image =
+            memory.images[shape.has(lane) ? shape.image_of(lane) : 0];
+        select_last(first_label, chunk_panels, chunk, path.is_scored ? row : -1, shape.paths(),
+                    image.beam.live[shape.path_of(lane)].score, path.log_sum_exp, image.floor,
+                    memory.rows, &path.reached, &best);
+      });
       Outcome outcome = Outcome::kNone;
       if (active) {
         __syncwarp();
@@ -242,25 +248,14 @@ __global__ void __launch_bounds__(kMostWarps* kWarpLanes, kBlocksWithin)
         __syncwarp();
       }
       if (pass.output.marginals != nullptr) {
-        for (int first = 0; any_of_block(first < scored); first += kTileRows) {
-          int first_panel = head.panels;
-          if (first < scored) {
-            allowed = begin_tile<S, kCapacity, kResident>(head, pass, memory, shape, path, first,
-                                                          scored, &sums);
-            first_panel = allowed.by_one / kPanelLabels;
+        for_each_tile([&](int first, int panel, int chunk_panels, const auto& score_panel) {
+          for (int p = 0; p < chunk_panels; ++p) {
+            typename S::Scores z;
+            score_panel(p, z);
+            add_marginals(head, pass.output, memory, shape, min(scored - first, kTileRows),
+                          panel + p, z, &chunk);
           }
-          const Rows joint(memory.joint, stride);
-          for_each_chunk<S, kResident>(
-              head, panels, staged, first_panel,
-              [&](int panel, int chunk_panels, const unsigned char* weights) {
-                for (int p = 0; p < chunk_panels; ++p) {
-                  typename S::Scores z;
-                  score_panel(joint, panel + p, weights + p * panel_bytes<S>(stride), z);
-                  add_marginals(head, pass.output, memory, shape, min(scored - first, kTileRows),
-                                panel + p, z, &chunk);
-                }
-              });
-        }
+        });
       }
       if (active) end_step(head, pass, memory, shape, outcome);
     }
