@@ -44,7 +44,7 @@ def count(
     trained = trained_head(num_labels, chain_term)
     with torch.no_grad():
         images = trained.head.embed(trained.features(slice(batch)))
-    head = emulated.EmulatedHead(search.library, trained.head, prefix_bytes=1 << 28)
+    head = emulated.EmulatedHead(search.emulator, trained.head, prefix_bytes=1 << 28)
     options = (images.joint, images.label_logits, N, T, 0, "increasing", False, "n_best", False)
     expected = head.beam_search(*options, precision=precision)
     search.counts.clear()
@@ -68,7 +68,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         search = on_ptx.PtxSearch(emulated.build(Path(folder)), Path(folder))
-    search.library.set_multiprocessors(1)
+    search.emulator.set_multiprocessors(1)
     for case in CASES:
         for size, batch in BATCHES.items():
             row, lines = count(search, *case, batch)

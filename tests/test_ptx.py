@@ -40,12 +40,12 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> PtxSearch:
 
 @pytest.fixture(autouse=True)
 def _defaults(compiled: PtxSearch) -> None:
-    compiled.library.set_lane_order(0, 0)
-    compiled.library.set_max_shared_memory(227 * 1024)
+    compiled.emulator.set_lane_order(0, 0)
+    compiled.emulator.set_max_shared_memory(227 * 1024)
 
 
 def pack(compiled: PtxSearch) -> partial[emulated.EmulatedHead]:
-    return partial(emulated.EmulatedHead, compiled.library)
+    return partial(emulated.EmulatedHead, compiled.emulator)
 
 
 def arguments(embedding, config: SearchConfig, T: int, marginals: bool) -> tuple[object, ...]:

@@ -47,7 +47,7 @@ class PtxSearch:
 
     def __init__(self, library: ctypes.CDLL, folder: Path) -> None:
         """Compile the kernels in `folder`; the library is one that `emulated.build` made."""
-        self.library = library
+        self.emulator = library
         self.counts: dict[str, list[tuple[ptx.Line, int]]] = {}  # by kernel: issued by all warps
         self._error: BaseException | None = None
         self._kernels = {}
@@ -67,11 +67,11 @@ class PtxSearch:
         self._take = TAKE_LAUNCH(self._launch)
 
     def __enter__(self) -> PtxSearch:
-        self.library.set_take_launch(self._take)
+        self.emulator.set_take_launch(self._take)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.library.set_take_launch(TAKE_LAUNCH(0))
+        self.emulator.set_take_launch(TAKE_LAUNCH(0))
         if self._error is not None:
             raise self._error
 
