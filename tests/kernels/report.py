@@ -85,7 +85,7 @@ def within_bounds(kernel: Kernel, architecture: int) -> bool:
     """
     blocks = (1 if architecture in (86, 89) else 2) if kernel.name.startswith("search_warps") else 3
     most = min(255, 65536 // (256 * blocks) // 8 * 8)
-    spills = 64 if "streamed" in kernel.name else 0
+    spills = 40 if "streamed" in kernel.name else 0
     return kernel.registers <= most and kernel.stack <= spills and kernel.spills <= spills
 
 
