@@ -11,6 +11,7 @@ class CpuHead:
     def __init__(
         self,
         label_embedding: Tensor,  # [L+2, D]
+        input_embedding: Tensor | None,  # [L+2, D]; None: label_embedding
         score_bias: Tensor | None,  # [L+1]
         input_weight: Tensor,  # [4H, D]
         hidden_weight: Tensor,  # [4H, H]
@@ -53,6 +54,7 @@ class CudaHead:
     def __init__(
         self,
         label_embedding: Tensor,  # [L+2, D]
+        input_embedding: Tensor | None,  # [L+2, D]; None: label_embedding
         score_bias: Tensor | None,  # [L+1]
         input_weight: Tensor,  # [4H, D]
         hidden_weight: Tensor,  # [4H, H]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 FEATURES_ONLY = "features"
@@ -99,6 +99,20 @@ class CNNRNN(nn.Module):
         from cnnrnn.decisions import infer
 
         return infer(self.head, features, search or self.search)
+
+    def set_nll(self, features: Tensor, targets: Tensor) -> Tensor:
+        """Return -log P(the whole true set | image) in nats, see `decisions.set_nll`.
+
+        Args:
+            features: [n, F].
+            targets: [n, L] bool, columns in the order of `labels`.
+
+        Returns:
+            [n] float64; an upper bound where `search.order` is not `increasing`.
+        """
+        from cnnrnn.decisions import set_nll
+
+        return set_nll(self.head, features.to(self.device), targets, self.search.order)
 
     def predict(self, images: Any, **options: Any) -> list[Prediction]:
         """Predict label sets of images; arguments as in `cnnrnn.predict`."""
@@ -235,14 +249,16 @@ def _read_config(file: Path) -> dict[str, Any]:
         missing = sorted(expected - set(description)) if isinstance(description, dict) else "object"
         raise CheckpointError(f"{file} lacks {missing}; it is not a checkpoint of cnnrnn")
     require_format(file, description["format"])
+    if description["format"] == 1 and isinstance(description["model"], dict):
+        description["model"].setdefault("tied_embedding", True)
     return description
 
 
 def require_format(file: Path, found: Any) -> None:
-    """Refuse a checkpoint of another format."""
-    if found != FORMAT:
+    """Refuse a checkpoint of a format that is not known."""
+    if type(found) is not int or not 1 <= found <= FORMAT:
         raise CheckpointError(
-            f"{file} has format {found}, this release reads {FORMAT}; upgrade cnnrnn"
+            f"{file} has format {found}, this release reads 1 to {FORMAT}; upgrade cnnrnn"
         )
 
 

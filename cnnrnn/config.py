@@ -82,6 +82,8 @@ class ModelConfig:
         score_bias: learn one bias per label and END.
         projection_bias: learn a bias in the image projection U_I.
         chain_term: add an independent classifier's next-label logits to the scores.
+        tied_embedding: the recurrence reads labels by the rows that score them, as in the paper;
+            false gives it an embedding of its own.
         input_dropout: dropout on the image feature.
         hidden_dropout: dropout on the hidden layer.
         joint_dropout: dropout on the outputs of U_o and U_I, before their sum.
@@ -100,6 +102,7 @@ class ModelConfig:
     score_bias: bool = True
     projection_bias: bool = True
     chain_term: bool = True
+    tied_embedding: bool = False
     input_dropout: float = 0.3
     hidden_dropout: float = 0.5
     joint_dropout: float = 0.3
@@ -135,6 +138,7 @@ class ModelConfig:
             score_bias=False,
             projection_bias=False,
             chain_term=False,
+            tied_embedding=True,
             input_dropout=0.0,
             hidden_dropout=0.0,
             joint_dropout=0.5,

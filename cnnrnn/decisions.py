@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cnnrnn.config import DECISIONS, Calibration, Decide, SearchConfig
+from cnnrnn.config import DECISIONS, Calibration, Decide, Order, SearchConfig
+from cnnrnn.labels import increasing_paths
+from cnnrnn.losses import sequence_loss
 from cnnrnn.metrics import (
     best_k,
     best_label_thresholds,
@@ -21,6 +23,7 @@ from cnnrnn.search import NonFiniteError, SearchResult, beam_search
 
 MIX_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SEARCH_BATCH = 4096
+NLL_BATCH = 512
 _SMALLEST = 1e-7
 
 
@@ -80,6 +83,31 @@ def infer(head: Head, features: Tensor, search: SearchConfig) -> Inference:
         label_scores=torch.cat(scores) if scores else None,
         search=tuple(results),
     )
+
+
+@torch.no_grad()
+def set_nll(head: Head, features: Tensor, targets: Tensor, order: Order) -> Tensor:
+    """Return -log P(the whole true set | image), in nats, by teacher forcing.
+
+    Along the path that training takes: labels ascending in index, then END, whatever `max_labels`
+    and `min_labels` of a search are. In other orders than `increasing` a set has further paths, so
+    this is an upper bound.
+
+    Args:
+        head: in eval mode.
+        features: [n, F] on the head's device.
+        targets: [n, L] bool, columns in path order.
+        order: of the search; which labels may follow.
+
+    Returns:
+        [n] float64, on the CPU.
+    """
+    parts = []
+    for some, present in zip(features.split(NLL_BATCH), targets.split(NLL_BATCH), strict=True):
+        paths = increasing_paths(present.to(some.device))
+        scores, _ = head(some, paths)
+        parts.append(sequence_loss(scores, paths, order).double().cpu())
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
 
 def mixed_scores(marginals: Tensor, label_scores: Tensor | None, weight: float) -> Tensor:

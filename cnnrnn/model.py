@@ -112,6 +112,11 @@ class Trunk(nn.Sequential):
         return torch.cat([hidden, features], dim=1) if self.skip else hidden
 
 
+def _embedding(rows: int, width: int) -> nn.Parameter:
+    bound = 1.0 / math.sqrt(width)
+    return nn.Parameter(torch.empty(rows, width).uniform_(-bound, bound))
+
+
 class Head(nn.Module):
     """Scores the next label of a path from an image feature and the labels so far.
 
@@ -123,6 +128,8 @@ class Head(nn.Module):
         cell: `lstm` or `paper`.
         activation: h of equation 4.
         chain_term: add an independent classifier's next-label logits.
+        tied_embedding: the recurrence reads labels by the rows that score them, as in the paper;
+            False gives it an embedding of its own.
         trunk_dim: width of a hidden layer on the image feature; 0 for none.
         trunk_skip: read the image feature itself beside the hidden layer.
         score_bias: learn one bias per label and END.
@@ -132,8 +139,9 @@ class Head(nn.Module):
         joint_dropout: dropout on the outputs of U_o and U_I.
 
     Attributes:
-        label_embedding: [L+2, D] U_l; row L is END, row L+1 START. Tied: it reads labels into the
-            recurrence and scores them.
+        label_embedding: [L+2, D] U_l, which scores labels; row L is END, row L+1 START.
+        input_embedding: [L+2, D] by which the recurrence reads labels, rows as in label_embedding
+            (that of END is not used); None where the two are tied.
         score_bias: [L+1] or None.
         image_projection: U_I.
         output_projection: U_o.
@@ -155,6 +163,7 @@ class Head(nn.Module):
         activation: Activation = "relu",
         chain_term: bool = False,
         *,
+        tied_embedding: bool = True,
         trunk_dim: int = 0,
         trunk_skip: bool = False,
         score_bias: bool = True,
@@ -182,10 +191,8 @@ class Head(nn.Module):
         self.prefix_bytes = PREFIX_BYTES
         self.cache_generation = 0
 
-        bound = 1.0 / math.sqrt(joint_dim)
-        self.label_embedding = nn.Parameter(
-            torch.empty(num_labels + 2, joint_dim).uniform_(-bound, bound)
-        )
+        self.label_embedding = _embedding(num_labels + 2, joint_dim)
+        self.input_embedding = None if tied_embedding else _embedding(num_labels + 2, joint_dim)
         self.score_bias = nn.Parameter(torch.zeros(num_labels + 1)) if score_bias else None
         self.trunk = Trunk(feature_dim, trunk_dim, input_dropout, hidden_dropout, trunk_skip)
         width = self.trunk.output_dim
@@ -208,6 +215,11 @@ class Head(nn.Module):
     def start(self) -> int:
         """Row of the label embedding that begins every path."""
         return self.num_labels + 1
+
+    @property
+    def input_rows(self) -> Tensor:
+        """What the recurrence reads of labels: [L+2, D]."""
+        return self.label_embedding if self.input_embedding is None else self.input_embedding
 
     def clear_cache(self) -> None:
         """Make searches read the weights anew and forget kept prefix states.
@@ -234,6 +246,7 @@ class Head(nn.Module):
             config.cell,
             config.activation,
             config.chain_term,
+            tied_embedding=config.tied_embedding,
             trunk_dim=config.trunk_dim,
             trunk_skip=config.trunk_skip,
             score_bias=config.score_bias,
@@ -280,10 +293,10 @@ class Head(nn.Module):
         """Read one more label into recurrent states (equation 3).
 
         Args:
-            labels: [M] rows of the label embedding; `start` for the first step.
+            labels: [M] rows of the embedding; `start` for the first step.
             state: output [M, H] and cell [M, H] of the prefixes so far.
         """
-        return self.recurrence.step(self.label_embedding[labels], state)
+        return self.recurrence.step(self.input_rows[labels], state)
 
     def score(self, outputs: Tensor, embedding: ImageEmbedding) -> Tensor:
         """Score labels and END after each path, without what its order forbids (eq. 4 and 5).
@@ -330,7 +343,7 @@ class Head(nn.Module):
         """Score every step of given paths of embedded images; see `forward`: [B, T+1, L+1]."""
         trie = prefix_trie(paths)
         steps = (trie.nodes >= 0).nonzero(as_tuple=True)  # image and step of M rows
-        outputs = prefix_outputs(self.recurrence, self.label_embedding, self.start, trie)
+        outputs = prefix_outputs(self.recurrence, self.input_rows, self.start, trie)
         projected = self.output_projection(outputs)  # [prefixes, D]
         rows = self._score_projected(projected[trie.nodes[steps]], embedding.joint[steps[0]])
         rows = rows if rows.dtype == torch.float64 else rows.float()

@@ -77,7 +77,7 @@ def permute_labels(
 ) -> None:
     """Number a head's labels anew, in place: label i becomes what label `order[i]` was.
 
-    The rows of label embedding, score bias and independent classifier move, and with them what the
+    The rows of label and input embedding, score bias and independent classifier move, and with them what the
     optimiser keeps of each. Scores of a named label after named labels stay the same, but for the
     chain term, whose formula knows the order.
 
@@ -86,7 +86,7 @@ def permute_labels(
         order: [L] int64, a permutation.
         optimizer: of the head's parameters.
     """
-    per_label: list[Tensor | None] = [head.label_embedding, head.score_bias]
+    per_label: list[Tensor | None] = [head.label_embedding, head.input_embedding, head.score_bias]
     if head.label_classifier is not None:
         per_label += [head.label_classifier.weight, head.label_classifier.bias]
     for parameter in per_label:

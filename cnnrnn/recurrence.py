@@ -149,7 +149,7 @@ class _Level(NamedTuple):
 
 def prefix_outputs(
     recurrence: LSTMRecurrence | PaperRecurrence,
-    label_embedding: Tensor,
+    input_rows: Tensor,
     start: int,
     trie: PrefixTrie,
 ) -> Tensor:
@@ -157,8 +157,8 @@ def prefix_outputs(
 
     Args:
         recurrence: the cell and its weights.
-        label_embedding: [L+2, D].
-        start: row of the label embedding that begins every path.
+        input_rows: [L+2, D] what it reads of labels, END and START.
+        start: the row that begins every path.
         trie: the prefixes, from `labels.prefix_trie`.
 
     Returns:
@@ -173,7 +173,7 @@ def prefix_outputs(
         first_parent, first = first, first + len(parents)
     last_labels = torch.cat([torch.tensor([start], device=trie.nodes.device), *trie.labels])
     labels, label_of_node = last_labels.unique(return_inverse=True)
-    label_gates = recurrence.input_gates(label_embedding[labels])
+    label_gates = recurrence.input_gates(input_rows[labels])
     weight = recurrence.weight_hh.to(label_gates.dtype)  # narrow under autocast
     outputs: Tensor = _OverTrie.apply(recurrence, label_gates, weight, label_of_node, levels)
     return outputs

@@ -511,8 +511,9 @@ def _path_stage(
         return losses
 
     def validate() -> Validation:
-        last[:] = [_infer(model, val, config)]
-        return path_validation(*last[0])
+        features, targets = _split_features(model, val, config)
+        last[:] = [(infer(model.head, features, model.search), targets)]
+        return path_validation(*last[0], float(model.set_nll(features, targets).mean()))
 
     def relearn_order(epoch: int, optimizer: torch.optim.Optimizer) -> bool:
         if config.label_order != "easiest" or epoch > config.reorder_epochs:
@@ -566,13 +567,14 @@ def _reorder_labels(model: CNNRNN, order: Tensor, *splits: Split) -> None:
         split.targets.copy_(split.targets[:, order])
 
 
-def path_validation(inference: Inference, targets: Tensor) -> Validation:
+def path_validation(inference: Inference, targets: Tensor, nll: float) -> Validation:
     """Judge a search by O-F1 and mAP of the half-and-half mixture, and O-F1 of the best path."""
     scores = inference.mixed(0.5)
     _, of1 = best_threshold(scores, targets)
     mean_ap = mean_average_precision(scores, targets)
     path = multilabel_metrics(inference.sets, targets)
     figures = {
+        "NLL": nll,
         "O-F1": of1,
         "mAP": mean_ap,
         "path O-F1": path["O-F1"],
@@ -584,11 +586,18 @@ def path_validation(inference: Inference, targets: Tensor) -> Validation:
 @torch.no_grad()
 def _infer(model: CNNRNN, split: Split, config: TrainConfig) -> tuple[Inference, Tensor]:
     """Search a split; returns the targets of the images that could be read besides."""
+    features, targets = _split_features(model, split, config)
+    return infer(model.head, features, model.search), targets
+
+
+@torch.no_grad()
+def _split_features(model: CNNRNN, split: Split, config: TrainConfig) -> tuple[Tensor, Tensor]:
+    """Return what the head reads of a split [n, F], and the targets of the images read [n, L]."""
     model.eval()
     features, records = split.over_batches(
         lambda batch: _features(model, batch.inputs).float(), config, model.device
     )
-    return infer(model.head, features, model.search), split.targets[records]
+    return features, split.targets[records]
 
 
 def _group(modules: list[Any], learning_rate: float) -> dict[str, Any]:

@@ -79,7 +79,7 @@ void parallel_for(int64_t n, const cnnrnn::Work& work) {
 // Parameters that have been checked, dense, and what the kernels are told of them.
 struct CheckedWeights {
   Tensor label_embedding, input_weight, hidden_weight, output_projection;
-  optional<Tensor> score_bias, input_bias, hidden_bias;
+  optional<Tensor> input_embedding, score_bias, input_bias, hidden_bias;
   cnnrnn::HeadWeights pointers;
 };
 
@@ -98,6 +98,7 @@ CheckedWeights check_weights(const Parameters& p, std::string_view cell,
       .input_weight = checked("input_weight", p.input_weight, {4 * H, D}, device),
       .hidden_weight = checked("hidden_weight", p.hidden_weight, {4 * H, H}, device),
       .output_projection = checked("output_projection", p.output_projection, {D, H}, device),
+      .input_embedding = checked("input_embedding", p.input_embedding, {L + 2, D}, device),
       .score_bias = checked("score_bias", p.score_bias, {L + 1}, device),
       .input_bias = checked("input_bias", p.input_bias, {4 * H}, device),
       .hidden_bias = checked("hidden_bias", p.hidden_bias, {4 * H}, device),
@@ -114,6 +115,7 @@ CheckedWeights check_weights(const Parameters& p, std::string_view cell,
                                                {"tanh", cnnrnn::Activation::kTanh},
                                                {"identity", cnnrnn::Activation::kIdentity}}),
       .label_embedding = w.label_embedding.const_data_ptr<float>(),
+      .input_embedding = data_or_null(w.input_embedding),
       .score_bias = data_or_null(w.score_bias),
       .input_weight = w.input_weight.const_data_ptr<float>(),
       .hidden_weight = w.hidden_weight.const_data_ptr<float>(),
@@ -334,14 +336,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> op_result(const Outputs& out) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> beam_search_op(
     const Tensor& joint, const optional<Tensor>& label_logits, const Tensor& label_embedding,
-    const optional<Tensor>& score_bias, const Tensor& input_weight, const Tensor& hidden_weight,
-    const optional<Tensor>& input_bias, const optional<Tensor>& hidden_bias,
-    const Tensor& output_projection, c10::string_view cell, c10::string_view activation,
-    int64_t beam_size, int64_t max_labels, int64_t min_labels, c10::string_view order,
-    bool end_takes_slot, c10::string_view stop, bool marginals, int64_t cache_generation,
-    int64_t prefix_bytes, c10::string_view precision) {
-  const Parameters parameters{label_embedding, score_bias,  input_weight,     hidden_weight,
-                              input_bias,      hidden_bias, output_projection};
+    const optional<Tensor>& input_embedding, const optional<Tensor>& score_bias,
+    const Tensor& input_weight, const Tensor& hidden_weight, const optional<Tensor>& input_bias,
+    const optional<Tensor>& hidden_bias, const Tensor& output_projection, c10::string_view cell,
+    c10::string_view activation, int64_t beam_size, int64_t max_labels, int64_t min_labels,
+    c10::string_view order, bool end_takes_slot, c10::string_view stop, bool marginals,
+    int64_t cache_generation, int64_t prefix_bytes, c10::string_view precision) {
+  const Parameters parameters{label_embedding, input_embedding, score_bias,  input_weight,
+                              hidden_weight,   input_bias,      hidden_bias, output_projection};
   const Request request{joint,      label_logits,    beam_size,      max_labels,
                         min_labels, order,           end_takes_slot, stop,
                         marginals,  /*trace=*/false, precision,      cnnrnn::kAllRounds};
@@ -363,10 +365,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_search_op(
 // Shapes alone, for fake tensors: torch.compile, torch.export.
 std::tuple<Tensor, Tensor, Tensor, Tensor> beam_search_meta(
     const Tensor& joint, const optional<Tensor>&, const Tensor& label_embedding,
-    const optional<Tensor>&, const Tensor&, const Tensor&, const optional<Tensor>&,
-    const optional<Tensor>&, const Tensor&, c10::string_view, c10::string_view, int64_t beam_size,
-    int64_t max_labels, int64_t, c10::string_view, bool, c10::string_view, bool marginals, int64_t,
-    int64_t, c10::string_view) {
+    const optional<Tensor>&, const optional<Tensor>&, const Tensor&, const Tensor&,
+    const optional<Tensor>&, const optional<Tensor>&, const Tensor&, c10::string_view,
+    c10::string_view, int64_t beam_size, int64_t max_labels, int64_t, c10::string_view, bool,
+    c10::string_view, bool marginals, int64_t, int64_t, c10::string_view) {
   const c10::SymInt B = joint.sym_size(0);
   const c10::SymInt L = label_embedding.sym_size(0) - 2;
   return {at::empty_symint({B, beam_size, max_labels}, joint.options().dtype(at::kLong)),
@@ -380,7 +382,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_search_meta(
 TORCH_LIBRARY(cnnrnn, m) {
   m.def(
       "beam_search(Tensor joint, Tensor? label_logits, Tensor label_embedding, "
-      "Tensor? score_bias, Tensor input_weight, Tensor hidden_weight, Tensor? input_bias, "
+      "Tensor? input_embedding, Tensor? score_bias, Tensor input_weight, Tensor hidden_weight, "
+      "Tensor? input_bias, "
       "Tensor? hidden_bias, Tensor output_projection, str cell, str activation, int beam_size, "
       "int max_labels, int min_labels, str order, bool end_takes_slot, str stop, bool marginals, "
       "int cache_generation=0, int prefix_bytes=536870912, "
@@ -440,21 +443,21 @@ PYBIND11_MODULE(_C, m) {
 #endif
   py::class_<CpuHead, std::shared_ptr<CpuHead>> cpu_head(
       m, "CpuHead", "A head's weights packed for the CPU search, and its kept prefix states.");
-  cpu_head.def(py::init([](const Tensor& label_embedding, const optional<Tensor>& score_bias,
-                           const Tensor& input_weight, const Tensor& hidden_weight,
-                           const optional<Tensor>& input_bias, const optional<Tensor>& hidden_bias,
-                           const Tensor& output_projection, const std::string& cell,
-                           const std::string& activation, int64_t prefix_bytes,
-                           const std::string& instruction_set) {
-                 return make_cpu_head({label_embedding, score_bias, input_weight, hidden_weight,
-                                       input_bias, hidden_bias, output_projection},
+  cpu_head.def(py::init([](const Tensor& label_embedding, const optional<Tensor>& input_embedding,
+                           const optional<Tensor>& score_bias, const Tensor& input_weight,
+                           const Tensor& hidden_weight, const optional<Tensor>& input_bias,
+                           const optional<Tensor>& hidden_bias, const Tensor& output_projection,
+                           const std::string& cell, const std::string& activation,
+                           int64_t prefix_bytes, const std::string& instruction_set) {
+                 return make_cpu_head({label_embedding, input_embedding, score_bias, input_weight,
+                                       hidden_weight, input_bias, hidden_bias, output_projection},
                                       cell, activation, prefix_bytes, instruction_set);
                }),
-               py::arg("label_embedding"), py::arg("score_bias"), py::arg("input_weight"),
-               py::arg("hidden_weight"), py::arg("input_bias"), py::arg("hidden_bias"),
-               py::arg("output_projection"), py::kw_only(), py::arg("cell"), py::arg("activation"),
-               py::arg("prefix_bytes") = kPrefixBytes, py::arg("instruction_set") = "auto",
-               py::call_guard<py::gil_scoped_release>());
+               py::arg("label_embedding"), py::arg("input_embedding"), py::arg("score_bias"),
+               py::arg("input_weight"), py::arg("hidden_weight"), py::arg("input_bias"),
+               py::arg("hidden_bias"), py::arg("output_projection"), py::kw_only(), py::arg("cell"),
+               py::arg("activation"), py::arg("prefix_bytes") = kPrefixBytes,
+               py::arg("instruction_set") = "auto", py::call_guard<py::gil_scoped_release>());
   define_search(&cpu_head,
                 [](CpuHead* head, const Request& request) { return search(head, request); });
 #if defined(CNNRNN_WITH_CUDA)
@@ -462,19 +465,21 @@ PYBIND11_MODULE(_C, m) {
   py::class_<TorchCudaHead, std::shared_ptr<TorchCudaHead>> cuda_head(
       m, "CudaHead", "A head's weights packed on its GPU, and its kept prefix states.");
   cuda_head.def(
-      py::init([](const Tensor& label_embedding, const optional<Tensor>& score_bias,
-                  const Tensor& input_weight, const Tensor& hidden_weight,
-                  const optional<Tensor>& input_bias, const optional<Tensor>& hidden_bias,
-                  const Tensor& output_projection, const std::string& cell,
-                  const std::string& activation, int64_t prefix_bytes) {
-        const Parameters parameters{label_embedding, score_bias,  input_weight,     hidden_weight,
-                                    input_bias,      hidden_bias, output_projection};
+      py::init([](const Tensor& label_embedding, const optional<Tensor>& input_embedding,
+                  const optional<Tensor>& score_bias, const Tensor& input_weight,
+                  const Tensor& hidden_weight, const optional<Tensor>& input_bias,
+                  const optional<Tensor>& hidden_bias, const Tensor& output_projection,
+                  const std::string& cell, const std::string& activation, int64_t prefix_bytes) {
+        const Parameters parameters{label_embedding, input_embedding,  score_bias,
+                                    input_weight,    hidden_weight,    input_bias,
+                                    hidden_bias,     output_projection};
         return std::make_shared<TorchCudaHead>(parameters, cell, activation, prefix_bytes);
       }),
-      py::arg("label_embedding"), py::arg("score_bias"), py::arg("input_weight"),
-      py::arg("hidden_weight"), py::arg("input_bias"), py::arg("hidden_bias"),
-      py::arg("output_projection"), py::kw_only(), py::arg("cell"), py::arg("activation"),
-      py::arg("prefix_bytes") = kPrefixBytes, py::call_guard<py::gil_scoped_release>());
+      py::arg("label_embedding"), py::arg("input_embedding"), py::arg("score_bias"),
+      py::arg("input_weight"), py::arg("hidden_weight"), py::arg("input_bias"),
+      py::arg("hidden_bias"), py::arg("output_projection"), py::kw_only(), py::arg("cell"),
+      py::arg("activation"), py::arg("prefix_bytes") = kPrefixBytes,
+      py::call_guard<py::gil_scoped_release>());
   define_search(&cuda_head,
                 [](TorchCudaHead* head, const Request& request) { return head->search(request); });
 #else

@@ -16,13 +16,14 @@ namespace cnnrnn {
 
 // A head's parameters, shapes as in kernels/search.h.
 struct Parameters {
-  const at::Tensor& label_embedding;             // [L+2, D]
-  const std::optional<at::Tensor>& score_bias;   // [L+1]
-  const at::Tensor& input_weight;                // [4H, D]
-  const at::Tensor& hidden_weight;               // [4H, H]
-  const std::optional<at::Tensor>& input_bias;   // [4H]
-  const std::optional<at::Tensor>& hidden_bias;  // [4H]
-  const at::Tensor& output_projection;           // [D, H]
+  const at::Tensor& label_embedding;                 // [L+2, D]
+  const std::optional<at::Tensor>& input_embedding;  // [L+2, D] none: label_embedding
+  const std::optional<at::Tensor>& score_bias;       // [L+1]
+  const at::Tensor& input_weight;                    // [4H, D]
+  const at::Tensor& hidden_weight;                   // [4H, H]
+  const std::optional<at::Tensor>& input_bias;       // [4H]
+  const std::optional<at::Tensor>& hidden_bias;      // [4H]
+  const at::Tensor& output_projection;               // [D, H]
 };
 
 // The heads of the op's callers. An op takes tensors and keeps nothing, so its packed weights and
@@ -80,7 +81,7 @@ class HeadRegistry {
                                    int64_t prefix_bytes) {
     Key key{{}, std::string(cell), std::string(activation), cache_generation, prefix_bytes};
     for (const std::optional<at::Tensor>& tensor :
-         {std::optional<at::Tensor>(p.label_embedding), p.score_bias,
+         {std::optional<at::Tensor>(p.label_embedding), p.input_embedding, p.score_bias,
           std::optional<at::Tensor>(p.input_weight), std::optional<at::Tensor>(p.hidden_weight),
           p.input_bias, p.hidden_bias, std::optional<at::Tensor>(p.output_projection)}) {
       if (!tensor) {

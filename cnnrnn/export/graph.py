@@ -88,7 +88,7 @@ class PathSearch(nn.Module):
             constants = {
                 "label_embedding": head.label_embedding[: head.num_labels + 1],
                 "score_bias": head.score_bias,
-                "label_gates": head.recurrence.input_gates(head.label_embedding),
+                "label_gates": head.recurrence.input_gates(head.input_rows),
                 "recurrent_weight": head.recurrence.weight_hh,
                 "output_weight": head.output_projection.weight,
                 "root_projected": head.output_projection(output)[None],  # [1, 1, D]

@@ -240,6 +240,7 @@ def head_parameters(head: Head) -> tuple[Tensor | None, ...]:
     recurrence = head.recurrence
     return (
         head.label_embedding,
+        head.input_embedding,
         head.score_bias,
         recurrence.weight_ih,
         recurrence.weight_hh,
@@ -253,7 +254,7 @@ def _searched(head: Head) -> Iterator[tuple[dict[str, Any], str, Any]]:
     """List where the searched parameters stand, so that a replaced one is seen without a walk."""
     for owner, names in (
         (head._modules, ("recurrence", "output_projection")),
-        (head._parameters, ("label_embedding", "score_bias")),
+        (head._parameters, ("label_embedding", "input_embedding", "score_bias")),
         (head.recurrence._parameters, ("weight_ih", "weight_hh", "bias_ih", "bias_hh")),
         (head.output_projection._parameters, ("weight",)),
     ):

@@ -74,7 +74,7 @@ void CpuHead::pack(const HeadWeights& weights) {
   AlignedFloats gates(vectors * lanes_);
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t embedding = row < L_ ? row : L_ + 1;  // START comes after END
-    const float* x = weights.label_embedding + embedding * D_;
+    const float* x = input_rows(weights) + embedding * D_;
     float* y = gates.data();
     kernels_.product({1, D_, vectors, &x, input_panels.data(), bias.data(), &y, nullptr});
     float* to = input_gates_.data() + row * tiles_ * kGates * lanes_;

@@ -215,7 +215,7 @@ void pack_recurrence(const HeadWeights& weights, const DeviceHead& head,
       "clearing a head's weights");
   copy(packed.output_projection, weights.output_projection, D * H);
   const int32_t rows = head.num_labels + 2, columns = static_cast<int32_t>(4 * H);
-  const Product input{weights.label_embedding,
+  const Product input{input_rows(weights),
                       nullptr,
                       weights.input_weight,
                       weights.input_bias,

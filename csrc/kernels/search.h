@@ -27,6 +27,7 @@ struct HeadWeights {
   Cell cell;
   Activation activation;
   const float* label_embedding;    // [L+2, D] labels, END, START
+  const float* input_embedding;    // [L+2, D] what the recurrence reads; null: label_embedding
   const float* score_bias;         // [L+1]    or null
   const float* input_weight;       // [4H, D]  U_w
   const float* hidden_weight;      // [4H, H]  U_r
@@ -34,6 +35,11 @@ struct HeadWeights {
   const float* hidden_bias;        // [4H]     or null
   const float* output_projection;  // [D, H]   U_o
 };
+
+// The rows that the recurrence reads: [L+2, D].
+inline const float* input_rows(const HeadWeights& weights) {
+  return weights.input_embedding == nullptr ? weights.label_embedding : weights.input_embedding;
+}
 
 struct SearchOptions {
   int beam_size;       // N, 1..kMaxBeamSize

@@ -73,7 +73,7 @@ class _HeadWeights(ctypes.Structure):
         ("hidden_dim", ctypes.c_int64),
         ("cell", ctypes.c_int),
         ("activation", ctypes.c_int),
-        *[(f"weight{i}", ctypes.c_void_p) for i in range(7)],
+        *[(f"weight{i}", ctypes.c_void_p) for i in range(8)],
     ]
 
 

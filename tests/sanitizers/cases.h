@@ -30,6 +30,7 @@ class RandomWeights {
     const float joint = scale / std::sqrt(static_cast<float>(D));
     const float hidden = scale / std::sqrt(static_cast<float>(H));
     label_embedding_ = uniform((L + 2) * D, joint, &random_);
+    input_embedding_ = uniform((L + 2) * D, joint, &random_);
     score_bias_ = uniform(L + 1, 1.0f, &random_);
     input_weight_ = uniform(4 * H * D, joint, &random_);
     hidden_weight_ = uniform(4 * H * H, hidden, &random_);
@@ -44,6 +45,7 @@ class RandomWeights {
             .cell = cell_,
             .activation = Activation::kTanh,
             .label_embedding = label_embedding_.data(),
+            .input_embedding = input_embedding_.data(),
             .score_bias = score_bias_.data(),
             .input_weight = input_weight_.data(),
             .hidden_weight = hidden_weight_.data(),
@@ -56,7 +58,8 @@ class RandomWeights {
   const int64_t L_, D_, H_;
   const Cell cell_;
   std::mt19937 random_;
-  Floats label_embedding_, score_bias_, input_weight_, hidden_weight_, bias_, output_projection_;
+  Floats label_embedding_, input_embedding_, score_bias_, input_weight_, hidden_weight_, bias_,
+      output_projection_;
 };
 
 // The arguments of one call.
