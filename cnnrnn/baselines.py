@@ -177,6 +177,8 @@ def train_independent(
     model = network(model_config, train_split.targets.shape[1], train_split.features.shape[1]).to(
         device
     )
+    if config.feature_rms:
+        model.trunk.fit_scale(train_split.features, config.feature_rms)
     objective = OBJECTIVES[loss]
     if objective.starts_at_frequencies and isinstance(model, IndependentClassifier):
         start_at_frequencies(model.classifier, train_split.targets)

@@ -293,7 +293,11 @@ def _build(folder: Path, description: dict[str, Any]) -> CNNRNN:
         ) from error
     model = CNNRNN(config, labels, head, backbone, search, calibration)
     try:
-        model.load_state_dict(load_file(folder / WEIGHTS_FILE))
+        weights = load_file(folder / WEIGHTS_FILE)
+        if description["format"] == 1:  # had no scaling of features
+            for name in ("feature_mean", "feature_scale"):
+                weights.setdefault(f"head.trunk.{name}", getattr(head.trunk, name))
+        model.load_state_dict(weights)
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(

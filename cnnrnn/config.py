@@ -225,6 +225,7 @@ class TrainConfig:
         learning_rate: of everything, but for the two factors.
         warm_scale: factor on the learning rate of trunk and chain term after a warm stage.
         backbone_scale: factor on the learning rate of a backbone that is trained further.
+        recurrent_scale: factor on the learning rate of the weights from state to state.
         momentum: of RMSprop.
         weight_decay: of the optimiser.
         batch_size: images per batch; under `torchrun` all processes together.
@@ -256,6 +257,8 @@ class TrainConfig:
         val_split: name of the split to validate on; None takes `val`, or holds a share of the
             training split out where there is no `val` or where `train_split` holds its records.
         val_fraction: share of the training split held out where there is no split to validate on.
+        feature_rms: feature vectors, also a frozen backbone's, are centred and scaled to this root
+            mean square over the training images; 0 leaves them as they are.
         empty: `keep` training images without labels (their target is END) or `drop` them.
         augment: flip and shift training pictures, where the backbone is trained.
         on_bad_image: `error` stops at an unreadable image, `skip` leaves it out and counts it.
@@ -272,6 +275,7 @@ class TrainConfig:
     learning_rate: float = 1e-3
     warm_scale: float = 0.3
     backbone_scale: float = 0.1
+    recurrent_scale: float = 1.0
     momentum: float = 0.9
     weight_decay: float = 1e-2
     batch_size: int = 128
@@ -293,6 +297,7 @@ class TrainConfig:
     train_split: str | None = None
     val_split: str | None = None
     val_fraction: float = 0.1
+    feature_rms: float = 0.25
     empty: Literal["keep", "drop"] = "keep"
     augment: bool = True
     on_bad_image: OnBadImage = "error"
@@ -331,9 +336,9 @@ class TrainConfig:
             f"val_split must be another split than train_split, got {self.val_split!r} for both",
         )
         _require(0 <= self.seed < 2**63, f"seed must be in 0..2^63-1, got {self.seed}")
-        for name in ("warm_scale", "finish_scale", "backbone_scale", "momentum", "weight_decay",
+        for name in ("warm_scale", "finish_scale", "backbone_scale", "recurrent_scale", "momentum", "weight_decay",
                      "warm_epochs", "epochs", "finish_epochs", "reorder_epochs", "aux_weight",
-                     "clip_norm", "workers"):  # fmt: skip
+                     "clip_norm", "feature_rms", "workers"):  # fmt: skip
             value = getattr(self, name)
             _require(value >= 0, f"{name} must be at least 0, got {value}")
 
@@ -341,12 +346,15 @@ class TrainConfig:
     def paper(cls) -> TrainConfig:
         """Return the paper's recipe: RMSprop, momentum 0.9, weight decay 1e-4, one stage.
 
-        Learning rate, batch size, epochs, patience and clipping are ours: the paper does not
-        state them.
+        Learning rate, batch size, epochs, patience, clipping and the size of the features are ours:
+        the paper does not state them. So are two things without which its literal cell does not
+        learn: weight decay stands beside the gradient (`fit.DecoupledRMSprop`), and the weights
+        from state to state, by which its states grow without bound, take steps of a hundredth.
         """
         return cls(
             optimizer="rmsprop",
             learning_rate=1e-4,
+            recurrent_scale=0.01,
             momentum=0.9,
             weight_decay=1e-4,
             batch_size=128,
@@ -355,6 +363,7 @@ class TrainConfig:
             finish_epochs=0,
             aux_weight=0.0,
             ema_decay=0.0,
+            feature_rms=1.0,
             augment=False,
         )
 

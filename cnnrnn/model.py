@@ -84,10 +84,17 @@ class Dropout(nn.Dropout):
 
 
 class Trunk(nn.Sequential):
-    """Dropout, and a hidden layer where `trunk_dim` is not 0, between image feature and head.
+    """What stands between image feature and head: scaling, dropout and, with `trunk_dim`, a layer.
 
     With `skip`, the image feature goes on beside the hidden layer: [hidden, feature].
+
+    Attributes:
+        feature_mean: [F] taken off the features; zeros in a new trunk.
+        feature_scale: [] they are multiplied with then; 1 in a new trunk.
     """
+
+    feature_mean: Tensor
+    feature_scale: Tensor
 
     def __init__(
         self,
@@ -101,20 +108,32 @@ class Trunk(nn.Sequential):
         if trunk_dim:
             layers += [nn.Linear(feature_dim, trunk_dim), nn.ReLU(), Dropout(hidden_dropout)]
         super().__init__(*layers)
+        self.register_buffer("feature_mean", torch.zeros(feature_dim))
+        self.register_buffer("feature_scale", torch.ones(()))
         self.skip = skip and trunk_dim > 0
         self.output_dim = (trunk_dim or feature_dim) + (feature_dim if self.skip else 0)
 
+    @torch.no_grad()
+    def fit_scale(self, features: Tensor, rms: float) -> None:
+        """Centre features and give them a common size, so that learning rates mean the same.
+
+        Args:
+            features: [n, F] of the training images.
+            rms: root of the mean square over all images and features that they get; features that
+                never change are left at 0.
+        """
+        mean = features.double().mean(0)
+        spread = (features.double() - mean).square().mean().sqrt()
+        self.feature_mean.copy_(mean)
+        self.feature_scale.fill_(rms / float(spread) if spread > 0 else 1.0)
+
     def forward(self, features: Tensor) -> Tensor:
         """Return what the head reads of image features: [B, F] to [B, output_dim]."""
-        hidden = features = self[0](features)
+        scaled = (features - self.feature_mean) * self.feature_scale
+        hidden = features = self[0](scaled)
         for layer in list(self)[1:]:
             hidden = layer(hidden)
         return torch.cat([hidden, features], dim=1) if self.skip else hidden
-
-
-def _embedding(rows: int, width: int) -> nn.Parameter:
-    bound = 1.0 / math.sqrt(width)
-    return nn.Parameter(torch.empty(rows, width).uniform_(-bound, bound))
 
 
 class Head(nn.Module):
@@ -191,8 +210,14 @@ class Head(nn.Module):
         self.prefix_bytes = PREFIX_BYTES
         self.cache_generation = 0
 
-        self.label_embedding = _embedding(num_labels + 2, joint_dim)
-        self.input_embedding = None if tied_embedding else _embedding(num_labels + 2, joint_dim)
+        bound = 1.0 / math.sqrt(joint_dim)
+        self.label_embedding = nn.Parameter(
+            torch.empty(num_labels + 2, joint_dim).uniform_(-bound, bound)
+        )
+        # As large as nn.Embedding's: the gates tell labels apart from the first step on.
+        self.input_embedding = (
+            None if tied_embedding else nn.Parameter(torch.randn(num_labels + 2, joint_dim))
+        )
         self.score_bias = nn.Parameter(torch.zeros(num_labels + 1)) if score_bias else None
         self.trunk = Trunk(feature_dim, trunk_dim, input_dropout, hidden_dropout, trunk_skip)
         width = self.trunk.output_dim

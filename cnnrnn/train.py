@@ -188,6 +188,8 @@ def train(
         _read_split(part, model, config, device, out, progress, ranks)
         for part in (train_data, val_data)
     )
+    if config.feature_rms and train_split.features is not None:
+        head.trunk.fit_scale(train_split.features, config.feature_rms)
     head.max_labels = max(int(train_split.targets.sum(1).max()), search_config.min_labels, 1)
     resolve_max_labels(head, search_config)  # fails now rather than after the first stage
     if ranks.first:
@@ -265,7 +267,38 @@ def train(
     if ranks.first:
         model = load_checkpoint(out / "best").to(device)
     inference, targets = _infer(model, val_split, config)
+    if ranks.first:
+        warn_if_not_learned(model.head, inference.sets, targets)
     return TrainResult(model, decision_metrics(inference, targets, model.calibration, k=3))
+
+
+VANISHED = 1e-6
+"""Recurrent weights that are all smaller say nothing of a path."""
+
+
+def warn_if_not_learned(head: Head, sets: Tensor, targets: Tensor) -> None:
+    """Warn where training has ended in a model that names nothing, or whose recurrence is gone.
+
+    Args:
+        head: trained.
+        sets: [n, L] bool of the best paths of the validation images.
+        targets: [n, L] bool.
+    """
+    if targets.any() and not sets.any():
+        warnings.warn(
+            f"the best path of all {len(sets)} validation images is empty: the label paths were "
+            "not learned. Train longer (--epochs, --patience), try another --learning_rate, or let "
+            "--search.min_labels forbid empty sets",
+            stacklevel=3,
+        )
+    weights = head.recurrence.weight_hh
+    if weights.requires_grad and float(weights.detach().abs().max()) < VANISHED:
+        warnings.warn(
+            f"the recurrent weights have vanished (none above {VANISHED:g}): what follows a label "
+            "no longer depends on those before it. Lower --weight_decay, or try another "
+            "--learning_rate",
+            stacklevel=3,
+        )
 
 
 @torch.no_grad()
@@ -525,11 +558,13 @@ def _path_stage(
 
     warm = bool(config.warm_epochs) and head.label_classifier is not None
     shared = [module for module in (head.trunk, head.label_classifier) if module is not None]
-    shared_parameters = {id(p) for module in shared for p in module.parameters()}
-    rest = [p for p in head.parameters() if id(p) not in shared_parameters]
+    recurrent = head.recurrence.weight_hh
+    apart = {id(recurrent), *(id(p) for module in shared for p in module.parameters())}
+    rest = [p for p in head.parameters() if id(p) not in apart]
     rate = config.learning_rate
     groups = [
         {"params": rest, "lr": rate},
+        {"params": [recurrent], "lr": rate * config.recurrent_scale},
         _group(shared, rate * (config.warm_scale if warm else 1.0)),
     ]
     if _trains_backbone(model):
