@@ -116,7 +116,7 @@ class ProbabilisticChain(nn.Module):
         """Estimate each label's probability from sets drawn along the chain.
 
         Sets are drawn label by label; the estimate is the mean over them of the label's probability
-        given the labels drawn before it.
+        given the labels drawn before it. The sets of a beam would give most rare labels 0.
 
         Args:
             features: [n, F].
