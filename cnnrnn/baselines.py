@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from cnnrnn.config import ModelConfig, TrainConfig
 from cnnrnn.decisions import mean_average_precision
@@ -25,12 +26,14 @@ from cnnrnn.losses import (
     squared_error,
     warp_loss,
 )
-from cnnrnn.metrics import best_k, best_threshold
+from cnnrnn.metrics import at_least, best_k, best_threshold, threshold_sets, top_k_sets
 from cnnrnn.model import Head, Trunk
 from cnnrnn.recurrence import LSTMRecurrence
 from cnnrnn.train import start_at_frequencies
 
-Loss = Literal["bce", "softmax", "warp", "squared", "asl"]
+Loss = Literal["bce", "softmax", "warp", "squared", "asl", "poly", "two-way", "zlpr", "db"]
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+"""[B, L] scores and [B, L] bool targets to [B] losses."""
 Scorer = Callable[[Tensor], Tensor]
 """Scores of feature vectors: [n, F] to [n, L], both on the CPU."""
 
@@ -47,7 +50,7 @@ class Objective:
     """What a loss is, and how its scores are read.
 
     Attributes:
-        loss: [B, L] scores and [B, L] bool targets to [B] losses.
+        loss: makes the loss for training targets [n, L] bool, on the device of the batches.
         read: [n, L] outputs of the network to what is ranked and cut.
         by_k: the scores are compared within an image, so that a number of labels per image is
             tried besides a threshold.
@@ -55,19 +58,65 @@ class Objective:
             term's does.
     """
 
-    loss: Callable[[Tensor, Tensor], Tensor]
+    loss: Callable[[Tensor], LossFunction]
     read: Callable[[Tensor], Tensor]
     by_k: bool = False
     starts_at_frequencies: bool = False
 
 
+def _plain(loss: LossFunction) -> Callable[[Tensor], LossFunction]:
+    """Return a loss that is the same for all training targets."""
+    return lambda targets: loss
+
+
+def _poly(targets: Tensor) -> LossFunction:
+    from timm.loss import PolyBinaryCrossEntropy
+
+    loss = PolyBinaryCrossEntropy(reduction="none")
+    return lambda scores, present: loss(scores, present).sum(1)
+
+
+def _two_way(targets: Tensor) -> LossFunction:
+    """One loss of the whole batch, as it compares images too: each image bears it."""
+    from timm.loss import TwoWayLoss
+
+    loss = TwoWayLoss()
+    return lambda scores, present: loss(scores, present).expand(len(scores))
+
+
+def _zlpr(targets: Tensor) -> LossFunction:
+    from timm.loss import ZlprLoss
+
+    loss: LossFunction = torch.vmap(ZlprLoss())
+    return loss
+
+
+def _distribution_balanced(targets: Tensor) -> LossFunction:
+    from timm.loss import DistributionBalancedLoss
+
+    loss = DistributionBalancedLoss(targets.sum(0), max(len(targets), 2), reduction="none")
+    loss.to(targets.device)
+    return lambda scores, present: loss(scores, present).sum(1)
+
+
 OBJECTIVES: dict[Loss, Objective] = {
-    "bce": Objective(binary_cross_entropy, torch.sigmoid, starts_at_frequencies=True),
-    "softmax": Objective(softmax_cross_entropy, lambda scores: scores.softmax(1), by_k=True),
-    "warp": Objective(warp_loss, lambda scores: scores, by_k=True),
-    "squared": Objective(squared_error, lambda scores: scores),
-    "asl": Objective(asymmetric_loss, torch.sigmoid, starts_at_frequencies=True),
+    "bce": Objective(_plain(binary_cross_entropy), torch.sigmoid, starts_at_frequencies=True),
+    "softmax": Objective(
+        _plain(softmax_cross_entropy), lambda scores: scores.softmax(1), by_k=True
+    ),
+    "warp": Objective(_plain(warp_loss), lambda scores: scores, by_k=True),
+    "squared": Objective(_plain(squared_error), lambda scores: scores),
+    "asl": Objective(_plain(asymmetric_loss), torch.sigmoid, starts_at_frequencies=True),
+    "poly": Objective(_poly, torch.sigmoid, starts_at_frequencies=True),
+    "two-way": Objective(_two_way, lambda scores: scores, by_k=True),
+    "zlpr": Objective(_zlpr, torch.sigmoid, by_k=True, starts_at_frequencies=True),
+    "db": Objective(_distribution_balanced, torch.sigmoid, starts_at_frequencies=True),
 }
+
+TIMM_LOSSES: tuple[Loss, ...] = ("poly", "two-way", "zlpr", "db")
+"""The losses that are timm's."""
+TIMM_WITH_LOSSES = (1, 0, 31)
+"""The first release of timm that has them."""
 
 
 @dataclass(frozen=True)
@@ -75,30 +124,51 @@ class Cut:
     """How scores become label sets: the k best of an image, or those from a threshold on.
 
     Attributes:
-        of1: O-F1 on the data that it was chosen on.
+        value: the measure that it was chosen by, on the data that it was chosen on.
         k: labels per image, or None.
         threshold: smallest score of a label that is taken, or None.
+        min_labels: sets of fewer labels take their best-scored ones besides.
     """
 
-    of1: float
+    value: float
     k: int | None = None
     threshold: float | None = None
+    min_labels: int = 0
+
+    def sets(self, scores: Tensor) -> Tensor:
+        """Return the label sets of scores [n, L]: [n, L] bool."""
+        if self.k is not None:
+            return top_k_sets(scores, self.k)
+        assert self.threshold is not None
+        return at_least(threshold_sets(scores, self.threshold), scores, self.min_labels)
 
 
-def choose_cut(scores: Tensor, targets: Tensor, by_k: bool = False) -> Cut:
-    """Choose the threshold, or with `by_k` the threshold or k, that has the best O-F1.
+def choose_cut(
+    scores: Tensor,
+    targets: Tensor,
+    by_k: bool = False,
+    metric: Literal["O-F1", "C-F1", "exact-match"] = "O-F1",
+) -> Cut:
+    """Choose the threshold, or with `by_k` the threshold or k, that is best on validation data.
+
+    A threshold is tried with and without the rule that a set has at least one label. Of equally
+    good cuts k is taken, then the one with that rule.
 
     Args:
         scores: [n, L] of the validation images.
         targets: [n, L] bool.
-        by_k: also try every k; of equally good ones k is taken.
+        by_k: also try every k, which goes by O-F1 or exact match alone.
+        metric: what to maximise.
     """
-    threshold, of1 = best_threshold(scores, targets)
+    cuts = []
     if by_k:
-        k, of1_at_k = best_k(scores, targets)
-        if of1_at_k >= of1:
-            return Cut(of1_at_k, k=k)
-    return Cut(of1, threshold=threshold)
+        assert metric != "C-F1"
+        k, value = best_k(scores, targets, metric)
+        cuts.append(Cut(value, k=k))
+    for min_labels in (1, 0):
+        threshold, value = best_threshold(scores, targets, metric, min_labels)
+        cuts.append(Cut(value, threshold=threshold, min_labels=min_labels))
+    return max(cuts, key=lambda cut: cut.value)
 
 
 class IndependentClassifier(nn.Module):
@@ -182,6 +252,7 @@ def train_independent(
     objective = OBJECTIVES[loss]
     if objective.starts_at_frequencies and isinstance(model, IndependentClassifier):
         start_at_frequencies(model.classifier, train_split.targets)
+    loss_of = objective.loss(train_split.targets.to(device))
 
     def validate() -> Validation:
         scores = predicted_scores(model, val_split, loss)
@@ -190,37 +261,85 @@ def train_independent(
                 f"the scores of the validation images are no longer finite under loss {loss}; "
                 "lower learning_rate"
             )
-        of1 = choose_cut(scores, val_split.targets, objective.by_k).of1
+        of1 = choose_cut(scores, val_split.targets, objective.by_k).value
         mean_ap = mean_average_precision(scores, val_split.targets)
         return Validation(of1 + mean_ap, {"O-F1": of1, "mAP": mean_ap})
 
     def batch_loss(batch: Batch) -> Tensor:
-        return objective.loss(model(batch.inputs), batch.targets)
+        return loss_of(model(batch.inputs), batch.targets)
 
+    train_in_two_stages(loss, model, batch_loss, validate, train_split, config, log=log, say=say)
+    return model
+
+
+def train_in_two_stages(
+    name: str,
+    model: nn.Module,
+    loss: Callable[[Batch], Tensor],
+    validate: Callable[[], Validation],
+    train_split: Split,
+    config: TrainConfig,
+    *,
+    log: Log | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Train a module with the epochs of the path model, and restore its best epoch.
+
+    Args:
+        name: for messages and the log.
+        model: trained in place.
+        loss: [B] losses of a batch.
+        validate: measures the module, in eval mode.
+        train_split: training features.
+        config: the recipe; its seed draws the order of the images.
+        log: gets one record per epoch.
+        say: gets one line per epoch.
+
+    Raises:
+        NonFiniteLossError: the loss stopped being finite.
+    """
     generator = torch.Generator().manual_seed(config.seed)
+    device = next(model.parameters()).device
     best = None
     stages = (
         ("first", config.warm_epochs + config.epochs, 1.0),
         ("second", config.finish_epochs, config.finish_scale),
     )
-    for name, epochs, scale in stages:
+    for stage_name, epochs, scale in stages:
         if epochs:
             group = {"params": list(model.parameters()), "lr": config.learning_rate * scale}
-            stage = Stage(f"{loss} {name}", epochs, model, [group], batch_loss, validate)
+            stage = Stage(f"{name} {stage_name}", epochs, model, [group], loss, validate)
             best = run_stage(
                 stage, train_split, config,
                 device=device, generator=generator, log=log or Log(None), say=say, best=best,
             )  # fmt: skip
-    return model
 
 
 @torch.no_grad()
+def network_outputs(model: nn.Module, features: Tensor) -> Tensor:
+    """Return what a network gives for feature vectors [n, F]: [n, L] on the CPU."""
+    device = next(model.parameters()).device
+    return torch.cat([model(part.to(device)).float().cpu() for part in features.split(4096)])
+
+
 def predicted_scores(model: nn.Module, split: Split, loss: Loss) -> Tensor:
     """Return scores [n, L] on the CPU, read as the loss means them."""
     assert split.features is not None
-    device = next(model.parameters()).device
-    parts = [model(part.to(device)).float().cpu() for part in split.features.split(4096)]
-    return OBJECTIVES[loss].read(torch.cat(parts))
+    return OBJECTIVES[loss].read(network_outputs(model, split.features))
+
+
+def product_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return log P(the whole set), the product over labels of what is said of each.
+
+    Args:
+        logits: [n, L] of each label's probability, on the device of `targets`.
+        targets: [n, L] bool.
+
+    Returns:
+        [n] float64.
+    """
+    wide = logits.double()
+    return functional.logsigmoid(torch.where(targets, wide, -wide)).sum(1)
 
 
 def remove_recurrence(head: Head) -> None:
@@ -303,7 +422,56 @@ def fit_linear_svm(train_split: Split, C: float) -> Scorer:
     return score
 
 
-def fit_classifier_chain(train_split: Split, C: float) -> Scorer:
+@dataclass(frozen=True, eq=False)
+class FittedChain:
+    """A fitted chain of logistic regressions.
+
+    Attributes:
+        chain: scikit-learn's, or None where no label varies.
+        learnable: the labels in it.
+        scale: features are divided by it.
+        shares: [L] share of the training images that have each label; (c + 1/2) / (n + 1) of c
+            among n, so that nothing is impossible.
+        constant: [L] float32, 1 for a label that all training images have.
+    """
+
+    chain: Any
+    learnable: list[int]
+    scale: np.float32
+    shares: Tensor
+    constant: npt.NDArray[np.float32]
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Return probabilities [n, L], each given the labels predicted before it."""
+        scores = np.tile(self.constant, (len(features), 1))
+        if self.chain is not None and len(features):
+            scores[:, self.learnable] = self.chain.predict_proba(features.numpy() / self.scale)
+        return torch.from_numpy(scores)
+
+    def set_log_probs(self, features: Tensor, targets: Tensor) -> Tensor:
+        """Return log P(the whole set), each label given the true ones before it.
+
+        A label that is not in the chain has its share of the training images as probability.
+
+        Args:
+            features: [n, F].
+            targets: [n, L] bool.
+
+        Returns:
+            [n] float64.
+        """
+        logits = self.shares.logit().expand(len(features), -1).clone()
+        if self.chain is not None and len(features):
+            scaled = features.numpy() / self.scale
+            labels = [self.learnable[i] for i in self.chain.order_]
+            before = targets[:, labels].numpy().astype(np.float32)
+            for i, (label, machine) in enumerate(zip(labels, self.chain.estimators_, strict=True)):
+                read = np.concatenate([scaled, before[:, :i]], axis=1)
+                logits[:, label] = torch.from_numpy(machine.decision_function(read))
+        return product_log_probs(logits, targets)
+
+
+def fit_classifier_chain(train_split: Split, C: float) -> FittedChain:
     """Fit scikit-learn's `ClassifierChain` of logistic regressions, most frequent label first.
 
     Read et al. (Machine Learning, 2011): each label's classifier reads the features and the labels
@@ -330,13 +498,8 @@ def fit_classifier_chain(train_split: Split, C: float) -> Scorer:
         chain = ClassifierChain(logistic, order=order)
         chain.fit(features, targets[:, learnable].numpy().astype(np.float32))
 
-    def score(features: Tensor) -> Tensor:
-        scores = np.tile(constant, (len(features), 1))
-        if chain is not None and len(features):
-            scores[:, learnable] = chain.predict_proba(features.numpy() / scale)
-        return torch.from_numpy(scores)
-
-    return score
+    shares = (targets.sum(0).double() + 0.5) / (len(targets) + 1)
+    return FittedChain(chain, learnable, scale, shares, constant)
 
 
 def _scaled(split: Split) -> tuple[npt.NDArray[np.float32], np.float32]:

@@ -469,7 +469,7 @@ def _compare(parser: ArgumentParser, options: Namespace) -> int:
     count = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
     labels = len(dataset.label_names)
     print(f"{options.data}, {options.test_split}: {images:,} images, {labels} labels, per cent, "
-          f"{count}, * best of its column")  # fmt: skip
+          f"{count}, NLL in nats, * best of its column")  # fmt: skip
     print(text_table(rows))
     print(f"also in {out / 'table.md'}; all figures: {out / 'results.json'}")
     return 0

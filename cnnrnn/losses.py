@@ -133,9 +133,10 @@ def warp_loss(label_scores: Tensor, targets: Tensor) -> Tensor:
     """Weighted approximate-rank pairwise loss (Weston et al., IJCAI 2011; Gong et al., 2013).
 
     A present label j is violated by the absent labels k with 1 + f_k > f_j. With r of them it
-    costs (1 + 1/2 + ... + 1/r) / r * sum_k (1 - f_j + f_k). That is the expectation of what the
-    papers sample: there, labels are drawn until one violates, and the draws estimate r. Counted
-    exactly, nothing is random. The factor before the sum has no gradient.
+    costs (1 + 1/2 + ... + 1/r) / r * sum_k (1 - f_j + f_k): WSABIE's error with the rank r counted.
+    The papers sample: absent labels are drawn until one violates, that one's margin is taken, and
+    floor((L - 1) / N) after N draws stands for r. That estimate is biased, so this loss is not the
+    expectation of theirs. The factor before the sum has no gradient.
 
     Args:
         label_scores: [B, L] f, compared among the labels of an image.

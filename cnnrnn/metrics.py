@@ -7,13 +7,17 @@ C-* averages over labels, O-* pools all (image, label) pairs (Wang et al., CVPR 
 The definitions that the paper leaves open:
 
 - C-P averages over all L labels; a label that is never predicted has precision 0 and counts.
-- C-R and mAP average over the labels that have positives; the others are left out and counted.
-- C-F1 is the harmonic mean of C-P and C-R, as in the paper's tables.
-- MAP@k averages over the images that have labels; AP@k divides by min(k, labels of the image).
+- C-R, macro-F1 and mAP average over the labels that have positives; the others are left out and
+  counted.
+- C-F1 is the harmonic mean of C-P and C-R, as in the paper's tables; macro-F1 is the mean of each
+  label's own F1.
+- MAP@k and LRAP average over the images that have labels; AP@k divides by min(k, labels of the
+  image).
 - O-P with nothing predicted, O-R and O-F1 without any positive are 0.
 - A label that is unknown in an image, such as VOC's difficult ones, counts neither as present nor
   as absent: a prediction of it is neither right nor wrong, and its score is in no ranking.
-- An average over nothing (C-R, C-F1, mAP, MAP@k where no image has a label) is NaN.
+- An average over nothing (C-R, C-F1, macro-F1, mAP, MAP@k and LRAP where no image has a label) is
+  NaN.
 
 Sums are in float64, on the device of the first argument; the others are moved there.
 """
@@ -65,6 +69,30 @@ def cut_to_k(sets: Tensor, scores: Tensor, k: int) -> Tensor:
     return _first_k_members(sets, _ranking(scores), k)
 
 
+def at_least(sets: Tensor, scores: Tensor, count: int) -> Tensor:
+    """Add to each set of fewer than `count` labels its best-scored others, ties to the lower index.
+
+    Args:
+        sets: [n, L] bool.
+        scores: [n, L] floating point.
+        count: at least 0; 0 adds nothing, more than L takes all.
+
+    Returns:
+        [n, L] bool.
+
+    Raises:
+        ValueError: when `scores` has another shape or type than [n, L] floating point, or holds
+            NaN, or count is below 0.
+    """
+    if count < 0:
+        raise ValueError(f"count must be at least 0, got {count}")
+    ranking = _ranking(_checked_scores(scores, like=sets))
+    others = ~sets.gather(1, ranking)
+    missing = (count - sets.sum(1, keepdim=True)).clamp(min=0)
+    added = others & (others.cumsum(1) <= missing)
+    return sets | torch.zeros_like(sets).scatter_(1, ranking, added)
+
+
 def threshold_sets(scores: Tensor, threshold: float | Tensor) -> Tensor:
     """Take the labels whose score is at least the threshold.
 
@@ -94,7 +122,10 @@ def threshold_sets(scores: Tensor, threshold: float | Tensor) -> Tensor:
 
 
 def best_threshold(
-    scores: Tensor, targets: Tensor, metric: Literal["O-F1", "C-F1", "exact-match"] = "O-F1"
+    scores: Tensor,
+    targets: Tensor,
+    metric: Literal["O-F1", "C-F1", "exact-match"] = "O-F1",
+    min_labels: int = 0,
 ) -> tuple[float, float]:
     """Find the one threshold for all labels that gives the best O-F1, C-F1 or exact match.
 
@@ -106,6 +137,7 @@ def best_threshold(
         scores: [n, L] floating point; one column calibrates one label.
         targets: [n, L] bool or 0/1 integers.
         metric: what to maximise.
+        min_labels: sets of fewer labels are filled up, see `at_least`.
 
     Returns:
         The threshold, exact in the type of `scores`, and the metric's value with it.
@@ -118,6 +150,10 @@ def best_threshold(
         raise ValueError(f"metric must be O-F1, C-F1 or exact-match, got {metric!r}")
     scores = _checked_scores(scores)
     targets = _checked_targets(targets, scores, "scores")
+    if min_labels:
+        # A label that is in the set under every cut counts as if it had the highest score of all.
+        always = at_least(torch.zeros_like(targets), scores, min_labels)
+        scores = torch.where(always, scores.max(), scores)
 
     sorted_scores = scores.flatten().sort().values
     if metric != "exact-match" and not bool(targets.any()):
@@ -256,6 +292,28 @@ def map_at_k(scores: Tensor, targets: Tensor, k: int = 10) -> float:
     return _map_at_k(_ranking(scores), targets, k)
 
 
+def label_ranking_precision(scores: Tensor, targets: Tensor) -> float:
+    """Compute the label ranking average precision (LRAP).
+
+    The mean over images of the mean over their true labels j of (true labels that score at least
+    as much as j) / (labels that score at least as much as j), j itself counted. Equal scores share
+    the worst of their ranks, as in scikit-learn's `label_ranking_average_precision_score`, which
+    counts an image without labels as 1 and does not leave it out.
+
+    Args:
+        scores: [n, L] floating point.
+        targets: [n, L] bool or 0/1 integers; images without labels are left out.
+
+    Returns:
+        LRAP, NaN where no image has a label.
+
+    Raises:
+        ValueError: when shapes, types or values are wrong, or there is no image.
+    """
+    scores = _checked_scores(scores)
+    return _label_ranking_precision(scores, _checked_targets(targets, scores, "scores"))
+
+
 def multilabel_metrics(
     predictions: Tensor,
     targets: Tensor,
@@ -269,10 +327,12 @@ def multilabel_metrics(
 
     Keys about sets: `C-P`, `C-R`, `C-F1`, `O-P`, `O-R`, `O-F1` (definitions at the head of this
     module; in particular C-P averages over all L labels, and one never predicted counts as 0),
-    `exact-match` (share of images whose whole set is right), `example-F1` (mean over images of
-    the F1 of the image's set; 1 where both sets are empty), and the counts
+    `macro-F1` (mean over labels of the label's F1), `exact-match` (share of images whose whole set
+    is right), `example-F1` and `Jaccard` (mean over images of the F1 of the image's set A, and of
+    |A and B| / |A or B| with the true set B; 1 where both are empty), `Hamming` (the loss: share of
+    wrong pairs of image and label, those that are unknown left out), and the counts
     `labels-never-predicted` and `mean-labels-predicted`.
-    Keys about the ranking: `MAP@10`, `mAP`, `mAP-11pt`.
+    Keys about the ranking: `MAP@10`, `mAP`, `mAP-11pt`, and `LRAP`, see `label_ranking_precision`.
     Keys about the data: `images`, `images-without-labels`, `labels-without-positives`,
     `mean-labels-true`, and with `unknown` also `labels-unknown`, the pairs of image and label.
 
@@ -331,7 +391,7 @@ def multilabel_metrics(
     if sets is not None:
         if unknown is not None:
             sets = sets & ~unknown
-        measures |= _set_measures(sets, targets)
+        measures |= _set_measures(sets, targets, unknown)
     if scores is not None and ranking is not None:
         if unknown is not None:
             # Behind all others, also behind those of score -inf.
@@ -341,6 +401,7 @@ def multilabel_metrics(
         measures["MAP@10"] = _map_at_k(ranking, targets, 10)
         measures["mAP"] = float(all_point.nanmean())
         measures["mAP-11pt"] = float(eleven_point.nanmean())
+        measures["LRAP"] = _label_ranking_precision(scores, targets, unknown)
     measures["images"] = len(targets)
     measures["images-without-labels"] = int((~targets.any(1)).sum())
     measures["labels-without-positives"] = int((~targets.any(0)).sum())
@@ -532,7 +593,8 @@ def _per_label(sets: Tensor, targets: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _set_measures(sets: Tensor, targets: Tensor) -> dict[str, float]:
+def _set_measures(sets: Tensor, targets: Tensor, unknown: Tensor | None = None) -> dict[str, float]:
+    """Measure sets; neither they nor the targets hold an unknown label."""
     per_label = _per_label(sets, targets)
     class_precision = float(per_label["precision"].mean())
     class_recall = float(per_label["recall"].nanmean())
@@ -542,9 +604,12 @@ def _set_measures(sets: Tensor, targets: Tensor) -> dict[str, float]:
         per_label[key].sum() for key in ("correct", "predicted", "positives")
     )
 
-    set_sizes, target_sizes = sets.sum(1), targets.sum(1)
-    image_f1 = _f1((sets & targets).sum(1), set_sizes, target_sizes)
-    image_f1[(set_sizes == 0) & (target_sizes == 0)] = 1.0
+    set_sizes, target_sizes, shared = sets.sum(1), targets.sum(1), (sets & targets).sum(1)
+    either = set_sizes + target_sizes - shared
+    image_f1 = _f1(shared, set_sizes, target_sizes).masked_fill(either == 0, 1.0)
+    jaccard = _ratio(shared, either).masked_fill(either == 0, 1.0)
+    wrong = (sets ^ targets).sum().double()
+    pairs = targets.numel() - (0 if unknown is None else int(unknown.sum()))
     return {
         "C-P": class_precision,
         "C-R": class_recall,
@@ -552,8 +617,11 @@ def _set_measures(sets: Tensor, targets: Tensor) -> dict[str, float]:
         "O-P": float(_ratio(correct, predicted)),
         "O-R": float(_ratio(correct, positives)),
         "O-F1": float(_f1(correct, predicted, positives)),
+        "macro-F1": float(per_label["F1"].nanmean()),
         "exact-match": float((sets == targets).all(1).double().mean()),
         "example-F1": float(image_f1.mean()),
+        "Jaccard": float(jaccard.mean()),
+        "Hamming": float(wrong / pairs),
     }
 
 
@@ -564,6 +632,19 @@ def _map_at_k(ranking: Tensor, targets: Tensor, k: int) -> float:
     sizes = targets.sum(1)
     image_ap = (precision * hits).sum(1) / sizes.clamp(max=k)
     return float(image_ap[sizes > 0].mean())
+
+
+def _label_ranking_precision(
+    scores: Tensor, targets: Tensor, unknown: Tensor | None = None
+) -> float:
+    order = _ranking(scores)
+    hits = targets.gather(1, order)
+    ranked = hits.new_ones(hits.shape) if unknown is None else ~unknown.gather(1, order)
+    falling = -scores.gather(1, order)
+    ends = torch.searchsorted(falling, falling, right=True) - 1  # of each run of equal scores
+    precision = _ratio(hits.cumsum(1), ranked.cumsum(1)).gather(1, ends)
+    sizes = targets.sum(1)
+    return float(_ratio((precision * hits).sum(1), sizes)[sizes > 0].mean())
 
 
 def _counts_at_positives(sorted_scores: Tensor, positive_scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from cnnrnn.baselines import (
     fit_linear_svm,
     fit_nearest_neighbours,
     predicted_scores,
+    product_log_probs,
     remove_recurrence,
     train_independent,
 )
@@ -67,7 +68,7 @@ def test_a_network_learns_and_is_restored_to_its_best_epoch(loss):
     assert any(line.startswith(f"{loss} second") for line in said)
     scores = predicted_scores(model, val, loss)
     assert scores.isfinite().all()
-    assert choose_cut(scores, val.targets, OBJECTIVES[loss].by_k).of1 > 0.8
+    assert choose_cut(scores, val.targets, OBJECTIVES[loss].by_k).value > 0.8
 
 
 def test_the_joint_embedding_ranks_by_inner_products():
@@ -86,13 +87,95 @@ def test_the_cut_is_k_or_a_threshold_whichever_is_better():
     targets = torch.eye(3, dtype=torch.bool)
     by_image = torch.tensor([[9.0, 1, 1], [1, 3, 1], [5, 5, 6]])  # best first, scales differ
     cut = choose_cut(by_image, targets, by_k=True)
-    assert (cut.k, cut.threshold, cut.of1) == (1, None, 1.0)
+    assert (cut.k, cut.threshold, cut.value) == (1, None, 1.0)
     assert choose_cut(by_image, targets).k is None
     by_threshold = torch.tensor([[2.0, 2, 0], [0, 0, 0], [0, 0, 0]])
     both = torch.tensor([[1, 1, 0], [0, 0, 0], [0, 0, 0]], dtype=torch.bool)
     cut = choose_cut(by_threshold, both, by_k=True)
-    assert (cut.k, cut.threshold, cut.of1) == (None, 1.0, 1.0)
+    assert (cut.k, cut.threshold, cut.value) == (None, 1.0, 1.0)
     assert choose_cut(targets.float(), targets, by_k=True).k == 1  # of equally good ones k
+
+
+def test_a_set_has_a_label_where_that_is_as_good():
+    scores = torch.tensor([[0.9, 0.2], [0.3, 0.4]])
+    some = torch.tensor([[True, False], [False, True]])
+    cut = choose_cut(scores, some)
+    assert (cut.threshold, cut.min_labels, cut.value) == (pytest.approx(0.6), 1, 1.0)
+    dim = torch.tensor([[0.1, 0.2], [0.7, 0.6]])
+    assert cut.sets(dim).tolist() == [[False, True], [True, True]]
+    none = torch.tensor([[True, False], [False, False]])
+    cut = choose_cut(scores, none)
+    assert (cut.threshold, cut.min_labels, cut.value) == (pytest.approx(0.65), 0, 1.0)
+    assert cut.sets(dim).tolist() == [[False, False], [True, False]]
+    assert choose_cut(scores, some, by_k=True).sets(dim).tolist() == [[False, True], [True, False]]
+
+
+# timm's losses, one by one as their papers have them.
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(7, 5, generator=generator, dtype=torch.float32).requires_grad_()
+    targets = torch.rand(7, 5, generator=generator) < 0.4
+    targets[2] = False
+    targets[:, 3] = False
+    return scores, targets
+
+
+def loss_of(name, scores, targets):
+    return OBJECTIVES[name].loss(targets)(scores, targets)
+
+
+def test_poly_is_cross_entropy_and_its_first_term(batch):
+    scores, targets = batch
+    p = torch.where(targets, scores.sigmoid(), 1 - scores.sigmoid())
+    torch.testing.assert_close(loss_of("poly", *batch), (-p.log() + 2 * (1 - p)).sum(1))
+
+
+def test_zlpr_holds_labels_against_zero(batch):
+    scores, targets = batch
+    absent = 1 + (scores.exp() * ~targets).sum(1)
+    present = 1 + ((-scores).exp() * targets).sum(1)
+    losses = loss_of("zlpr", *batch)
+    torch.testing.assert_close(losses, absent.log() + present.log())
+    (gradient,) = torch.autograd.grad(losses.sum(), scores)
+    assert gradient.isfinite().all()
+
+
+def test_two_way_is_the_loss_of_the_batch(batch):
+    def one_way(scores, targets):
+        losses = []
+        for f, present in zip(scores, targets, strict=True):
+            if present.any():
+                hard_absent = f[~present].logsumexp(0)
+                hard_present = 4 * (-f[present] / 4).logsumexp(0)
+                losses.append((1 + (hard_absent + hard_present).exp()).log())
+        return torch.stack(losses).mean()
+
+    scores, targets = batch
+    expected = one_way(scores, targets) + one_way(scores.T, targets.T)
+    torch.testing.assert_close(loss_of("two-way", *batch), expected.expand(7))
+
+
+def test_distribution_balanced_weighs_by_the_training_images(batch):
+    scores, targets = batch
+    counts, n = targets.sum(0).clamp(1, 6).float(), len(targets)
+    share = (1 / counts) / (targets / counts).sum(1, keepdim=True)
+    weight = (10 * (share - 0.2)).sigmoid() + 0.1
+    z = scores - (n / counts - 1).log() * 0.05 / 2
+    present = 2 * (-z).sigmoid() ** 2 * (1 + (-z).exp()).log()
+    absent = 2 * (2 * z).sigmoid() ** 2 * (1 + (2 * z).exp()).log() / 2
+    expected = (weight * torch.where(targets, present, absent)).sum(1)
+    torch.testing.assert_close(loss_of("db", *batch), expected)
+
+
+def test_the_product_of_probabilities_does_not_underflow():
+    logits = torch.tensor([[1.0, -2.0], [-1e4, 1e4]])
+    targets = torch.tensor([[True, False], [True, False]])
+    p = logits[0].double().sigmoid()
+    expected = torch.stack([p[0].log() + (1 - p[1]).log(), torch.tensor(-2e4).double()])
+    torch.testing.assert_close(product_log_probs(logits, targets), expected)
 
 
 def random_head(cell="lstm", labels=5):
@@ -174,7 +257,7 @@ def test_nearest_neighbours_are_the_loop(neighbours):
 def test_classical_methods_learn_whatever_the_scale(fit):
     train_split, val = separable(300, 0), separable(100, 1)
     scores = fit(train_split, 10.0)(val.features)
-    assert choose_cut(scores, val.targets).of1 > 0.95
+    assert choose_cut(scores, val.targets).value > 0.95
     scaled = split_of(train_split.features * 256, train_split.targets)
     torch.testing.assert_close(fit(scaled, 10.0)(val.features * 256), scores)
     assert fit(train_split, 10.0)(val.features[:0]).shape == (0, 4)
@@ -235,3 +318,28 @@ def test_labels_that_none_or_all_of_the_training_images_have(
     scores = fit(train_split, value)(val.features)
     assert (scores[:, 0] == least).all() and (scores[:, -1] == most).all()
     assert not scores.isnan().any()
+
+
+def test_a_chain_gives_all_sets_together_probability_one():
+    train_split, val = with_constant_labels(separable(100, 0)), separable(5, 1)
+    train_split = split_of(train_split.features, train_split.targets[:, [0, 1, 2, 5]])
+    chain = fit_classifier_chain(train_split, 1.0)
+    total = torch.zeros(5, dtype=torch.float64)
+    for number in range(16):
+        present = torch.tensor([bool(number >> i & 1) for i in range(4)])
+        total += chain.set_log_probs(val.features, present.expand(5, 4)).exp()
+    torch.testing.assert_close(total, torch.ones(5, dtype=torch.float64))
+
+
+def test_a_chain_reads_the_true_labels_before_each():
+    train_split, val = separable(300, 0), separable(50, 1)
+    chain = fit_classifier_chain(train_split, 10.0)
+    expected = torch.zeros(50, dtype=torch.float64)
+    order = train_split.targets.sum(0).argsort(descending=True, stable=True).tolist()
+    scaled = val.features / train_split.features.norm(dim=1).mean()
+    for i, label in enumerate(order):
+        read = torch.cat([scaled, val.targets[:, order[:i]].float()], dim=1)
+        p = torch.as_tensor(chain.chain.estimators_[i].predict_proba(read)).double()
+        expected += p.gather(1, val.targets[:, label, None].long())[:, 0].log()
+    found = chain.set_log_probs(val.features, val.targets)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

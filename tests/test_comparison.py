@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,9 +23,9 @@ from cnnrnn.comparison import (
     compared_splits,
     frozen_features,
 )
-from cnnrnn.comparison.methods import Scored
+from cnnrnn.comparison.methods import Fitted, Scored, mixture_log_probs
 from cnnrnn.comparison.results import Results, table_cells
-from cnnrnn.comparison.run import _own_exact_match, ensemble_seeds
+from cnnrnn.comparison.run import _judge, _test_nll, ensemble_seeds
 from cnnrnn.config import CompareConfig, ModelConfig, SearchConfig, TrainConfig
 from cnnrnn.data import DataError, Dataset, load_dataset
 from cnnrnn.fit import NonFiniteLossError
@@ -35,6 +36,10 @@ SEARCH = SearchConfig(beam_size=4)
 QUICK = TrainConfig(device="cpu", epochs=25, finish_epochs=15, batch_size=32,
                     learning_rate=1e-2)  # fmt: skip
 HASTY = replace(QUICK, epochs=1, finish_epochs=0)
+
+
+SET_PROBABILITIES = {"cnn-rnn", "cnn-rnn-plain", "no-rnn", "bce", "bce-linear", "pcc", "chains",
+                     "ensemble-bce", "ensemble-cnn-rnn"}  # fmt: skip
 
 
 def write_separable(file, splits=(("train", 400), ("val", 100), ("test", 100))):
@@ -56,7 +61,7 @@ def separable(tmp_path) -> Dataset:
 
 def test_every_method_learns_a_separable_problem(separable, tmp_path):
     lines = []
-    methods = ("cnn-rnn", "bce", "softmax", "svm", "ensemble-bce")
+    methods = ("cnn-rnn", "bce", "softmax", "pcc", "svm", "ensemble-bce")
     rows = compare(
         separable, tmp_path / "out", HEAD, SEARCH, QUICK,
         CompareConfig(seeds=(0,), methods=methods, settings=1, members=2), say=lines.append,
@@ -64,11 +69,13 @@ def test_every_method_learns_a_separable_problem(separable, tmp_path):
     assert [row.title for row in rows] == [
         title for name in methods for title in METHODS[name].rows
     ]
-    assert len(lines) == 5
+    assert len(lines) == 6
     by_title = {row.title: row for row in rows}
     assert by_title["CNN-RNN, best path"].own["O-F1"] > 0.97
     assert by_title["CNN-RNN, best path"].own["exact-match"] > 0.9
-    for title in ("CNN-RNN, thresholded", "binary cross-entropy", "linear SVM"):
+    assert by_title["probabilistic chain, best set"].own["exact-match"] > 0.9
+    for title in ("CNN-RNN, thresholded", "binary cross-entropy", "linear SVM",
+                  "probabilistic chain, thresholded"):  # fmt: skip
         assert by_title[title].own["O-F1"] > 0.95
     assert by_title["softmax"].own["O-F1"] < by_title["binary cross-entropy"].own["O-F1"]
     assert by_title["binary cross-entropy"].setting == {"learning_rate": 1e-2}
@@ -85,10 +92,14 @@ def test_the_whole_table_once(separable, tmp_path):
         seeds = [row.seed for row in rows if row.title == method.rows[0]]
         assert seeds == ([3, 1] if method.seeded and method.base is None else [3])
     for row in rows:
-        path = row.title.endswith("best path")
-        assert all(0 <= f <= 1 or math.isnan(f) for f in row.figures())
+        path = row.title.endswith(("best path", "best set"))
+        measures = dict(zip(COLUMNS, row.figures(), strict=True))
+        probable = row.method in SET_PROBABILITIES
+        assert 0 < measures.pop("NLL") < math.inf if probable else math.isnan(measures.pop("NLL"))
+        assert all(0 <= f <= 1 or math.isnan(f) for f in measures.values())
         assert math.isnan(row.own_c_f1) == math.isnan(row.own_exact) == path
-        assert list(row.decision) == ["path"] if path else len(row.decision) == 1
+        decisions = [["path"]] if path else [["k"], ["threshold", "min_labels"]]
+        assert list(row.decision) in decisions
         assert row.own["images"] == 100 and row.at_3["mean-labels-predicted"] <= 3
     markdown = (tmp_path / "table.md").read_text().splitlines()
     assert len(markdown) == len(titles) + 2
@@ -153,6 +164,43 @@ def test_a_second_call_goes_on_where_the_first_stopped(separable, tmp_path, monk
     compare(separable, tmp_path, HEAD, SEARCH, replace(HASTY, workers=1), more, say=said.append)
     assert len(said) == 5
     assert not list(tmp_path.glob(".*"))
+
+
+def test_the_nll_of_an_ensemble_is_that_of_the_mixture(separable, tmp_path):
+    methods = ("cnn-rnn", "bce", "ensemble-bce", "ensemble-cnn-rnn")
+    config = CompareConfig(seeds=(0, 1), methods=methods, settings=1, members=2)
+    rows = compare(separable, tmp_path, HEAD, SEARCH, HASTY, config)
+    nll = {(row.method, row.seed): row.nll for row in rows}
+    for base in ("bce", "cnn-rnn"):
+        members = nll[base, 0], nll[base, 1]
+        assert nll[f"ensemble-{base}", 0] < sum(members) / 2  # by Jensen's inequality
+        assert nll[f"ensemble-{base}", 0] > sum(members) / 2 - math.log(2)
+    assert not any(row.nll_is_bound for row in rows)
+    log_probs = [torch.tensor([0.5, 0.2]).double().log(), torch.tensor([0.1, 0.4]).double().log()]
+    torch.testing.assert_close(
+        mixture_log_probs(log_probs).exp(), torch.tensor([0.3, 0.3]).double()
+    )
+
+
+def test_another_order_gives_a_bound(separable, tmp_path):
+    config = CompareConfig(seeds=(0,), methods=("cnn-rnn", "bce"), settings=1)
+    rows = compare(separable, tmp_path, HEAD, replace(SEARCH, order="unique"), HASTY, config)
+    assert [row.nll_is_bound for row in rows] == [True, True, False]
+    assert comparison.markdown_table(rows).count("≤ ") == 2
+    assert (
+        compare(separable, tmp_path, HEAD, replace(SEARCH, order="unique"), HASTY, config) == rows
+    )
+
+
+def test_images_with_unknown_labels_have_no_true_set():
+    unknown = torch.tensor([[False, True], [False, False], [False, False]])
+    fitted = Fitted(0.0, lambda split: [], lambda split: torch.tensor([-9.0, -1.0, -2.0]))
+    dataset = SimpleNamespace(unknown_indptr=None)
+    judging = SimpleNamespace(test=SimpleNamespace(dataset=dataset))
+    assert _test_nll(judging, fitted) == 4.0
+    dataset.unknown_indptr, dataset.unknown_matrix = np.zeros(4), lambda: unknown
+    assert _test_nll(judging, fitted) == 1.5
+    assert math.isnan(_test_nll(judging, Fitted(0.0, lambda split: [])))
 
 
 def test_an_ensemble_of_other_members_is_made_anew(separable, tmp_path):
@@ -304,6 +352,22 @@ def test_what_scikit_learn_is_needed_for_is_said_before_anything_runs(monkeypatc
     assert len(chosen_methods(CompareConfig(methods=("bce",)), HEAD, SEARCH)) == 1
 
 
+@pytest.mark.parametrize(("found", "shown"), [("1.0.30", "1.0.30"), (None, "none")])
+def test_an_old_timm_is_named_before_anything_runs(monkeypatch, found, shown):
+    def version(name):
+        if found is None:
+            raise PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr("cnnrnn.comparison.methods.version", version)
+    message = f"^poly, two-way, zlpr, db need timm 1.0.31 or newer, got {shown}: .*leave them out"
+    with pytest.raises(ModuleNotFoundError, match=message):
+        chosen_methods(CompareConfig(), HEAD, SEARCH)
+    assert len(chosen_methods(CompareConfig(methods=("bce",)), HEAD, SEARCH)) == 1
+    found = "1.1.0.dev0"
+    assert len(chosen_methods(CompareConfig(methods=("zlpr",)), HEAD, SEARCH)) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"seeds": ()}, "at least one seed"), ({"seeds": (1, 1)}, r"distinct, got \[1, 1\]"),
@@ -329,18 +393,34 @@ def test_exact_match_by_a_cut_of_its_own():
     """A k of 2 suits the images of two labels, whatever the threshold for O-F1 says."""
     targets = torch.tensor([[True, True, False], [False, True, True]]).repeat(5, 1)
     scores = torch.tensor([[0.9, 0.8, 0.7], [0.1, 0.3, 0.2]]).repeat(5, 1)
-    split = SimpleNamespace(targets=targets)
+    split = SimpleNamespace(targets=targets, dataset=SimpleNamespace(unknown_indptr=None))
     judging = SimpleNamespace(val=split, test=split)
-    found = _own_exact_match(judging, Scored(scores), Scored(scores))
-    assert found == 1.0
+    found = _judge(judging, False, Scored(scores), Scored(scores))
+    assert found.own_exact == 1.0
     threshold, _ = best_threshold(scores, targets)
     assert multilabel_metrics(scores, targets, threshold=threshold)["exact-match"] < 1.0
 
 
-def made_row(title, seed, figure, method="a"):
+def test_no_image_is_left_without_labels_where_validation_images_all_have_some():
+    targets = torch.eye(3, dtype=torch.bool)
+    split = SimpleNamespace(targets=targets, dataset=SimpleNamespace(unknown_indptr=None))
+    judging = SimpleNamespace(val=split, test=split)
+    scores = torch.tensor([[0.9, 0.2, 0.1], [0.1, 0.8, 0.2], [0.2, 0.2, 0.7]])
+    dim = scores * torch.tensor([[1.0], [1.0], [0.1]])
+    found = _judge(judging, False, Scored(scores), Scored(dim))
+    assert found.decision == {"threshold": pytest.approx(0.55), "min_labels": 1}
+    assert found.own["exact-match"] == found.own_c_f1 == found.own_exact == 1.0
+    split.targets = targets & torch.tensor([[True], [True], [False]])
+    found = _judge(judging, False, Scored(scores), Scored(dim))
+    assert found.decision == {"threshold": pytest.approx(0.75), "min_labels": 0}
+    assert found.own["exact-match"] == 1.0
+
+
+def made_row(title, seed, figure, method="a", nll=math.nan, is_bound=False):
     own = {"O-F1": figure, "C-F1": figure, "mAP": 0.5, "MAP@10": math.nan,
-           "exact-match": 0.1 * seed, "example-F1": 1.0}  # fmt: skip
-    return Row(method, title, seed, {"C": 1.0}, {"k": 2}, own, own, math.nan, math.nan, 1.5)
+           "exact-match": 0.1 * seed, "example-F1": 1.0, "Hamming": figure}  # fmt: skip
+    return Row(method, title, seed, {"C": 1.0}, {"k": 2}, own, own, math.nan, math.nan, nll,
+               is_bound, 1.5)  # fmt: skip
 
 
 def test_a_table_has_means_errors_and_the_best():
@@ -349,13 +429,28 @@ def test_a_table_has_means_errors_and_the_best():
     one, two = cells["one"][0], cells["two"][0]
     assert (one.mean, one.error, one.is_best) == (pytest.approx(60), pytest.approx(10), False)
     assert (two.mean, two.error, two.is_best) == (pytest.approx(65), None, True)
-    assert cells["one"][3].is_best and cells["two"][3].is_best  # mAP is equal
+    mean_ap = COLUMNS.index("mAP")
+    assert cells["one"][mean_ap].is_best and cells["two"][mean_ap].is_best  # which is equal
     text = comparison.text_table(rows).splitlines()
     assert text[0].split()[0] == "O-F1"
     assert text[1].startswith("one") and "60.0 ± 10.0 " in text[1] and "50.0 ± 0.0*" in text[1]
-    assert "65.0*" in text[2] and "–" in text[2]
+    assert "65.0*" in text[2]
     markdown = comparison.markdown_table(rows).splitlines()
-    assert markdown[3].startswith("| two | **65.0** | **65.0** | – | **50.0** |")
+    assert markdown[3].startswith("| two | **65.0** | **65.0** | **50.0** |")
+    assert "MAP@10" not in markdown[0]  # no figure in the column
+
+
+def test_less_is_better_of_loss_and_nll():
+    rows = [made_row("one", 0, 0.5, nll=12.5), made_row("two", 0, 0.25, nll=3.25, is_bound=True),
+            made_row("three", 0, 0.75)]  # fmt: skip
+    cells = table_cells(rows)
+    nll, hamming = COLUMNS.index("NLL"), COLUMNS.index("Hamming")
+    assert [cells[title][nll].is_best for title in cells] == [False, True, False]
+    assert [cells[title][hamming].is_best for title in cells] == [False, True, False]
+    markdown = comparison.markdown_table(rows).splitlines()
+    assert "| 12.50 |" in markdown[2] and "| 50.00 |" in markdown[2]
+    assert "| **≤ 3.25** |" in markdown[3] and "| **25.00** |" in markdown[3]
+    assert "| – |" in markdown[4]
 
 
 # The command.

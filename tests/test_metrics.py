@@ -16,6 +16,9 @@ from sklearn.metrics import (
     accuracy_score,
     average_precision_score,
     f1_score,
+    hamming_loss,
+    jaccard_score,
+    label_ranking_average_precision_score,
     precision_recall_fscore_support,
     precision_score,
     recall_score,
@@ -140,6 +143,27 @@ def test_threshold_sets_includes_the_threshold(device: torch.device) -> None:
     assert torch.equal(metrics.threshold_sets(scores, per_label).cpu(), expected)
 
 
+def test_at_least_adds_the_best_scored_labels(device: torch.device) -> None:
+    sets = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 1, 1], [0, 0, 0]], dtype=torch.bool)
+    scores = torch.tensor([[0.1, 0.4, 0.4], [0.9, 0.2, 0.3], [0.5, 0.1, 0.2], [-INF, -INF, -2]])
+    sets, scores = sets.to(device), scores.to(device)
+    assert torch.equal(metrics.at_least(sets, scores, 0), sets)
+    one = torch.tensor([[0, 1, 0], [1, 0, 0], [0, 1, 1], [0, 0, 1]], dtype=torch.bool)
+    assert torch.equal(metrics.at_least(sets, scores, 1).cpu(), one)
+    two = torch.tensor([[0, 1, 1], [1, 0, 1], [0, 1, 1], [1, 0, 1]], dtype=torch.bool)
+    assert torch.equal(metrics.at_least(sets, scores, 2).cpu(), two)
+    assert metrics.at_least(sets, scores, 7).all()
+    assert metrics.at_least(sets[:0], scores[:0], 1).shape == (0, 3)
+
+
+def test_at_least_checks_its_arguments() -> None:
+    sets = torch.zeros(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="count must be at least 0, got -1"):
+        metrics.at_least(sets, torch.rand(2, 3), -1)
+    with pytest.raises(ValueError, match=r"scores must be \[n, L\] like predictions \[2, 3\]"):
+        metrics.at_least(sets, torch.rand(2, 2), 1)
+
+
 # Calibration
 
 
@@ -217,6 +241,22 @@ def test_best_threshold_for_exact_match_is_the_exact_maximum(case: tuple[Tensor,
     assert value == pytest.approx(max(every_cut), abs=1e-12)
     right = (metrics.threshold_sets(scores, threshold) == targets).all(1)
     assert float(right.double().mean()) == pytest.approx(max(every_cut), abs=1e-12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(tied_cases(), st.integers(1, 3))
+def test_best_threshold_with_filled_sets_is_the_exact_maximum(
+    case: tuple[Tensor, Tensor], min_labels: int
+) -> None:
+    scores, targets = case
+
+    def filled(threshold: float) -> Tensor:
+        return metrics.at_least(metrics.threshold_sets(scores, threshold), scores, min_labels)
+
+    threshold, value = metrics.best_threshold(scores, targets, min_labels=min_labels)
+    every_cut = [brute_o_f1(filled(float(cut)), targets) for cut in scores.unique()]
+    assert value == pytest.approx(float(max(every_cut)), abs=1e-15)
+    assert brute_o_f1(filled(threshold), targets) == max(every_cut)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -346,13 +386,39 @@ def test_map_at_k_against_brute_force(case: tuple[Tensor, Tensor], k: int) -> No
     assert metrics.map_at_k(*case, k) == pytest.approx(brute_map(*case, k), nan_ok=True)
 
 
+def test_label_ranking_precision_by_hand(device: torch.device) -> None:
+    # Image 0: label 0 ranks 1 (1 of 1 true); labels 1 and 2 tie at rank 3 (2 of 3 true): 5/6.
+    # Image 1: all tie at rank 3, two true: 2/3. Image 2 has no labels: left out.
+    scores = torch.tensor([[0.9, 0.5, 0.5], [-INF, -INF, -INF], [0.1, 0.2, 0.3]], device=device)
+    targets = torch.tensor([[1, 1, 0], [0, 1, 1], [0, 0, 0]], device=device)
+    got = metrics.label_ranking_precision(scores, targets)
+    assert got == pytest.approx((5 / 6 + 2 / 3) / 2)
+
+
+@pytest.mark.parametrize("levels", [None, 1, 2, 10])
+@pytest.mark.parametrize(("n", "num_labels"), SIZES)
+def test_label_ranking_precision_equals_scikit_learn(
+    n: int, num_labels: int, levels: int | None
+) -> None:
+    scores, targets = random_case(n, num_labels, seed=n + num_labels, levels=levels)
+    some = targets.any(1)
+    if num_labels == 1:  # which scikit-learn refuses
+        expected = 1.0 if some.any() else NAN
+    else:
+        expected = label_ranking_average_precision_score(
+            targets[some].numpy(), scores[some].numpy()
+        )
+    assert metrics.label_ranking_precision(scores, targets) == pytest.approx(expected, nan_ok=True)
+
+
 # Measures together
 
 
 def test_multilabel_metrics_of_sets_by_hand(device: torch.device) -> None:
     # Per label: correct 2 0 0 0, predicted 2 1 0 1, positives 2 1 1 0.
     # C-P = (1 + 0 + 0 + 0) / 4; C-R = (1 + 0 + 0) / 3, label 3 left out; C-F1 = 2/12 / (7/12).
-    # O-P = 2/4, O-R = 2/4. Image F1: 2/3, 2/4, 0.
+    # O-P = 2/4, O-R = 2/4. Image F1: 2/3, 2/4, 0; Jaccard: 1/2, 1/3, 0.
+    # macro-F1 = (1 + 0 + 0) / 3, label 3 left out. Wrong pairs: 1 + 2 + 1 of 12.
     got = metrics.multilabel_metrics(SETS.to(device), TARGETS.to(device))
     assert got == pytest.approx(
         {
@@ -362,8 +428,11 @@ def test_multilabel_metrics_of_sets_by_hand(device: torch.device) -> None:
             "O-P": 1 / 2,
             "O-R": 1 / 2,
             "O-F1": 1 / 2,
+            "macro-F1": 1 / 3,
             "exact-match": 0.0,
             "example-F1": (2 / 3 + 1 / 2) / 3,
+            "Jaccard": (1 / 2 + 1 / 3) / 3,
+            "Hamming": 4 / 12,
             "images": 3,
             "images-without-labels": 1,
             "labels-without-positives": 1,
@@ -408,6 +477,11 @@ def test_multilabel_metrics_equal_scikit_learn(n: int, num_labels: int, rate: fl
     if num_labels > 1:
         samples = f1_score(truth, predicted, average="samples", zero_division=1)
         assert got["example-F1"] == pytest.approx(samples)
+        jaccard = jaccard_score(truth, predicted, average="samples", zero_division=1)
+        assert got["Jaccard"] == pytest.approx(jaccard)
+    f1 = [f1_score(truth[:, i], predicted[:, i]) for i in np.flatnonzero(has_positives)]
+    assert got["macro-F1"] == pytest.approx(np.mean(f1) if f1 else NAN, nan_ok=True)
+    assert got["Hamming"] == pytest.approx(hamming_loss(truth, predicted))
     assert got["exact-match"] == pytest.approx(accuracy_score(truth, predicted))
     if has_positives.any():
         ap = [
@@ -430,6 +504,7 @@ def test_scores_become_sets_by_k_or_threshold() -> None:
         assert got["mAP"] == float(metrics.average_precision(scores, targets).mean())
         eleven = metrics.average_precision(scores, targets, "11_point")
         assert got["mAP-11pt"] == float(eleven.mean())
+        assert got["LRAP"] == metrics.label_ranking_precision(scores, targets)
 
 
 def test_scores_alone_give_the_ranking_only() -> None:
@@ -438,6 +513,7 @@ def test_scores_alone_give_the_ranking_only() -> None:
         "MAP@10",
         "mAP",
         "mAP-11pt",
+        "LRAP",
         "images",
         "images-without-labels",
         "labels-without-positives",
@@ -715,6 +791,12 @@ def test_unknown_pairs_are_left_out(seed):
     assert measures["labels-unknown"] == int(unknown.sum())
     same = ((sets == targets) | unknown).all(1)
     assert measures["exact-match"] == pytest.approx(same.double().mean().item())
+    assert measures["Hamming"] == pytest.approx(hamming_loss(targets[known], sets[known]))
+    f1 = [f1_score(targets[k, i], sets[k, i]) for i, k in enumerate(known.T)]
+    assert measures["macro-F1"] == pytest.approx(sum(f1) / 7)
+    jaccard = [jaccard_score(targets[i, k], sets[i, k], zero_division=1)
+               for i, k in enumerate(known)]  # fmt: skip
+    assert measures["Jaccard"] == pytest.approx(sum(jaccard) / len(jaccard))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -728,6 +810,14 @@ def test_unknown_labels_take_no_rank(seed):
     ]
     measures = metrics.multilabel_metrics(scores, targets, unknown=unknown)
     assert measures["MAP@10"] == pytest.approx(sum(values) / len(values))
+    values = [
+        metrics.label_ranking_precision(
+            scores[i : i + 1, ~unknown[i]], targets[i : i + 1, ~unknown[i]]
+        )
+        for i in range(len(scores))
+        if targets[i].any()
+    ]
+    assert measures["LRAP"] == pytest.approx(sum(values) / len(values))
 
 
 def test_unknown_labels_rank_behind_scores_of_minus_infinity():
@@ -735,7 +825,9 @@ def test_unknown_labels_rank_behind_scores_of_minus_infinity():
     targets = torch.tensor([[False, False, True]])
     unknown = torch.tensor([[True, True, False]])
     measures = metrics.multilabel_metrics(scores, targets, unknown=unknown)
-    assert measures["MAP@10"] == 1.0
+    assert measures["MAP@10"] == measures["LRAP"] == 1.0
+    tied = metrics.multilabel_metrics(torch.full_like(scores, -INF), targets, unknown=unknown)
+    assert tied["LRAP"] == 1.0
 
 
 def test_nothing_unknown_changes_nothing():

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from cnnrnn.baselines import (
     OBJECTIVES,
+    TIMM_LOSSES,
+    TIMM_WITH_LOSSES,
+    FittedChain,
     IndependentClassifier,
     JointEmbedding,
     Loss,
@@ -24,10 +31,13 @@ from cnnrnn.baselines import (
     fit_classifier_chain,
     fit_linear_svm,
     fit_nearest_neighbours,
+    network_outputs,
     predicted_scores,
+    product_log_probs,
     remove_recurrence,
     train_independent,
 )
+from cnnrnn.chains import ProbabilisticChain, train_chain
 from cnnrnn.classifier import CNNRNN, load_checkpoint, weights_digest
 from cnnrnn.config import CompareConfig, ModelConfig, SearchConfig, TrainConfig
 from cnnrnn.data import Dataset
@@ -57,10 +67,15 @@ class Fitted:
     Attributes:
         merit: on validation data, by the method's own decision; the larger is chosen.
         predict: a split to what each of the method's rows says of it.
+        set_log_probs: a split to log P(the whole true set) of its images, [n] float64; None of a
+            method that gives sets no probability.
+        is_bound: `set_log_probs` are at most as high as the true ones.
     """
 
     merit: float
     predict: Callable[[Split], list[Scored]]
+    set_log_probs: Callable[[Split], Tensor] | None = None
+    is_bound: bool = False
 
 
 @dataclass(frozen=True)
@@ -191,10 +206,18 @@ def _path_model(
         targets = model.label_space.from_source(
             comparison.val.targets, comparison.dataset.label_names
         )
-        return Fitted(path_validation(found, targets).merit, lambda split: _read_paths(
-            comparison, model.labels, found if split is comparison.val else _found(model, split),
-            model.calibration.mix_weight,
-        ))  # fmt: skip
+        nll = -float(_path_log_probs(comparison, model, comparison.val).mean())
+        return Fitted(
+            path_validation(found, targets, nll).merit,
+            lambda split: _read_paths(
+                comparison,
+                model.labels,
+                found if split is comparison.val else _found(model, split),
+                model.calibration.mix_weight,
+            ),
+            lambda split: _path_log_probs(comparison, model, split),
+            is_bound=model.search.order != "increasing",
+        )
 
     return fit
 
@@ -206,6 +229,17 @@ def _loaded(comparison: Comparison, folder: Path) -> CNNRNN:
 def _found(model: CNNRNN, split: Split) -> Inference:
     assert split.features is not None
     return model.infer(split.features.to(model.device))
+
+
+def _path_log_probs(comparison: Comparison, model: CNNRNN, split: Split) -> Tensor:
+    assert split.features is not None
+    targets = model.label_space.from_source(split.targets, comparison.dataset.label_names)
+    return -model.set_nll(split.features, targets)
+
+
+def mixture_log_probs(members: Sequence[Tensor]) -> Tensor:
+    """Return the log of the mean probability that members [n] give to each of n sets."""
+    return torch.stack(list(members)).logsumexp(0) - math.log(len(members))
 
 
 def _read_paths(
@@ -227,7 +261,12 @@ def path_ensemble(comparison: Comparison, folders: Sequence[Path]) -> Fitted:
         found = ensemble.infer(split.features.to(ensemble.device))
         return _read_paths(comparison, ensemble.labels, found, 0.0)
 
-    return Fitted(0.0, predict)
+    def set_log_probs(split: Split) -> Tensor:
+        return mixture_log_probs([
+            _path_log_probs(comparison, model, split) for model in ensemble.models
+        ])  # fmt: skip
+
+    return Fitted(0.0, predict, set_log_probs)
 
 
 def _independent(
@@ -243,31 +282,69 @@ def _independent(
     network = JointEmbedding if joint else IndependentClassifier
 
     def fit(comparison: Comparison, rate: float, seed: int, folder: Path) -> Fitted:
-        from safetensors.torch import load_file, save_file
-
         config = replace(comparison.config, seed=seed, learning_rate=rate)
         model_config = comparison.model_config
         if linear:
             model_config = replace(model_config, trunk_dim=0)
-        file = folder / "model.safetensors"
-        if not _is_done(comparison, folder):
-            trained = train_independent(
-                comparison.train, comparison.val, loss, model_config, config, network=network
-            )
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file({name: t.contiguous() for name, t in trained.state_dict().items()}, file)
-            _set_done(comparison, folder)
         assert comparison.val.features is not None
         model = network(
             model_config, comparison.val.targets.shape[1], comparison.val.features.shape[1]
         )
-        model.load_state_dict(load_file(file))
-        model = model.to(resolve_device(config.device)).eval()
+        _train_or_load(comparison, folder, model, lambda: train_independent(
+            comparison.train, comparison.val, loss, model_config, config, network=network
+        ))  # fmt: skip
+
+        def set_log_probs(split: Split) -> Tensor:
+            assert split.features is not None
+            return product_log_probs(network_outputs(model, split.features), split.targets)
+
         return cut_scores(
-            comparison, lambda split: predicted_scores(model, split, loss), OBJECTIVES[loss].by_k
+            comparison,
+            lambda split: predicted_scores(model, split, loss),
+            OBJECTIVES[loss].by_k,
+            set_log_probs if loss == "bce" else None,
         )
 
     return fit
+
+
+def _probabilistic_chain(comparison: Comparison, rate: float, seed: int, folder: Path) -> Fitted:
+    """Fit the probabilistic chain; its best sets, then its marginals."""
+    config = replace(comparison.config, seed=seed, learning_rate=rate)
+    val, model_config = comparison.val, comparison.model_config
+    assert val.features is not None
+    order = torch.arange(val.targets.shape[1])  # the trained one is read from the file
+    model = ProbabilisticChain(model_config, order, val.features.shape[1])
+    _train_or_load(comparison, folder, model, lambda: train_chain(
+        comparison.train, val, model_config, config
+    ))  # fmt: skip
+
+    def predict(split: Split) -> list[Scored]:
+        assert split.features is not None
+        scores = model.marginals(split.features)
+        return [Scored(scores, model.best_sets(split.features)), Scored(scores)]
+
+    def set_log_probs(split: Split) -> Tensor:
+        assert split.features is not None
+        return model.set_log_probs(split.features, split.targets)
+
+    return Fitted(float(set_log_probs(val).mean()), predict, set_log_probs)
+
+
+def _train_or_load(
+    comparison: Comparison, folder: Path, model: nn.Module, train: Callable[[], nn.Module]
+) -> None:
+    """Give a module the weights in a folder, which are trained where they are not there yet."""
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model.safetensors"
+    if not _is_done(comparison, folder):
+        trained = train().state_dict()
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in trained.items()}, file)
+        _set_done(comparison, folder)
+    model.load_state_dict(load_file(file))
+    model.to(resolve_device(comparison.config.device)).eval()
 
 
 def _classical(
@@ -286,20 +363,30 @@ def _classical(
             assert split.features is not None
             return score(split.features)
 
-        return cut_scores(comparison, scores)
+        def chain_log_probs(split: Split) -> Tensor:
+            assert split.features is not None and isinstance(score, FittedChain)
+            return score.set_log_probs(split.features, split.targets)
+
+        is_chain = isinstance(score, FittedChain)
+        return cut_scores(comparison, scores, set_log_probs=chain_log_probs if is_chain else None)
 
     return Method(name, (title,), setting, values, fit, seeded=False)
 
 
 def cut_scores(
-    comparison: Comparison, score: Callable[[Split], Tensor], by_k: bool = False
+    comparison: Comparison,
+    score: Callable[[Split], Tensor],
+    by_k: bool = False,
+    set_log_probs: Callable[[Split], Tensor] | None = None,
 ) -> Fitted:
     """Return a method that cuts its scores, with their O-F1 plus mAP on validation data."""
     on_val = score(comparison.val)
     targets = comparison.val.targets
-    merit = choose_cut(on_val, targets, by_k).of1 + mean_average_precision(on_val, targets)
+    merit = choose_cut(on_val, targets, by_k).value + mean_average_precision(on_val, targets)
     return Fitted(
-        merit, lambda split: [Scored(on_val if split is comparison.val else score(split))]
+        merit,
+        lambda split: [Scored(on_val if split is comparison.val else score(split))],
+        set_log_probs,
     )
 
 
@@ -352,7 +439,18 @@ METHODS: dict[str, Method] = {
         _trained("warp-linear", "WARP, linear", "warp", linear=True),
         _trained("squared", "squared error", "squared"),
         _trained("asl", "asymmetric loss", "asl"),
+        _trained("poly", "Poly-1 loss", "poly"),
+        _trained("two-way", "two-way loss", "two-way"),
+        _trained("zlpr", "ZLPR loss", "zlpr"),
+        _trained("db", "distribution-balanced loss", "db"),
         _trained("joint-embedding", "joint embedding", "warp", joint=True),
+        Method(
+            "pcc",
+            ("probabilistic chain, best set", "probabilistic chain, thresholded"),
+            "learning_rate",
+            RATES,
+            _probabilistic_chain,
+        ),
         _classical(
             "knn", "nearest neighbours", "neighbours", (30, 100, 10, 300, 3), fit_nearest_neighbours
         ),
@@ -378,7 +476,7 @@ def chosen_methods(
 
     Raises:
         ValueError: a name is unknown, or an ensemble's own method is not among them.
-        ModuleNotFoundError: one of them needs scikit-learn, which is not installed.
+        ModuleNotFoundError: one of them needs scikit-learn or a newer timm than is installed.
     """
     wanted = compare_config.methods
     if wanted is None:
@@ -411,4 +509,23 @@ def chosen_methods(
             f"{', '.join(classical)} come from scikit-learn, which is not installed: run "
             '`pip install "cnnrnn[vision]"`, or leave them out of the methods'
         )
+    by_timm = [method.name for method in methods if method.name in TIMM_LOSSES]
+    if by_timm and (found := _timm_version()) < TIMM_WITH_LOSSES:
+        raise ModuleNotFoundError(
+            f"{', '.join(by_timm)} need timm {_dotted(TIMM_WITH_LOSSES)} or newer, got "
+            f"{_dotted(found) if found else 'none'}: run `pip install --upgrade "
+            '"cnnrnn[vision]"`, or leave them out of the methods'
+        )
     return methods
+
+
+def _timm_version() -> tuple[int, ...]:
+    """Return the installed timm's release, empty where there is none."""
+    try:
+        return tuple(int(number) for number in re.findall(r"\d+", version("timm"))[:3])
+    except PackageNotFoundError:
+        return ()
+
+
+def _dotted(release: tuple[int, ...]) -> str:
+    return ".".join(map(str, release))

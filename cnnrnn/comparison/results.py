@@ -12,9 +12,14 @@ from typing import Any, NamedTuple
 
 from cnnrnn.state import write_whole
 
-FORMAT = 2
-COLUMNS = ("O-F1", "C-F1", "C-F1 own", "mAP", "MAP@10", "exact match", "exact own", "example-F1",
-           "O-F1 @3", "C-F1 @3")  # fmt: skip
+FORMAT = 3
+COLUMNS = ("O-F1", "C-F1", "C-F1 own", "macro-F1", "mAP", "MAP@10", "LRAP", "exact match",
+           "exact own", "NLL", "example-F1", "Jaccard", "Hamming", "O-F1 @3",
+           "C-F1 @3")  # fmt: skip
+LOWER_IS_BETTER = ("NLL", "Hamming")
+NATS = ("NLL",)
+"""Columns in nats; all others are in per cent."""
+TWO_DIGITS = ("NLL", "Hamming")
 
 
 @dataclass(frozen=True)
@@ -27,12 +32,15 @@ class Row:
         seed: of initial weights, order and dropout; of an ensemble its first member's.
         setting: what was chosen on validation data, such as {"learning_rate": 0.001}; of an
             ensemble the seeds of its members.
-        decision: how sets are decided: {"path": 1}, {"k": ...} or {"threshold": ...}.
+        decision: how sets are decided: {"path": 1}, {"k": ...} or {"threshold": ...,
+            "min_labels": ...}.
         own: metrics of the sets by that decision.
         at_3: metrics of at most (path) or exactly (others) three labels.
         own_c_f1: C-F1 at the threshold that has the best C-F1 on validation data; NaN for a path.
         own_exact: exact match by the threshold or k that has the best one on validation data; NaN
             for a path.
+        nll: mean of -log P(the whole true set) in nats, of the method; NaN where sets have none.
+        nll_is_bound: the NLL is at most `nll`.
         seconds: of tuning, training and measuring, less what was trained before.
     """
 
@@ -45,15 +53,23 @@ class Row:
     at_3: dict[str, float]
     own_c_f1: float
     own_exact: float
+    nll: float
+    nll_is_bound: bool
     seconds: float
 
     def figures(self) -> tuple[float, ...]:
-        """Return the figures of `COLUMNS`, as fractions of 1."""
-        own = self.own
+        """Return the figures of `COLUMNS`: the NLL in nats, the others as fractions of 1.
+
+        NaN stands for a measure that the row's file does not have.
+        """
+        own = {name: self.own.get(name, math.nan) for name in (
+            "O-F1", "C-F1", "macro-F1", "mAP", "MAP@10", "LRAP", "exact-match", "example-F1",
+            "Jaccard", "Hamming",
+        )}  # fmt: skip
         return (
-            own["O-F1"], own["C-F1"], self.own_c_f1, own["mAP"], own["MAP@10"],
-            own["exact-match"], self.own_exact, own["example-F1"],
-            self.at_3["O-F1"], self.at_3["C-F1"],
+            own["O-F1"], own["C-F1"], self.own_c_f1, own["macro-F1"], own["mAP"], own["MAP@10"],
+            own["LRAP"], own["exact-match"], self.own_exact, self.nll, own["example-F1"],
+            own["Jaccard"], own["Hamming"], self.at_3["O-F1"], self.at_3["C-F1"],
         )  # fmt: skip
 
 
@@ -138,8 +154,9 @@ def _rows(content: dict[str, Any]) -> list[Row]:
             name: {key: _number(value) for key, value in record[name].items()}
             for name in ("own", "at_3")
         }
-        chosen = {name: _number(record[name]) for name in ("own_c_f1", "own_exact")}
-        rows.append(Row(**record | measures | chosen))
+        chosen = {name: _number(record.get(name)) for name in ("own_c_f1", "own_exact", "nll")}
+        is_bound = {"nll_is_bound": bool(record.get("nll_is_bound"))}
+        rows.append(Row(**record | measures | chosen | is_bound))
     return rows
 
 
@@ -162,11 +179,21 @@ def _number(value: float | None) -> float:
 
 
 class Cell(NamedTuple):
-    """A figure over seeds, in per cent: mean, standard error (None of one seed), and rank."""
+    """A figure over seeds, in per cent or nats: mean, standard error (None of one seed), and rank.
+
+    Attributes:
+        mean: NaN where there is none.
+        error: standard error.
+        is_best: no other mean of the column is better.
+        digits: after the point.
+        is_bound: the figure is at most this.
+    """
 
     mean: float
     error: float | None
     is_best: bool
+    digits: int = 1
+    is_bound: bool = False
 
 
 def table_cells(rows: Sequence[Row]) -> dict[str, list[Cell]]:
@@ -175,53 +202,77 @@ def table_cells(rows: Sequence[Row]) -> dict[str, list[Cell]]:
     Args:
         rows: of any methods and seeds; those of one title are averaged.
     """
-    figures: dict[str, list[tuple[float, ...]]] = {}
+    of_title: dict[str, list[Row]] = {}
     for row in rows:
-        figures.setdefault(row.title, []).append(row.figures())
-    means = {title: [statistics.fmean(c) for c in zip(*f, strict=True)]
-             for title, f in figures.items()}  # fmt: skip
-    best = [
-        max((mean for mean in column if not math.isnan(mean)), default=math.inf)
-        for column in zip(*means.values(), strict=True)
-    ]
-    return {
-        title: [
-            Cell(100 * mean, _standard_error(values), mean == top)
-            for mean, values, top in zip(
-                means[title], zip(*figures[title], strict=True), best, strict=True
+        of_title.setdefault(row.title, []).append(row)
+    figures = {title: [row.figures() for row in found] for title, found in of_title.items()}
+    cells: dict[str, list[Cell]] = {title: [] for title in of_title}
+    for i, name in enumerate(COLUMNS):
+        columns = {title: [values[i] for values in found] for title, found in figures.items()}
+        means = {title: statistics.fmean(values) for title, values in columns.items()}
+        known = [mean for mean in means.values() if not math.isnan(mean)]
+        best = (min if name in LOWER_IS_BETTER else max)(known, default=math.nan)
+        unit = 1 if name in NATS else 100
+        for title, values in columns.items():
+            error = _standard_error(values)
+            cells[title].append(
+                Cell(
+                    unit * means[title],
+                    None if error is None else unit * error,
+                    means[title] == best,
+                    2 if name in TWO_DIGITS else 1,
+                    name == "NLL" and any(row.nll_is_bound for row in of_title[title]),
+                )
             )
-        ]
-        for title in figures
-    }
+    return cells
 
 
 def _standard_error(values: Sequence[float]) -> float | None:
     if len(values) < 2 or math.isnan(sum(values)):
         return None
-    return 100 * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _shown_columns(cells: dict[str, list[Cell]]) -> list[int]:
+    """Return the columns that have a figure."""
+    return [
+        i
+        for i in range(len(COLUMNS))
+        if any(not math.isnan(figures[i].mean) for figures in cells.values())
+    ]
 
 
 def text_table(rows: Sequence[Row]) -> str:
-    """Lay the comparison out as text: mean and standard error in per cent, * at the best."""
+    """Lay the comparison out as text: mean and standard error, * at the best.
+
+    All but the NLL are in per cent. A column without any figure is left out.
+    """
     cells = table_cells(rows)
+    shown = _shown_columns(cells)
     width = max(map(len, cells), default=0)
-    lines = [" " * width + "".join(f"{name:>14}" for name in COLUMNS)]
+    lines = [" " * width + "".join(f"{COLUMNS[i]:>16}" for i in shown)]
     for title, figures in cells.items():
-        shown = (f"{_cell_text(cell)}{'*' if cell.is_best else ' '}" for cell in figures)
-        lines.append(f"{title:<{width}}" + "".join(f"{text:>14}" for text in shown))
+        texts = (f"{_cell_text(figures[i])}{'*' if figures[i].is_best else ' '}" for i in shown)
+        lines.append(f"{title:<{width}}" + "".join(f"{text:>16}" for text in texts))
     return "\n".join(lines)
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
     """Lay the comparison out as a Markdown table: as `text_table`, the best in bold."""
-    lines = ["|  | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for title, figures in table_cells(rows).items():
-        shown = (f"**{_cell_text(c)}**" if c.is_best else _cell_text(c) for c in figures)
-        lines.append(f"| {title} | " + " | ".join(shown) + " |")
+    cells = table_cells(rows)
+    shown = _shown_columns(cells)
+    lines = ["|  | " + " | ".join(COLUMNS[i] for i in shown) + " |",
+             "|---" * (len(shown) + 1) + "|"]  # fmt: skip
+    for title, figures in cells.items():
+        texts = (_cell_text(figures[i]) for i in shown)
+        marked = (f"**{text}**" if figures[i].is_best else text
+                  for i, text in zip(shown, texts, strict=True))  # fmt: skip
+        lines.append(f"| {title} | " + " | ".join(marked) + " |")
     return "\n".join(lines)
 
 
 def _cell_text(cell: Cell) -> str:
     if math.isnan(cell.mean):
         return "–"
-    return f"{cell.mean:.1f}" + ("" if cell.error is None else f" ± {cell.error:.1f}")
+    text = f"{'≤ ' if cell.is_bound else ''}{cell.mean:.{cell.digits}f}"
+    return text + ("" if cell.error is None else f" ± {cell.error:.{cell.digits}f}")

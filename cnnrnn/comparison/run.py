@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from cnnrnn.comparison.methods import (
     Scored,
     chosen_methods,
     cut_scores,
+    mixture_log_probs,
     path_ensemble,
 )
 from cnnrnn.comparison.results import Results, Row, markdown_table
@@ -34,7 +35,7 @@ from cnnrnn.config import CompareConfig, ModelConfig, OnBadImage, SearchConfig, 
 from cnnrnn.data import DataError, Dataset
 from cnnrnn.features import cached_features
 from cnnrnn.fit import NonFiniteLossError, Split
-from cnnrnn.metrics import best_k, best_threshold, multilabel_metrics
+from cnnrnn.metrics import multilabel_metrics
 from cnnrnn.progress import Progress, no_progress
 from cnnrnn.search import NonFiniteError
 from cnnrnn.state import write_whole
@@ -139,10 +140,11 @@ def compare(
                 fitted.predict(comparison.val), fitted.predict(comparison.test), strict=True
             )
         ]
+        nll = _test_nll(comparison, fitted)
         seconds = round(time.perf_counter() - began, 2)
         results.add(
             [
-                Row(method.name, title, seed, setting, *figures, seconds)
+                Row(method.name, title, seed, setting, *figures, nll, fitted.is_bound, seconds)
                 for title, figures in zip(method.rows, judged, strict=True)
             ]
         )
@@ -313,11 +315,31 @@ def _ensemble(comparison: Comparison, method: Method, seed: int, results: Result
     def mean_scores(split: Split) -> Tensor:
         return torch.stack([member.predict(split)[0].scores for member in members]).mean(0)
 
-    return cut_scores(comparison, mean_scores, base.by_k)
+    def set_log_probs(split: Split) -> Tensor:
+        return mixture_log_probs([m.set_log_probs(split) for m in members if m.set_log_probs])
+
+    return cut_scores(
+        comparison, mean_scores, base.by_k, set_log_probs if members[0].set_log_probs else None
+    )
+
+
+def _test_nll(comparison: Comparison, fitted: Fitted) -> float:
+    """Return the mean of -log P(true set) over the test images without unknown labels, in nats."""
+    if fitted.set_log_probs is None:
+        return math.nan
+    log_probs = fitted.set_log_probs(comparison.test)
+    unknown = _unknown(comparison)
+    return -float((log_probs if unknown is None else log_probs[~unknown.any(1)]).mean())
+
+
+def _unknown(comparison: Comparison) -> Tensor | None:
+    """Return the unknown labels of the test images [n, L], None where the data knows all."""
+    dataset = comparison.test.dataset
+    return None if dataset.unknown_indptr is None else dataset.unknown_matrix()
 
 
 class _Judged(NamedTuple):
-    """The part of a `Row` that is measured."""
+    """The part of a `Row` that is measured of one decision."""
 
     decision: dict[str, float]
     own: dict[str, float]
@@ -327,35 +349,26 @@ class _Judged(NamedTuple):
 
 
 def _judge(comparison: Comparison, by_k: bool, val: Scored, test: Scored) -> _Judged:
-    """Choose the cut on validation data, then measure it on the test split."""
-    targets, unknown = comparison.test.targets, None
-    if comparison.test.dataset.unknown_indptr is not None:
-        unknown = comparison.test.dataset.unknown_matrix()
+    """Choose the cuts on validation data, then measure them on the test split."""
+    targets, unknown = comparison.test.targets, _unknown(comparison)
+
+    def measured(sets: Tensor, k: int | None = None) -> dict[str, float]:
+        return multilabel_metrics(sets, targets, scores=test.scores, k=k, unknown=unknown)
+
     if test.sets is not None:
-        own, at_3 = (
-            multilabel_metrics(test.sets, targets, scores=test.scores, k=k, unknown=unknown)
-            for k in (None, 3)
-        )
+        own, at_3 = measured(test.sets), measured(test.sets, k=3)
         return _Judged({"path": 1}, own, at_3, math.nan, math.nan)
-    cut = choose_cut(val.scores, comparison.val.targets, by_k)
-    decision = {
-        name: value
-        for name, value in (("k", cut.k), ("threshold", cut.threshold))
-        if value is not None
-    }
-    own = multilabel_metrics(
-        test.scores, targets, k=cut.k, threshold=cut.threshold, unknown=unknown
+    of_val = val.scores, comparison.val.targets
+    cut = choose_cut(*of_val, by_k)
+    decision: dict[str, float] = {"k": cut.k} if cut.k is not None else {}
+    if cut.threshold is not None:
+        decision = {"threshold": cut.threshold, "min_labels": cut.min_labels}
+    for_c_f1 = choose_cut(*of_val, metric="C-F1")
+    for_exact = choose_cut(*of_val, by_k=True, metric="exact-match")
+    return _Judged(
+        decision,
+        measured(cut.sets(test.scores)),
+        multilabel_metrics(test.scores, targets, k=3, unknown=unknown),
+        measured(for_c_f1.sets(test.scores))["C-F1"],
+        measured(for_exact.sets(test.scores))["exact-match"],
     )
-    at_3 = multilabel_metrics(test.scores, targets, k=3, unknown=unknown)
-    for_c_f1, _ = best_threshold(val.scores, comparison.val.targets, "C-F1")
-    own_c_f1 = multilabel_metrics(test.scores, targets, threshold=for_c_f1, unknown=unknown)
-    return _Judged(decision, own, at_3, own_c_f1["C-F1"], _own_exact_match(comparison, val, test))
-
-
-def _own_exact_match(comparison: Comparison, val: Scored, test: Scored) -> float:
-    """Return exact match by the threshold or k that has the best one on validation data."""
-    targets = comparison.val.targets
-    threshold, by_threshold = best_threshold(val.scores, targets, "exact-match")
-    k, by_k = best_k(val.scores, targets, "exact-match")
-    cut: dict[str, Any] = {"k": k} if by_k >= by_threshold else {"threshold": threshold}
-    return multilabel_metrics(test.scores, comparison.test.targets, **cut)["exact-match"]
