@@ -178,6 +178,8 @@ def train_chain(
     torch.manual_seed(config.seed)
     order = train_split.targets.sum(0).argsort(descending=True, stable=True)
     model = ProbabilisticChain(model_config, order, train_split.features.shape[1])
+    if config.feature_rms:
+        model.trunk.fit_scale(train_split.features, config.feature_rms)
     start_at_frequencies(model.classifier, train_split.targets)
     model.to(resolve_device(config.device))
 

@@ -8,6 +8,7 @@ trunk and chain term with binary cross-entropy alone.
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -546,7 +547,8 @@ def _path_stage(
     def validate() -> Validation:
         features, targets = _split_features(model, val, config)
         last[:] = [(infer(model.head, features, model.search), targets)]
-        return path_validation(*last[0], float(model.set_nll(features, targets).mean()))
+        nll = float(model.set_nll(features, targets).mean())
+        return path_validation(*last[0], nll, config)
 
     def relearn_order(epoch: int, optimizer: torch.optim.Optimizer) -> bool:
         if config.label_order != "easiest" or epoch > config.reorder_epochs:
@@ -602,8 +604,18 @@ def _reorder_labels(model: CNNRNN, order: Tensor, *splits: Split) -> None:
         split.targets.copy_(split.targets[:, order])
 
 
-def path_validation(inference: Inference, targets: Tensor, nll: float) -> Validation:
-    """Judge a search by O-F1 and mAP of the half-and-half mixture, and O-F1 of the best path."""
+def path_validation(
+    inference: Inference, targets: Tensor, nll: float, config: TrainConfig
+) -> Validation:
+    """Judge a path model, as `best_by` says.
+
+    Args:
+        inference: of the validation images.
+        targets: [n, L] bool.
+        nll: mean -log P(true set) of those images.
+        config: names what the merit is. Decisions are O-F1 and mAP of the half-and-half mixture,
+            and O-F1 of the best path.
+    """
     scores = inference.mixed(0.5)
     _, of1 = best_threshold(scores, targets)
     mean_ap = mean_average_precision(scores, targets)
@@ -615,6 +627,8 @@ def path_validation(inference: Inference, targets: Tensor, nll: float) -> Valida
         "path O-F1": path["O-F1"],
         "path exact": path["exact-match"],
     }
+    if config.best_by == "nll" or (config.best_by == "auto" and config.loss == "sequence"):
+        return Validation(-nll if math.isfinite(nll) else -math.inf, figures)
     return Validation(of1 + mean_ap + path["O-F1"], figures)
 
 

@@ -208,7 +208,7 @@ def _path_model(
         )
         nll = -float(_path_log_probs(comparison, model, comparison.val).mean())
         return Fitted(
-            path_validation(found, targets, nll).merit,
+            path_validation(found, targets, nll, comparison.config).merit,
             lambda split: _read_paths(
                 comparison,
                 model.labels,
