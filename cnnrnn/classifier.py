@@ -295,8 +295,7 @@ def _build(folder: Path, description: dict[str, Any]) -> CNNRNN:
     try:
         weights = load_file(folder / WEIGHTS_FILE)
         if description["format"] == 1:  # had no scaling of features
-            for name in ("feature_mean", "feature_scale"):
-                weights.setdefault(f"head.trunk.{name}", getattr(head.trunk, name))
+            weights.setdefault("head.trunk.feature_scale", head.trunk.feature_scale)
         model.load_state_dict(weights)
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]

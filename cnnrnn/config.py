@@ -16,7 +16,7 @@ Stop = Literal["n_best", "literal"]
 Decide = Literal["path", "threshold", "label_thresholds", "k"]
 DECISIONS: tuple[Decide, ...] = get_args(Decide)
 PathLoss = Literal["sequence", "pla", "mla"]
-BestBy = Literal["auto", "nll", "decisions"]
+BestBy = Literal["both", "nll", "decisions"]
 LabelOrder = Literal["frequency", "rare", "given", "random", "easiest", "shuffled"]
 OnBadImage = Literal["error", "skip"]
 
@@ -106,7 +106,7 @@ class ModelConfig:
     tied_embedding: bool = False
     input_dropout: float = 0.3
     hidden_dropout: float = 0.5
-    joint_dropout: float = 0.1
+    joint_dropout: float = 0.3
 
     def __post_init__(self) -> None:
         """Check sizes, choices and rates."""
@@ -236,10 +236,10 @@ class TrainConfig:
         epochs: at most this many epochs of the sequence loss.
         finish_epochs: at most this many more from the best epoch on, at the lower rate.
         finish_scale: factor on all learning rates in those.
-        best_by: what makes an epoch the best on validation data: `nll`, the least -log P(true set),
-            or `decisions`, the largest O-F1 and mAP of mixed scores plus O-F1 of the best path.
-            `auto` is `nll`, but `decisions` for the losses `pla` and `mla`, whose paths have orders
-            of their own.
+        best_by: what makes an epoch the best on validation data: `decisions`, the largest O-F1 plus
+            mAP of mixed scores plus exact match of the best path; `nll`, the least -log P(true
+            set); or `both`, decisions less a tenth of the NLL. The losses `pla` and `mla`, whose
+            paths have orders of their own, go by decisions alone.
         patience: stop a stage after this many epochs without a better validation figure.
         aux_weight: weight of the chain term's binary cross-entropy beside the sequence loss.
         clip_norm: largest gradient norm; 0 for no clipping.
@@ -262,8 +262,8 @@ class TrainConfig:
         val_split: name of the split to validate on; None takes `val`, or holds a share of the
             training split out where there is no `val` or where `train_split` holds its records.
         val_fraction: share of the training split held out where there is no split to validate on.
-        feature_rms: feature vectors, also a frozen backbone's, are centred and scaled to this root
-            mean square over the training images; 0 leaves them as they are.
+        feature_rms: feature vectors, also a frozen backbone's, are scaled to this root mean square
+            over the training images; 0 leaves them as they are.
         empty: `keep` training images without labels (their target is END) or `drop` them.
         augment: flip and shift training pictures, where the backbone is trained.
         on_bad_image: `error` stops at an unreadable image, `skip` leaves it out and counts it.
@@ -289,7 +289,7 @@ class TrainConfig:
     epochs: int = 40
     finish_epochs: int = 20
     finish_scale: float = 0.3
-    best_by: BestBy = "auto"
+    best_by: BestBy = "both"
     patience: int = 6
     aux_weight: float = 1.0
     clip_norm: float = 5.0
@@ -343,9 +343,9 @@ class TrainConfig:
             f"val_split must be another split than train_split, got {self.val_split!r} for both",
         )
         _require(0 <= self.seed < 2**63, f"seed must be in 0..2^63-1, got {self.seed}")
-        for name in ("warm_scale", "finish_scale", "backbone_scale", "recurrent_scale", "momentum", "weight_decay",
-                     "warm_epochs", "epochs", "finish_epochs", "reorder_epochs", "aux_weight",
-                     "clip_norm", "feature_rms", "workers"):  # fmt: skip
+        for name in ("warm_scale", "finish_scale", "backbone_scale", "recurrent_scale", "momentum",
+                     "weight_decay", "warm_epochs", "epochs", "finish_epochs", "reorder_epochs",
+                     "aux_weight", "clip_norm", "feature_rms", "workers"):  # fmt: skip
             value = getattr(self, name)
             _require(value >= 0, f"{name} must be at least 0, got {value}")
 

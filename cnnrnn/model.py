@@ -89,11 +89,9 @@ class Trunk(nn.Sequential):
     With `skip`, the image feature goes on beside the hidden layer: [hidden, feature].
 
     Attributes:
-        feature_mean: [F] taken off the features; zeros in a new trunk.
-        feature_scale: [] they are multiplied with then; 1 in a new trunk.
+        feature_scale: [] features are multiplied with it; 1 in a new trunk.
     """
 
-    feature_mean: Tensor
     feature_scale: Tensor
 
     def __init__(
@@ -108,29 +106,25 @@ class Trunk(nn.Sequential):
         if trunk_dim:
             layers += [nn.Linear(feature_dim, trunk_dim), nn.ReLU(), Dropout(hidden_dropout)]
         super().__init__(*layers)
-        self.register_buffer("feature_mean", torch.zeros(feature_dim))
         self.register_buffer("feature_scale", torch.ones(()))
         self.skip = skip and trunk_dim > 0
         self.output_dim = (trunk_dim or feature_dim) + (feature_dim if self.skip else 0)
 
     @torch.no_grad()
     def fit_scale(self, features: Tensor, rms: float) -> None:
-        """Centre features and give them a common size, so that learning rates mean the same.
+        """Give features a common size, so that a learning rate means the same for all.
 
         Args:
             features: [n, F] of the training images.
-            rms: root of the mean square over all images and features that they get; features that
-                never change are left at 0.
+            rms: root of the mean square over all images and features that they get.
         """
-        mean = features.double().mean(0)
-        spread = (features.double() - mean).square().mean().sqrt()
-        self.feature_mean.copy_(mean)
-        self.feature_scale.fill_(rms / float(spread) if spread > 0 else 1.0)
+        squares = sum(float(part.double().square().sum()) for part in features.split(4096))
+        found = math.sqrt(squares / max(features.numel(), 1))
+        self.feature_scale.fill_(rms / found if found > 0 else 1.0)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return what the head reads of image features: [B, F] to [B, output_dim]."""
-        scaled = (features - self.feature_mean) * self.feature_scale
-        hidden = features = self[0](scaled)
+        hidden = features = self[0](features * self.feature_scale)
         for layer in list(self)[1:]:
             hidden = layer(hidden)
         return torch.cat([hidden, features], dim=1) if self.skip else hidden

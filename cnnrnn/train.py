@@ -78,6 +78,9 @@ from cnnrnn.state import (
 FINISH = "finish"
 """Name of the last stage."""
 
+NLL_WEIGHT = 0.1
+"""A nat of log-likelihood weighs as much as ten points of O-F1, mAP or exact match."""
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -613,8 +616,7 @@ def path_validation(
         inference: of the validation images.
         targets: [n, L] bool.
         nll: mean -log P(true set) of those images.
-        config: names what the merit is. Decisions are O-F1 and mAP of the half-and-half mixture,
-            and O-F1 of the best path.
+        config: names what the merit is. O-F1 and mAP are of the half-and-half mixture.
     """
     scores = inference.mixed(0.5)
     _, of1 = best_threshold(scores, targets)
@@ -627,9 +629,11 @@ def path_validation(
         "path O-F1": path["O-F1"],
         "path exact": path["exact-match"],
     }
-    if config.best_by == "nll" or (config.best_by == "auto" and config.loss == "sequence"):
-        return Validation(-nll if math.isfinite(nll) else -math.inf, figures)
-    return Validation(of1 + mean_ap + path["O-F1"], figures)
+    merit = of1 + mean_ap + path["exact-match"]
+    if config.loss == "sequence" and config.best_by != "decisions":
+        likelihood = -nll if math.isfinite(nll) else -math.inf
+        merit = likelihood if config.best_by == "nll" else merit + NLL_WEIGHT * likelihood
+    return Validation(merit, figures)
 
 
 @torch.no_grad()

@@ -500,7 +500,7 @@ def test_no_images_left(data):
 
 
 def test_mixed_precision_trains(tmp_path, data):
-    config = replace(QUICK, precision="bf16", epochs=6, warm_epochs=6)
+    config = replace(QUICK, precision="bf16", epochs=10, warm_epochs=6)
     assert train(data, tmp_path / "run", MODEL, SEARCH, config).metrics["path"]["O-F1"] > 0.9
     model = load_checkpoint(tmp_path / "run")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -563,8 +563,9 @@ def test_each_part_learns_at_its_own_rate(tmp_path):
 
     hook = register_optimizer_step_pre_hook(record)
     config = replace(
-        QUICK, warm_epochs=1, epochs=1, learning_rate=1e-3, warm_scale=0.5, backbone_scale=0.25
-    )
+        QUICK, warm_epochs=1, epochs=1, learning_rate=1e-3, warm_scale=0.5, backbone_scale=0.25,
+        recurrent_scale=2.0,
+    )  # fmt: skip
     try:
         train(data, tmp_path / "run", replace(SMALL, trunk_dim=8), SEARCH, config)
     finally:
@@ -573,8 +574,8 @@ def test_each_part_learns_at_its_own_rate(tmp_path):
     head = Head.from_config(replace(SMALL, trunk_dim=8), 26, 256)
     shared = 4  # weight and bias of trunk and label classifier
     assert seen[0] == [(1e-3, shared), (1e-3, backbone)]
-    rest = len(list(head.parameters())) - shared
-    assert seen[-1] == [(1e-3, rest), (0.5e-3, shared), (0.25e-3, backbone)]
+    rest = len(list(head.parameters())) - shared - 1
+    assert seen[-1] == [(1e-3, rest), (2e-3, 1), (0.5e-3, shared), (0.25e-3, backbone)]
 
 
 def test_the_auxiliary_loss_has_its_weight(tmp_path):
