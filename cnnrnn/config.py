@@ -255,7 +255,8 @@ class TrainConfig:
         train_split: name of the split to train on; None takes `train`, or `all`.
         val_split: name of the split to validate on; None takes `val`, or holds a share of the
             training split out where there is no `val` or where `train_split` holds its records.
-        val_fraction: share of the training split held out where there is no split to validate on.
+        val_fraction: share of the training split held out where there is no split to validate on;
+            of every label about the same share.
         empty: `keep` training images without labels (their target is END) or `drop` them.
         augment: flip and shift training pictures, where the backbone is trained.
         on_bad_image: `error` stops at an unreadable image, `skip` leaves it out and counts it.
