@@ -65,6 +65,30 @@ def cut_to_k(sets: Tensor, scores: Tensor, k: int) -> Tensor:
     return _first_k_members(sets, _ranking(scores), k)
 
 
+def at_least(sets: Tensor, scores: Tensor, count: int) -> Tensor:
+    """Add to each set of fewer than `count` labels its best-scored others, ties to the lower index.
+
+    Args:
+        sets: [n, L] bool.
+        scores: [n, L] floating point.
+        count: at least 0; 0 adds nothing, more than L takes all.
+
+    Returns:
+        [n, L] bool.
+
+    Raises:
+        ValueError: when `scores` has another shape or type than [n, L] floating point, or holds
+            NaN, or count is below 0.
+    """
+    if count < 0:
+        raise ValueError(f"count must be at least 0, got {count}")
+    ranking = _ranking(_checked_scores(scores, like=sets))
+    others = ~sets.gather(1, ranking)
+    missing = (count - sets.sum(1, keepdim=True)).clamp(min=0)
+    added = others & (others.cumsum(1) <= missing)
+    return sets | torch.zeros_like(sets).scatter_(1, ranking, added)
+
+
 def threshold_sets(scores: Tensor, threshold: float | Tensor) -> Tensor:
     """Take the labels whose score is at least the threshold.
 

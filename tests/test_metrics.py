@@ -140,6 +140,27 @@ def test_threshold_sets_includes_the_threshold(device: torch.device) -> None:
     assert torch.equal(metrics.threshold_sets(scores, per_label).cpu(), expected)
 
 
+def test_at_least_adds_the_best_scored_labels(device: torch.device) -> None:
+    sets = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 1, 1], [0, 0, 0]], dtype=torch.bool)
+    scores = torch.tensor([[0.1, 0.4, 0.4], [0.9, 0.2, 0.3], [0.5, 0.1, 0.2], [-INF, -INF, -2]])
+    sets, scores = sets.to(device), scores.to(device)
+    assert torch.equal(metrics.at_least(sets, scores, 0), sets)
+    one = torch.tensor([[0, 1, 0], [1, 0, 0], [0, 1, 1], [0, 0, 1]], dtype=torch.bool)
+    assert torch.equal(metrics.at_least(sets, scores, 1).cpu(), one)
+    two = torch.tensor([[0, 1, 1], [1, 0, 1], [0, 1, 1], [1, 0, 1]], dtype=torch.bool)
+    assert torch.equal(metrics.at_least(sets, scores, 2).cpu(), two)
+    assert metrics.at_least(sets, scores, 7).all()
+    assert metrics.at_least(sets[:0], scores[:0], 1).shape == (0, 3)
+
+
+def test_at_least_checks_its_arguments() -> None:
+    sets = torch.zeros(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="count must be at least 0, got -1"):
+        metrics.at_least(sets, torch.rand(2, 3), -1)
+    with pytest.raises(ValueError, match=r"scores must be \[n, L\] like predictions \[2, 3\]"):
+        metrics.at_least(sets, torch.rand(2, 2), 1)
+
+
 # Calibration
 
 
