@@ -118,7 +118,10 @@ def threshold_sets(scores: Tensor, threshold: float | Tensor) -> Tensor:
 
 
 def best_threshold(
-    scores: Tensor, targets: Tensor, metric: Literal["O-F1", "C-F1", "exact-match"] = "O-F1"
+    scores: Tensor,
+    targets: Tensor,
+    metric: Literal["O-F1", "C-F1", "exact-match"] = "O-F1",
+    min_labels: int = 0,
 ) -> tuple[float, float]:
     """Find the one threshold for all labels that gives the best O-F1, C-F1 or exact match.
 
@@ -130,6 +133,7 @@ def best_threshold(
         scores: [n, L] floating point; one column calibrates one label.
         targets: [n, L] bool or 0/1 integers.
         metric: what to maximise.
+        min_labels: sets of fewer labels are filled up, see `at_least`.
 
     Returns:
         The threshold, exact in the type of `scores`, and the metric's value with it.
@@ -142,6 +146,10 @@ def best_threshold(
         raise ValueError(f"metric must be O-F1, C-F1 or exact-match, got {metric!r}")
     scores = _checked_scores(scores)
     targets = _checked_targets(targets, scores, "scores")
+    if min_labels:
+        # A label that is in the set under every cut counts as if it had the highest score of all.
+        always = at_least(torch.zeros_like(targets), scores, min_labels)
+        scores = torch.where(always, scores.max(), scores)
 
     sorted_scores = scores.flatten().sort().values
     if metric != "exact-match" and not bool(targets.any()):

@@ -240,6 +240,22 @@ def test_best_threshold_for_exact_match_is_the_exact_maximum(case: tuple[Tensor,
     assert float(right.double().mean()) == pytest.approx(max(every_cut), abs=1e-12)
 
 
+@settings(max_examples=200, deadline=None)
+@given(tied_cases(), st.integers(1, 3))
+def test_best_threshold_with_filled_sets_is_the_exact_maximum(
+    case: tuple[Tensor, Tensor], min_labels: int
+) -> None:
+    scores, targets = case
+
+    def filled(threshold: float) -> Tensor:
+        return metrics.at_least(metrics.threshold_sets(scores, threshold), scores, min_labels)
+
+    threshold, value = metrics.best_threshold(scores, targets, min_labels=min_labels)
+    every_cut = [brute_o_f1(filled(float(cut)), targets) for cut in scores.unique()]
+    assert value == pytest.approx(float(max(every_cut)), abs=1e-15)
+    assert brute_o_f1(filled(threshold), targets) == max(every_cut)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_best_threshold_between_neighbouring_floats(dtype: torch.dtype) -> None:
     low = torch.tensor(1.0, dtype=dtype)
