@@ -49,9 +49,11 @@ class Prediction:
 
     @property
     def scores(self) -> dict[str, float]:
-        """Each label's score in 0..1: its marginal over paths, mixed as the model was calibrated.
+        """Each label's score in 0..1, to which thresholds apply.
 
-        Thresholds apply to this score.
+        The probability of its paths, summed over those that the search visited and so a lower bound
+        of the label's marginal, mixed in logit space with the chain term's probability at the
+        calibrated weight. An ensemble's is the mean of its members'.
         """
         if self._batch is None:
             return {}
@@ -108,6 +110,7 @@ class Options:
     top_k: int | None
     decide: Decide
     threshold: float | None
+    min_labels: int | None = None
 
     def __post_init__(self) -> None:
         if self.top_k is not None and self.top_k < 1:
@@ -123,7 +126,9 @@ def decide(inference: Inference, calibration: Calibration, options: Options) -> 
     scores = inference.mixed(calibration.mix_weight)
     if options.threshold is not None:
         calibration = replace(calibration, threshold=options.threshold)
-    sets = decided_sets(options.decide, inference.sets, scores, calibration)
+    if options.min_labels is not None:
+        calibration = replace(calibration, min_labels=options.min_labels)
+    sets = decided_sets(options.decide, inference, scores, calibration)
     if options.top_k is not None:
         sets = cut_to_k(sets, scores, options.top_k)
     return Decided(inference, sets, scores)

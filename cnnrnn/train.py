@@ -215,7 +215,7 @@ def train(
 
     def save(inference: Inference, targets: Tensor, best: bool) -> None:
         if best:
-            model.calibration = calibrate(inference, targets)
+            model.calibration = calibrate(inference, targets, train_split.targets.any(0))
         if ranks.first:
             if best:
                 model.save(out / "best")
