@@ -264,7 +264,7 @@ def _predict_parser() -> ArgumentParser:
     parser.add_argument(
         "--decide", type=Decide, default="path",
         help="labels of the best path, those above the calibrated threshold or above each label's "
-        "own, or the calibrated number of labels",
+        "own, the calibrated number of labels, or the set with the best expected F1",
     )  # fmt: skip
     parser.add_argument("--threshold", type=float | None, help="another threshold on the scores")
     parser.add_argument(

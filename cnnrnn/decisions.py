@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cnnrnn.config import DECISIONS, Calibration, Decide, Order, SearchConfig
-from cnnrnn.labels import increasing_paths, path_sets
+from cnnrnn.labels import PAD, increasing_paths, path_sets
 from cnnrnn.losses import sequence_loss
 from cnnrnn.metrics import (
     at_least,
@@ -32,6 +32,7 @@ FEW_POSITIVES = 5
 SHRINKAGES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 FOLDS = 5
 SEARCH_BATCH = 4096
+F1_AT_ONCE = 1 << 21  # label weights held while sets of best F1 are found: 16 MB
 NLL_BATCH = 512
 _SMALLEST = 1e-7
 
@@ -250,7 +251,8 @@ def decided_sets(
     one found that is not; what is too small still takes its best-scored labels.
 
     Args:
-        decide: `path` takes the best path's set, the others cut through the scores as calibrated.
+        decide: `path` takes the best path's set, `f1` the set with the best expected F1 over the
+            sets found; the others cut through the scores as calibrated.
         inference: of n images.
         scores: [n, L] mixed marginals.
         calibration: thresholds, k and the least number of labels.
@@ -262,6 +264,9 @@ def decided_sets(
         sets = threshold_sets(scores, calibration.threshold)
     elif decide == "k":
         sets = top_k_sets(scores, calibration.k)
+    elif decide == "f1":
+        found = [best_f1_sets(result, least).cpu() for result in inference.search]
+        sets = torch.cat([inference.sets[:0], *found])
     elif decide == "label_thresholds":
         cuts = calibration.label_thresholds
         sets = threshold_sets(scores, torch.tensor(cuts) if cuts else calibration.threshold)
@@ -286,6 +291,80 @@ def _best_sets(inference: Inference, min_labels: int) -> Tensor:
             best[short] = found[torch.arange(len(short)), fits.int().argmax(1)]
         parts.append(best)
     return torch.cat(parts)
+
+
+def best_f1_sets(result: SearchResult, min_labels: int = 0) -> Tensor:
+    """Return the set of each image with the best expected example-F1: [B, L] bool.
+
+    The N sets found, S_i with their probabilities p_i renormalised, stand for all. The best set of
+    k labels has the k largest weights `sum_i p_i [l in S_i] 2 / (k + |S_i|)`, and their sum is its
+    expected F1; the empty set's is the probability of the empty set. So trying every k finds the
+    best of all sets (Dembczynski et al., NIPS 2011). Ties go to fewer labels, then to lower ones.
+
+    Args:
+        result: of B images.
+        min_labels: sets of fewer labels are left out, as far as there are labels on the paths.
+    """
+    B, N, T = result.labels.shape
+    widest = min(N * T, result.num_labels)
+    if not B * widest:
+        return torch.zeros(B, result.num_labels, dtype=torch.bool, device=result.labels.device)
+    size = max(1, F1_AT_ONCE // (widest * max(widest, N)))
+    return torch.cat([
+        _best_f1_sets(labels, log_probs, result.num_labels, min_labels)
+        for labels, log_probs in zip(
+            result.labels.split(size), result.log_probs.split(size), strict=True
+        )
+    ])  # fmt: skip
+
+
+def _best_f1_sets(labels: Tensor, log_probs: Tensor, L: int, min_labels: int) -> Tensor:
+    """Return `best_f1_sets` of paths [B, N, T] with log-probabilities [B, N]."""
+    names, has = _membership(labels, L)
+    U = names.shape[1]
+    log_probs = log_probs.double()
+    weights = (log_probs - log_probs[:, :1]).exp()
+    weights = torch.where(log_probs[:, :1] > -torch.inf, weights, 0)
+    weights[:, 0] = 1  # also where every path is impossible
+    sizes = has.sum(2)
+    k = torch.arange(1, U + 1, device=labels.device)
+    shares = 2 * weights[:, None] / (k[:, None] + sizes[:, None])  # [B, U, N]
+    ranked, order = (shares @ has.double()).sort(dim=2, descending=True, stable=True)
+    expected = ranked.cumsum(2).diagonal(dim1=1, dim2=2)  # [B, U], of the best set of k labels
+    of_empty = (weights * (sizes == 0)).sum(1, keepdim=True)
+    expected = torch.cat([of_empty, expected], 1)
+    distinct = (names < L).sum(1, keepdim=True)
+    k = torch.arange(U + 1, device=labels.device)
+    allowed = (k >= distinct.clamp(max=min_labels)) & (k <= distinct)
+    best = expected.masked_fill(~allowed, -torch.inf).argmax(1)
+    if not U:
+        return torch.zeros(len(labels), L, dtype=torch.bool, device=labels.device)
+    chosen = order[torch.arange(len(labels), device=labels.device), (best - 1).clamp(min=0)]
+    chosen = names.gather(1, chosen).masked_fill(k[None, :-1] >= best[:, None], PAD)
+    return path_sets(chosen, L)
+
+
+def _membership(labels: Tensor, L: int) -> tuple[Tensor, Tensor]:
+    """Return the distinct labels on an image's paths, and which of them each path has.
+
+    Args:
+        labels: [B, N, T] paths, padded with -1.
+        L: number of labels.
+
+    Returns:
+        [B, U] label indices, ascending, L past the end; and [B, N, U] bool.
+    """
+    B, N, T = labels.shape
+    flat = labels.reshape(B, N * T)
+    ascending, position = flat.masked_fill(flat == PAD, L).sort(1)
+    new = torch.cat([ascending[:, :1] < L, ascending.diff(dim=1) > 0], 1) & (ascending < L)
+    U = int(new.sum(1).max())
+    at = (new.cumsum(1) - 1).masked_fill(ascending == L, U)
+    names = torch.full((B, U + 1), L, device=labels.device).scatter_(1, at, ascending)
+    column = torch.empty_like(at).scatter_(1, position, at)
+    has = torch.zeros(B, N, U + 1, dtype=torch.bool, device=labels.device)
+    has.scatter_(2, column.view(B, N, T), True)
+    return names[:, :U], has[:, :, :U]
 
 
 def mean_average_precision(scores: Tensor, targets: Tensor) -> float:

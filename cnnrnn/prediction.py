@@ -82,6 +82,18 @@ class Prediction:
             for labels, probability in result.label_sets(row)
         ]
 
+    @property
+    def mass(self) -> float:
+        """Probability of all sets found together, that of `.sets`; NaN for an unreadable image.
+
+        It is the share of the model's distribution that the search returned: near 1, `.sets` is all
+        there is; where it is small, labels may be more probable than their scores say. For an
+        ensemble it sums the geometric means of its members' probabilities.
+        """
+        if self._batch is None:
+            return float("nan")
+        return sum(probability for _, probability in self.sets)
+
     def _paths(self) -> tuple[Tensor, Tensor]:
         assert self._batch is not None
         result, row = self._batch.inference.result_of(self._row)

@@ -52,7 +52,8 @@ def predict(
             without labels.
         decide: `path` takes the best path's labels; `threshold` those whose score reaches the
             threshold chosen on validation data, `label_thresholds` each label's own; `k` the
-            number of best-scored labels chosen there.
+            number of best-scored labels chosen there; `f1` the set with the best expected F1 over
+            the sets found.
         threshold: overrides that threshold, and implies `decide="threshold"`.
         batch_size: images per step.
         device: `cpu`, `cuda`, `cuda:N` or `auto`; None leaves a model where it is, and puts a

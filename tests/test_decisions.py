@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from cnnrnn.config import DECISIONS, Calibration
 from cnnrnn.decisions import (
     FEW_POSITIVES,
     Inference,
+    best_f1_sets,
     calibrate,
     decided_sets,
     decision_metrics,
@@ -236,3 +238,122 @@ def test_a_few_validation_images_are_enough(count):
     targets[0, 1] = True
     found = calibrate(Inference(targets, marginals, None, ()), targets)
     assert found.label_thresholds == (found.threshold,) * 3
+
+
+# The best expected F1
+
+
+def random_result(labels: int, paths: int, longest: int, seed: int) -> SearchResult:
+    """Paths of 40 images that may repeat a label or a set, some of them absent."""
+    generator = torch.Generator().manual_seed(seed)
+    found = torch.randint(-1, labels, (40, paths, longest), generator=generator)
+    found = found.sort(2, descending=True).values
+    log_probs = (2 * torch.randn(40, paths, generator=generator) - 3).sort(1, descending=True)[0]
+    absent = torch.rand(40, paths, generator=generator) < 0.2
+    absent[:, 0] = False
+    log_probs = log_probs.masked_fill(absent, -torch.inf)
+    found = found.masked_fill(absent[:, :, None], PAD)
+    return SearchResult(found, (found != PAD).sum(2), log_probs, labels)
+
+
+def expected_f1(guess: frozenset, sets: list[frozenset], probabilities: list[float]) -> float:
+    return sum(
+        p * (2 * len(guess & s) / (len(guess) + len(s)) if guess or s else 1.0)
+        for s, p in zip(sets, probabilities, strict=True)
+    )
+
+
+@pytest.mark.parametrize("least", [0, 1, 2])
+@pytest.mark.parametrize(("labels", "paths", "longest"), [(4, 5, 3), (5, 8, 4), (1, 1, 1)])
+def test_no_set_has_a_better_expected_f1(labels, paths, longest, least):
+    result = random_result(labels, paths, longest, seed=least)
+    subsets = [frozenset(s) for k in range(labels + 1)
+               for s in itertools.combinations(range(labels), k)]  # fmt: skip
+    for image, chosen in enumerate(members(best_f1_sets(result, least))):
+        sets = [frozenset(p) - {PAD} for p in result.labels[image].tolist()]
+        probabilities = result.log_probs[image].double().softmax(0).tolist()
+        most = len(frozenset().union(*sets))
+        best = max(
+            expected_f1(s, sets, probabilities) for s in subsets if len(s) >= min(least, most)
+        )
+        assert len(chosen) >= min(least, most)
+        assert expected_f1(frozenset(chosen), sets, probabilities) == pytest.approx(best, abs=1e-9)
+
+
+def test_slices_make_no_difference(monkeypatch):
+    result = random_result(5, 8, 4, seed=3)
+    whole = best_f1_sets(result)
+    for at_once in (1, 200):
+        monkeypatch.setattr("cnnrnn.decisions.F1_AT_ONCE", at_once)
+        assert torch.equal(best_f1_sets(result), whole)
+
+
+def test_paths_without_labels_or_probability():
+    empty = SearchResult(
+        torch.zeros(3, 2, 0).long(), torch.zeros(3, 2).long(), torch.zeros(3, 2), L
+    )
+    assert best_f1_sets(empty).shape == (3, L) and not best_f1_sets(empty).any()
+    assert best_f1_sets(replace(empty, labels=torch.full((3, 2, 2), PAD))).sum() == 0
+    none = SearchResult(torch.zeros(0, 2, 3).long(), torch.zeros(0, 2).long(), torch.zeros(0, 2), L)
+    assert best_f1_sets(none).shape == (0, L)
+    # Impossible for a member of an ensemble: the first set stands.
+    paths = torch.tensor([[[1, 3], [0, PAD]]])
+    impossible = SearchResult(paths, torch.tensor([[2, 1]]), torch.full((1, 2), -torch.inf), L)
+    assert members(best_f1_sets(impossible)) == [[1, 3]]
+
+
+def test_worked_example_of_the_best_f1():
+    # () .4, (0) .3, (0, 1) .3: the empty set expects .4, {0} .3 + .3 * 2/3 = .5, {0, 1} .5.
+    inference = made([[(), (0,), (0, 1)], [(), (0,), (1,)]], [[0.4, 0.3, 0.3], [0.5, 0.3, 0.2]])
+    assert members(best_f1_sets(inference.search[0])) == [[0], []]
+    scores = torch.full((2, L), 0.5)
+    filled = decided_sets("f1", inference, scores, Calibration(min_labels=1))
+    assert members(filled) == [[0], [0, 1]]  # 2/3 of .5 is more than .3
+
+
+def test_models_and_ensembles_decide_by_f1():
+    models = [feature_model(0), feature_model(1, NAMES[::-1])]
+    for model in (models[0], Ensemble(models).eval()):
+        inference = model.infer(features())
+        expected = torch.cat([best_f1_sets(result) for result in inference.search])
+        found = model.predict_features(features(), decide="f1", min_labels=0)
+        assert [p.labels for p in found] == [
+            [model.labels[i] for i in image] for image in members(expected)
+        ]
+        assert sum(p.labels != q.labels for p, q in zip(
+            found, model.predict_features(features(), min_labels=0), strict=True
+        )) > 5  # fmt: skip
+        targets = noisy_targets(inference, empty=True)
+        rows = decision_metrics(inference, targets, model.calibration)
+        assert rows["f1"]["example-F1"] >= 0
+
+
+# The mass of what was found
+
+
+def test_mass_is_the_probability_of_the_sets_found():
+    for order in ("increasing", "unique"):
+        model = feature_model()
+        model.search = replace(model.search, order=order)
+        for p in model.predict_features(features(20)):
+            assert p.mass == pytest.approx(sum(math.exp(x) for _, x in p.paths))
+            assert 0 < p.mass < 1 + 1e-5
+    narrow, wide = (
+        [p.mass for p in feature_model().predict_features(features(20), beam_size=N)]
+        for N in (1, 16)
+    )
+    assert all(a <= b + 1e-6 for a, b in zip(narrow, wide, strict=True)) and min(wide) > 0.5
+
+
+def test_scores_are_lower_bounds_of_marginals():
+    model = feature_model()
+    model.calibration = Calibration(mix_weight=0.0)
+    model.search = replace(model.search, max_labels=L)
+    exact = replace(model.search, beam_size=16)
+    for few, many in zip(
+        model.predict_features(features(50), beam_size=1),
+        model.infer(features(50), exact).marginals.tolist(),
+        strict=True,
+    ):
+        for score, marginal in zip(few.scores.values(), many, strict=True):
+            assert score <= marginal + 1e-3
