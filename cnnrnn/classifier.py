@@ -273,8 +273,8 @@ def _build(folder: Path, description: dict[str, Any]) -> CNNRNN:
             tuple(typed("source_index", description["source_index"], list[int])),
         )
         search = read_options(SearchConfig, "search", description["search"])
-        calibration = read_options(Calibration, "calibration", description["calibration"])
-        require_label_thresholds(calibration, len(labels))
+        calibration = read_calibration(description["calibration"], description["format"])
+        require_one_per_label(calibration, len(labels))
         feature_dim = typed("feature_dim", description["feature_dim"], int)
         head = Head.from_config(config, len(labels), feature_dim)
         head.max_labels = typed("max_labels", description["max_labels"], int)
@@ -316,12 +316,24 @@ def read_options(kind: type[T], name: str, values: Any) -> T:
     return kind(**{key: typed(f"{name}.{key}", v, fields[key]) for key, v in values.items()})
 
 
-def require_label_thresholds(calibration: Calibration, num_labels: int) -> None:
-    """Raise a ValueError where thresholds of a checkpoint are not one per label."""
+def read_calibration(values: Any, form: Any) -> Calibration:
+    """Build a calibration from the JSON values of a file of a format; format 1 lacks two."""
+    if form == 1 and isinstance(values, dict):
+        values = {"min_labels": 0, "uncalibrated": []} | values
+    return read_options(Calibration, "calibration", values)
+
+
+def require_one_per_label(calibration: Calibration, num_labels: int) -> None:
+    """Raise a ValueError where a calibration is not that of so many labels."""
     if len(calibration.label_thresholds) not in (0, num_labels):
         raise ValueError(
             f"calibration.label_thresholds must be {num_labels} numbers, one per label, or none, "
             f"got {len(calibration.label_thresholds)}"
+        )
+    others = [label for label in calibration.uncalibrated if not 0 <= label < num_labels]
+    if others:
+        raise ValueError(
+            f"calibration.uncalibrated must be labels in 0..{num_labels - 1}, got {others[0]}"
         )
 
 

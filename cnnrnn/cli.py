@@ -41,7 +41,9 @@ if TYPE_CHECKING:
 TABLE_METRICS = ("C-P", "C-R", "C-F1", "O-P", "O-R", "O-F1", "MAP@10", "mAP", "mAP-11pt",
                  "exact-match", "example-F1")  # fmt: skip
 
+MIN_LABELS = "labels of every set and path at least; what validation data decided without"
 
+NAMES_SHOWN = 10
 RECIPES = ("train", "compare")
 """Commands with the options of the recipe, of which `--preset` chooses the defaults."""
 
@@ -239,6 +241,7 @@ def _evaluate_parser() -> ArgumentParser:
     parser.add_argument("--k", type=int, default=3, help="also measure sets cut to k labels")
     parser.add_argument("--per_label", type=str | None, help="write each label's figures as CSV")
     parser.add_argument("--json", type=str | None, help="write all metrics as JSON")
+    parser.add_argument("--min_labels", type=int | None, help=MIN_LABELS)
     _add_run_options(parser, batch_size=128)
     parser.add_argument("--workers", type=int, default=0, help="processes that decode pictures")
     return parser
@@ -257,11 +260,11 @@ def _predict_parser() -> ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--out", type=str | None, help="file to write; standard output without")
     parser.add_argument("--top_k", type=int | None, help="keep at most this many labels")
-    parser.add_argument("--min_labels", type=int | None, help="forbid shorter label paths")
+    parser.add_argument("--min_labels", type=int | None, help=MIN_LABELS)
     parser.add_argument(
         "--decide", type=Decide, default="path",
         help="labels of the best path, those above the calibrated threshold or above each label's "
-        "own, or the calibrated number of labels",
+        "own, the calibrated number of labels, or the set with the best expected F1",
     )  # fmt: skip
     parser.add_argument("--threshold", type=float | None, help="another threshold on the scores")
     parser.add_argument(
@@ -498,16 +501,32 @@ def _evaluate(parser: ArgumentParser, options: Namespace) -> int:
     if options.beam_size is not None:
         search = replace(model.search, beam_size=options.beam_size)
     evaluation = evaluate(
-        model, dataset, k=options.k, search=search, batch_size=options.batch_size,
-        workers=options.workers, on_bad_image=options.on_bad_image, progress=terminal_progress,
+        model, dataset, k=options.k, search=search, min_labels=options.min_labels,
+        batch_size=options.batch_size, workers=options.workers,
+        on_bad_image=options.on_bad_image, progress=terminal_progress,
     )  # fmt: skip
     print(metrics_table(evaluation.metrics, f"{options.data}, {options.split}"))
+    uncalibrated = [model.labels[i] for i in evaluation.calibration.uncalibrated]
+    if uncalibrated:
+        print(_uncalibrated_line(uncalibrated, len(model.labels)))
     if options.per_label is not None:
         write_per_label(Path(options.per_label), model, evaluation)
     if options.json is not None:
-        text = json.dumps(_without_nan(evaluation.metrics), indent=2) + "\n"
+        values: dict[str, dict[str, Any]] = {**_without_nan(evaluation.metrics)}
+        values["label_thresholds"]["uncalibrated"] = uncalibrated
+        text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
         Path(options.json).write_text(text, encoding="utf-8")
     return 0
+
+
+def _uncalibrated_line(names: list[str], num_labels: int) -> str:
+    """Name labels without a threshold of their own, the first of many."""
+    shown = ", ".join(names[:NAMES_SHOWN])
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return (
+        f"{len(names)} of {num_labels} labels are too rare for a threshold of their own and have "
+        f"the common one: {shown}{more}"
+    )
 
 
 def _without_nan(metrics: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:

@@ -13,7 +13,7 @@ Cell = Literal["lstm", "paper"]
 Activation = Literal["relu", "tanh", "identity"]
 Order = Literal["increasing", "unique", "free"]
 Stop = Literal["n_best", "literal"]
-Decide = Literal["path", "threshold", "label_thresholds", "k"]
+Decide = Literal["path", "threshold", "label_thresholds", "k", "f1"]
 DECISIONS: tuple[Decide, ...] = get_args(Decide)
 PathLoss = Literal["sequence", "pla", "mla"]
 BestBy = Literal["both", "nll", "decisions"]
@@ -201,20 +201,27 @@ class Calibration:
             the best O-F1.
         mix_weight: weight of the chain term's own score beside the path marginal, in logit space.
         label_thresholds: one threshold per label, in path order, under `decide="label_thresholds"`;
-            each the one with the label's best F1. Empty where they were not calibrated: then
-            `threshold` is every label's.
+            each the one with the label's best F1, drawn towards `threshold`. Empty where they were
+            not calibrated: then `threshold` is every label's.
         k: how many labels each image gets under `decide="k"`; the number with the best O-F1.
+        min_labels: labels that every decided set has at least; 1 where no validation image is
+            without labels.
+        uncalibrated: labels, in path order, with too few positives for a threshold of their own:
+            theirs is `threshold`.
     """
 
     threshold: float = 0.5
     mix_weight: float = 0.5
     label_thresholds: tuple[float, ...] = ()
     k: int = 1
+    min_labels: int = 0
+    uncalibrated: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         _require(0 <= self.mix_weight <= 1, f"mix_weight must be in [0, 1], got {self.mix_weight}")
         _require(self.k >= 1, f"k must be at least 1, got {self.k}")
+        _require(self.min_labels >= 0, f"min_labels must be at least 0, got {self.min_labels}")
 
 
 @dataclass(frozen=True)
@@ -261,7 +268,8 @@ class TrainConfig:
         train_split: name of the split to train on; None takes `train`, or `all`.
         val_split: name of the split to validate on; None takes `val`, or holds a share of the
             training split out where there is no `val` or where `train_split` holds its records.
-        val_fraction: share of the training split held out where there is no split to validate on.
+        val_fraction: share of the training split held out where there is no split to validate on;
+            of every label about the same share.
         feature_rms: feature vectors, also a frozen backbone's, are scaled to this root mean square
             over the training images; 0 leaves them as they are.
         empty: `keep` training images without labels (their target is END) or `drop` them.

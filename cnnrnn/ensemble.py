@@ -22,11 +22,11 @@ from cnnrnn.classifier import (
     CheckpointError,
     find_checkpoint,
     load_checkpoint,
+    read_calibration,
     read_description,
-    read_options,
     replace_folder,
     require_format,
-    require_label_thresholds,
+    require_one_per_label,
     typed,
     weights_digest,
     write_description,
@@ -107,8 +107,9 @@ class Ensemble(nn.Module):
     Args:
         models: M models with the same label names, in path orders of their own. One of those that
             have a backbone serves all; its weights must be the same in the others.
-        calibration: thresholds and k; the means of the members' by default. Each member mixes with
-            its own weight.
+        calibration: thresholds and k; the means of the members' by default, with the smallest of
+            their `min_labels`, and what is uncalibrated in any of them. Each member mixes with its
+            own weight.
 
     Attributes:
         members: the M models, without their backbones.
@@ -184,14 +185,15 @@ class Ensemble(nn.Module):
         sets = torch.cat([no_sets, *(result.best_sets().cpu() for result in results)])
         return Inference(sets, torch.stack(scores).mean(0), None, results)
 
-    def calibrate(self, features: Tensor, targets: Tensor) -> None:
+    def calibrate(self, features: Tensor, targets: Tensor, trained: Tensor | None = None) -> None:
         """Choose thresholds and k on validation data.
 
         Args:
             features: [n, F].
             targets: [n, L] bool, columns in the order of `labels`.
+            trained: [L] bool, labels that occur in training; all of them without.
         """
-        self.calibration = calibrate(self.infer(features.to(self.device)), targets)
+        self.calibration = calibrate(self.infer(features.to(self.device)), targets, trained)
 
     def predict(self, images: Any, **options: Any) -> list[Prediction]:
         """Predict label sets of images; arguments as in `cnnrnn.predict`."""
@@ -228,15 +230,24 @@ class Ensemble(nn.Module):
 
     def _mean_calibration(self) -> Calibration:
         found = [model.calibration for model in self.models]
-        k = round(sum(c.k for c in found) / len(found))
-        threshold = sum(c.threshold for c in found) / len(found)
+        mean = Calibration(
+            threshold=sum(c.threshold for c in found) / len(found),
+            mix_weight=0.0,
+            k=round(sum(c.k for c in found) / len(found)),
+            min_labels=min(c.min_labels for c in found),
+        )
         if not all(c.label_thresholds for c in found):
-            return Calibration(threshold, 0.0, k=k)
+            return mean
         cuts = torch.stack([
             torch.tensor(c.label_thresholds, dtype=torch.float64)[self._columns(model)]
             for c, model in zip(found, self.models, strict=True)
         ])  # fmt: skip
-        return Calibration(threshold, 0.0, tuple(cuts.mean(0).tolist()), k)
+        few = {m.labels[i] for m in self.models for i in m.calibration.uncalibrated}
+        return replace(
+            mean,
+            label_thresholds=tuple(cuts.mean(0).tolist()),
+            uncalibrated=tuple(i for i, name in enumerate(self.labels) if name in few),
+        )
 
     def _columns(self, model: CNNRNN) -> Tensor:
         """Return which of a member's labels each of `labels` is: [L] int64 on the CPU."""
@@ -339,13 +350,13 @@ def load_model(path: str | Path) -> CNNRNN | Ensemble:
             parts = PurePosixPath(name)
             if parts.is_absolute() or ".." in parts.parts:
                 raise ValueError(f"members must be folders below this one, got {name!r}")
-        calibration = read_options(Calibration, "calibration", description.get("calibration"))
+        calibration = read_calibration(description.get("calibration"), description["format"])
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{file} does not describe an ensemble: {error}") from error
     models = [load_checkpoint(folder / name) for name in names]
     try:
         ensemble = Ensemble(models, calibration)
-        require_label_thresholds(calibration, len(ensemble.labels))
+        require_one_per_label(calibration, len(ensemble.labels))
         return ensemble.eval()
     except ValueError as error:
         raise CheckpointError(f"{file} names members that do not fit together: {error}") from error
@@ -430,8 +441,11 @@ def train_ensemble(
         )  # fmt: skip
         models.append(result.model)
     ensemble = Ensemble(models).eval()
-    _, val = training_splits(dataset, config)
-    targets = models[0].label_space.from_source(val.label_matrix(), val.label_names)
+    training, val = training_splits(dataset, config)
+    space = models[0].label_space
+    targets = space.from_source(val.label_matrix(), val.label_names)
+    trained = torch.from_numpy(training.label_counts() > 0)[None]
+    trained = space.from_source(trained, training.label_names)[0]
     if val.features is not None:
         features = torch.from_numpy(val.features)
     else:
@@ -442,7 +456,7 @@ def train_ensemble(
             on_bad_image=config.on_bad_image, progress=progress,
         )  # fmt: skip
         features, targets = cached.values, targets[cached.kept]
-    ensemble.calibrate(features, targets)
+    ensemble.calibrate(features, targets, trained)
     ensemble.save(out / "best")
     inference = ensemble.infer(features.to(ensemble.device))
     metrics = decision_metrics(inference, targets, ensemble.calibration, k=3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from cnnrnn.classifier import CNNRNN
-from cnnrnn.config import OnBadImage, SearchConfig
+from cnnrnn.config import Calibration, OnBadImage, SearchConfig
 from cnnrnn.data import DataError, Dataset
-from cnnrnn.decisions import Inference, decision_metrics
+from cnnrnn.decisions import Inference, decided_sets, decision_metrics
 from cnnrnn.ensemble import Ensemble
 from cnnrnn.features import compute_features
 from cnnrnn.metrics import per_label_metrics, write_per_label_csv
@@ -25,15 +25,17 @@ class Evaluation:
     """A model's figures on one dataset.
 
     Attributes:
-        metrics: by decision (`path`, `threshold`, and both at k), then by metric.
+        metrics: by decision (`DECISIONS`, and two at k), then by metric.
         inference: what the model found in each image.
         targets: [n, L] bool, columns in path order.
+        calibration: what decided.
         unknown: [n, L] bool, labels that are neither present nor absent, or None.
     """
 
     metrics: dict[str, dict[str, float]]
     inference: Inference
     targets: Tensor
+    calibration: Calibration
     unknown: Tensor | None = None
 
 
@@ -43,6 +45,7 @@ def evaluate(
     *,
     k: int | None = 3,
     search: SearchConfig | None = None,
+    min_labels: int | None = None,
     batch_size: int = 128,
     workers: int = 0,
     on_bad_image: OnBadImage = "error",
@@ -56,6 +59,8 @@ def evaluate(
             be among the model's, in any order, and those that it lacks have no positives.
         k: also measure sets cut to k labels.
         search: the model's own by default.
+        min_labels: every set and every path has at least so many labels; 0 allows empty sets. None
+            for what validation data decided, and the search's own.
         batch_size: pictures per step.
         workers: processes that decode.
         on_bad_image: `skip` leaves unreadable pictures out and warns with their count.
@@ -97,9 +102,13 @@ def evaluate(
         features, targets = computed.values, targets[computed.kept]
         unknown = None if unknown is None else unknown[computed.kept]
     model.eval()
+    calibration = model.calibration
+    if min_labels is not None:
+        calibration = replace(calibration, min_labels=min_labels)
+        search = replace(search or model.search, min_labels=min_labels)
     inference = model.infer(features.to(model.device), search)
-    metrics = decision_metrics(inference, targets, model.calibration, k, unknown)
-    return Evaluation(metrics, inference, targets, unknown)
+    metrics = decision_metrics(inference, targets, calibration, k, unknown)
+    return Evaluation(metrics, inference, targets, calibration, unknown)
 
 
 class ObjectRecall(NamedTuple):
@@ -167,9 +176,14 @@ def _in_columns(matrix: Tensor, columns: list[int], num_labels: int) -> Tensor:
 
 
 def write_per_label(path: Path, model: CNNRNN | Ensemble, evaluation: Evaluation) -> None:
-    """Write precision, recall, F1 and AP of every label's best-path decisions as CSV."""
-    scores = evaluation.inference.mixed(model.calibration.mix_weight)
-    rows = per_label_metrics(
-        evaluation.inference.sets, evaluation.targets, scores=scores, unknown=evaluation.unknown
-    )
+    """Write precision, recall, F1 and AP of every label's best-path decisions as CSV.
+
+    The last column, `calibrated`, is 0 for labels without a threshold of their own.
+    """
+    calibration = evaluation.calibration
+    scores = evaluation.inference.mixed(calibration.mix_weight)
+    sets = decided_sets("path", evaluation.inference, scores, calibration)
+    rows = per_label_metrics(sets, evaluation.targets, scores=scores, unknown=evaluation.unknown)
+    rows["calibrated"] = torch.ones(len(model.labels), dtype=torch.int64)
+    rows["calibrated"][list(calibration.uncalibrated)] = 0
     write_per_label_csv(path, model.labels, rows)

@@ -49,9 +49,11 @@ class Prediction:
 
     @property
     def scores(self) -> dict[str, float]:
-        """Each label's score in 0..1: its marginal over paths, mixed as the model was calibrated.
+        """Each label's score in 0..1, to which thresholds apply.
 
-        Thresholds apply to this score.
+        The probability of its paths, summed over those that the search visited and so a lower bound
+        of the label's marginal, mixed in logit space with the chain term's probability at the
+        calibrated weight. An ensemble's is the mean of its members'.
         """
         if self._batch is None:
             return {}
@@ -79,6 +81,18 @@ class Prediction:
             (frozenset(self._names[i] for i in labels), probability)
             for labels, probability in result.label_sets(row)
         ]
+
+    @property
+    def mass(self) -> float:
+        """Probability of all sets found together, that of `.sets`; NaN for an unreadable image.
+
+        It is the share of the model's distribution that the search returned: near 1, `.sets` is all
+        there is; where it is small, labels may be more probable than their scores say. For an
+        ensemble it sums the geometric means of its members' probabilities.
+        """
+        if self._batch is None:
+            return float("nan")
+        return sum(probability for _, probability in self.sets)
 
     def _paths(self) -> tuple[Tensor, Tensor]:
         assert self._batch is not None
@@ -108,6 +122,7 @@ class Options:
     top_k: int | None
     decide: Decide
     threshold: float | None
+    min_labels: int | None = None
 
     def __post_init__(self) -> None:
         if self.top_k is not None and self.top_k < 1:
@@ -123,7 +138,9 @@ def decide(inference: Inference, calibration: Calibration, options: Options) -> 
     scores = inference.mixed(calibration.mix_weight)
     if options.threshold is not None:
         calibration = replace(calibration, threshold=options.threshold)
-    sets = decided_sets(options.decide, inference.sets, scores, calibration)
+    if options.min_labels is not None:
+        calibration = replace(calibration, min_labels=options.min_labels)
+    sets = decided_sets(options.decide, inference, scores, calibration)
     if options.top_k is not None:
         sets = cut_to_k(sets, scores, options.top_k)
     return Decided(inference, sets, scores)

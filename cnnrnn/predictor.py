@@ -47,10 +47,13 @@ def predict(
         model: a model, an ensemble, a checkpoint folder, or None for the small demo model.
         top_k: keep at most this many labels, those with the best scores.
         beam_size: N, 1 to 16; the model's own by default.
-        min_labels: forbid shorter label paths.
+        min_labels: every set has at least so many labels, and shorter label paths are forbidden;
+            0 allows empty sets. None for what validation data decided: 1 where no image there is
+            without labels.
         decide: `path` takes the best path's labels; `threshold` those whose score reaches the
             threshold chosen on validation data, `label_thresholds` each label's own; `k` the
-            number of best-scored labels chosen there.
+            number of best-scored labels chosen there; `f1` the set with the best expected F1 over
+            the sets found.
         threshold: overrides that threshold, and implies `decide="threshold"`.
         batch_size: images per step.
         device: `cpu`, `cuda`, `cuda:N` or `auto`; None leaves a model where it is, and puts a
@@ -117,7 +120,7 @@ def predict_iter(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if on_bad_image not in ("error", "skip"):
         raise ValueError(f"on_bad_image must be error or skip, got {on_bad_image!r}")
-    options = Options(top_k, decide if threshold is None else "threshold", threshold)
+    options = Options(top_k, decide if threshold is None else "threshold", threshold, min_labels)
     classifier = resolve_model(model, device)
     if classifier.backbone is None:
         raise ValueError(
@@ -142,7 +145,7 @@ def predict_features(
     threshold: float | None = None,
 ) -> list[Prediction]:
     """Predict label sets of feature vectors [B, F]; other arguments as in `predict`."""
-    options = Options(top_k, decide if threshold is None else "threshold", threshold)
+    options = Options(top_k, decide if threshold is None else "threshold", threshold, min_labels)
     classifier = resolve_model(model, None)
     search = _search_of(classifier, beam_size, min_labels)
     batch = torch.as_tensor(features).to(classifier.device, torch.float32)

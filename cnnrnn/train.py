@@ -31,6 +31,7 @@ from cnnrnn.classifier import (
 )
 from cnnrnn.config import Calibration, ModelConfig, SearchConfig, TrainConfig
 from cnnrnn.data import DataError, Dataset
+from cnnrnn.data.splits import stratified_split
 from cnnrnn.decisions import (
     Inference,
     calibrate,
@@ -220,7 +221,7 @@ def train(
 
     def save(inference: Inference, targets: Tensor, best: bool) -> None:
         if best:
-            model.calibration = calibrate(inference, targets)
+            model.calibration = calibrate(inference, targets, train_split.targets.any(0))
         if ranks.first:
             if best:
                 model.save(out / "best")
@@ -361,6 +362,8 @@ def _restore_random_state(
 def training_splits(dataset: Dataset, config: TrainConfig) -> tuple[Dataset, Dataset]:
     """Return the training and validation records, a share held out where no split is left for it.
 
+    The share is stratified: of every label about the same share is held out, as the seed decides.
+
     Raises:
         DataError: a split is missing or empty, or training and validation share records.
     """
@@ -396,9 +399,8 @@ def training_splits(dataset: Dataset, config: TrainConfig) -> tuple[Dataset, Dat
             + f", and val_fraction {config.val_fraction} of "
             f"{len(data)} training images leaves nothing to validate on or to train on"
         )
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed)).numpy()
-    training = _training_records(data.select(sorted(order[held_out:])), config)
-    return training, data.select(sorted(order[:held_out]))
+    rest, held = stratified_split(data, held_out, config.seed)
+    return _training_records(data.select(rest), config), data.select(held)
 
 
 def with_fixed_splits(dataset: Dataset, config: TrainConfig) -> Dataset:

@@ -32,8 +32,9 @@ def make_model(config=CONFIG, names=NAMES, seed=0, feature_dim=None):
     space = LabelSpace.by_frequency(names, np.arange(len(names)))
     search = SearchConfig(beam_size=5, order="unique")
     return CNNRNN(
-        config, space, head, backbone, search, Calibration(0.3, 0.25, (0.1, 0.2, 0.3, 0.4), 2)
-    ).eval()
+        config, space, head, backbone, search,
+        Calibration(0.3, 0.25, (0.1, 0.2, 0.3, 0.4), 2, 1, (3,)),
+    ).eval()  # fmt: skip
 
 
 def pictures(count=5):
@@ -220,6 +221,7 @@ def test_every_value_of_another_type_is_refused(folder):
             good = description[path[0]] if len(path) == 1 else description[path[0]][path[1]]
             wrong = 1.5 if wrong == 1.5j else wrong
             fits = isinstance(good, float) and wrong == 1.5
+            fits = fits or (path == ("calibration", "uncalibrated") and wrong == [1])
             if fits or (path == ("model", "backbone")):
                 continue
             changed(folder, *path, value=wrong)
@@ -245,6 +247,8 @@ def test_every_value_of_another_type_is_refused(folder):
         (("calibration", "label_thresholds"), [0.5]),
         (("calibration", "label_thresholds"), ["a", "b", "c", "d"]),
         (("calibration", "k"), 0),
+        (("calibration", "min_labels"), -1),
+        (("calibration", "uncalibrated"), [0, 4]),
         (("model", "score_bias"), "no"),
         (("model", "joint_dim"), 4.0),
         (("model", "hidden_dim"), 10**13),
@@ -292,6 +296,18 @@ def test_weights_of_another_model(folder, tmp_path, other):
     make_model(**other).save(tmp_path / "other")
     (tmp_path / "other" / "model.safetensors").replace(folder / "model.safetensors")
     assert "does not hold the weights of the model" in refuses(folder, "model.safetensors")
+
+
+def test_a_calibration_of_format_1_allows_empty_sets(folder):
+    description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for name in ("min_labels", "uncalibrated"):
+        del description["calibration"][name]
+    (folder / "config.json").write_text(json.dumps(description), encoding="utf-8")
+    assert "min_labels, uncalibrated" in refuses(folder, "config.json")
+    changed(folder, "format", value=1)
+    read = load_checkpoint(folder).calibration
+    assert read == Calibration(0.3, 0.25, (0.1, 0.2, 0.3, 0.4), 2)
+    assert (read.min_labels, read.uncalibrated) == (0, ())
 
 
 def test_digest_sees_values_names_shapes_and_types():

@@ -172,17 +172,36 @@ def test_evaluate_writes_table_json_and_csv(run, scenes, tmp_path, capsys):
         "--per-label",
         str(tmp_path / "all.csv"),
     ]
+    model = load_checkpoint(run)
+    rare = [model.labels[i] for i in model.calibration.uncalibrated]
+    assert 2 < len(rare) < len(model.labels)
     assert main([*arguments, "--k=2"]) == 0
-    assert f"scenes:{scenes}, test: 11 images" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"scenes:{scenes}, test: 11 images" in out
+    named = f"{len(rare)} of {len(model.labels)} labels are too rare for a threshold of their own"
+    assert named in out and ", ".join(rare[:10]) in out
+    assert f"and {len(rare) - 10} more" in out if len(rare) > 10 else "more" not in out
 
     def refuse(constant):
         raise AssertionError(f"{constant} is no JSON")
 
     metrics = json.loads((tmp_path / "all.json").read_text(), parse_constant=refuse)
     assert metrics.keys() == {*DECISIONS, "path@2", "top@2"}
+    assert metrics["label_thresholds"]["uncalibrated"] == rare
     assert metrics["path"]["images"] == 11 and 0 <= metrics["threshold"]["O-F1"] <= 1
     rows = list(csv.DictReader((tmp_path / "all.csv").open()))
-    assert [next(iter(row.values())) for row in rows] == list(load_checkpoint(run).labels)
+    assert [next(iter(row.values())) for row in rows] == list(model.labels)
+    assert [row["label"] for row in rows if row["calibrated"] == "0"] == rare
+
+
+def test_evaluate_with_min_labels(run, scenes, tmp_path):
+    for least in (0, 2):
+        file = tmp_path / f"{least}.json"
+        arguments = ["evaluate", "--data", f"scenes:{scenes}", "--model", str(run), "--split=all"]
+        options = ["--device=cpu", f"--min-labels={least}", f"--json={file}"]
+        assert main([*arguments, *options]) == 0
+        metrics = json.loads(file.read_text())
+        assert all(metrics[decision]["mean-labels-predicted"] >= least for decision in DECISIONS)
 
 
 def test_evaluate_every_split_and_a_missing_one(run, scenes, capsys):

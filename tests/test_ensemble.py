@@ -296,12 +296,12 @@ def test_saving_replaces_whole_or_not_at_all(tmp_path, ensemble, monkeypatch):
         ("members", ["members/../../elsewhere"], "must be folders below this one, got 'members/.."),
         ("members", ["/members/0"], "must be folders below this one, got '/members/0'"),
         ("members", ["members/7"], "is not a checkpoint"),
-        ("format", 2, "has format 2, this release reads 1; upgrade cnnrnn"),
+        ("format", 3, "has format 3, this release reads 1 to 2; upgrade cnnrnn"),
         ("calibration", None, "does not describe an ensemble: calibration must be dict"),
         (
             "calibration",
             {"threshold": 0.5},
-            "fields missing or unknown: k, label_thresholds, mix_weight",
+            "fields missing or unknown: k, label_thresholds, min_labels, mix_weight, uncalibrated",
         ),
     ],
 )
@@ -312,6 +312,16 @@ def test_folders_that_hold_no_ensemble(tmp_path, ensemble, key, value, message):
     with pytest.raises(CheckpointError) as error:
         cnnrnn.load(tmp_path / "model")
     assert message in str(error.value)
+
+
+def test_an_ensemble_of_format_1_allows_empty_sets(tmp_path, ensemble):
+    ensemble.save(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    description = json.loads(file.read_text()) | {"format": 1}
+    for name in ("min_labels", "uncalibrated"):
+        del description["calibration"][name]
+    file.write_text(json.dumps(description))
+    assert cnnrnn.load(tmp_path / "model").calibration.min_labels == 0
 
 
 def test_members_of_another_ensemble_are_refused(tmp_path, ensemble):

@@ -13,7 +13,7 @@ import cnnrnn
 from cnnrnn import ModelConfig, OnnxModelError, OnnxPredictor, SearchConfig, export_onnx
 from cnnrnn.backbones import make_backbone
 from cnnrnn.classifier import CNNRNN
-from cnnrnn.config import Calibration
+from cnnrnn.config import DECISIONS, Calibration
 from cnnrnn.data.images import normalize
 from cnnrnn.export import onnx as onnx_module
 from cnnrnn.labels import LabelSpace
@@ -218,7 +218,7 @@ def test_a_file_is_checked_complete_and_describes_itself(pictures_file):
     metadata = {prop.key: prop.value for prop in proto.metadata_props}
     assert json.loads(metadata["labels"]) == list(model.labels)
     assert json.loads(metadata["preprocessing"])["image_size"] == 16
-    calibration = asdict(model.calibration) | {"label_thresholds": []}
+    calibration = asdict(model.calibration) | {"label_thresholds": [], "uncalibrated": []}
     assert json.loads(metadata["calibration"]) == calibration
     assert json.loads(metadata["search"])["max_labels"] == 3
     assert len(metadata["content_hash"]) == 64
@@ -335,6 +335,41 @@ def test_a_model_that_others_wrote(tmp_path, pictures_file):
     onnx.save(proto, tmp_path / "bare.onnx")
     with pytest.raises(OnnxModelError, match="must be written by cnnrnn.export_onnx"):
         OnnxPredictor(tmp_path / "bare.onnx")
+
+
+def with_metadata(file, changed, **values):
+    """Write a copy of a file with other metadata, each value as JSON."""
+    proto = onnx.load(file)
+    for prop in proto.metadata_props:
+        if prop.key in values:
+            prop.value = json.dumps(values[prop.key])
+    onnx.save(proto, changed)
+    return changed
+
+
+def test_files_of_other_formats(tmp_path, pictures_file):
+    old = {"threshold": 0.4, "mix_weight": 0.25, "label_thresholds": [], "k": 2}
+    first = with_metadata(pictures_file, tmp_path / "1.onnx", cnnrnn_format=1, calibration=old)
+    assert OnnxPredictor(first).calibration == Calibration(0.4, 0.25, k=2)
+    second = with_metadata(pictures_file, tmp_path / "2.onnx", calibration=old)
+    with pytest.raises(OnnxModelError, match="missing or unknown: min_labels, uncalibrated"):
+        OnnxPredictor(second)
+    later = with_metadata(pictures_file, tmp_path / "3.onnx", cnnrnn_format=3)
+    with pytest.raises(OnnxModelError, match="has format 3, this release reads 1 to 2; upgrade"):
+        OnnxPredictor(later)
+
+
+@pytest.mark.parametrize("search", ["onnx", "compiled"])
+def test_sets_have_the_files_least_number_of_labels(tmp_path, pictures_file, search):
+    calibration = asdict(Calibration(2.0, 0.25, (2.0,) * L, 1, min_labels=2))
+    file = with_metadata(pictures_file, tmp_path / "two.onnx", calibration=calibration)
+    predictor = OnnxPredictor(file, search=search)
+    images = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), dtype=np.uint8)
+    for decide in DECISIONS:
+        assert all(len(p.labels) >= 2 for p in predictor.predict(images, decide=decide))
+    assert not any(
+        p.labels for p in predictor.predict(images, decide="label_thresholds", min_labels=0)
+    )
 
 
 def test_a_file_cut_short(tmp_path, pictures_file):

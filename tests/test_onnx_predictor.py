@@ -91,6 +91,7 @@ def test_every_kind_of_input(predictor, model, arrays, folder, kind):
 @pytest.mark.parametrize(
     "options",
     [{"top_k": 1}, {"min_labels": 2}, {"decide": "threshold"}, {"decide": "k"},
+     {"decide": "f1"}, {"decide": "f1", "min_labels": 1}, {"threshold": 2.0, "min_labels": 1},
      {"threshold": 0.1}, {"batch_size": 3}, {"workers": 0}, {"workers": 3, "batch_size": 2}],
     ids=str,
 )  # fmt: skip

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Precision = Literal["float32", "float16"]
 OPSET = 20
-FORMAT = 1
+FORMAT = 2
 ONE_FILE_BYTES = 2**31 - 2**20
 """An ONNX file cannot be larger than 2 GB; a larger model's weights lie beside it."""
 

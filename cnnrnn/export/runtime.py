@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cnnrnn.classifier import read_options, typed
-from cnnrnn.config import Calibration, Decide, OnBadImage, Preprocessing, SearchConfig
+from cnnrnn.classifier import read_calibration, read_options, typed
+from cnnrnn.config import Decide, OnBadImage, Preprocessing, SearchConfig
 from cnnrnn.data.images import normalize
 from cnnrnn.decisions import SEARCH_BATCH, Inference
 from cnnrnn.export.graph import INPUT_NAMES, LABEL_SCORES, OUTPUT_NAMES, Input
@@ -84,13 +84,14 @@ class OnnxPredictor:
                 name: text if name in ("content_hash", "head") else json.loads(text)
                 for name, text in texts.items()
             }
-            if values["cnnrnn_format"] != FORMAT:
+            form = values["cnnrnn_format"]
+            if type(form) is not int or not 1 <= form <= FORMAT:
                 raise OnnxModelError(
-                    f"{self.path} has format {values['cnnrnn_format']}, this release reads "
-                    f"{FORMAT}; upgrade cnnrnn"
+                    f"{self.path} has format {form}, this release reads 1 to {FORMAT}; upgrade "
+                    "cnnrnn"
                 )
             self.labels = tuple(values["labels"])
-            self.calibration = read_options(Calibration, "calibration", values["calibration"])
+            self.calibration = read_calibration(values["calibration"], form)
             self.search_config = read_options(SearchConfig, "search", values["search"])
             self.max_labels: int = typed("search.max_labels", values["search"]["max_labels"], int)
             self.input_kind: Input = typed("input", values["input"], Input)
@@ -154,7 +155,9 @@ class OnnxPredictor:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if on_bad_image not in ("error", "skip"):
             raise ValueError(f"on_bad_image must be error or skip, got {on_bad_image!r}")
-        options = Options(top_k, decide if threshold is None else "threshold", threshold)
+        options = Options(
+            top_k, decide if threshold is None else "threshold", threshold, min_labels
+        )
         search = self._search(beam_size, min_labels)
         running = _OnnxModel(self, search, self._forbidden(forbidden_labels))
         return predict_images(
@@ -178,7 +181,9 @@ class OnnxPredictor:
             raise ValueError(
                 f"{self.path} takes images, no feature vectors; export with input_kind features"
             )
-        options = Options(top_k, decide if threshold is None else "threshold", threshold)
+        options = Options(
+            top_k, decide if threshold is None else "threshold", threshold, min_labels
+        )
         search = self._search(beam_size, min_labels)
         batch = torch.as_tensor(features).to(torch.float32)
         inference = self.infer(batch, search, self._forbidden(forbidden_labels))
@@ -436,6 +441,7 @@ def _search_head(values: dict[str, Any]) -> Head:
         weights["output_projection.weight"].shape[1],
         values["cell"],
         values["activation"],
+        tied_embedding="input_embedding" not in weights,
         score_bias="score_bias" in weights,
     )
     missing, unexpected = head.load_state_dict(weights, strict=False)

@@ -1,0 +1,93 @@
+"""Stratified hold-outs: sizes, seeds, label shares and coverage."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from cnnrnn.data import Dataset
+from cnnrnn.data.splits import stratified_split
+
+
+def dataset_of(targets: np.ndarray) -> Dataset:
+    """A dataset with these label sets, [n, L] bool."""
+    indptr = np.concatenate([[0], targets.sum(1).cumsum()])
+    names = tuple(f"label {i}" for i in range(targets.shape[1]))
+    return Dataset("made:up", names, indptr, targets.nonzero()[1].astype(np.int32))
+
+
+def long_tailed(n: int = 3000, num_labels: int = 200, seed: int = 0) -> np.ndarray:
+    """Label sets [n, L] whose labels occur in 1,000 down to a few images."""
+    shares = 0.35 / np.arange(1, num_labels + 1) ** 1.1
+    return np.random.default_rng(seed).random((n, num_labels)) < shares
+
+
+def test_shares_of_labels_and_coverage_are_better_than_at_random():
+    targets = long_tailed()
+    counts = targets.sum(0)
+    held = stratified_split(dataset_of(targets), 300, 0)[1]
+    by_chance = np.random.default_rng(1).permutation(3000)[:300]
+    several = counts > 1
+    assert counts[several].min() < 10  # there are rare ones
+    assert (targets[held].sum(0)[several] > 0).mean() > 0.99
+    assert (targets[by_chance].sum(0)[several] > 0).mean() < 0.85
+    frequent = counts >= 50
+    off, off_by_chance = (
+        np.abs(targets[part].sum(0) / counts - 0.1)[frequent] for part in (held, by_chance)
+    )
+    assert np.median(off) < 0.01 < np.median(off_by_chance)
+    assert off.mean() < off_by_chance.mean() / 2
+    assert targets[held].sum(1).mean() == pytest.approx(targets.sum(1).mean(), rel=0.15)
+
+
+def test_images_without_labels_are_shared_out_too():
+    targets = long_tailed(num_labels=5)
+    bare = targets.sum(1) == 0
+    held = stratified_split(dataset_of(targets), 300, 0)[1]
+    assert abs(int(bare[held].sum()) - int(bare.sum()) / 10) <= 3
+
+
+@pytest.mark.parametrize("held_out", [0, 1, 7, 150, 299, 300])
+def test_sizes_are_exact_and_parts_disjoint(held_out):
+    rest, held = stratified_split(dataset_of(long_tailed(300, 40)), held_out, 3)
+    assert len(held) == held_out
+    assert sorted([*rest, *held]) == list(range(300))
+    assert list(rest) == sorted(rest) and list(held) == sorted(held)
+
+
+def test_the_seed_decides():
+    data = dataset_of(long_tailed(500, 30))
+    first, again, other = (stratified_split(data, 50, seed)[1].tolist() for seed in (0, 0, 1))
+    assert first == again
+    assert len(set(first) & set(other)) < 25
+
+
+def test_small_labels():
+    # Label 0 once, 1 twice, 2 five times; 92 images without labels.
+    targets = np.zeros((100, 3), bool)
+    targets[0, 0] = targets[[1, 2], 1] = targets[3:8, 2] = True
+    for seed in range(20):
+        held = stratified_split(dataset_of(targets), 10, seed)[1]
+        assert targets[held].sum(0).tolist() == [0, 1, 1]
+    empty = stratified_split(dataset_of(np.zeros((0, 3), bool)), 0, 0)
+    assert [len(part) for part in empty] == [0, 0]
+    bare = stratified_split(dataset_of(np.zeros((9, 0), bool)), 4, 0)
+    assert [len(part) for part in bare] == [5, 4]
+    with pytest.raises(ValueError, match=r"held_out must be in 0..9, got 10"):
+        stratified_split(dataset_of(np.zeros((9, 2), bool)), 10, 0)
+
+
+def test_all_images_with_labels_may_be_held_out():
+    targets = np.zeros((20, 2), bool)
+    targets[:5] = True
+    rest, held = stratified_split(dataset_of(targets), 18, 0)
+    assert len(held) == 18 and 1 <= targets[rest, 0].sum() <= 2
+
+
+def test_a_large_set_takes_seconds():
+    data = dataset_of(long_tailed(100_000, 80))
+    start = time.perf_counter()
+    stratified_split(data, 10_000, 0)
+    assert time.perf_counter() - start < 30
