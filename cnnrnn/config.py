@@ -294,7 +294,7 @@ class TrainConfig:
     batch_size: int = 128
     accumulate: int = 1
     warm_epochs: int = 0
-    epochs: int = 40
+    epochs: int = 60
     finish_epochs: int = 20
     finish_scale: float = 0.3
     best_by: BestBy = "both"
