@@ -631,11 +631,14 @@ def test_the_last_stage_goes_on_from_the_best_epoch_at_a_lower_rate(tmp_path, da
         train(data, tmp_path / "run", MODEL, SEARCH, config)
     finally:
         hook.remove()
-    assert rates == [[1e-2, 1e-2]] * 21 + [[2.5e-3, 2.5e-3]] * 14
+    assert rates == [[1e-2] * 3] * 21 + [[2.5e-3] * 3] * 14
     stages = [r["stage"] for r in records(tmp_path / "run")[1:]]
     assert stages == ["path"] * 3 + ["finish"] * 2
     # Its first epoch has the best one of the stage before to beat.
-    merits = [r["O-F1"] + r["mAP"] + r["path O-F1"] for r in records(tmp_path / "run")[1:]]
+    merits = [
+        r["O-F1"] + r["mAP"] + r["path exact"] - 0.1 * r["NLL"]
+        for r in records(tmp_path / "run")[1:]
+    ]
     best = [r["best"] for r in records(tmp_path / "run")[1:]]
     assert best[3] == (merits[3] > max(merits[:3]))
 
