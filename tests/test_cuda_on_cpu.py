@@ -120,6 +120,18 @@ def test_random_searches_with_marginals_equal_the_float64_reference(library, req
     assert excused <= searches // 40
 
 
+def test_marginals_of_random_searches_in_free_order(library, request):
+    searches = request.config.getoption("--searches") // 6
+    excused = 0
+    for seed in range(searches):
+        head, embedding, config = random_case(seed, LABEL_COUNTS, JOINT_DIMS, "free")
+        library.set_lane_order(seed % 3, seed)
+        pack = partial(emulated.EmulatedHead, library)
+        excused += 0 < assert_search_equal(head, embedding, config, marginals=True, pack=pack)
+    print(f"{searches} searches, {excused} with an excused image")
+    assert excused <= searches // 10  # literal ReLU cells forget: their paths tie exactly
+
+
 def test_the_order_in_which_lanes_run_changes_no_bit(library):
     for seed in range(60):
         head, embedding, config = random_case(seed, LABEL_COUNTS, JOINT_DIMS)

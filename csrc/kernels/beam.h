@@ -70,6 +70,11 @@ CNNRNN_INLINE int64_t first_allowed(const BeamRules& rules, const LivePath& path
   return rules.options.order == Order::kIncreasing ? path.label + 1 : 0;
 }
 
+// Whether a label may follow a path that holds it. Its marginal does not count it again.
+CNNRNN_INLINE bool may_repeat(const BeamRules& rules) {
+  return rules.options.order == Order::kFree;
+}
+
 // Whether a live path of this length is scored; END follows one that is not, at log-probability 0.
 CNNRNN_INLINE bool is_scored(const BeamRules& rules, const LivePath& path, int64_t length) {
   if (length == rules.options.max_labels) return false;

@@ -252,8 +252,8 @@ __global__ void __launch_bounds__(kMostWarps* kWarpLanes, kBlocksWithin)
           for (int p = 0; p < chunk_panels; ++p) {
             typename S::Scores z;
             score_panel(p, z);
-            add_marginals(head, pass.output, memory, shape, min(scored - first, kTileRows),
-                          panel + p, z, &chunk);
+            add_marginals(head, pass, memory, shape, min(scored - first, kTileRows), panel + p, z,
+                          &chunk);
           }
         });
       }

@@ -95,6 +95,19 @@ __device__ __forceinline__ AllowedLabels begin_tile(const DeviceHead& head, cons
           static_cast<int32_t>(__reduce_max_sync(~0u, row < 0 ? 0 : first_label))};
 }
 
+// The labels of a panel that a path, not the empty one, holds: bit l for the panel's label l.
+__device__ __forceinline__ uint32_t held_labels(const DeviceHead& head, const LivePath& path,
+                                                int32_t first_label) {
+  uint32_t labels = 0;
+  int32_t on_path = path.label;
+  for (int32_t node = path.parent;; node = head.node_parent[node]) {
+    const auto at = static_cast<uint32_t>(on_path - first_label);
+    if (at < kPanelLabels) labels |= 1u << at;
+    if (node == kRootNode) return labels;
+    on_path = head.node_label[node];
+  }
+}
+
 // The labels of a panel that may not follow a row's path, END aside: bit l for the panel's label l.
 // `owner` is the lane of the path, or -1.
 template <typename S, int kCapacity>
@@ -107,13 +120,7 @@ __device__ __forceinline__ uint32_t forbidden_labels(const DeviceHead& head, con
   if (rules.options.order != Order::kUnique || owner < 0) return labels;
   const Beam<kCapacity>& beam = memory.images[shape.image_of(owner)].beam;
   if (beam.step == 0) return labels;
-  int32_t on_path = beam.live[shape.path_of(owner)].label;
-  for (int32_t node = beam.live[shape.path_of(owner)].parent;; node = head.node_parent[node]) {
-    const auto at = static_cast<uint32_t>(on_path - first_label);
-    if (at < kPanelLabels) labels |= 1u << at;
-    if (node == kRootNode) return labels;
-    on_path = head.node_label[node];
-  }
+  return labels | held_labels(head, beam.live[shape.path_of(owner)], first_label);
 }
 
 // Of the rows whose first allowed label is in this panel, sets what is taken off their label logits
@@ -210,12 +217,14 @@ __device__ __forceinline__ void finish_softmax(const BeamRules& rules,
   }
 }
 
-// Marginals: the probabilities of a panel's labels, added path by path. One lane owns a label.
+// Marginals: the probabilities of a panel's labels that a path does not hold, added path by path.
+// One lane owns a label, and before that a path, whose labels it takes out.
 template <typename S, int kCapacity>
-__device__ void add_marginals(const DeviceHead& head, const SearchOutput& output,
+__device__ void add_marginals(const DeviceHead& head, const SearchPass& pass,
                               const WarpMemory<S, kCapacity>& memory, WarpShape shape, int rows,
                               int panel, const typename S::Scores& z, ChunkScores<S>* chunk) {
   const int lane = lane_id(), group = lane / S::kLanesPerRow;
+  const int32_t first_label = panel * kPanelLabels;
 #pragma unroll
   for (int i = 0; i < S::kRows; ++i) {
     const int r = group + S::kGroups * i, owner = memory.rows[r].owner;
@@ -231,12 +240,24 @@ __device__ void add_marginals(const DeviceHead& head, const SearchOutput& output
     }
   }
   __syncwarp();
-  const int32_t label = panel * kPanelLabels + lane;
+  if (may_repeat(pass.rules)) {
+    if (lane < rows) {
+      const int owner = memory.rows[lane].owner;
+      const Beam<kCapacity>& beam = memory.images[shape.image_of(owner)].beam;
+      uint32_t held =
+          beam.step == 0 ? 0 : held_labels(head, beam.live[shape.path_of(owner)], first_label);
+      for (; held != 0; held &= held - 1) {
+        chunk->row(0, lane)[__ffs(static_cast<int>(held)) - 1] = 0.0f;
+      }
+    }
+    __syncwarp();
+  }
+  const int32_t label = first_label + lane;
   for (int r = 0; r < rows && label < head.num_labels;) {
     const int m = shape.image_of(memory.rows[r].owner);
     const ImageState<kCapacity>& image = memory.images[m];
     float* const sum =
-        output.marginals + static_cast<int64_t>(image.image) * head.num_labels + label;
+        pass.output.marginals + static_cast<int64_t>(image.image) * head.num_labels + label;
     float total = image.beam.step == 0 ? 0.0f : *sum;
     for (; r < rows && shape.image_of(memory.rows[r].owner) == m; ++r) {
       total += chunk->row(0, r)[lane];
