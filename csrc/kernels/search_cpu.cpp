@@ -327,13 +327,13 @@ class BlockSearch {
     return first_allowed(rules_, path) / kernels_.lanes * kernels_.lanes;
   }
 
-  // Nothing reads a step's scores after this.
+  // Nothing reads a step's scores after this, which leaves out labels that a path holds.
   void add_marginals(const ImageState& s, const PathStep* steps, float* const* scores) {
     float* sums = output_.marginals + s.image * L_;
     for (int j = 0; j < s.beam.live_count; ++j) {
       if (steps[j].kind != PathStep::Kind::kScored) continue;
       const LivePath& path = s.beam.live[j];
-      if (may_repeat(rules_) && s.beam.step > 0) forbid_held(path, scores[j]);
+      if (rules_.options.order == Order::kFree && s.beam.step > 0) forbid_held(path, scores[j]);
       const int64_t from = first_scored(path);
       kernels_.add_probabilities(sums + from, scores[j] + from, L_ - from, path.score,
                                  steps[j].log_sum_exp);

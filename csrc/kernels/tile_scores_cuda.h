@@ -95,32 +95,26 @@ __device__ __forceinline__ AllowedLabels begin_tile(const DeviceHead& head, cons
           static_cast<int32_t>(__reduce_max_sync(~0u, row < 0 ? 0 : first_label))};
 }
 
-// The labels of a panel that a path, not the empty one, holds: bit l for the panel's label l.
-__device__ __forceinline__ uint32_t held_labels(const DeviceHead& head, const LivePath& path,
-                                                int32_t first_label) {
-  uint32_t labels = 0;
-  int32_t on_path = path.label;
-  for (int32_t node = path.parent;; node = head.node_parent[node]) {
+// The labels of a panel that may not follow a row's path, END aside: bit l for the panel's label l.
+// `owner` is the lane of the path, or -1; `counting`: see leaves_out_held.
+template <typename S, int kCapacity>
+__device__ __forceinline__ uint32_t forbidden_labels(const DeviceHead& head, const BeamRules& rules,
+                                                     const WarpMemory<S, kCapacity>& memory,
+                                                     WarpShape shape, int owner,
+                                                     int32_t first_label, int32_t allowed,
+                                                     bool counting) {
+  const int32_t before = allowed - first_label;
+  uint32_t labels = before <= 0 ? 0 : before >= kPanelLabels ? ~0u : (1u << before) - 1;
+  if (!leaves_out_held(rules, counting) || owner < 0) return labels;
+  const Beam<kCapacity>& beam = memory.images[shape.image_of(owner)].beam;
+  if (beam.step == 0) return labels;
+  int32_t on_path = beam.live[shape.path_of(owner)].label;
+  for (int32_t node = beam.live[shape.path_of(owner)].parent;; node = head.node_parent[node]) {
     const auto at = static_cast<uint32_t>(on_path - first_label);
     if (at < kPanelLabels) labels |= 1u << at;
     if (node == kRootNode) return labels;
     on_path = head.node_label[node];
   }
-}
-
-// The labels of a panel that may not follow a row's path, END aside: bit l for the panel's label l.
-// `owner` is the lane of the path, or -1.
-template <typename S, int kCapacity>
-__device__ __forceinline__ uint32_t forbidden_labels(const DeviceHead& head, const BeamRules& rules,
-                                                     const WarpMemory<S, kCapacity>& memory,
-                                                     WarpShape shape, int owner,
-                                                     int32_t first_label, int32_t allowed) {
-  const int32_t before = allowed - first_label;
-  uint32_t labels = before <= 0 ? 0 : before >= kPanelLabels ? ~0u : (1u << before) - 1;
-  if (rules.options.order != Order::kUnique || owner < 0) return labels;
-  const Beam<kCapacity>& beam = memory.images[shape.image_of(owner)].beam;
-  if (beam.step == 0) return labels;
-  return labels | held_labels(head, beam.live[shape.path_of(owner)], first_label);
 }
 
 // Of the rows whose first allowed label is in this panel, sets what is taken off their label logits
@@ -153,13 +147,14 @@ __device__ void find_shifts(const DeviceHead& head, const float* label_logits,
   __syncwarp();
 }
 
-// Adds label logits to a panel's scores and forbids labels that may not follow. A label logit that
-// is not finite leaves its row without a finite denominator.
+// Adds label logits to a panel's scores and forbids labels that may not follow; `counting`: see
+// leaves_out_held. A label logit that is not finite leaves its row without a finite denominator.
 template <typename S, int kCapacity>
 __device__ __forceinline__ void complete_scores(const DeviceHead& head, const SearchPass& pass,
                                                 const WarpMemory<S, kCapacity>& memory,
-                                                WarpShape shape, AllowedLabels allowed, int panel,
-                                                typename S::Scores& z, RowSums<S>* sums) {
+                                                WarpShape shape, AllowedLabels allowed,
+                                                bool counting, int panel, typename S::Scores& z,
+                                                RowSums<S>* sums) {
   const int lane = lane_id();
   const int32_t L = head.num_labels, first_label = panel * kPanelLabels;
   if (pass.images.label_logits != nullptr && allowed.by_one < first_label + kPanelLabels &&
@@ -183,8 +178,8 @@ __device__ __forceinline__ void complete_scores(const DeviceHead& head, const Se
         z[i][j] += logit - shift;
       }
     }
-    const uint32_t forbidden =
-        forbidden_labels(head, pass.rules, memory, shape, owner, first_label, row.allowed);
+    const uint32_t forbidden = forbidden_labels(head, pass.rules, memory, shape, owner, first_label,
+                                                row.allowed, counting);
     if (forbidden == 0) continue;
     const uint32_t of_lane = forbidden >> S::label(lane, 0);
 #pragma unroll
@@ -217,14 +212,12 @@ __device__ __forceinline__ void finish_softmax(const BeamRules& rules,
   }
 }
 
-// Marginals: the probabilities of a panel's labels that a path does not hold, added path by path.
-// One lane owns a label, and before that a path, whose labels it takes out.
+// Marginals: the probabilities of a panel's labels, added path by path. One lane owns a label.
 template <typename S, int kCapacity>
-__device__ void add_marginals(const DeviceHead& head, const SearchPass& pass,
+__device__ void add_marginals(const DeviceHead& head, const SearchOutput& output,
                               const WarpMemory<S, kCapacity>& memory, WarpShape shape, int rows,
                               int panel, const typename S::Scores& z, ChunkScores<S>* chunk) {
   const int lane = lane_id(), group = lane / S::kLanesPerRow;
-  const int32_t first_label = panel * kPanelLabels;
 #pragma unroll
   for (int i = 0; i < S::kRows; ++i) {
     const int r = group + S::kGroups * i, owner = memory.rows[r].owner;
@@ -240,24 +233,12 @@ __device__ void add_marginals(const DeviceHead& head, const SearchPass& pass,
     }
   }
   __syncwarp();
-  if (may_repeat(pass.rules)) {
-    if (lane < rows) {
-      const int owner = memory.rows[lane].owner;
-      const Beam<kCapacity>& beam = memory.images[shape.image_of(owner)].beam;
-      uint32_t held =
-          beam.step == 0 ? 0 : held_labels(head, beam.live[shape.path_of(owner)], first_label);
-      for (; held != 0; held &= held - 1) {
-        chunk->row(0, lane)[__ffs(static_cast<int>(held)) - 1] = 0.0f;
-      }
-    }
-    __syncwarp();
-  }
-  const int32_t label = first_label + lane;
+  const int32_t label = panel * kPanelLabels + lane;
   for (int r = 0; r < rows && label < head.num_labels;) {
     const int m = shape.image_of(memory.rows[r].owner);
     const ImageState<kCapacity>& image = memory.images[m];
     float* const sum =
-        pass.output.marginals + static_cast<int64_t>(image.image) * head.num_labels + label;
+        output.marginals + static_cast<int64_t>(image.image) * head.num_labels + label;
     float total = image.beam.step == 0 ? 0.0f : *sum;
     for (; r < rows && shape.image_of(memory.rows[r].owner) == m; ++r) {
       total += chunk->row(0, r)[lane];
