@@ -77,9 +77,9 @@ def permute_labels(
 ) -> None:
     """Number a head's labels anew, in place: label i becomes what label `order[i]` was.
 
-    The rows of label and input embedding, score bias and independent classifier move, and with them what the
-    optimiser keeps of each. Scores of a named label after named labels stay the same, but for the
-    chain term, whose formula knows the order.
+    The rows of label and input embedding, score bias and independent classifier move, and with them
+    what the optimiser keeps of each. Scores of a named label after named labels stay the same, but
+    for the chain term, whose formula knows the order.
 
     Args:
         head: END and START keep their rows.

@@ -72,6 +72,7 @@ def random_case(
         activation=rng.choice(["relu", "tanh", "identity"]),
         score_bias=rng.random() < 0.7,
         projection_bias=False,
+        tied_embedding=rng.random() < 0.5,
     )
     longest = rng.choice([0, 1, 2, 4, 6])
     drawn = rng.choice(["increasing", "unique", "free"])

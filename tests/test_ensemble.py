@@ -288,6 +288,21 @@ def test_saving_replaces_whole_or_not_at_all(tmp_path, ensemble, monkeypatch):
     assert sorted(os.listdir(tmp_path / "model")) == ["config.json", "model.safetensors"]
 
 
+def test_an_ensemble_of_format_1_has_tied_embeddings(tmp_path):
+    tied = replace(MODEL, tied_embedding=True)
+    ensemble = Ensemble([make_model(seed, config=tied) for seed in range(2)]).eval()
+    ensemble.save(tmp_path / "model")
+    for file in tmp_path.rglob("config.json"):
+        description = json.loads(file.read_text())
+        description["format"] = 1
+        if "model" in description:
+            del description["model"]["tied_embedding"]
+        file.write_text(json.dumps(description))
+    loaded = cnnrnn.load(tmp_path / "model")
+    assert [model.head.input_embedding for model in loaded.models] == [None, None]
+    same_predictions(loaded, ensemble)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -296,7 +311,7 @@ def test_saving_replaces_whole_or_not_at_all(tmp_path, ensemble, monkeypatch):
         ("members", ["members/../../elsewhere"], "must be folders below this one, got 'members/.."),
         ("members", ["/members/0"], "must be folders below this one, got '/members/0'"),
         ("members", ["members/7"], "is not a checkpoint"),
-        ("format", 2, "has format 2, this release reads 1; upgrade cnnrnn"),
+        ("format", 3, "has format 3, this release reads 1 to 2; upgrade cnnrnn"),
         ("calibration", None, "does not describe an ensemble: calibration must be dict"),
         (
             "calibration",

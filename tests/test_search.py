@@ -365,14 +365,14 @@ def test_states_are_shared_and_do_not_depend_on_the_batch():
 
 
 SEARCHED = [
-    "label_embedding", "score_bias", "output_projection.weight", "recurrence.weight_ih",
-    "recurrence.weight_hh", "recurrence.bias_ih", "recurrence.bias_hh",
+    "label_embedding", "input_embedding", "score_bias", "output_projection.weight",
+    "recurrence.weight_ih", "recurrence.weight_hh", "recurrence.bias_ih", "recurrence.bias_hh",
 ]  # fmt: skip
 
 
 def small_case() -> tuple[Head, ImageEmbedding]:
     generator = torch.Generator().manual_seed(8)
-    head = random_head(generator, 6, joint_dim=4, hidden_dim=4)
+    head = random_head(generator, 6, joint_dim=4, hidden_dim=4, tied_embedding=False)
     return head, random_embedding(generator, head, 3, False)
 
 
@@ -395,6 +395,36 @@ def test_changed_weights_are_seen(name, how):
     assert not torch.equal(before.log_probs, after.log_probs)
     expected = beam_search(head, embedding, implementation="reference")
     torch.testing.assert_close(after.log_probs, expected.log_probs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_recurrence_reads_the_input_embedding_and_nothing_else_does(implementation):
+    head, embedding = small_case()
+    found = beam_search(head, embedding, implementation=implementation)
+    with torch.no_grad():
+        head.label_embedding[head.start] += 1.0
+        head.input_embedding[head.end] += 1.0
+    same = beam_search(head, embedding, implementation=implementation)
+    assert torch.equal(same.log_probs, found.log_probs)
+    for row in (0, head.start):
+        with torch.no_grad():
+            head.input_embedding[row] += 1.0
+        changed = beam_search(head, embedding, implementation=implementation)
+        assert not torch.equal(changed.log_probs, same.log_probs)
+        same = changed
+
+
+def test_an_input_embedding_is_given_and_taken_away():
+    head, embedding = small_case()
+    apart = beam_search(head, embedding)
+    own, head.input_embedding = head.input_embedding, None
+    assert_weights_are_read_anew(head, embedding)
+    tied = beam_search(head, embedding)
+    assert not torch.equal(tied.log_probs, apart.log_probs)
+    head.input_embedding = torch.nn.Parameter(head.label_embedding.detach().clone())
+    assert torch.equal(beam_search(head, embedding).log_probs, tied.log_probs)
+    head.input_embedding = own
+    assert torch.equal(beam_search(head, embedding).log_probs, apart.log_probs)
 
 
 def assert_weights_are_read_anew(head, embedding):

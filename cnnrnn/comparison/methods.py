@@ -191,7 +191,9 @@ def _path_model(
         targets = model.label_space.from_source(
             comparison.val.targets, comparison.dataset.label_names
         )
-        return Fitted(path_validation(found, targets).merit, lambda split: _read_paths(
+        assert comparison.val.features is not None
+        nll = float(model.set_nll(comparison.val.features, targets).mean())
+        return Fitted(path_validation(found, targets, nll).merit, lambda split: _read_paths(
             comparison, model.labels, found if split is comparison.val else _found(model, split),
             model.calibration.mix_weight,
         ))  # fmt: skip

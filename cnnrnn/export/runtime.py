@@ -436,6 +436,7 @@ def _search_head(values: dict[str, Any]) -> Head:
         weights["output_projection.weight"].shape[1],
         values["cell"],
         values["activation"],
+        tied_embedding="input_embedding" not in weights,
         score_bias="score_bias" in weights,
     )
     missing, unexpected = head.load_state_dict(weights, strict=False)
