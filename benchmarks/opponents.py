@@ -81,7 +81,7 @@ class _TorchSearch:
         self.head, self.beam_size, self.max_labels = head, beam_size, max_labels
         L = head.num_labels
         with torch.no_grad():
-            self._gates = head.recurrence.input_gates(head.label_embedding)
+            self._gates = head.recurrence.input_gates(head.input_rows)
             self._hidden_weight = head.recurrence.weight_hh.t().contiguous()
             self._output_projection = head.output_projection.weight.t().contiguous()
             self._label_embedding = head.label_embedding[: L + 1].t().contiguous()

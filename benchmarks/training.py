@@ -65,7 +65,7 @@ class Packed(nn.Module):
         lengths = (paths != PAD).sum(1)
         embedding, label_scores = head.embed_with_label_scores(features)
         inputs = functional.pad(paths.masked_fill(paths == PAD, 0), (1, 0), value=head.start)
-        packed = pack_padded_sequence(head.label_embedding[inputs], lengths + 1, batch_first=True)
+        packed = pack_padded_sequence(head.input_rows[inputs], lengths + 1, batch_first=True)
         outputs, _ = self.lstm(packed)
         # Rows by step, then by image: those that reach it are the first ones.
         images = torch.cat([torch.arange(int(n)) for n in packed.batch_sizes])

@@ -43,7 +43,7 @@ class Inference:
 
     Attributes:
         sets: [n, L] bool, the label set of each image's best path.
-        marginals: [n, L] probability of each label, summed over every visited path.
+        marginals: [n, L] probability that a path holds each label, see `SearchResult.marginals`.
         label_scores: [n, L] the chain term's own scores v, or None without it.
         search: the searches' results, one per slice of the images.
     """

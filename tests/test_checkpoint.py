@@ -47,9 +47,11 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("cell", ["lstm", "paper"])
-def test_round_trip_predicts_the_same(tmp_path, cell):
-    model = make_model(replace(CONFIG, cell=cell, score_bias=cell == "lstm"))
+def test_round_trip_predicts_the_same(tmp_path, cell, tied):
+    model = make_model(replace(CONFIG, cell=cell, score_bias=cell == "lstm", tied_embedding=tied))
+    assert (model.head.input_embedding is None) is tied
     model.save(tmp_path / "deep" / "model")
     loaded = load_checkpoint(tmp_path / "deep" / "model")
     assert not loaded.training
@@ -264,8 +266,36 @@ def test_values_that_describe_no_model(folder, path, value):
 
 
 def test_another_format(folder):
-    changed(folder, "format", value=2)
-    assert "has format 2, this release reads 1; upgrade cnnrnn" in refuses(folder, "config.json")
+    for other in (3, 0):
+        changed(folder, "format", value=other)
+        assert f"has format {other}, this release reads 1 to 2; upgrade cnnrnn" in refuses(
+            folder, "config.json"
+        )
+
+
+def test_format_1_has_a_tied_embedding(tmp_path):
+    model = make_model(replace(CONFIG, tied_embedding=True), feature_dim=7)
+    folder = tmp_path / "model"
+    model.save(folder)
+    changed(folder, "model", "tied_embedding", remove=True)
+    assert "tied_embedding" in refuses(folder, "config.json")  # of format 2
+    changed(folder, "format", value=1)
+    loaded = load_checkpoint(folder)
+    assert loaded.config.tied_embedding and loaded.head.input_embedding is None
+    features = torch.randn(3, 7)
+    assert [p.paths for p in loaded.predict_features(features)] == [
+        p.paths for p in model.predict_features(features)
+    ]
+    loaded.save(folder)  # as format 2
+    assert load_checkpoint(folder).config == model.config
+
+
+def test_weights_of_the_other_kind_of_embedding_are_refused(tmp_path):
+    for tied in (False, True):
+        folder = tmp_path / str(tied)
+        make_model(replace(CONFIG, tied_embedding=tied), feature_dim=7).save(folder)
+        changed(folder, "model", "tied_embedding", value=not tied)
+        assert "input_embedding" in refuses(folder, "model.safetensors")
 
 
 def test_damaged_weights(folder):

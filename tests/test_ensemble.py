@@ -288,6 +288,21 @@ def test_saving_replaces_whole_or_not_at_all(tmp_path, ensemble, monkeypatch):
     assert sorted(os.listdir(tmp_path / "model")) == ["config.json", "model.safetensors"]
 
 
+def test_an_ensemble_of_format_1_has_tied_embeddings(tmp_path):
+    tied = replace(MODEL, tied_embedding=True)
+    ensemble = Ensemble([make_model(seed, config=tied) for seed in range(2)]).eval()
+    ensemble.save(tmp_path / "model")
+    for file in tmp_path.rglob("config.json"):
+        description = json.loads(file.read_text())
+        description["format"] = 1
+        if "model" in description:
+            del description["model"]["tied_embedding"]
+        file.write_text(json.dumps(description))
+    loaded = cnnrnn.load(tmp_path / "model")
+    assert [model.head.input_embedding for model in loaded.models] == [None, None]
+    same_predictions(loaded, ensemble)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from replay import random_case, random_embedding, random_head
+from replay import MOST, random_case, random_embedding, random_head
 
 from cnnrnn.config import SearchConfig
 from cnnrnn.export import graph
@@ -40,6 +40,7 @@ def both(head, embedding, config, forbidden=None):
 def assert_same(found, expected):
     assert torch.equal(found.labels, expected.labels)
     assert torch.equal(found.lengths, expected.lengths)
+    assert (found.marginals.nan_to_num() <= MOST).all()
     # A weight is rounded to float32 where the graph keeps it.
     for mine, theirs in (
         (found.log_probs, expected.log_probs),

@@ -27,9 +27,11 @@ def make_head(cell="lstm", activation="relu", chain_term=False, **options):
 @pytest.mark.parametrize("chain_term", [False, True])
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 @pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("tied", [False, True])
 @torch.no_grad()
-def test_teacher_forcing_is_the_recurrence_step_by_step(cell, activation, chain_term):
-    head = make_head(cell, activation, chain_term)
+def test_teacher_forcing_is_the_recurrence_step_by_step(tied, cell, activation, chain_term):
+    head = make_head(cell, activation, chain_term, tied_embedding=tied)
+    read = head.label_embedding if tied else head.input_embedding
     features = torch.randn(3, 3, dtype=torch.float64)
     paths = torch.tensor([[0, 3, 4], [2, -1, -1], [-1, -1, -1]])
     scores, label_scores = head(features, paths)
@@ -38,7 +40,7 @@ def test_teacher_forcing_is_the_recurrence_step_by_step(cell, activation, chain_
         r = o = torch.zeros(6, dtype=torch.float64)
         image = head.image_projection.weight @ features[row] + head.image_projection.bias
         for step, label in enumerate([head.num_labels + 1, *[p for p in path if p >= 0]]):
-            r, o = cell_step(head, cell, r, o, head.label_embedding[label])
+            r, o = cell_step(head, cell, r, o, read[label])
             x = ACTIVATIONS[activation](head.output_projection.weight @ o + image)
             expected = head.label_embedding[:6] @ x + head.score_bias
             if chain_term:
@@ -225,6 +227,9 @@ def test_parameter_names_and_shapes():
     }
     more = dict(Head(L, F, D, H, chain_term=True, trunk_dim=7).named_parameters())
     assert tuple(more["image_projection.weight"].shape) == (D, 7)
+    apart = dict(Head(L, F, D, H, tied_embedding=False).named_parameters())
+    assert apart.keys() - shapes.keys() == {"input_embedding"}
+    assert apart["input_embedding"].shape == (L + 2, D)
     assert tuple(more["label_classifier.weight"].shape) == (L, 7)
 
 

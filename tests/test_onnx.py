@@ -59,7 +59,10 @@ def picture_model() -> CNNRNN:
 HEADS = {
     "increasing": head_model(SearchConfig(beam_size=4)),
     "unique, loop": head_model(SearchConfig(beam_size=8, order="unique"), chain_term=False),
-    "paper, loop": head_model(SearchConfig.paper(1), chain_term=False, cell="paper"),
+    "free": head_model(SearchConfig(beam_size=4, order="free"), tied_embedding=True),
+    "paper, loop": head_model(
+        SearchConfig.paper(1), chain_term=False, cell="paper", tied_embedding=True
+    ),
 }
 
 

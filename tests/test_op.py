@@ -42,7 +42,9 @@ def assert_same(outputs: tuple[Tensor, ...], expected: SearchResult) -> None:
     assert torch.equal(outputs[2], expected.log_probs)
 
 
-@pytest.mark.parametrize("options", [{}, {"cell": "paper", "score_bias": False}])
+@pytest.mark.parametrize(
+    "options", [{"tied_embedding": False}, {"cell": "paper", "score_bias": False}]
+)
 @pytest.mark.parametrize("label_logits", [False, True])
 @pytest.mark.parametrize("marginals", [False, True])
 @pytest.mark.parametrize("batch", [0, 5])
@@ -54,7 +56,7 @@ def test_the_op_is_what_torch_takes_it_for(options, label_logits, marginals, bat
 
 @pytest.mark.parametrize("marginals", [False, True])
 def test_the_op_returns_what_the_public_call_does(marginals):
-    head = head_of(2)
+    head = head_of(2, tied_embedding=False)
     embedding = images(head, 7, label_logits=True)
     outputs = torch.ops.cnnrnn.beam_search(*arguments(head, embedding, marginals))
     expected = beam_search(head, embedding, CONFIG, marginals=marginals)
@@ -75,8 +77,9 @@ class FeaturesToPaths(torch.nn.Module):
 
 
 @torch.no_grad()
-def test_compiled_as_one_graph():
-    head = head_of(3, chain_term=True)
+@pytest.mark.parametrize("tied", [False, True])
+def test_compiled_as_one_graph(tied):
+    head = head_of(3, chain_term=True, tied_embedding=tied)
     compiled = torch.compile(FeaturesToPaths(head), fullgraph=True, backend="aot_eager")
     for batch in (4, 9):
         features = torch.randn(batch, 8, generator=torch.Generator().manual_seed(batch))
@@ -105,7 +108,7 @@ def test_exported_with_a_free_batch():
             result = super().forward(features)
             return result.labels, result.lengths, result.log_probs
 
-    head = head_of(4, chain_term=True)
+    head = head_of(4, chain_term=True, tied_embedding=False)
     program = torch.export.export(
         Tensors(head), (torch.randn(5, 8),), dynamic_shapes=({0: torch.export.Dim("batch")},)
     )
@@ -117,20 +120,30 @@ def test_exported_with_a_free_batch():
 
 @torch.no_grad()
 def test_changed_weights_are_seen():
-    head = head_of(5)
+    head = head_of(5, tied_embedding=False)
     embedding = images(head, 6)
     op = torch.ops.cnnrnn.beam_search
     op(*arguments(head, embedding))
-    for parameter in (head.label_embedding, head.recurrence.weight_hh, head.recurrence.bias_ih):
+    for parameter in (
+        head.label_embedding, head.input_embedding, head.recurrence.weight_hh,
+        head.recurrence.bias_ih,
+    ):  # fmt: skip
         parameter.mul_(-1.5)
         assert_same(op(*arguments(head, embedding)), beam_search(head, embedding, CONFIG))
-    head.label_embedding.data.mul_(-2.0)  # torch does not count this
+    head.input_embedding.data.mul_(-2.0)  # torch does not count this
     head.clear_cache()
     assert_same(op(*arguments(head, embedding)), beam_search(head, embedding, CONFIG))
 
 
+def test_an_input_embedding_of_another_shape_is_refused():
+    head = head_of(5, tied_embedding=False)
+    head.input_embedding = torch.nn.Parameter(torch.zeros(21, 8))
+    with pytest.raises(ValueError, match=r"input_embedding must be .*\[22, 8\].*\[21, 8\]"):
+        torch.ops.cnnrnn.beam_search(*arguments(head, images(head, 2)))
+
+
 def test_weights_at_an_address_that_others_had_are_not_mistaken_for_them():
-    head = head_of(8)
+    head = head_of(8, tied_embedding=False)
     embedding = images(head, 3)
     memory = [None if t is None else t.detach().numpy().copy() for t in head_parameters(head)]
     options = arguments(head, embedding)[2 + len(memory) :]

@@ -76,10 +76,12 @@ def test_label_ease_by_hand():
     assert label_ease(torch.zeros(0, 3), torch.zeros(0, 3) > 0).tolist() == [-np.inf] * 3
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("cell", ["lstm", "paper"])
-def test_named_labels_score_the_same_in_another_order(cell):
+def test_named_labels_score_the_same_in_another_order(cell, tied):
     torch.manual_seed(0)
-    head = Head(7, 3, joint_dim=5, hidden_dim=4, cell=cell, score_bias=cell == "lstm").double()
+    head = Head(7, 3, joint_dim=5, hidden_dim=4, cell=cell, score_bias=cell == "lstm",
+                tied_embedding=tied).double()  # fmt: skip
     if head.score_bias is not None:
         nn.init.normal_(head.score_bias)
     features = torch.randn(6, 3, dtype=torch.float64)
@@ -105,7 +107,7 @@ def test_training_goes_on_as_if_nothing_had_moved(optimizer):
     trained = []
     for moves in (False, True):
         torch.manual_seed(0)
-        head = Head(6, 3, joint_dim=5, hidden_dim=4, chain_term=True).double()
+        head = Head(6, 3, joint_dim=5, hidden_dim=4, chain_term=True, tied_embedding=False).double()
         steps = make_optimizer([{"params": list(head.parameters()), "lr": 1e-2}], config)
         for step in range(8):
             paths, present = increasing_paths(targets), targets

@@ -95,17 +95,19 @@ def test_fast_searches_equal_those_of_the_sources_on_the_cpu(compiled):
 
 
 @pytest.mark.parametrize("precision", ["exact", "fast"])
-@pytest.mark.parametrize("order", ["increasing", "unique"])
+@pytest.mark.parametrize("order", ["increasing", "unique", "free"])
 def test_label_logits_over_several_chunks(compiled, precision, order):
     # Paths of a tile begin in different panels of their labels, whose logits are shifted there.
     head = random_head(torch.Generator().manual_seed(7), 130, joint_dim=64, hidden_dim=6)
     embedding = random_embedding(torch.Generator().manual_seed(8), head, 6, label_logits=True)
-    options = arguments(embedding, SearchConfig(beam_size=4, order=order), 3, order == "unique")
+    options = arguments(embedding, SearchConfig(beam_size=4, order=order), 3, order != "increasing")
     expected = pack(compiled)(head).beam_search(*options, precision=precision)
     with compiled:
         found = pack(compiled)(head).beam_search(*options, precision=precision)
     assert torch.equal(found[0], expected[0])
     torch.testing.assert_close(found[2], expected[2], rtol=1e-4, atol=1e-4)
+    if found[3] is not None:
+        torch.testing.assert_close(found[3], expected[3], rtol=1e-4, atol=1e-4)
 
 
 def test_a_captured_search(compiled):

@@ -204,7 +204,10 @@ class PathSearch(nn.Module):
         extended = (state.scores[:, :, None] + log_probs).masked_fill(
             bad[:, :, None], -torch.inf
         )  # [B, P, L+1]
-        marginals = state.marginals + extended[:, :, :L].exp().sum(1)
+        new = extended[:, :, :L]
+        if self.search.order == "free" and not first:  # what a path holds may follow again
+            new = new.masked_fill(self._held(state), -torch.inf)
+        marginals = state.marginals + new.exp().sum(1)
         floor_before = self._floor(state.done_scores, state.accepting)
 
         width = L + 1 if self.search.end_takes_slot else L
@@ -291,17 +294,19 @@ class PathSearch(nn.Module):
 
     def _forbidden(self, state: _State, forbidden: Tensor) -> Tensor:
         """Return which labels may not follow each live path: [B, P, L] bool."""
-        B, P, T = state.labels.shape
-        labels = torch.arange(self.num_labels, device=state.labels.device)
         if self.search.order == "increasing":
+            labels = torch.arange(self.num_labels, device=state.labels.device)
             last = state.labels.amax(2, keepdim=True)  # -1 on the empty path
             return (labels <= last) | forbidden[:, None, :]
         if self.search.order == "unique":
-            columns = state.labels + 1  # the first column takes the padding
-            taken = torch.zeros(B, P, self.num_labels + 1, device=columns.device)
-            taken = taken.scatter(2, columns, 1.0)
-            return (taken[:, :, 1:] > 0) | forbidden[:, None, :]
-        return forbidden[:, None, :].expand(B, P, -1)
+            return self._held(state) | forbidden[:, None, :]
+        return forbidden[:, None, :].expand(*state.scores.shape, -1)
+
+    def _held(self, state: _State) -> Tensor:
+        """Return which labels are on each live path: [B, P, L] bool."""
+        columns = state.labels + 1  # the first column takes the padding
+        held = torch.zeros(*state.scores.shape, self.num_labels + 1, device=columns.device)
+        return held.scatter(2, columns, 1.0)[:, :, 1:] > 0
 
     def _extended(
         self, state: _State, rows: Tensor, label: Tensor, first: bool

@@ -54,7 +54,8 @@ def beam_search(
         implementation: `native` is the compiled search, on the GPU for tensors that are there where
             this build has CUDA, else on the CPU; `auto` is native on the CPU, until the search on a
             GPU has been measured; `reference` is plain torch.
-        marginals: also return each label's probability, summed over every visited path.
+        marginals: also return the probability that a path holds each label, summed over every
+            visited path that does not yet.
         on_nonfinite: `raise`, or `mark` such images with log-probability NaN and go on. Under
             torch.compile and torch.export, where values are not known, they are marked.
         precision: of label scores on a GPU: `exact` multiplies in float32, `fast` in float16 with

@@ -47,7 +47,8 @@ def beam_search(
         image_embedding: of B images.
         config: the search options.
         max_labels: T, already resolved: at most L unless the order is free.
-        marginals: also sum each label's probability over every visited path.
+        marginals: also return the probability that a path holds each label, summed over every
+            visited path that does not yet.
 
     Returns:
         Paths [B, N, T]; an image with a value that is not finite has log-probability NaN.
@@ -113,7 +114,10 @@ def _search_image(
             rows.append(path.score + log_probs)
         extended = torch.stack(rows)  # [paths, L+1]
         if marginals is not None:
-            marginals += extended[:, :L].exp().sum(0)
+            new = extended[:, :L].exp()
+            for row, path in zip(new, live, strict=True):
+                row[list(path.labels)] = 0  # in order free they may follow again
+            marginals += new.sum(0)
 
         finished: list[Path] = []
         if not config.end_takes_slot:

@@ -59,7 +59,9 @@ class SearchResult:
         return len(self.labels)
 
     def marginals(self) -> Tensor:
-        """Return each label's probability, summed over every visited path: [B, L].
+        """Return the probability that a path holds each label: [B, L], at most 1 but for rounding.
+
+        Summed over every visited path that does not yet hold the label.
 
         Raises:
             ValueError: when the search was not asked for them.

@@ -70,6 +70,13 @@ CNNRNN_INLINE int64_t first_allowed(const BeamRules& rules, const LivePath& path
   return rules.options.order == Order::kIncreasing ? path.label + 1 : 0;
 }
 
+// Whether labels that a path holds are left out of what follows it; `counting`: of what marginals
+// count, where a label that may follow again is left out too.
+CNNRNN_INLINE bool leaves_out_held(const BeamRules& rules, bool counting) {
+  return counting ? rules.options.order != Order::kIncreasing
+                  : rules.options.order == Order::kUnique;
+}
+
 // Whether a live path of this length is scored; END follows one that is not, at log-probability 0.
 CNNRNN_INLINE bool is_scored(const BeamRules& rules, const LivePath& path, int64_t length) {
   if (length == rules.options.max_labels) return false;

@@ -61,7 +61,7 @@ struct SearchOutput {
   int64_t* labels;   // [B, N, T] padded with -1
   int64_t* lengths;  // [B, N]
   float* log_probs;  // [B, N]    -inf where a path is absent; NaN marks a non-finite image
-  float* marginals;  // [B, L]    or null
+  float* marginals;  // [B, L]    that a path holds a label; or null
   // Decisions of every step, for tests that replay a search: rank j of step t holds the parent's
   // rank and the label of the j-th live path after that step, or -1.
   int32_t* trace;  // [B, T+1, N, 2] or null

@@ -309,12 +309,17 @@ class BlockSearch {
     if (rules_.options.order == Order::kIncreasing) {
       std::fill(scores + first_scored(path), scores + first_allowed(rules_, path), -kInf);
     } else if (rules_.options.order == Order::kUnique && length > 0) {
-      scores[path.label] = -kInf;
-      for (int32_t at = path.parent; at != PrefixTable::kRoot; at = prefixes_.parent(at)) {
-        scores[prefixes_.last_label(at)] = -kInf;
-      }
+      forbid_held(path, scores);
     }
     if (!end_allowed(rules_, length)) scores[L_] = -kInf;
+  }
+
+  // Writes -inf where `scores` belong to labels that a path, not the empty one, holds.
+  void forbid_held(const LivePath& path, float* scores) const {
+    scores[path.label] = -kInf;
+    for (int32_t at = path.parent; at != PrefixTable::kRoot; at = prefixes_.parent(at)) {
+      scores[prefixes_.last_label(at)] = -kInf;
+    }
   }
 
   // The first label of the first vector that holds an allowed one.
@@ -322,11 +327,13 @@ class BlockSearch {
     return first_allowed(rules_, path) / kernels_.lanes * kernels_.lanes;
   }
 
+  // Nothing reads a step's scores after this, which leaves out labels that a path holds.
   void add_marginals(const ImageState& s, const PathStep* steps, float* const* scores) {
     float* sums = output_.marginals + s.image * L_;
     for (int j = 0; j < s.beam.live_count; ++j) {
       if (steps[j].kind != PathStep::Kind::kScored) continue;
       const LivePath& path = s.beam.live[j];
+      if (rules_.options.order == Order::kFree && s.beam.step > 0) forbid_held(path, scores[j]);
       const int64_t from = first_scored(path);
       kernels_.add_probabilities(sums + from, scores[j] + from, L_ - from, path.score,
                                  steps[j].log_sum_exp);

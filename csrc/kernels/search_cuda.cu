@@ -150,8 +150,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarpLanes, kBlocksWithin)
   const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarpLanes;
   const int warps = static_cast<int>(blockDim.x) / kWarpLanes;
   const int stride = kResident ? kResidentJoint : head.joint_stride;
-  const bool completes =
-      pass.images.label_logits != nullptr || rules.options.order == Order::kUnique;
+  const bool completes = pass.images.label_logits != nullptr || leaves_out_held(rules, false);
   const int count = pass.image_count == nullptr ? pass.count : *pass.image_count;
   const int each = warps * shape.images;
   const int begin = static_cast<int>(blockIdx.x) * each;
@@ -187,8 +186,9 @@ __global__ void __launch_bounds__(kMostWarps* kWarpLanes, kBlocksWithin)
       RowSums<S> sums;
       AllowedLabels allowed{};
       // Deals the scored paths to tiles, and shows each tile's chunks: the first path, the first
-      // panel, how many panels they are, and what scores the p-th of them.
-      const auto for_each_tile = [&](auto take_chunk) {
+      // panel, how many panels they are, and what scores the p-th of them. `counting`: see
+      // leaves_out_held.
+      const auto for_each_tile = [&](bool counting, auto take_chunk) {
         for (int first = 0; any_of_block(first < scored); first += kTileRows) {
           int first_panel = head.panels;
           if (first < scored) {
@@ -203,14 +203,16 @@ __global__ void __launch_bounds__(kMostWarps* kWarpLanes, kBlocksWithin)
                 take_chunk(first, panel, chunk_panels, [&](int p, typename S::Scores& z) {
                   S::template multiply<kJoint>(joint, weights + p * panel_bytes<S>(stride), stride,
                                                z);
-                  if (completes || (panel + p) * kPanelLabels < allowed.by_all) {
-                    complete_scores(head, pass, memory, shape, allowed, panel + p, z, &sums);
+                  if (completes || (counting && leaves_out_held(rules, true)) ||
+                      (panel + p) * kPanelLabels < allowed.by_all) {
+                    complete_scores(head, pass, memory, shape, allowed, counting, panel + p, z,
+                                    &sums);
                   }
                 });
               });
         }
       };
-      for_each_tile([&](int first, int panel, int chunk_panels, const auto& score_panel) {
+      for_each_tile(false, [&](int first, int panel, int chunk_panels, const auto& score_panel) {
         const int first_label = panel * kPanelLabels, row = path.row_of_tile(first);
         for (int p = 0; p < chunk_panels; ++p) {
           typename S::Scores z;
@@ -248,7 +250,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarpLanes, kBlocksWithin)
         __syncwarp();
       }
       if (pass.output.marginals != nullptr) {
-        for_each_tile([&](int first, int panel, int chunk_panels, const auto& score_panel) {
+        for_each_tile(true, [&](int first, int panel, int chunk_panels, const auto& score_panel) {
           for (int p = 0; p < chunk_panels; ++p) {
             typename S::Scores z;
             score_panel(p, z);

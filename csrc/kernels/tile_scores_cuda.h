@@ -96,15 +96,16 @@ __device__ __forceinline__ AllowedLabels begin_tile(const DeviceHead& head, cons
 }
 
 // The labels of a panel that may not follow a row's path, END aside: bit l for the panel's label l.
-// `owner` is the lane of the path, or -1.
+// `owner` is the lane of the path, or -1; `counting`: see leaves_out_held.
 template <typename S, int kCapacity>
 __device__ __forceinline__ uint32_t forbidden_labels(const DeviceHead& head, const BeamRules& rules,
                                                      const WarpMemory<S, kCapacity>& memory,
                                                      WarpShape shape, int owner,
-                                                     int32_t first_label, int32_t allowed) {
+                                                     int32_t first_label, int32_t allowed,
+                                                     bool counting) {
   const int32_t before = allowed - first_label;
   uint32_t labels = before <= 0 ? 0 : before >= kPanelLabels ? ~0u : (1u << before) - 1;
-  if (rules.options.order != Order::kUnique || owner < 0) return labels;
+  if (!leaves_out_held(rules, counting) || owner < 0) return labels;
   const Beam<kCapacity>& beam = memory.images[shape.image_of(owner)].beam;
   if (beam.step == 0) return labels;
   int32_t on_path = beam.live[shape.path_of(owner)].label;
@@ -146,13 +147,14 @@ __device__ void find_shifts(const DeviceHead& head, const float* label_logits,
   __syncwarp();
 }
 
-// Adds label logits to a panel's scores and forbids labels that may not follow. A label logit that
-// is not finite leaves its row without a finite denominator.
+// Adds label logits to a panel's scores and forbids labels that may not follow; `counting`: see
+// leaves_out_held. A label logit that is not finite leaves its row without a finite denominator.
 template <typename S, int kCapacity>
 __device__ __forceinline__ void complete_scores(const DeviceHead& head, const SearchPass& pass,
                                                 const WarpMemory<S, kCapacity>& memory,
-                                                WarpShape shape, AllowedLabels allowed, int panel,
-                                                typename S::Scores& z, RowSums<S>* sums) {
+                                                WarpShape shape, AllowedLabels allowed,
+                                                bool counting, int panel, typename S::Scores& z,
+                                                RowSums<S>* sums) {
   const int lane = lane_id();
   const int32_t L = head.num_labels, first_label = panel * kPanelLabels;
   if (pass.images.label_logits != nullptr && allowed.by_one < first_label + kPanelLabels &&
@@ -176,8 +178,8 @@ __device__ __forceinline__ void complete_scores(const DeviceHead& head, const Se
         z[i][j] += logit - shift;
       }
     }
-    const uint32_t forbidden =
-        forbidden_labels(head, pass.rules, memory, shape, owner, first_label, row.allowed);
+    const uint32_t forbidden = forbidden_labels(head, pass.rules, memory, shape, owner, first_label,
+                                                row.allowed, counting);
     if (forbidden == 0) continue;
     const uint32_t of_lane = forbidden >> S::label(lane, 0);
 #pragma unroll

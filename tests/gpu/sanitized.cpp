@@ -75,25 +75,26 @@ bool run(const Case& c, cudaStream_t stream) {
   const auto matrix = [&](int64_t rows, int64_t columns) {
     return uniform(&random, rows * columns, 3.0f / std::sqrt(static_cast<float>(columns)));
   };
-  const std::vector<float> embedding = matrix(L + 2, D), bias = matrix(1, L + 1),
-                           input = matrix(4 * H, D), hidden = matrix(4 * H, H),
-                           hidden_bias = matrix(1, 4 * H), projection = matrix(D, H),
-                           joint = uniform(&random, B * D, 3.0f),
+  const std::vector<float> embedding = matrix(L + 2, D), read = matrix(L + 2, D),
+                           bias = matrix(1, L + 1), input = matrix(4 * H, D),
+                           hidden = matrix(4 * H, H), hidden_bias = matrix(1, 4 * H),
+                           projection = matrix(D, H), joint = uniform(&random, B * D, 3.0f),
                            logits = with_logits ? uniform(&random, B * (L + 1), 4.0f)
                                                 : std::vector<float>();
   const auto weights = [&](const std::function<const float*(const std::vector<float>&)>& at) {
-    return cnnrnn::HeadWeights{L,
-                               D,
-                               H,
-                               cnnrnn::Cell::kLstm,
-                               cnnrnn::Activation::kRelu,
-                               at(embedding),
-                               at(bias),
-                               at(input),
-                               at(hidden),
-                               nullptr,
-                               at(hidden_bias),
-                               at(projection)};
+    return cnnrnn::HeadWeights{.num_labels = L,
+                               .joint_dim = D,
+                               .hidden_dim = H,
+                               .cell = cnnrnn::Cell::kLstm,
+                               .activation = cnnrnn::Activation::kRelu,
+                               .label_embedding = at(embedding),
+                               .input_embedding = with_logits ? at(read) : nullptr,
+                               .score_bias = at(bias),
+                               .input_weight = at(input),
+                               .hidden_weight = at(hidden),
+                               .input_bias = nullptr,
+                               .hidden_bias = at(hidden_bias),
+                               .output_projection = at(projection)};
   };
 
   std::vector<int64_t> labels(B * N * T), lengths(B * N), gpu_labels(B * N * T);
@@ -182,6 +183,15 @@ int main() {
        false,
        kMuch},
       {"marginals", 40, 64, 16, 33, {2, 6, 0, up, false, Stop::kNBest, exact}, true, true, kMuch},
+      {"free marginals",
+       40,
+       64,
+       16,
+       33,
+       {4, 6, 0, Order::kFree, false, Stop::kNBest, exact},
+       true,
+       true,
+       kMuch},
       {"overflow",
        300,
        16,
