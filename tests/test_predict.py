@@ -401,7 +401,7 @@ def test_arrays_and_tensors_of_another_shape_or_type(model):
         ({"min_labels": 4}, "min_labels (4) must not exceed max_labels (3)"),
         (
             {"decide": "vote"},
-            "decide must be one of path, threshold, label_thresholds, k, got 'vote'",
+            "decide must be one of path, threshold, label_thresholds, k, f1, got 'vote'",
         ),
         ({"threshold": math.nan}, "threshold must be a finite number, got nan"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
