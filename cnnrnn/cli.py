@@ -506,14 +506,17 @@ def _evaluate(parser: ArgumentParser, options: Namespace) -> int:
         on_bad_image=options.on_bad_image, progress=terminal_progress,
     )  # fmt: skip
     print(metrics_table(evaluation.metrics, f"{options.data}, {options.split}"))
+    bound = "at most " if evaluation.nll_is_bound else ""
+    print(f"NLL of the whole true set: {bound}{evaluation.nll:.3f} nats per image")
     uncalibrated = [model.labels[i] for i in evaluation.calibration.uncalibrated]
     if uncalibrated:
         print(_uncalibrated_line(uncalibrated, len(model.labels)))
     if options.per_label is not None:
         write_per_label(Path(options.per_label), model, evaluation)
     if options.json is not None:
-        values: dict[str, dict[str, Any]] = {**_without_nan(evaluation.metrics)}
+        values: dict[str, Any] = {**_without_nan(evaluation.metrics)}
         values["label_thresholds"]["uncalibrated"] = uncalibrated
+        values["NLL"] = None if math.isnan(evaluation.nll) else evaluation.nll
         text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
         Path(options.json).write_text(text, encoding="utf-8")
     return 0

@@ -5,6 +5,7 @@ Letters: B images, M members, C candidate label sets of an image, L labels, T th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -194,6 +195,22 @@ class Ensemble(nn.Module):
             trained: [L] bool, labels that occur in training; all of them without.
         """
         self.calibration = calibrate(self.infer(features.to(self.device)), targets, trained)
+
+    def set_nll(self, features: Tensor, targets: Tensor) -> Tensor:
+        """Return -log of the members' mean probability of the whole true set, in nats.
+
+        Args:
+            features: [n, F].
+            targets: [n, L] bool, columns in the order of `labels`.
+
+        Returns:
+            [n] float64.
+        """
+        log_probs = [
+            -model.set_nll(features, targets[:, self._columns(model).argsort()])
+            for model in self.models
+        ]
+        return math.log(len(log_probs)) - torch.stack(log_probs).logsumexp(0)
 
     def predict(self, images: Any, **options: Any) -> list[Prediction]:
         """Predict label sets of images; arguments as in `cnnrnn.predict`."""

@@ -29,6 +29,9 @@ class Evaluation:
         inference: what the model found in each image.
         targets: [n, L] bool, columns in path order.
         calibration: what decided.
+        nll: mean of -log P(the whole true set | image), in nats, over the images without unknown
+            labels; NaN where there is none.
+        nll_is_bound: it is an upper bound, since a set has further paths in the search's order.
         unknown: [n, L] bool, labels that are neither present nor absent, or None.
     """
 
@@ -36,6 +39,8 @@ class Evaluation:
     inference: Inference
     targets: Tensor
     calibration: Calibration
+    nll: float
+    nll_is_bound: bool
     unknown: Tensor | None = None
 
 
@@ -108,7 +113,10 @@ def evaluate(
         search = replace(search or model.search, min_labels=min_labels)
     inference = model.infer(features.to(model.device), search)
     metrics = decision_metrics(inference, targets, calibration, k, unknown)
-    return Evaluation(metrics, inference, targets, calibration, unknown)
+    known = slice(None) if unknown is None else ~unknown.any(1)
+    nll = float(model.set_nll(features[known], targets[known]).mean())
+    is_bound = model.search.order != "increasing"
+    return Evaluation(metrics, inference, targets, calibration, nll, is_bound, unknown)
 
 
 class ObjectRecall(NamedTuple):

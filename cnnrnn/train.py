@@ -273,7 +273,9 @@ def train(
         model = load_checkpoint(out / "best").to(device)
     inference, targets = _infer(model, val_split, config)
     if ranks.first:
-        warn_if_not_learned(model.head, inference.sets, targets)
+        recurrent = model.head.recurrence.weight_hh.detach()
+        trained = head.recurrence.weight_hh.requires_grad  # `prepare_head` may have frozen it
+        warn_if_not_learned(inference.sets, targets, recurrent if trained else None)
     return TrainResult(model, decision_metrics(inference, targets, model.calibration, k=3))
 
 
@@ -281,13 +283,13 @@ VANISHED = 1e-6
 """Recurrent weights that are all smaller say nothing of a path."""
 
 
-def warn_if_not_learned(head: Head, sets: Tensor, targets: Tensor) -> None:
+def warn_if_not_learned(sets: Tensor, targets: Tensor, recurrent: Tensor | None) -> None:
     """Warn where training has ended in a model that names nothing, or whose recurrence is gone.
 
     Args:
-        head: trained.
         sets: [n, L] bool of the best paths of the validation images.
         targets: [n, L] bool.
+        recurrent: [4H, H] the trained weights from state to state; None where they are frozen.
     """
     if targets.any() and not sets.any():
         warnings.warn(
@@ -296,8 +298,7 @@ def warn_if_not_learned(head: Head, sets: Tensor, targets: Tensor) -> None:
             "--search.min_labels forbid empty sets",
             stacklevel=3,
         )
-    weights = head.recurrence.weight_hh
-    if weights.requires_grad and float(weights.detach().abs().max()) < VANISHED:
+    if recurrent is not None and float(recurrent.abs().max()) < VANISHED:
         warnings.warn(
             f"the recurrent weights have vanished (none above {VANISHED:g}): what follows a label "
             "no longer depends on those before it. Lower --weight_decay, or try another "

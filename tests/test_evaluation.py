@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,24 +9,28 @@ import numpy as np
 import pytest
 import torch
 
+from cnnrnn import Ensemble, set_log_probs
 from cnnrnn.classifier import CNNRNN, FEATURES_ONLY
 from cnnrnn.config import ModelConfig, SearchConfig
 from cnnrnn.data import Boxes, DataError, Dataset, load_dataset
 from cnnrnn.evaluation import evaluate, object_recall, write_per_label
 from cnnrnn.labels import LabelSpace
+from cnnrnn.losses import sequence_loss
 from cnnrnn.metrics import multilabel_metrics
 from cnnrnn.model import Head
 
 NAMES = ("a", "b", "c")
 
 
-def feature_model() -> CNNRNN:
-    """Of 4 features and the labels c, a, b."""
-    torch.manual_seed(0)
+def feature_model(
+    seed: int = 0, order: tuple[int, ...] = (2, 0, 1), search: SearchConfig | None = None
+) -> CNNRNN:
+    """Of 4 features and the labels c, a, b, or in another order."""
+    torch.manual_seed(seed)
     config = ModelConfig(backbone=FEATURES_ONLY, trunk_dim=0, joint_dim=4, hidden_dim=4)
-    space = LabelSpace(("c", "a", "b"), (2, 0, 1))
+    space = LabelSpace(tuple(NAMES[i] for i in order), order)
     head = Head.from_config(config, 3, 4)
-    return CNNRNN(config, space, head, None, SearchConfig(max_labels=3)).eval()
+    return CNNRNN(config, space, head, None, search or SearchConfig(max_labels=3)).eval()
 
 
 def test_unknown_labels_reach_the_measures_in_path_order(tmp_path: Path) -> None:
@@ -57,6 +62,9 @@ def test_unknown_labels_reach_the_measures_in_path_order(tmp_path: Path) -> None
     assert evaluation.metrics["path"] == expected
     assert expected["labels-unknown"] == int((states == -1).sum())
     write_per_label(tmp_path / "labels.csv", model, evaluation)
+    known = ~unknown.any(1)
+    nll = model.set_nll(torch.from_numpy(dataset.features)[known], targets[known]).mean()
+    assert evaluation.nll == float(nll) and not evaluation.nll_is_bound
     rows = list(csv.DictReader((tmp_path / "labels.csv").open()))
     predicted = (evaluation.inference.sets & ~unknown).sum(0).tolist()
     assert [int(row["predicted"]) for row in rows] == predicted
@@ -104,3 +112,35 @@ def test_recall_of_objects_takes_the_largest_box_of_a_label_in_an_image() -> Non
         object_recall(sets[:, :2], dataset)
     with pytest.raises(DataError, match="must have boxes"):
         object_recall(sets[:1], replace(dataset.select([0]), boxes=None))
+
+
+def test_nll_of_an_ensemble_is_that_of_the_mixture() -> None:
+    models = [feature_model(), feature_model(1, (1, 2, 0))]
+    ensemble = Ensemble(models).eval()
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(7, 4, generator=generator)
+    targets = torch.rand(7, 3, generator=generator) < 0.5  # columns c, a, b
+    column = {name: i for i, name in enumerate(ensemble.labels)}
+    mean = sum(
+        set_log_probs(
+            model.head, model.head.embed(features), targets[:, [column[n] for n in model.labels]]
+        ).exp()
+        for model in models
+    ) / len(models)
+    expected = -mean.log().double()
+    torch.testing.assert_close(ensemble.set_nll(features, targets), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_nll_in_an_order_with_several_paths_is_a_bound() -> None:
+    model = feature_model(search=SearchConfig(max_labels=3, order="unique"))
+    features = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([[1, 1, 1]] * 5) > 0
+    paths = torch.tensor(list(itertools.permutations(range(3))))
+    all_orders = torch.zeros(5, dtype=torch.float64)
+    for path in paths:
+        scores, _ = model.head(features, path.expand(5, 3))
+        all_orders += (-sequence_loss(scores, path.expand(5, 3), "unique")).double().exp().detach()
+    assert (model.set_nll(features, targets) > -all_orders.log()).all()
+    dataset = Dataset("features:here", NAMES, np.arange(0, 18, 3), np.tile(np.arange(3), 5),
+                      features=features.numpy())  # fmt: skip
+    assert evaluate(model, dataset, k=None).nll_is_bound

@@ -92,7 +92,7 @@ def test_a_head_names_its_budget(head):
 
 
 def test_what_was_used_last_stays(head):
-    often, rare = images(head, 4, seed=1), [images(head, 4, seed) for seed in range(2, 90)]
+    often, rare = images(head, 4, seed=1), [images(head, 4, seed) for seed in range(2, 120)]
     bounded = make_cpu_head(head, prefix_bytes=250_000)
     search_with(bounded, often, CONFIG, 5)
     made = 0
