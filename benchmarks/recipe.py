@@ -24,12 +24,14 @@ import torch
 
 import cnnrnn.train
 from cnnrnn import ModelConfig, SearchConfig, TrainConfig, load_dataset
+from cnnrnn.baselines import remove_recurrence
 from cnnrnn.data import Dataset
 from cnnrnn.decisions import decision_metrics
 from cnnrnn.metrics import best_threshold, multilabel_metrics
 from cnnrnn.train import train, with_fixed_splits
 
-MEASURES = ("path O-F1", "path exact", "O-F1", "C-F1", "mAP")
+MEASURES = ("NLL", "path O-F1", "path exact", "O-F1", "C-F1", "mAP")
+IN_NATS = ("NLL",)
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Variant:
         search: the same of `SearchConfig`.
         mix_weight: of the chain term's own scores, in place of the one chosen.
         from_zero: the chain term starts at probabilities of one half.
+        no_recurrence: the state after a label depends on that label alone.
     """
 
     name: str
@@ -51,12 +54,23 @@ class Variant:
     search: dict[str, Any] = field(default_factory=dict)
     mix_weight: float | None = None
     from_zero: bool = False
+    no_recurrence: bool = False
 
 
 VARIANTS = (
     Variant("the recipe"),
     Variant("marginals alone, nothing mixed in", mix_weight=0.0),
     Variant("chain term alone, no paths", mix_weight=1.0),
+    Variant(
+        "the embedding that scores labels read by the recurrence too",
+        model={"tied_embedding": True},
+    ),
+    Variant("the recurrence sees the last label alone", no_recurrence=True),
+    Variant("features as they are", train={"feature_rms": 0.0}),
+    Variant("features of size 1", train={"feature_rms": 1.0}),
+    Variant("the best epoch by NLL alone", train={"best_by": "nll"}),
+    Variant("the best epoch by decisions alone", train={"best_by": "decisions"}),
+    Variant("less dropout in the joint space", model={"joint_dropout": 0.1}),
     Variant("binary cross-entropy alone first, in a stage of its own", train={"warm_epochs": 40}),
     Variant("not finished at a lower rate", train={"finish_epochs": 0}),
     Variant("weights not averaged", train={"ema_decay": 0.0}),
@@ -116,7 +130,10 @@ def measure(dataset: Dataset, variant: Variant, seed: int, device: str) -> dict[
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, _chain_term_from(variant.from_zero):
         search = replace(SearchConfig(), **variant.search)
-        model = train(dataset, Path(folder), model_config, search, config).model
+        prepare = remove_recurrence if variant.no_recurrence else lambda head: None
+        model = train(
+            dataset, Path(folder), model_config, search, config, prepare_head=prepare
+        ).model
     seconds = time.perf_counter() - began
     found = {}
     for name in ("val", "test"):
@@ -128,14 +145,19 @@ def measure(dataset: Dataset, variant: Variant, seed: int, device: str) -> dict[
     calibration = model.calibration
     if variant.mix_weight is not None and inference.label_scores is not None:
         on_val, val_targets = found["val"]
-        threshold, _ = best_threshold(on_val.mixed(variant.mix_weight), val_targets)
+        threshold, _ = best_threshold(
+            on_val.mixed(variant.mix_weight), val_targets, min_labels=calibration.min_labels
+        )
         calibration = replace(calibration, mix_weight=variant.mix_weight, threshold=threshold)
     metrics = decision_metrics(inference, targets, calibration)
     on_val, val_targets = found["val"]
     for_c_f1, _ = best_threshold(on_val.mixed(calibration.mix_weight), val_targets, "C-F1")
     scores = inference.mixed(calibration.mix_weight)
     by_c_f1 = multilabel_metrics(scores, targets, threshold=for_c_f1)
+    test = dataset.split("test")
+    assert test.features is not None
     return {
+        "NLL": float(model.set_nll(torch.from_numpy(test.features), targets).mean()),
         "path O-F1": metrics["path"]["O-F1"],
         "path exact": metrics["path"]["exact-match"],
         "O-F1": metrics["threshold"]["O-F1"],
@@ -146,20 +168,24 @@ def measure(dataset: Dataset, variant: Variant, seed: int, device: str) -> dict[
 
 
 def table(results: list[dict[str, Any]], source: str, rows: Mapping[str, str] | None = None) -> str:
-    """Lay one source's figures out as Markdown: mean and standard error over seeds, per cent.
+    """Lay one source's figures out as Markdown: mean and standard error over seeds, per cent, and
+    nats for the NLL.
 
     `rows`: names of variants, and what they are called; by default the recipe's.
     """
-    lines = [f"| {source} | " + " | ".join(MEASURES) + " |", "|---" * (len(MEASURES) + 1) + "|"]
+    of_source = [r["figures"] for r in results if r["source"] == source]
+    measured = [name for name in MEASURES if all(name in figures for figures in of_source)]
+    lines = [f"| {source} | " + " | ".join(measured) + " |", "|---" * (len(measured) + 1) + "|"]
     for variant, shown in (rows or {v.name: v.name for v in VARIANTS}).items():
         own = [r for r in results if r["source"] == source and r["variant"] == variant]
         if not own:
             continue
         cells = []
-        for measure_name in MEASURES:
-            values = [100 * r["figures"][measure_name] for r in own]
+        for name in measured:
+            unit, digits = (1, 2) if name in IN_NATS else (100, 1)
+            values = [unit * r["figures"][name] for r in own]
             error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-            cells.append(f"{statistics.mean(values):.1f} ± {error:.1f}")
+            cells.append(f"{statistics.mean(values):.{digits}f} ± {error:.{digits}f}")
         lines.append(f"| {shown} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -193,7 +219,9 @@ def main() -> None:
                      "changes": {k: v for k, v in asdict(variant).items() if k != "name"}}
                 )  # fmt: skip
                 options.out.write_text(json.dumps(results, indent=1) + "\n")
-                shown = "  ".join(f"{k} {100 * figures[k]:.1f}" for k in MEASURES)
+                shown = "  ".join(
+                    f"{k} {figures[k] * (1 if k in IN_NATS else 100):.2f}" for k in MEASURES
+                )
                 print(f"{name}, {variant.name}, seed {seed}: {shown}", flush=True)
         print(table(results, name), table(results, name, OF_ORDERS), sep="\n\n", flush=True)
 

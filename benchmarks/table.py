@@ -5,8 +5,10 @@
     python benchmarks/table.py benchmarks/results/cpu.json            # rewrites the tables
 
 Those of methods and recipe are made from `benchmarks/results/comparison/` (results.json of `cnnrnn
-compare`, one per data set) and `benchmarks/results/recipe.json` (of benchmarks/recipe.py), that of
-instructions from `benchmarks/results/instructions.json` (of benchmarks/instructions.py).
+compare`, one per data set), `benchmarks/results/likelihood/` (the same with `--settings 1`, of the
+methods that give probabilities to label sets) and `benchmarks/results/recipe.json` (of
+benchmarks/recipe.py), that of instructions from `benchmarks/results/instructions.json` (of
+benchmarks/instructions.py).
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`.
 """
@@ -43,6 +45,10 @@ PAGES = (
 COMPARED = {
     "scene": "scenes", "camvid": "street patches", "coco": "COCO label sets",
     "corel5k": "Corel-5k", "corel16k": "Corel-16k",
+}  # fmt: skip
+LIKELIHOOD = {
+    "scene": "scenes", "animals": "VOC animals", "camvid": "street patches",
+    "cocoweak": "COCO label sets, weak", "corel5k": "Corel-5k", "corel16k": "Corel-16k",
 }  # fmt: skip
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -278,6 +284,61 @@ def best_of_all() -> str:
     return _table(["", *COMPARED.values()], rows)
 
 
+def likelihood() -> str:
+    """NLL of whole label sets, by the methods that give sets a probability."""
+    shown = {
+        "binary cross-entropy": "independent: binary cross-entropy",
+        "probabilistic chain, best set": "probabilistic chain, linear in the labels before",
+        "no RNN, best path": "no RNN: the last label alone",
+        "CNN-RNN, best path": "**CNN-RNN**",
+    }
+    return _likelihood_table(shown, ("NLL",))
+
+
+def likelihood_decisions() -> str:
+    """What the same models decide: thresholded, and how many whole sets are right."""
+    cut = {
+        "binary cross-entropy": "binary cross-entropy",
+        "probabilistic chain, thresholded": "probabilistic chain",
+        "no RNN, thresholded": "no RNN",
+        "CNN-RNN, thresholded": "**CNN-RNN**",
+    }
+    return _likelihood_table(cut, ("O-F1", "C-F1 own", "mAP"))
+
+
+def likelihood_sets() -> str:
+    """How many whole sets the same models get right."""
+    best = {
+        "binary cross-entropy": "binary cross-entropy, cut for exact match",
+        "probabilistic chain, best set": "probabilistic chain, best set",
+        "no RNN, best path": "no RNN, best path",
+        "CNN-RNN, best path": "**CNN-RNN, best path**",
+    }
+    return _likelihood_table(best, ("exact",))
+
+
+def _likelihood_table(shown: dict[str, str], names: tuple[str, ...]) -> str:
+    folder = ROOT / "benchmarks" / "results" / "likelihood"
+    cells = {
+        data_set: table_cells(read_rows(folder / f"{data_set}.json")) for data_set in LIKELIHOOD
+    }
+
+    def text(data_set: str, title: str) -> str:
+        own = cells[data_set][title]
+        found = [own[COLUMNS.index(_exact(title) if name == "exact" else name)] for name in names]
+        if len(names) > 1:
+            return " / ".join(f"{cell.mean:.{cell.digits}f}" for cell in found)
+        return f"{found[0].mean:.{found[0].digits}f} ± {found[0].error or 0:.{found[0].digits}f}"
+
+    rows = [[label, *(text(d, title) for d in LIKELIHOOD)] for title, label in shown.items()]
+    return _table(["", *LIKELIHOOD.values()], rows)
+
+
+def _exact(title: str) -> str:
+    """Return the column of exact match: by a cut of its own where there is no best set."""
+    return "exact match" if "best" in title else "exact own"
+
+
 def recipe(data_set: str, rows: dict[str, str] | None = None) -> str:
     """What each part of the recipe, or each order of labels, is worth on one data set."""
     file = ROOT / "benchmarks" / "results" / "recipe.json"
@@ -386,6 +447,9 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "one-image": one_image, "threads": threads, "share": share, "summary": summary,
     **{f"comparison-{d}": lambda results, d=d: comparison(d) for d in COMPARED},
     "comparison": lambda results: best_of_all(),
+    "likelihood": lambda results: likelihood(),
+    "likelihood-decisions": lambda results: likelihood_decisions(),
+    "likelihood-sets": lambda results: likelihood_sets(),
     "recipe-scene": lambda results: recipe("scene"),
     "recipe-camvid": lambda results: recipe("camvid"),
     "orders-scene": lambda results: recipe("scene", OF_ORDERS),

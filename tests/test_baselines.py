@@ -77,6 +77,7 @@ def test_the_joint_embedding_ranks_by_inner_products():
     model = train_independent(train_split, val, "warp", config, QUICK, network=JointEmbedding)
     assert isinstance(model, JointEmbedding)
     weights = model.label_embedding.weight @ model.image_projection.weight  # of rank 3
+    weights = weights * model.trunk.feature_scale
     torch.testing.assert_close(predicted_scores(model, val, "warp"), val.features @ weights.T)
     ranks_of_present = predicted_scores(model, val, "warp").argsort(1, descending=True)[:, 0]
     some = val.targets.any(1)

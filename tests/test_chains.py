@@ -105,7 +105,7 @@ def test_a_chain_learns_what_labels_tell_of_each_other():
     own = -chain.set_log_probs(val.features, val.targets).mean()
     alone = train_independent(train_split, val, "bce", HEAD, QUICK)
     independent = product_log_probs(network_outputs(alone, val.features), val.targets)
-    assert own < -independent.mean() - 0.4
+    assert own < -independent.mean() - 0.3
     sets = chain.best_sets(val.features)
     assert torch.equal(sets[:, 1], sets[:, 2])
 
