@@ -186,7 +186,8 @@ def test_evaluate_writes_table_json_and_csv(run, scenes, tmp_path, capsys):
         raise AssertionError(f"{constant} is no JSON")
 
     metrics = json.loads((tmp_path / "all.json").read_text(), parse_constant=refuse)
-    assert metrics.keys() == {*DECISIONS, "path@2", "top@2"}
+    assert metrics.keys() == {*DECISIONS, "path@2", "top@2", "NLL"}
+    assert f"NLL of the whole true set: {metrics['NLL']:.3f} nats per image" in out
     assert metrics["label_thresholds"]["uncalibrated"] == rare
     assert metrics["path"]["images"] == 11 and 0 <= metrics["threshold"]["O-F1"] <= 1
     rows = list(csv.DictReader((tmp_path / "all.csv").open()))

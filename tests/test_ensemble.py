@@ -350,7 +350,7 @@ def test_members_of_another_ensemble_are_refused(tmp_path, ensemble):
 # Training
 
 
-QUICK = TrainConfig(warm_epochs=2, epochs=3, batch_size=32, learning_rate=1e-2, 
+QUICK = TrainConfig(feature_rms=0.0, warm_epochs=2, epochs=3, batch_size=32, learning_rate=1e-2, 
                     device="cpu", ema_decay=0.0, finish_epochs=0)  # fmt: skip
 
 

@@ -175,7 +175,7 @@ def test_scores_that_are_not_finite_are_left_for_the_loss_to_report():
     assert sequence_loss(scores, paths, "unique", prefixes).isnan().nonzero().tolist() == [[3]]
 
 
-QUICK = TrainConfig(warm_epochs=1, epochs=6, batch_size=32, learning_rate=2e-2, 
+QUICK = TrainConfig(feature_rms=0.0, warm_epochs=1, epochs=6, batch_size=32, learning_rate=2e-2, 
                     device="cpu", ema_decay=0.0, finish_epochs=0)  # fmt: skip
 MODEL = ModelConfig(trunk_dim=0, joint_dim=16, hidden_dim=16, input_dropout=0.0,
                     hidden_dropout=0.0, joint_dropout=0.1)  # fmt: skip

@@ -34,6 +34,7 @@ from cnnrnn.train import train, training_splits
 MODEL = ModelConfig(trunk_dim=0, joint_dim=16, hidden_dim=16, input_dropout=0.0,
                     hidden_dropout=0.0, joint_dropout=0.0)  # fmt: skip
 QUICK = TrainConfig(
+    feature_rms=0.0,
     warm_epochs=2,
     epochs=3,
     batch_size=32,

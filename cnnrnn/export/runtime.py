@@ -429,6 +429,10 @@ def _place(tensor: Tensor) -> tuple[str, int, Any, list[int], int]:
     )  # fmt: skip
 
 
+_OF_IMAGES = ("image_projection.", "trunk.")
+"""What a head that only searches has no use for."""
+
+
 def _search_head(values: dict[str, Any]) -> Head:
     """Return a head that searches, from the file's metadata; it embeds no images."""
     from safetensors.torch import load
@@ -445,7 +449,7 @@ def _search_head(values: dict[str, Any]) -> Head:
         score_bias="score_bias" in weights,
     )
     missing, unexpected = head.load_state_dict(weights, strict=False)
-    if unexpected or any(not name.startswith("image_projection") for name in missing):
+    if unexpected or any(not name.startswith(_OF_IMAGES) for name in missing):
         raise ValueError(f"head: {unexpected or missing}")
     head.max_labels = values["search"]["max_labels"]
     return head.eval()
