@@ -364,12 +364,12 @@ class TrainConfig:
         Learning rate, batch size, epochs, patience, clipping and the size of the features are ours:
         the paper does not state them. So are two things without which its literal cell does not
         learn: weight decay stands beside the gradient (`fit.DecoupledRMSprop`), and the weights
-        from state to state, by which its states grow without bound, take steps of a hundredth.
+        from state to state, by which its states grow without bound, take steps of a thousandth.
         """
         return cls(
             optimizer="rmsprop",
             learning_rate=1e-4,
-            recurrent_scale=0.01,
+            recurrent_scale=0.001,
             momentum=0.9,
             weight_decay=1e-4,
             batch_size=128,
