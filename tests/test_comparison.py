@@ -302,7 +302,7 @@ def test_a_split_that_is_missing_is_named(tmp_path, splits, message):
     ("options", "message"),
     [({"val_split": "test"}, "val_split must be another split than test_split, got 'test'"),
      ({"train_split": "test"}, "train_split must be another split"),
-     ({"train_split": "all"}, "train and test images must differ, got [45] in both, the first row")],
+     ({"train_split": "all"}, "images must differ, got [45] in both, the first row")],
 )  # fmt: skip
 def test_what_is_tested_on_is_in_no_other_split(tmp_path, options, message):
     dataset = load_dataset(
