@@ -176,13 +176,7 @@ class IndependentClassifier(nn.Module):
 
     def __init__(self, config: ModelConfig, num_labels: int, feature_dim: int) -> None:
         super().__init__()
-        self.trunk = Trunk(
-            feature_dim,
-            config.trunk_dim,
-            config.input_dropout,
-            config.hidden_dropout,
-            config.trunk_skip,
-        )
+        self.trunk = Trunk.from_config(config, feature_dim)
         self.classifier = nn.Linear(self.trunk.output_dim, num_labels)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -247,8 +241,7 @@ def train_independent(
     model = network(model_config, train_split.targets.shape[1], train_split.features.shape[1]).to(
         device
     )
-    if config.feature_rms:
-        model.trunk.fit_scale(train_split.features, config.feature_rms)
+    model.trunk.fit_scale(train_split.features, config.feature_rms)
     objective = OBJECTIVES[loss]
     if objective.starts_at_frequencies and isinstance(model, IndependentClassifier):
         start_at_frequencies(model.classifier, train_split.targets)

@@ -37,13 +37,7 @@ class ProbabilisticChain(nn.Module):
 
     def __init__(self, config: ModelConfig, order: Tensor, feature_dim: int) -> None:
         super().__init__()
-        self.trunk = Trunk(
-            feature_dim,
-            config.trunk_dim,
-            config.input_dropout,
-            config.hidden_dropout,
-            config.trunk_skip,
-        )
+        self.trunk = Trunk.from_config(config, feature_dim)
         self.classifier = nn.Linear(self.trunk.output_dim, len(order))
         self.given = nn.Parameter(torch.zeros(len(order), len(order)))
         self.order: Tensor
@@ -178,8 +172,7 @@ def train_chain(
     torch.manual_seed(config.seed)
     order = train_split.targets.sum(0).argsort(descending=True, stable=True)
     model = ProbabilisticChain(model_config, order, train_split.features.shape[1])
-    if config.feature_rms:
-        model.trunk.fit_scale(train_split.features, config.feature_rms)
+    model.trunk.fit_scale(train_split.features, config.feature_rms)
     start_at_frequencies(model.classifier, train_split.targets)
     model.to(resolve_device(config.device))
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 TABLE_METRICS = ("C-P", "C-R", "C-F1", "O-P", "O-R", "O-F1", "MAP@10", "mAP", "mAP-11pt",
                  "exact-match", "example-F1")  # fmt: skip
 
-MIN_LABELS = "labels of every set and path at least; what validation data decided without"
+MIN_LABELS = "fewest labels of a set and of a path; default: what validation data decided"
 
 NAMES_SHOWN = 10
 RECIPES = ("train", "compare")

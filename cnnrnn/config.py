@@ -230,12 +230,12 @@ class TrainConfig:
 
     Attributes:
         optimizer: `adamw` or `rmsprop`.
-        learning_rate: of everything, but for the two factors.
+        learning_rate: of everything, but for the factors below.
         warm_scale: factor on the learning rate of trunk and chain term after a warm stage.
         backbone_scale: factor on the learning rate of a backbone that is trained further.
         recurrent_scale: factor on the learning rate of the weights from state to state.
         momentum: of RMSprop.
-        weight_decay: of the optimiser.
+        weight_decay: of the weights, apart from the gradient, as in AdamW; also under RMSprop.
         batch_size: images per batch; under `torchrun` all processes together.
         accumulate: batches per step of the optimiser; the loss is the mean over all their images.
         warm_epochs: at most this many epochs of binary cross-entropy on the chain term first, as a

@@ -98,6 +98,11 @@ def set_log_probs(
     return result.masked_fill(sets.sum(1) > longest, -torch.inf).to(embedding.joint.dtype)
 
 
+def mixture_log_probs(members: Sequence[Tensor]) -> Tensor:
+    """Return the log of the mean probability that members [n] give to each of n sets."""
+    return torch.stack(list(members)).logsumexp(0) - math.log(len(members))
+
+
 class Ensemble(nn.Module):
     """Several trained heads over one frozen backbone, or over feature vectors, as one model.
 
@@ -206,11 +211,10 @@ class Ensemble(nn.Module):
         Returns:
             [n] float64.
         """
-        log_probs = [
+        return -mixture_log_probs([
             -model.set_nll(features, targets[:, self._columns(model).argsort()])
             for model in self.models
-        ]
-        return math.log(len(log_probs)) - torch.stack(log_probs).logsumexp(0)
+        ])  # fmt: skip
 
     def predict(self, images: Any, **options: Any) -> list[Prediction]:
         """Predict label sets of images; arguments as in `cnnrnn.predict`."""

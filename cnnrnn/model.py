@@ -110,14 +110,28 @@ class Trunk(nn.Sequential):
         self.skip = skip and trunk_dim > 0
         self.output_dim = (trunk_dim or feature_dim) + (feature_dim if self.skip else 0)
 
+    @classmethod
+    def from_config(cls, config: ModelConfig, feature_dim: int) -> Trunk:
+        """Build the trunk that a `ModelConfig` describes."""
+        return cls(
+            feature_dim,
+            config.trunk_dim,
+            config.input_dropout,
+            config.hidden_dropout,
+            config.trunk_skip,
+        )
+
     @torch.no_grad()
     def fit_scale(self, features: Tensor, rms: float) -> None:
         """Give features a common size, so that a learning rate means the same for all.
 
         Args:
             features: [n, F] of the training images.
-            rms: root of the mean square over all images and features that they get.
+            rms: root of the mean square over all images and features that they get; 0 leaves them
+                as they are.
         """
+        if rms == 0:
+            return
         squares = sum(float(part.double().square().sum()) for part in features.split(4096))
         found = math.sqrt(squares / max(features.numel(), 1))
         self.feature_scale.fill_(rms / found if found > 0 else 1.0)

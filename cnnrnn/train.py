@@ -81,6 +81,8 @@ FINISH = "finish"
 
 NLL_WEIGHT = 0.1
 """A nat of log-likelihood weighs as much as ten points of O-F1, mAP or exact match."""
+VANISHED = 1e-6
+"""Recurrent weights that are all smaller say nothing of a path."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ def train(
         _read_split(part, model, config, device, out, progress, ranks)
         for part in (train_data, val_data)
     )
-    if config.feature_rms and train_split.features is not None:
+    if train_split.features is not None:
         head.trunk.fit_scale(train_split.features, config.feature_rms)
     head.max_labels = max(int(train_split.targets.sum(1).max()), search_config.min_labels, 1)
     resolve_max_labels(head, search_config)  # fails now rather than after the first stage
@@ -277,10 +279,6 @@ def train(
         trained = head.recurrence.weight_hh.requires_grad  # `prepare_head` may have frozen it
         warn_if_not_learned(inference.sets, targets, recurrent if trained else None)
     return TrainResult(model, decision_metrics(inference, targets, model.calibration, k=3))
-
-
-VANISHED = 1e-6
-"""Recurrent weights that are all smaller say nothing of a path."""
 
 
 def warn_if_not_learned(sets: Tensor, targets: Tensor, recurrent: Tensor | None) -> None:

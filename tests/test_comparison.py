@@ -23,11 +23,12 @@ from cnnrnn.comparison import (
     compared_splits,
     frozen_features,
 )
-from cnnrnn.comparison.methods import Fitted, Scored, mixture_log_probs
+from cnnrnn.comparison.methods import Fitted, Scored
 from cnnrnn.comparison.results import Results, table_cells
 from cnnrnn.comparison.run import _judge, _test_nll, ensemble_seeds
 from cnnrnn.config import CompareConfig, ModelConfig, SearchConfig, TrainConfig
 from cnnrnn.data import DataError, Dataset, load_dataset
+from cnnrnn.ensemble import mixture_log_probs
 from cnnrnn.fit import NonFiniteLossError
 from cnnrnn.metrics import best_threshold, multilabel_metrics
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -231,15 +230,10 @@ def _found(model: CNNRNN, split: Split) -> Inference:
     return model.infer(split.features.to(model.device))
 
 
-def _path_log_probs(comparison: Comparison, model: CNNRNN, split: Split) -> Tensor:
+def _path_log_probs(comparison: Comparison, model: CNNRNN | Ensemble, split: Split) -> Tensor:
     assert split.features is not None
-    targets = model.label_space.from_source(split.targets, comparison.dataset.label_names)
-    return -model.set_nll(split.features, targets)
-
-
-def mixture_log_probs(members: Sequence[Tensor]) -> Tensor:
-    """Return the log of the mean probability that members [n] give to each of n sets."""
-    return torch.stack(list(members)).logsumexp(0) - math.log(len(members))
+    columns = [comparison.dataset.label_names.index(name) for name in model.labels]
+    return -model.set_nll(split.features, split.targets[:, columns])
 
 
 def _read_paths(
@@ -262,9 +256,7 @@ def path_ensemble(comparison: Comparison, folders: Sequence[Path]) -> Fitted:
         return _read_paths(comparison, ensemble.labels, found, 0.0)
 
     def set_log_probs(split: Split) -> Tensor:
-        return mixture_log_probs([
-            _path_log_probs(comparison, model, split) for model in ensemble.models
-        ])  # fmt: skip
+        return _path_log_probs(comparison, ensemble, split)
 
     return Fitted(0.0, predict, set_log_probs)
 

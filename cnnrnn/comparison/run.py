@@ -27,12 +27,12 @@ from cnnrnn.comparison.methods import (
     Scored,
     chosen_methods,
     cut_scores,
-    mixture_log_probs,
     path_ensemble,
 )
 from cnnrnn.comparison.results import Results, Row, markdown_table
 from cnnrnn.config import CompareConfig, ModelConfig, OnBadImage, SearchConfig, TrainConfig
 from cnnrnn.data import DataError, Dataset
+from cnnrnn.ensemble import mixture_log_probs
 from cnnrnn.features import cached_features
 from cnnrnn.fit import NonFiniteLossError, Split
 from cnnrnn.metrics import multilabel_metrics
