@@ -584,8 +584,10 @@ def _scheduler(
     return None
 
 
-class DecoupledRMSprop(torch.optim.RMSprop):
-    """RMSprop with the weight decay of AdamW: before each step w becomes (1 - rate * decay) w.
+def decoupled_rmsprop(
+    groups: list[dict[str, Any]], decay: float, momentum: float
+) -> torch.optim.RMSprop:
+    """Return RMSprop with AdamW's weight decay: before a step w becomes (1 - rate * decay) w.
 
     As a part of the gradient, decay is divided by the gradient's running size. The gradients of the
     paper's literal cell are products of three small gates: decay would be all that moves its
@@ -593,27 +595,27 @@ class DecoupledRMSprop(torch.optim.RMSprop):
 
     Args:
         groups: parameter groups with their learning rates.
-        decay: of the weights.
+        decay: of the weights that have a gradient.
         momentum: of the steps.
     """
+    optimizer = torch.optim.RMSprop([{"decay": decay, **g} for g in groups], momentum=momentum)
+    # Not a class with a step of its own: torch would call other hooks twice.
+    optimizer.register_step_pre_hook(_decay_weights)
+    return optimizer
 
-    def __init__(self, groups: list[dict[str, Any]], *, decay: float, momentum: float) -> None:
-        super().__init__([{"decay": decay, **group} for group in groups], momentum=momentum)
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """Decay, then take RMSprop's step."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.mul_(1 - group["lr"] * group["decay"])
-        return super().step(closure)
+@torch.no_grad()
+def _decay_weights(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.mul_(1 - group["lr"] * group["decay"])
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
     """Return the optimiser that the config names, over parameter groups."""
     if config.optimizer == "rmsprop":
-        return DecoupledRMSprop(groups, decay=config.weight_decay, momentum=config.momentum)
+        return decoupled_rmsprop(groups, config.weight_decay, config.momentum)
     return torch.optim.AdamW(
         groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )

@@ -10,11 +10,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from cnnrnn import ModelConfig, SearchConfig, TrainConfig, load_dataset
 from cnnrnn.baselines import remove_recurrence
 from cnnrnn.decisions import set_nll
-from cnnrnn.fit import DecoupledRMSprop
+from cnnrnn.fit import decoupled_rmsprop
 from cnnrnn.model import Head, Trunk
 from cnnrnn.train import path_validation, train, warn_if_not_learned
 
@@ -114,7 +115,7 @@ def _no_recurrence(head):
 
 def test_weight_decay_does_not_depend_on_the_gradient():
     weights = [torch.nn.Parameter(torch.tensor([2.0, -1.0], dtype=torch.float64)) for _ in "ab"]
-    ours = DecoupledRMSprop([{"params": [weights[0]], "lr": 0.1}], decay=0.5, momentum=0.9)
+    ours = decoupled_rmsprop([{"params": [weights[0]], "lr": 0.1}], decay=0.5, momentum=0.9)
     plain = torch.optim.RMSprop([weights[1]], lr=0.1, momentum=0.9)
     for gradient in ([1.0, 1e-9], [0.5, -1e-9]):
         for weight in weights:
@@ -124,6 +125,11 @@ def test_weight_decay_does_not_depend_on_the_gradient():
             weights[1].mul_(1 - 0.1 * 0.5)
         plain.step()
         torch.testing.assert_close(weights[0], weights[1])
+    steps = []
+    hook = register_optimizer_step_pre_hook(lambda *_: steps.append(1))
+    ours.step()
+    hook.remove()
+    assert len(steps) == 1  # though a plain one was made, which torch's hooks know as well
     weights[0].grad = None
     before = weights[0].detach().clone()
     ours.step()
