@@ -16,6 +16,7 @@ from cnnrnn.labels import PAD, increasing_paths, path_sets
 from cnnrnn.losses import sequence_loss
 from cnnrnn.metrics import (
     at_least,
+    average_precision,
     best_k,
     best_label_thresholds,
     best_threshold,
@@ -30,6 +31,8 @@ MIX_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 FEW_POSITIVES = 5
 """A label with fewer positives in validation data has no threshold of its own."""
 SHRINKAGES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+USUAL_SHRINKAGE = 30.0
+"""Taken while training goes on, where choosing one would take longer than the rest."""
 FOLDS = 5
 SEARCH_BATCH = 4096
 F1_AT_ONCE = 1 << 21  # label weights held while sets of best F1 are found: 16 MB
@@ -139,7 +142,12 @@ def mixed_scores(marginals: Tensor, label_scores: Tensor | None, weight: float) 
     return ((1 - weight) * logits + weight * label_scores).sigmoid()
 
 
-def calibrate(inference: Inference, targets: Tensor, trained: Tensor | None = None) -> Calibration:
+def calibrate(
+    inference: Inference,
+    targets: Tensor,
+    trained: Tensor | None = None,
+    shrinkage: float | None = None,
+) -> Calibration:
     """Choose mixing weight, thresholds, k and the least number of labels on validation data.
 
     The weight has the best sum of O-F1 (at its own best threshold) and mAP; 0 where the model has
@@ -151,6 +159,8 @@ def calibrate(inference: Inference, targets: Tensor, trained: Tensor | None = No
         targets: [n, L] bool.
         trained: [L] bool, labels that occur in training; all of them without. The others have no
             threshold of their own.
+        shrinkage: positives with which a label's threshold lies halfway between its own best one
+            and the common one; None chooses by what is best on images that are left out.
     """
     weights = MIX_WEIGHTS if inference.label_scores is not None else (0.0,)
     most = int(targets.any(1).all())
@@ -165,12 +175,13 @@ def calibrate(inference: Inference, targets: Tensor, trained: Tensor | None = No
     o_f1 = {least: best_threshold(scores, targets, min_labels=least)[1] for least in {0, most}}
     min_labels = max(o_f1, key=lambda least: (o_f1[least], least))
     fitted = _fitted_cuts(scores, targets, min_labels, trained)
-    cuts = fitted.shrunk(_best_shrinkage(scores, targets, min_labels, trained))
+    if shrinkage is None:
+        shrinkage = _best_shrinkage(scores, targets, min_labels, trained)
     k, _ = best_k(scores, targets)
     return Calibration(
         fitted.common,
         weight,
-        tuple(cuts.tolist()),
+        tuple(fitted.shrunk(shrinkage).tolist()),
         k,
         min_labels,
         tuple((~fitted.has_own).nonzero()[:, 0].tolist()),
@@ -369,7 +380,7 @@ def _membership(labels: Tensor, L: int) -> tuple[Tensor, Tensor]:
 
 def mean_average_precision(scores: Tensor, targets: Tensor) -> float:
     """Return mAP, 0 where no label has a positive."""
-    value = multilabel_metrics(scores, targets)["mAP"]
+    value = float(average_precision(scores, targets).nanmean())
     return 0.0 if value != value else value
 
 

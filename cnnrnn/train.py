@@ -33,6 +33,7 @@ from cnnrnn.config import Calibration, ModelConfig, SearchConfig, TrainConfig
 from cnnrnn.data import DataError, Dataset
 from cnnrnn.data.splits import stratified_split
 from cnnrnn.decisions import (
+    USUAL_SHRINKAGE,
     Inference,
     calibrate,
     decision_metrics,
@@ -221,9 +222,12 @@ def train(
         log.write({"stage": "data", **facts})
     say("  ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()))
 
+    def in_training() -> Tensor:
+        return train_split.targets.any(0)  # [L], in the order that labels have by now
+
     def save(inference: Inference, targets: Tensor, best: bool) -> None:
         if best:
-            model.calibration = calibrate(inference, targets, train_split.targets.any(0))
+            model.calibration = calibrate(inference, targets, in_training(), USUAL_SHRINKAGE)
         if ranks.first:
             if best:
                 model.save(out / "best")
@@ -274,7 +278,10 @@ def train(
     if ranks.first:
         model = load_checkpoint(out / "best").to(device)
     inference, targets = _infer(model, val_split, config)
+    kept, model.calibration = model.calibration, calibrate(inference, targets, in_training())
     if ranks.first:
+        if model.calibration != kept:  # a run that had ended has this one
+            model.save(out / "best")
         recurrent = model.head.recurrence.weight_hh.detach()
         trained = head.recurrence.weight_hh.requires_grad  # `prepare_head` may have frozen it
         warn_if_not_learned(inference.sets, targets, recurrent if trained else None)

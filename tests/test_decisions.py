@@ -14,6 +14,7 @@ from cnnrnn.classifier import CNNRNN, FEATURES_ONLY
 from cnnrnn.config import DECISIONS, Calibration
 from cnnrnn.decisions import (
     FEW_POSITIVES,
+    SHRINKAGES,
     Inference,
     best_f1_sets,
     calibrate,
@@ -229,6 +230,21 @@ def test_shrinking_by_hand():
     torch.testing.assert_close(
         cuts.shrunk(10.0), torch.tensor([odds[0] / (1 + odds[0]), odds[1] / (1 + odds[1]), 0.3])
     )
+
+
+def test_a_shrinkage_that_is_given_is_taken():
+    scores, targets = scored(400, 30, 0)
+    inference = Inference(targets, scores, None, ())
+    common, _ = best_threshold(scores, targets)
+    own = best_label_thresholds(scores, targets, otherwise=common, at_least=FEW_POSITIVES)
+    for shrinkage, cuts in ((0.0, own), (1e12, torch.full_like(own, common))):
+        found = calibrate(inference, targets, shrinkage=shrinkage)
+        torch.testing.assert_close(torch.tensor(found.label_thresholds), cuts)
+    # The one that is chosen is one of those tried, and all else is the same.
+    chosen = calibrate(inference, targets)
+    tried = [calibrate(inference, targets, shrinkage=s) for s in SHRINKAGES]
+    assert chosen in tried
+    assert len({replace(found, label_thresholds=()) for found in tried}) == 1
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])

@@ -92,6 +92,10 @@ def test_a_separable_problem_is_learned(tmp_path, data, optimizer, chain_term):
     found = infer(model.head, torch.from_numpy(test.features), model.search).sets
     truth = model.label_space.from_source(test.label_matrix(), test.label_names)
     assert (found == truth).float().mean() > 0.97
+    val = data.split("val")
+    inference = infer(model.head, torch.from_numpy(val.features), model.search)
+    truth = model.label_space.from_source(val.label_matrix(), val.label_names)
+    assert model.calibration == calibrate(inference, truth)  # with the shrinkage that is best
 
 
 def test_training_on_a_device(tmp_path, data, device):
@@ -419,8 +423,8 @@ def test_best_and_last_are_those_epochs(tmp_path, data, monkeypatch):
 
     monkeypatch.setattr(module.CNNRNN, "save", recording)
     train(data, tmp_path / "run", MODEL, SEARCH, QUICK)
-    assert [name for name, _ in digests] == ["best", "last", "best", "last", "last"]
-    assert digest(tmp_path / "run" / "best") == digests[2][1] == digests[3][1]
+    assert [name for name, _ in digests] == ["best", "last", "best", "last", "last", "best"]
+    assert digest(tmp_path / "run" / "best") == digests[2][1] == digests[3][1] == digests[5][1]
     assert digest(tmp_path / "run" / "last") == digests[4][1] != digests[2][1]
 
 
