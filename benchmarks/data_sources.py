@@ -95,7 +95,7 @@ def write_nuswide(root: Path) -> None:
 
 def write_voc(root: Path) -> None:
     """Write VOC 2007: 9,963 annotations of 3 objects each, with the 20 label files per split."""
-    from cnnrnn.data.voc import VOC_LABELS
+    from cnnrnn.data.sources.voc import VOC_LABELS
 
     rng = np.random.default_rng(0)
     ids = [f"{i:06d}" for i in range(1, VOC_IMAGES + 1)]

@@ -42,11 +42,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cnnrnn import Head, ModelConfig, OnnxPredictor, SearchConfig, beam_search, export_onnx
-from cnnrnn.backbones import Backbone, make_backbone
-from cnnrnn.classifier import CNNRNN
 from cnnrnn.data.images import decode_image, normalize, to_tensor
 from cnnrnn.labels import LabelSpace
-from cnnrnn.pipeline import TorchModel, mapped_in_order, usable_cores
+from cnnrnn.machine.devices import usable_cores
+from cnnrnn.model.classifier import CNNRNN
+from cnnrnn.network.backbones import Backbone, make_backbone
+from cnnrnn.prediction.pipeline import TorchModel, mapped_in_order
 
 SEARCH = SearchConfig(beam_size=8, max_labels=18)
 TURNS = {1: 60, 8: 20, 64: 5}

@@ -29,7 +29,7 @@ from heads import HELD_OUT_IMAGES, is_trained, trained_head
 from opponents import PathStates, PrefixStates
 
 from cnnrnn.config import SearchConfig
-from cnnrnn.model import Head, ImageEmbedding
+from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.search import beam_search as public_search
 from cnnrnn.search.engine import packed_head
 

@@ -1,7 +1,7 @@
 """Trained heads to benchmark, with features of images that they have not seen.
 
 Features are random projections of sampled label sets under Gaussian noise. A head is trained by
-`cnnrnn.train` when it is first asked for, which takes minutes, and kept in `.cache/` beside this
+`cnnrnn.training` when it is first asked for, which takes minutes, and kept in `.cache/` beside this
 file. `python benchmarks/heads.py` trains all four ahead of time; under pytest, `-s` shows progress.
 """
 
@@ -20,9 +20,9 @@ from label_sets import sample_label_sets
 from torch import Tensor
 
 from cnnrnn import Head, ModelConfig, SearchConfig, TrainConfig
-from cnnrnn.classifier import load_checkpoint
 from cnnrnn.data import Dataset
-from cnnrnn.train import train
+from cnnrnn.model.classifier import load_checkpoint
+from cnnrnn.training.run import train
 
 CACHE = Path(__file__).parent / ".cache"
 VERSION = 1  # raise it when a change to the package's training should reach the kept heads

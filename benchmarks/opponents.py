@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cnnrnn.model import Head, ImageEmbedding
-from cnnrnn.recurrence import LSTMRecurrence
+from cnnrnn.network.head import Head, ImageEmbedding
+from cnnrnn.network.recurrence import LSTMRecurrence
 
 
 class Paths(NamedTuple):

@@ -22,13 +22,14 @@ from typing import Any
 
 import torch
 
-import cnnrnn.train
+import cnnrnn.training.run
 from cnnrnn import ModelConfig, SearchConfig, TrainConfig, load_dataset
-from cnnrnn.baselines import remove_recurrence
+from cnnrnn.comparison.baselines import remove_recurrence
 from cnnrnn.data import Dataset
-from cnnrnn.decisions import decision_metrics
+from cnnrnn.data.splits import with_fixed_splits
 from cnnrnn.metrics import best_threshold, multilabel_metrics
-from cnnrnn.train import train, with_fixed_splits
+from cnnrnn.prediction.decisions import decision_metrics
+from cnnrnn.training.run import train
 
 MEASURES = ("NLL", "path O-F1", "path exact", "O-F1", "C-F1", "mAP")
 IN_NATS = ("NLL",)
@@ -114,13 +115,13 @@ OF_ORDERS = {
 
 @contextmanager
 def _chain_term_from(zero: bool) -> Iterator[None]:
-    kept = cnnrnn.train.start_at_frequencies
+    kept = cnnrnn.training.run.start_at_frequencies
     if zero:
-        cnnrnn.train.start_at_frequencies = lambda classifier, targets: None
+        cnnrnn.training.run.start_at_frequencies = lambda classifier, targets: None
     try:
         yield
     finally:
-        cnnrnn.train.start_at_frequencies = kept
+        cnnrnn.training.run.start_at_frequencies = kept
 
 
 def measure(dataset: Dataset, variant: Variant, seed: int, device: str) -> dict[str, float]:

@@ -25,7 +25,7 @@ from heads import trained_head
 from opponents import Paths, PathStates, PrefixStates
 
 from cnnrnn.config import SearchConfig
-from cnnrnn.model import Head, ImageEmbedding
+from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.search import SearchStats, beam_search
 
 CONFIG = SearchConfig(beam_size=4, max_labels=8)

@@ -29,10 +29,10 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from cnnrnn.config import ModelConfig, TrainConfig
-from cnnrnn.fit import make_optimizer
-from cnnrnn.labels import PAD, increasing_paths, prefix_trie
-from cnnrnn.losses import binary_cross_entropy, forbidden_labels, sequence_loss
-from cnnrnn.model import Head, ImageEmbedding
+from cnnrnn.labels import PAD, forbidden_labels, increasing_paths, prefix_trie
+from cnnrnn.network.head import Head, ImageEmbedding
+from cnnrnn.network.losses import binary_cross_entropy, sequence_loss
+from cnnrnn.training.loop import make_optimizer
 
 IMAGES, FEATURES, LABELS = 82_783, 2048, 80
 TURN = 4  # batches: what disturbs one disturbs all

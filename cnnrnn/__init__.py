@@ -9,14 +9,15 @@ from cnnrnn import _build_check as _build_check
 
 if TYPE_CHECKING:
     from cnnrnn import metrics
-    from cnnrnn.classifier import CNNRNN, CheckpointError
+    from cnnrnn.api import load, predict, predict_features, predict_iter
     from cnnrnn.config import ModelConfig, Preprocessing, SearchConfig, TrainConfig
     from cnnrnn.data import BadImageError, DataError, load_dataset
-    from cnnrnn.ensemble import Ensemble, set_log_probs
     from cnnrnn.export import OnnxModelError, OnnxPredictor, ProviderError, export_onnx
-    from cnnrnn.model import Head, ImageEmbedding
-    from cnnrnn.prediction import Prediction
-    from cnnrnn.predictor import load, predict, predict_features, predict_iter
+    from cnnrnn.model.checkpoint import CheckpointError
+    from cnnrnn.model.classifier import CNNRNN
+    from cnnrnn.model.ensemble import Ensemble, set_log_probs
+    from cnnrnn.network.head import Head, ImageEmbedding
+    from cnnrnn.prediction.result import Prediction
     from cnnrnn.search import NonFiniteError, SearchResult, beam_search
 
 __version__ = "0.1.0"
@@ -24,12 +25,12 @@ __version__ = "0.1.0"
 # Public name -> module that defines it; loaded at first use, so that importing is fast.
 _HOMES = {
     "BadImageError": "cnnrnn.data",
-    "CNNRNN": "cnnrnn.classifier",
-    "CheckpointError": "cnnrnn.classifier",
+    "CNNRNN": "cnnrnn.model.classifier",
+    "CheckpointError": "cnnrnn.model.classifier",
     "DataError": "cnnrnn.data",
-    "Ensemble": "cnnrnn.ensemble",
-    "Head": "cnnrnn.model",
-    "ImageEmbedding": "cnnrnn.model",
+    "Ensemble": "cnnrnn.model.ensemble",
+    "Head": "cnnrnn.network.head",
+    "ImageEmbedding": "cnnrnn.network.head",
     "ModelConfig": "cnnrnn.config",
     "NonFiniteError": "cnnrnn.search",
     "OnnxModelError": "cnnrnn.export",
@@ -42,12 +43,12 @@ _HOMES = {
     "TrainConfig": "cnnrnn.config",
     "beam_search": "cnnrnn.search",
     "export_onnx": "cnnrnn.export",
-    "load": "cnnrnn.predictor",
+    "load": "cnnrnn.api",
     "load_dataset": "cnnrnn.data",
-    "predict": "cnnrnn.predictor",
-    "predict_features": "cnnrnn.predictor",
-    "predict_iter": "cnnrnn.predictor",
-    "set_log_probs": "cnnrnn.ensemble",
+    "predict": "cnnrnn.api",
+    "predict_features": "cnnrnn.api",
+    "predict_iter": "cnnrnn.api",
+    "set_log_probs": "cnnrnn.model.ensemble",
 }
 
 __all__ = [

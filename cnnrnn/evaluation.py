@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnnrnn.classifier import CNNRNN
 from cnnrnn.config import Calibration, OnBadImage, SearchConfig
 from cnnrnn.data import DataError, Dataset
-from cnnrnn.decisions import Inference, decided_sets, decision_metrics
-from cnnrnn.ensemble import Ensemble
-from cnnrnn.features import compute_features
+from cnnrnn.machine.progress import Progress, no_progress
 from cnnrnn.metrics import per_label_metrics, write_per_label_csv
-from cnnrnn.progress import Progress, no_progress
+from cnnrnn.model.classifier import CNNRNN
+from cnnrnn.model.ensemble import Ensemble
+from cnnrnn.network.features import compute_features
+from cnnrnn.prediction.decisions import decided_sets, decision_metrics
+from cnnrnn.search.inference import Inference
 
 
 @dataclass(frozen=True)

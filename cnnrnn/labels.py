@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cnnrnn.config import Order, TrainConfig
+
 PAD = -1
 
 
@@ -178,3 +180,40 @@ def path_sets(labels: Tensor, num_labels: int) -> Tensor:
     padded = torch.zeros(*labels.shape[:-1], num_labels + 1, dtype=torch.bool, device=labels.device)
     padded.scatter_(-1, labels.masked_fill(labels == PAD, num_labels), True)
     return padded[..., :num_labels]
+
+
+def forbidden_labels(paths: Tensor, num_labels: int, order: Order) -> Tensor:
+    """Return what may not follow each prefix of each path: [B, T] -> [B, T+1, L+1] bool."""
+    B, T = paths.shape
+    if order == "increasing":
+        labels = torch.arange(num_labels + 1, device=paths.device)
+        last = functional.pad(paths, (1, 0), value=-1)  # [B, T+1]
+        forbidden = labels <= last[:, :, None]
+    else:
+        forbidden = torch.zeros(B, T + 1, num_labels + 1, dtype=torch.bool, device=paths.device)
+        if order == "unique":
+            columns = paths.masked_fill(paths == PAD, num_labels)
+            forbidden[:, 1:].scatter_(2, columns[:, :, None], True)
+            for t in range(1, T + 1):
+                forbidden[:, t] |= forbidden[:, t - 1]
+    forbidden[:, :, num_labels] = False
+    return forbidden
+
+
+def first_label_space(
+    names: tuple[str, ...], counts: np.ndarray, config: TrainConfig
+) -> LabelSpace:
+    """Return the label space that training starts with.
+
+    Args:
+        names: [L] label names in the source's order.
+        counts: [L] training images that carry each label.
+        config: names the label order; its seed draws `random`.
+    """
+    if config.label_order == "given":
+        return LabelSpace.given(names)
+    if config.label_order == "rare":
+        return LabelSpace.rarest_first(names, counts)
+    if config.label_order == "random":
+        return LabelSpace.random(names, torch.Generator().manual_seed(config.seed))
+    return LabelSpace.by_frequency(names, counts)

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 import cnnrnn
-from cnnrnn.baselines import IndependentClassifier
 from cnnrnn.comparison import frozen_features
+from cnnrnn.comparison.baselines import IndependentClassifier
 from cnnrnn.data import Dataset
 from cnnrnn.evaluation import ObjectRecall, object_recall
 from cnnrnn.metrics import threshold_sets

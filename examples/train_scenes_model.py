@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 import cnnrnn
+from cnnrnn.api import DEMO_MODEL
 from cnnrnn.cli import main as cnnrnn_command
-from cnnrnn.predictor import DEMO_MODEL
 
 TRAIN_SEED, TEST_SEED = 0, 2
 BACKBONE_OPTIONS = (

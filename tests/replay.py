@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cnnrnn.config import Order, SearchConfig
-from cnnrnn.model import Head, ImageEmbedding
+from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.search import SearchStats, reference
 from cnnrnn.search.engine import make_cpu_head, resolve_max_labels
 

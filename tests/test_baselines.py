@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cnnrnn.baselines import (
+from cnnrnn.comparison.baselines import (
     OBJECTIVES,
     IndependentClassifier,
     JointEmbedding,
@@ -22,12 +22,12 @@ from cnnrnn.baselines import (
 from cnnrnn.config import ModelConfig, SearchConfig, TrainConfig
 from cnnrnn.data import Dataset
 from cnnrnn.data.dataset import csr
-from cnnrnn.fit import Split
 from cnnrnn.labels import prefix_trie
-from cnnrnn.model import Head
-from cnnrnn.recurrence import prefix_outputs
+from cnnrnn.network.head import Head
+from cnnrnn.network.recurrence import prefix_outputs
 from cnnrnn.search import beam_search
-from cnnrnn.train import train
+from cnnrnn.training.batches import Split
+from cnnrnn.training.run import train
 
 HEAD = ModelConfig(trunk_dim=0, hidden_dim=16, joint_dim=16, input_dropout=0.0, joint_dropout=0.0)
 QUICK = TrainConfig(device="cpu", epochs=25, finish_epochs=15, batch_size=32,

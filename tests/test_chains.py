@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_baselines import HEAD, QUICK, split_of
 
-from cnnrnn.baselines import network_outputs, product_log_probs, train_independent
-from cnnrnn.chains import ProbabilisticChain, train_chain
+from cnnrnn.comparison.baselines import network_outputs, product_log_probs, train_independent
+from cnnrnn.comparison.chains import ProbabilisticChain, train_chain
 
 ORDER = torch.tensor([2, 0, 4, 1, 3])
 
@@ -83,7 +83,7 @@ def test_marginals_of_many_samples_are_those_of_all_sets(monkeypatch):
 def test_slices_change_no_best_set(monkeypatch, at_once):
     chain, features = random_chain(), torch.randn(11, 3)
     whole = chain.best_sets(features)
-    monkeypatch.setattr("cnnrnn.chains.SETS_AT_ONCE", at_once)
+    monkeypatch.setattr("cnnrnn.comparison.chains.SETS_AT_ONCE", at_once)
     assert torch.equal(chain.best_sets(features), whole)
 
 

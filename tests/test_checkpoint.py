@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from cnnrnn import Head, ModelConfig, SearchConfig
-from cnnrnn.backbones import make_backbone
-from cnnrnn.classifier import CNNRNN, CheckpointError, load_checkpoint, weights_digest
 from cnnrnn.config import Calibration
 from cnnrnn.labels import LabelSpace
+from cnnrnn.machine.files import weights_digest
+from cnnrnn.model.checkpoint import CheckpointError
+from cnnrnn.model.classifier import CNNRNN, load_checkpoint
+from cnnrnn.network.backbones import make_backbone
 
 NAMES = ("sky", "sea", "bòat", "cow")
 CONFIG = ModelConfig(backbone="small", pretrained=False, image_size=16, trunk_dim=8, joint_dim=4,
@@ -376,7 +378,7 @@ import os, random, signal, subprocess, sys, time
 source = sys.argv[2]
 import cnnrnn, torch, safetensors.torch
 from cnnrnn import CNNRNN
-from cnnrnn.classifier import load_checkpoint
+from cnnrnn.model.classifier import load_checkpoint
 torch.set_num_threads(1)
 moments = random.Random(0)
 for _ in range(20):

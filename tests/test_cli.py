@@ -16,10 +16,10 @@ import pytest
 import torch
 import yaml
 
-from cnnrnn.classifier import load_checkpoint
 from cnnrnn.cli import main
 from cnnrnn.config import DECISIONS
-from cnnrnn.data.scenes import write_scenes
+from cnnrnn.data.sources.scenes import write_scenes
+from cnnrnn.model.classifier import load_checkpoint
 
 TINY = ["--model.backbone=small", "--model.pretrained=false", "--model.image-size=16",
         "--model.trunk_dim=8", "--model.joint-dim=8", "--model.hidden_dim=8", "--device=cpu",
@@ -313,7 +313,7 @@ def test_scenes_and_data_it_makes(tmp_path, capsys):
 
 
 def test_check(capsys, monkeypatch):
-    from cnnrnn import check
+    from cnnrnn.cli import installation as check
 
     status = main(["check"])
     out = capsys.readouterr().out

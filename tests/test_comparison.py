@@ -28,9 +28,9 @@ from cnnrnn.comparison.results import Results, table_cells
 from cnnrnn.comparison.run import _judge, _test_nll, ensemble_seeds
 from cnnrnn.config import CompareConfig, ModelConfig, SearchConfig, TrainConfig
 from cnnrnn.data import DataError, Dataset, load_dataset
-from cnnrnn.ensemble import mixture_log_probs
-from cnnrnn.fit import NonFiniteLossError
 from cnnrnn.metrics import best_threshold, multilabel_metrics
+from cnnrnn.model.ensemble import mixture_log_probs
+from cnnrnn.training.loop import NonFiniteLossError
 
 HEAD = ModelConfig(trunk_dim=0, hidden_dim=16, joint_dim=16, input_dropout=0.0, joint_dropout=0.0)
 SEARCH = SearchConfig(beam_size=4)
@@ -480,7 +480,7 @@ def test_the_command_prints_the_table_and_goes_on(tmp_path, capsys):
 
 def test_the_command_on_pictures_caches_their_features(tmp_path, capsys):
     pytest.importorskip("pycocotools")
-    from cnnrnn.data.scenes import write_scenes
+    from cnnrnn.data.sources.scenes import write_scenes
 
     root = tmp_path / "scenes"
     write_scenes(root, train=12, val=6, test=5, image_size=32)
@@ -499,8 +499,8 @@ def test_the_command_on_pictures_caches_their_features(tmp_path, capsys):
 
 def test_unreadable_pictures_are_left_out_of_the_features(tmp_path):
     pytest.importorskip("pycocotools")
-    from cnnrnn.backbones import make_backbone
-    from cnnrnn.data.scenes import write_scenes
+    from cnnrnn.data.sources.scenes import write_scenes
+    from cnnrnn.network.backbones import make_backbone
 
     root = tmp_path / "scenes"
     write_scenes(root, train=4, val=3, test=3, image_size=32)

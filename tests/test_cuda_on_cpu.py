@@ -23,7 +23,7 @@ from replay import (
 )
 
 from cnnrnn.config import SearchConfig
-from cnnrnn.model import Head, ImageEmbedding, chain_logits
+from cnnrnn.network.head import Head, ImageEmbedding, chain_logits
 from cnnrnn.search import reference
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "emulation"))

@@ -17,7 +17,7 @@ import sources
 
 from cnnrnn.cli import main
 from cnnrnn.data import DataError, Dataset
-from cnnrnn.data.check import Pair, SplitCounts, check_source, prefix_sharing
+from cnnrnn.data.report import Pair, SplitCounts, check_source, prefix_sharing
 
 
 @pytest.fixture
@@ -63,13 +63,13 @@ def test_prefixes_and_pairs_by_brute_force(
     order = sorted(range(labels), key=lambda label: -counts[label])
     paths = [[label for label in order if label in set(dataset.labels(i))] for i in range(records)]
     visits = Counter(tuple(path[: i + 1]) for path in paths for i in range(len(path)))
-    monkeypatch.setattr("cnnrnn.data.check.VISITED_PREFIXES", 7)
+    monkeypatch.setattr("cnnrnn.data.report.VISITED_PREFIXES", 7)
     sharing = prefix_sharing(dataset, np.array(order))
     assert (sharing.steps, sharing.distinct) == (sum(visits.values()), len(visits))
     top = sum(sorted(visits.values())[-7:]) / max(sharing.steps, 1)
     assert sharing.visited_share == pytest.approx(top)
 
-    monkeypatch.setattr("cnnrnn.data.check.load_dataset", lambda *args, **kwargs: dataset)
+    monkeypatch.setattr("cnnrnn.data.report.load_dataset", lambda *args, **kwargs: dataset)
     report = check_source("features:here", pairs=1000)
     together = Counter(pair for path in paths for pair in itertools.combinations(path, 2))
     expected = {(f"label {a}", f"label {b}"): n for (a, b), n in together.items()}
@@ -130,7 +130,7 @@ def test_overlap_and_copies_across_splits_by_brute_force(
     }
     contents = generator.integers(0, count, count).tolist()
     dataset = split_dataset(splits, contents)
-    monkeypatch.setattr("cnnrnn.data.check.load_dataset", lambda *args, **kwargs: dataset)
+    monkeypatch.setattr("cnnrnn.data.report.load_dataset", lambda *args, **kwargs: dataset)
     report = check_source("features:here")
 
     expected, across = [], set()
@@ -278,9 +278,9 @@ def test_pairs_among_the_most_frequent_labels(monkeypatch: pytest.MonkeyPatch) -
     dataset = random_dataset(97, 11, seed=0)
     order = np.argsort(-dataset.label_counts(), kind="stable")
     matrix = dataset.label_matrix().numpy()
-    monkeypatch.setattr("cnnrnn.data.check.CO_OCCURRENCE_LABELS", 4)
-    monkeypatch.setattr("cnnrnn.data.check._BLOCK", 10)
-    monkeypatch.setattr("cnnrnn.data.check.load_dataset", lambda *args, **kwargs: dataset)
+    monkeypatch.setattr("cnnrnn.data.report.CO_OCCURRENCE_LABELS", 4)
+    monkeypatch.setattr("cnnrnn.data.report._BLOCK", 10)
+    monkeypatch.setattr("cnnrnn.data.report.load_dataset", lambda *args, **kwargs: dataset)
     monkeypatch.setattr(Dataset, "label_matrix", None)
     report = check_source("features:here", pairs=1000)
     expected = {

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cnnrnn.data import DataError, Dataset, load_dataset
-from cnnrnn.data.coco import load_coco
 from cnnrnn.data.dataset import Boxes
+from cnnrnn.data.sources.coco import load_coco
 
 pytest.importorskip("pycocotools")
 
@@ -433,9 +433,9 @@ def test_scenes_are_generated_once(
         calls.append(folder)
         write_split(folder, "train")
 
-    module = types.ModuleType("cnnrnn.data.scenes")
+    module = types.ModuleType("cnnrnn.data.sources.scenes")
     module.write_scenes = write_scenes  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "cnnrnn.data.scenes", module)
+    monkeypatch.setitem(sys.modules, "cnnrnn.data.sources.scenes", module)
     root = tmp_path / "new" / "scenes"
     with caplog.at_level(logging.INFO):
         for _ in range(2):

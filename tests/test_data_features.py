@@ -12,7 +12,7 @@ import sources
 
 from cnnrnn.config import SvmlightOptions
 from cnnrnn.data import DataError, Problems, load_dataset
-from cnnrnn.data.features import load_features
+from cnnrnn.data.sources.npz import load_features
 
 
 def arrays(**changes: Any) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def test_an_array_that_unpacks_to_far_more(tmp_path: Path, monkeypatch: pytest.M
     file = tmp_path / "f.npz"
     np.savez_compressed(file, **arrays(features=np.zeros((5, 200_000), np.float32)))
     assert load_features(file).features is not None
-    monkeypatch.setattr("cnnrnn.data.features.MAX_UNPACKED_BYTES", 1 << 20)
+    monkeypatch.setattr("cnnrnn.data.sources.npz.MAX_UNPACKED_BYTES", 1 << 20)
     with pytest.raises(DataError, match="features.npy must not unpack .* 500 times .* 4000128 byt"):
         load_features(file)
     np.savez(file, **arrays(features=np.zeros((5, 200_000), np.float32)))
@@ -299,7 +299,7 @@ def test_svmlight_that_unpacks_to_far_more(text: Path, monkeypatch: pytest.Monke
     file = text / "train.svm"
     file.write_text("1 2000000:1\n")
     assert load_features(file).features is not None
-    monkeypatch.setattr("cnnrnn.data.svmlight.MAX_UNPACKED_BYTES", 1 << 20)
+    monkeypatch.setattr("cnnrnn.data.sources.svmlight.MAX_UNPACKED_BYTES", 1 << 20)
     with pytest.raises(DataError, match="got 1 lines with feature numbers up to 2000000 in 12 byt"):
         load_features(file)
     file.write_text("1 " + " ".join(f"{i}:1" for i in range(1, 20_000)) + " 2000000:1\n")

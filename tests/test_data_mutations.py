@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cnnrnn.data import DataError, load_dataset
-from cnnrnn.data.check import check_source
+from cnnrnn.data.report import check_source
 
 for module in ("defusedxml", "pycocotools", "sklearn"):
     pytest.importorskip(module)

@@ -10,7 +10,7 @@ import sources
 from cnnrnn.config import NusWideOptions
 from cnnrnn.data import DataError, Problems, load_dataset
 from cnnrnn.data.files import read_blocks
-from cnnrnn.data.nuswide import load_nuswide
+from cnnrnn.data.sources.nuswide import load_nuswide
 
 TAGS = NusWideOptions(labels="tags")
 
@@ -154,7 +154,9 @@ def test_every_way_to_write_bits(
 
 
 def test_blank_lines_at_the_end(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cnnrnn.data.nuswide.read_blocks", lambda file: read_blocks(file, 2))
+    monkeypatch.setattr(
+        "cnnrnn.data.sources.nuswide.read_blocks", lambda file: read_blocks(file, 2)
+    )
     for name, options in ((LABELS, NusWideOptions()), (ALL_TAGS, TAGS)):
         expected = load_nuswide(root, options=options).label_indices.tolist()
         with (root / name).open("ab") as file:

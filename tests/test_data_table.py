@@ -8,7 +8,7 @@ import sources
 
 from cnnrnn.config import TableOptions
 from cnnrnn.data import DataError, Dataset, Problems, load_dataset
-from cnnrnn.data.table import load_table
+from cnnrnn.data.sources.table import load_table
 
 
 @pytest.fixture

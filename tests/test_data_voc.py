@@ -9,7 +9,7 @@ import pytest
 import sources
 
 from cnnrnn.data import DataError, Problems, load_dataset
-from cnnrnn.data.voc import MAX_XML_BYTES, VOC_LABELS, load_voc
+from cnnrnn.data.sources.voc import MAX_XML_BYTES, VOC_LABELS, load_voc
 
 pytest.importorskip("defusedxml")
 

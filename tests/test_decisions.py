@@ -10,22 +10,24 @@ import pytest
 import torch
 
 from cnnrnn import Ensemble, ModelConfig, SearchConfig
-from cnnrnn.classifier import CNNRNN, FEATURES_ONLY
 from cnnrnn.config import DECISIONS, Calibration
-from cnnrnn.decisions import (
+from cnnrnn.labels import PAD, LabelSpace
+from cnnrnn.metrics import best_label_thresholds, best_threshold, multilabel_metrics, threshold_sets
+from cnnrnn.model.checkpoint import FEATURES_ONLY
+from cnnrnn.model.classifier import CNNRNN
+from cnnrnn.network.head import Head
+from cnnrnn.prediction.decisions import (
     FEW_POSITIVES,
     SHRINKAGES,
-    Inference,
+    Options,
     best_f1_sets,
     calibrate,
+    decide,
     decided_sets,
     decision_metrics,
 )
-from cnnrnn.labels import PAD, LabelSpace
-from cnnrnn.metrics import best_label_thresholds, best_threshold, multilabel_metrics, threshold_sets
-from cnnrnn.model import Head
-from cnnrnn.prediction import Options, decide
 from cnnrnn.search import SearchResult
+from cnnrnn.search.inference import Inference
 
 L = 6
 NAMES = tuple("abcdef")
@@ -222,7 +224,7 @@ def test_labels_of_few_positives_have_the_common_threshold():
 
 
 def test_shrinking_by_hand():
-    from cnnrnn.decisions import _Cuts
+    from cnnrnn.prediction.decisions import _Cuts
 
     own = torch.tensor([0.9, 0.2, 0.3])
     cuts = _Cuts(0.3, own, torch.tensor([10, 30, 2]), torch.tensor([True, True, False]))
@@ -300,7 +302,7 @@ def test_slices_make_no_difference(monkeypatch):
     result = random_result(5, 8, 4, seed=3)
     whole = best_f1_sets(result)
     for at_once in (1, 200):
-        monkeypatch.setattr("cnnrnn.decisions.F1_AT_ONCE", at_once)
+        monkeypatch.setattr("cnnrnn.prediction.decisions.F1_AT_ONCE", at_once)
         assert torch.equal(best_f1_sets(result), whole)
 
 

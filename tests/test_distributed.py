@@ -15,11 +15,11 @@ import pytest
 import torch
 from test_training import digest, records, separable
 
-from cnnrnn.classifier import load_checkpoint
 from cnnrnn.cli import main
-from cnnrnn.data.scenes import write_scenes
-from cnnrnn.distributed import ALONE, Ranks
-from cnnrnn.state import STATE_FILE, read_state
+from cnnrnn.data.sources.scenes import write_scenes
+from cnnrnn.machine.distributed import ALONE, Ranks
+from cnnrnn.model.classifier import load_checkpoint
+from cnnrnn.training.resume import STATE_FILE, read_state
 
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
@@ -160,7 +160,7 @@ LOST = """
 import os, sys
 import torch
 from torch import distributed
-from cnnrnn.distributed import LostProcessError, Ranks
+from cnnrnn.machine.distributed import LostProcessError, Ranks
 rank = 0 if os.fork() else 1
 distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=rank, world_size=2)
 ranks = Ranks(rank, 2)

@@ -13,17 +13,20 @@ import torch
 
 import cnnrnn
 from cnnrnn import Ensemble, Head, ModelConfig, SearchConfig, TrainConfig, beam_search
-from cnnrnn.backbones import make_backbone
-from cnnrnn.classifier import CNNRNN, CheckpointError, load_checkpoint
 from cnnrnn.cli import main
 from cnnrnn.config import Calibration
 from cnnrnn.data import load_dataset
-from cnnrnn.ensemble import set_log_probs, train_ensemble
+from cnnrnn.data.splits import training_splits
 from cnnrnn.evaluation import evaluate
 from cnnrnn.labels import LabelSpace, increasing_paths, path_sets
-from cnnrnn.losses import sequence_loss
 from cnnrnn.metrics import best_threshold
-from cnnrnn.train import train, training_splits
+from cnnrnn.model.checkpoint import CheckpointError
+from cnnrnn.model.classifier import CNNRNN, load_checkpoint
+from cnnrnn.model.ensemble import set_log_probs
+from cnnrnn.network.backbones import make_backbone
+from cnnrnn.network.losses import sequence_loss
+from cnnrnn.training.ensemble import train_ensemble
+from cnnrnn.training.run import train
 
 NAMES = ("sky", "sea", "boat", "cow", "sun")
 MODEL = ModelConfig(backbone="features", trunk_dim=8, joint_dim=6, hidden_dim=5)
@@ -84,7 +87,7 @@ def test_a_set_has_minus_its_sequence_loss(monkeypatch):
                               "increasing")  # fmt: skip
     short = torch.tensor([len(s.nonzero()) < 6 for s in sets])
     for size in (1 << 24, 100, 1):  # one slice or many
-        monkeypatch.setattr("cnnrnn.ensemble.SCORES_AT_ONCE", size)
+        monkeypatch.setattr("cnnrnn.model.ensemble.SCORES_AT_ONCE", size)
         found = set_log_probs(head, head.embed(images), sets)
         torch.testing.assert_close(found[short], expected[short])
     assert set_log_probs(head, head.embed(images[:0]), sets[:0]).shape == (0,)
@@ -160,8 +163,8 @@ def test_the_best_path_is_the_best_candidate(ensemble):
 def test_slices_of_images_make_no_difference(ensemble, monkeypatch):
     whole = ensemble.infer(features())
     for size in (1, 5):
-        monkeypatch.setattr("cnnrnn.ensemble.SEARCH_BATCH", size)
-        monkeypatch.setattr("cnnrnn.decisions.SEARCH_BATCH", size)
+        monkeypatch.setattr("cnnrnn.model.ensemble.SEARCH_BATCH", size)
+        monkeypatch.setattr("cnnrnn.prediction.decisions.SEARCH_BATCH", size)
         sliced = ensemble.infer(features())
         assert torch.equal(sliced.sets, whole.sets)
         torch.testing.assert_close(sliced.marginals, whole.marginals)
@@ -404,7 +407,7 @@ def test_members_of_every_seed_hold_out_the_same_images(tmp_path, file, monkeypa
         held_out.append([part.rows.tolist() for part in training_splits(dataset, config)])
         return train(dataset, out, model, search, config, **options)
 
-    monkeypatch.setattr("cnnrnn.train.train", watched)
+    monkeypatch.setattr("cnnrnn.training.run.train", watched)
     result = train_ensemble(data, tmp_path, MODEL, SEARCH, QUICK, ["frequency"] * 2)
     assert held_out[0] == held_out[1]
     assert held_out[0] == [part.rows.tolist() for part in training_splits(data, QUICK)]
@@ -418,7 +421,7 @@ def test_members_of_every_seed_hold_out_the_same_images(tmp_path, file, monkeypa
 
 def test_an_ensemble_on_pictures_shares_one_feature_cache(tmp_path):
     pytest.importorskip("pycocotools")
-    from cnnrnn.data.scenes import write_scenes
+    from cnnrnn.data.sources.scenes import write_scenes
 
     write_scenes(tmp_path / "scenes", train=24, val=12, test=6, image_size=32)
     config = ModelConfig(backbone="small", pretrained=False, image_size=16, trunk_dim=0,

@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from cnnrnn import Ensemble, set_log_probs
-from cnnrnn.classifier import CNNRNN, FEATURES_ONLY
 from cnnrnn.config import ModelConfig, SearchConfig
 from cnnrnn.data import Boxes, DataError, Dataset, load_dataset
 from cnnrnn.evaluation import evaluate, object_recall, write_per_label
 from cnnrnn.labels import LabelSpace
-from cnnrnn.losses import sequence_loss
 from cnnrnn.metrics import multilabel_metrics
-from cnnrnn.model import Head
+from cnnrnn.model.checkpoint import FEATURES_ONLY
+from cnnrnn.model.classifier import CNNRNN
+from cnnrnn.network.head import Head
+from cnnrnn.network.losses import sequence_loss
 
 NAMES = ("a", "b", "c")
 

@@ -9,7 +9,7 @@ from replay import MOST, random_case, random_embedding, random_head
 from cnnrnn.config import SearchConfig
 from cnnrnn.export import graph
 from cnnrnn.export.graph import PathSearch
-from cnnrnn.model import Head, ImageEmbedding
+from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.search import reference
 from cnnrnn.search.engine import resolve_max_labels
 

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from cnnrnn.backbones import Backbone
 from cnnrnn.config import Preprocessing
 from cnnrnn.data import BadImageError, Dataset
-from cnnrnn.features import cached_features, compute_features
+from cnnrnn.network.backbones import Backbone
+from cnnrnn.network.features import cached_features, compute_features
 
 COUNT = 5
 

@@ -8,17 +8,15 @@ import math
 import pytest
 import torch
 
-from cnnrnn.labels import increasing_paths
-from cnnrnn.losses import (
+from cnnrnn.comparison.losses import (
     asymmetric_loss,
-    binary_cross_entropy,
-    forbidden_labels,
-    sequence_loss,
     softmax_cross_entropy,
     squared_error,
     warp_loss,
 )
-from cnnrnn.model import Head
+from cnnrnn.labels import forbidden_labels, increasing_paths
+from cnnrnn.network.head import Head
+from cnnrnn.network.losses import binary_cross_entropy, sequence_loss
 
 ORDERS = ["increasing", "unique", "free"]
 

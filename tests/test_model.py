@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cnnrnn.backbones import make_backbone
 from cnnrnn.config import ModelConfig
 from cnnrnn.labels import increasing_paths, prefix_trie
-from cnnrnn.model import Dropout, Head, ImageEmbedding, chain_logits
-from cnnrnn.recurrence import LSTMRecurrence, PaperRecurrence, prefix_outputs
+from cnnrnn.network.backbones import make_backbone
+from cnnrnn.network.head import Dropout, Head, ImageEmbedding, chain_logits
+from cnnrnn.network.recurrence import LSTMRecurrence, PaperRecurrence, prefix_outputs
 
 CELLS = ["lstm", "paper"]
 ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh, "identity": lambda x: x}

@@ -11,14 +11,14 @@ import torch
 
 import cnnrnn
 from cnnrnn import ModelConfig, OnnxModelError, OnnxPredictor, SearchConfig, export_onnx
-from cnnrnn.backbones import make_backbone
-from cnnrnn.classifier import CNNRNN
+from cnnrnn.api import DEMO_MODEL
 from cnnrnn.config import DECISIONS, Calibration
 from cnnrnn.data.images import normalize
 from cnnrnn.export import onnx as onnx_module
 from cnnrnn.labels import LabelSpace
-from cnnrnn.model import Head, ImageEmbedding
-from cnnrnn.predictor import DEMO_MODEL
+from cnnrnn.model.classifier import CNNRNN
+from cnnrnn.network.backbones import make_backbone
+from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.search import reference
 from cnnrnn.search.engine import resolve_max_labels
 

@@ -10,7 +10,7 @@ from replay import random_embedding, random_head, run_compiled
 from torch import Tensor, library
 
 from cnnrnn.config import SearchConfig
-from cnnrnn.model import Head, ImageEmbedding
+from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.search import SearchResult, beam_search
 from cnnrnn.search.engine import head_parameters
 

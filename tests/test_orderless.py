@@ -12,10 +12,10 @@ import torch
 
 from cnnrnn import ModelConfig, SearchConfig, TrainConfig, load_dataset
 from cnnrnn.labels import increasing_paths, path_sets
-from cnnrnn.losses import sequence_loss
-from cnnrnn.model import Head
-from cnnrnn.orders import aligned_paths, own_steps
-from cnnrnn.train import train
+from cnnrnn.network.head import Head
+from cnnrnn.network.losses import sequence_loss
+from cnnrnn.training.orders import aligned_paths, own_steps
+from cnnrnn.training.run import train
 
 pytest.importorskip("scipy")
 LOSSES = ["pla", "mla"]

@@ -10,14 +10,17 @@ import torch
 from torch import nn
 
 from cnnrnn import ModelConfig, SearchConfig, TrainConfig, load_dataset
-from cnnrnn.classifier import load_checkpoint, weights_digest
 from cnnrnn.evaluation import evaluate
-from cnnrnn.fit import Log, Split, Stage, Validation, make_optimizer, run_stage
-from cnnrnn.labels import increasing_paths
-from cnnrnn.losses import binary_cross_entropy, sequence_loss
-from cnnrnn.model import Head
-from cnnrnn.orders import first_label_space, label_ease, permute_labels
-from cnnrnn.train import train
+from cnnrnn.labels import first_label_space, increasing_paths
+from cnnrnn.machine.files import weights_digest
+from cnnrnn.model.classifier import load_checkpoint
+from cnnrnn.network.head import Head
+from cnnrnn.network.losses import binary_cross_entropy, sequence_loss
+from cnnrnn.training.batches import Split
+from cnnrnn.training.log import Log
+from cnnrnn.training.loop import Stage, Validation, make_optimizer, run_stage
+from cnnrnn.training.orders import label_ease, permute_labels
+from cnnrnn.training.run import train
 
 MODEL = ModelConfig(trunk_dim=0, joint_dim=16, hidden_dim=16, input_dropout=0.0,
                     hidden_dropout=0.0, joint_dropout=0.0)  # fmt: skip

@@ -20,15 +20,16 @@ from PIL import Image
 
 import cnnrnn
 from cnnrnn import BadImageError, DataError, ModelConfig, SearchConfig
-from cnnrnn.backbones import make_backbone
-from cnnrnn.classifier import CNNRNN
+from cnnrnn.api import DEMO_MODEL, predict_features
 from cnnrnn.config import Calibration
-from cnnrnn.decisions import calibrate, decided_sets, infer, mixed_scores
 from cnnrnn.labels import LabelSpace
 from cnnrnn.metrics import best_k
-from cnnrnn.model import Head
-from cnnrnn.predictor import DEMO_MODEL, predict_features
+from cnnrnn.model.classifier import CNNRNN
+from cnnrnn.network.backbones import make_backbone
+from cnnrnn.network.head import Head
+from cnnrnn.prediction.decisions import calibrate, decided_sets
 from cnnrnn.search import NonFiniteError
+from cnnrnn.search.inference import infer, mixed_scores
 
 NAMES = ("sky", "sea", "boat", "cow", "buoy")
 SIDE = 16
@@ -577,7 +578,7 @@ def test_searches_longer_than_a_slice(monkeypatch):
     model = make_model(feature_dim=7)
     features = torch.randn(17, 7, generator=torch.Generator().manual_seed(0))
     whole = [(answers([p]), p.scores) for p in model.predict_features(features)]
-    monkeypatch.setattr("cnnrnn.decisions.SEARCH_BATCH", 5)
+    monkeypatch.setattr("cnnrnn.prediction.decisions.SEARCH_BATCH", 5)
     sliced = model.predict_features(features)
     for prediction, (answer, scores) in zip(sliced, whole, strict=True):
         assert answers([prediction]) == answer

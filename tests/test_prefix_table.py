@@ -17,7 +17,7 @@ from replay import (
 )
 
 from cnnrnn.config import SearchConfig
-from cnnrnn.model import Head, ImageEmbedding
+from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.search import SearchResult, beam_search, engine
 from cnnrnn.search.engine import make_cpu_head
 

@@ -13,11 +13,12 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from cnnrnn import ModelConfig, SearchConfig, TrainConfig, load_dataset
-from cnnrnn.baselines import remove_recurrence
-from cnnrnn.decisions import set_nll
-from cnnrnn.fit import decoupled_rmsprop
-from cnnrnn.model import Head, Trunk
-from cnnrnn.train import path_validation, train, warn_if_not_learned
+from cnnrnn.comparison.baselines import remove_recurrence
+from cnnrnn.network.head import Head, Trunk
+from cnnrnn.search.inference import set_nll
+from cnnrnn.training.loop import decoupled_rmsprop
+from cnnrnn.training.recipe import path_validation
+from cnnrnn.training.run import train, warn_if_not_learned
 
 NAMES = ("sky", "sea", "boat", "gull", "road", "car", "lamp", "tree")
 KINDS = (("sky", "sea", "boat"), ("sky", "sea", "gull"), ("sky", "sea"), ("road", "car", "lamp"),

@@ -17,13 +17,13 @@ from test_training import MODEL, QUICK, SEARCH, SMALL, digest, records, separabl
 
 import cnnrnn
 from cnnrnn import load_dataset
-from cnnrnn.classifier import load_checkpoint
 from cnnrnn.cli import main
-from cnnrnn.data.scenes import write_scenes
-from cnnrnn.ensemble import train_ensemble
-from cnnrnn.fit import Log
-from cnnrnn.state import STATE_FILE, ResumeError, State, read_state, save_state
-from cnnrnn.train import train
+from cnnrnn.data.sources.scenes import write_scenes
+from cnnrnn.model.classifier import load_checkpoint
+from cnnrnn.training.ensemble import train_ensemble
+from cnnrnn.training.log import Log
+from cnnrnn.training.resume import STATE_FILE, ResumeError, State, read_state, save_state
+from cnnrnn.training.run import train
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
 
@@ -286,7 +286,7 @@ import torch
 torch.set_num_threads(1)
 import torchvision.transforms.v2, safetensors.torch
 from cnnrnn import load_dataset, state, train as module
-from cnnrnn.classifier import CNNRNN, load_checkpoint
+from cnnrnn.model.classifier import CNNRNN, load_checkpoint
 from test_resume import DROPOUT, QUICK, SEARCH, SMALL, same
 from test_training import separable
 

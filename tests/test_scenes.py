@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cnnrnn.data.scenes import (
+from cnnrnn.data.sources.scenes import (
     SCENE_LABELS,
     THINGS,
     Scene,

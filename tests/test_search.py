@@ -19,7 +19,7 @@ from replay import (
 
 from cnnrnn import _C
 from cnnrnn.config import SearchConfig
-from cnnrnn.model import Head, ImageEmbedding, chain_logits
+from cnnrnn.network.head import Head, ImageEmbedding, chain_logits
 from cnnrnn.search import NonFiniteError, beam_search, engine, reference
 from cnnrnn.search.engine import make_cpu_head
 

@@ -13,23 +13,20 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from cnnrnn import ModelConfig, SearchConfig, TrainConfig, load_dataset
-from cnnrnn.backbones import make_backbone
-from cnnrnn.classifier import load_checkpoint, weights_digest
 from cnnrnn.data import DataError, Dataset
-from cnnrnn.data.scenes import write_scenes
-from cnnrnn.decisions import Inference, calibrate, infer
-from cnnrnn.fit import (
-    Log,
-    NonFiniteLossError,
-    Split,
-    Stage,
-    Validation,
-    make_optimizer,
-    resolve_device,
-    run_stage,
-)
-from cnnrnn.model import Head
-from cnnrnn.train import train, training_splits
+from cnnrnn.data.sources.scenes import write_scenes
+from cnnrnn.data.splits import training_splits
+from cnnrnn.machine.devices import resolve_device
+from cnnrnn.machine.files import weights_digest
+from cnnrnn.model.classifier import load_checkpoint
+from cnnrnn.network.backbones import make_backbone
+from cnnrnn.network.head import Head
+from cnnrnn.prediction.decisions import calibrate
+from cnnrnn.search.inference import Inference, infer
+from cnnrnn.training.batches import Split
+from cnnrnn.training.log import Log
+from cnnrnn.training.loop import NonFiniteLossError, Stage, Validation, make_optimizer, run_stage
+from cnnrnn.training.run import train
 
 MODEL = ModelConfig(trunk_dim=0, joint_dim=16, hidden_dim=16, input_dropout=0.0,
                     hidden_dropout=0.0, joint_dropout=0.0)  # fmt: skip
@@ -171,7 +168,7 @@ def test_the_backbone_learns_unless_frozen(tmp_path, scenes):
         weights.append(load_checkpoint(out / "last").backbone.state_dict())
         assert (out / "features").is_dir() == frozen
     torch.manual_seed(config.seed)
-    from cnnrnn.backbones import make_backbone
+    from cnnrnn.network.backbones import make_backbone
 
     initial = make_backbone(SMALL).state_dict()
     assert all(torch.equal(initial[name], weights[0][name]) for name in initial)
@@ -351,7 +348,7 @@ def test_running_figures_of_batch_norm_are_kept_as_well(scenes):
 
 def test_checkpoints_on_disk_survive_a_later_overflow(tmp_path, data, monkeypatch):
     """After two whole epochs a weight turns infinite: the third stops, the second's stay."""
-    from cnnrnn import fit
+    from cnnrnn.training import loop as fit
 
     steps = []
     make = fit.make_optimizer
@@ -409,7 +406,7 @@ def test_early_stopping_restores_the_best_epoch(tmp_path, data, patience):
 
 
 def test_best_and_last_are_those_epochs(tmp_path, data, monkeypatch):
-    from cnnrnn import train as module
+    from cnnrnn.training import run as module
 
     merits = iter([0.2, 0.9, 0.1])
     real = module.path_validation
@@ -649,7 +646,7 @@ def test_the_last_stage_goes_on_from_the_best_epoch_at_a_lower_rate(tmp_path, da
 
 
 def test_a_last_stage_that_finds_nothing_better_changes_nothing(tmp_path, data, monkeypatch):
-    from cnnrnn import train as module
+    from cnnrnn.training import run as module
 
     real = module.path_validation
     merits = iter([0.1, 0.5, 0.4, 0.5, 0.2, 0.5])

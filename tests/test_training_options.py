@@ -13,11 +13,14 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from cnnrnn import SearchConfig, TrainConfig, load_dataset
-from cnnrnn.classifier import load_checkpoint
 from cnnrnn.data import DataError
-from cnnrnn.data.scenes import write_scenes
-from cnnrnn.fit import Log, NonFiniteLossError, Split, Stage, Validation, WeightAverage, run_stage
-from cnnrnn.train import train, training_splits
+from cnnrnn.data.sources.scenes import write_scenes
+from cnnrnn.data.splits import training_splits
+from cnnrnn.model.classifier import load_checkpoint
+from cnnrnn.training.batches import Split
+from cnnrnn.training.log import Log
+from cnnrnn.training.loop import NonFiniteLossError, Stage, Validation, WeightAverage, run_stage
+from cnnrnn.training.run import train
 
 SEARCH = SearchConfig(beam_size=2)
 

@@ -19,12 +19,14 @@ torch.set_num_threads(1)
 from test_training import MODEL, QUICK, SEARCH, SMALL  # noqa: E402
 
 from cnnrnn import load_dataset  # noqa: E402
-from cnnrnn import train as train_module  # noqa: E402
-from cnnrnn.classifier import weights_digest  # noqa: E402
 from cnnrnn.config import Preprocessing  # noqa: E402
-from cnnrnn.distributed import join  # noqa: E402
-from cnnrnn.fit import Log, NonFiniteLossError, Split, Stage, Validation, run_stage  # noqa: E402
-from cnnrnn.train import train  # noqa: E402
+from cnnrnn.machine.distributed import join  # noqa: E402
+from cnnrnn.machine.files import weights_digest  # noqa: E402
+from cnnrnn.training import run as train_module  # noqa: E402
+from cnnrnn.training.batches import Split  # noqa: E402
+from cnnrnn.training.log import Log  # noqa: E402
+from cnnrnn.training.loop import NonFiniteLossError, Stage, Validation, run_stage  # noqa: E402
+from cnnrnn.training.run import train  # noqa: E402
 
 # Adam's step is the sign of a gradient that is next to nothing: a high rate would show it.
 PICTURES = replace(QUICK, warm_epochs=1, epochs=2, batch_size=16, learning_rate=1e-3)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cnnrnn.baselines import (
+from cnnrnn.comparison.baselines import (
     OBJECTIVES,
     TIMM_LOSSES,
     TIMM_WITH_LOSSES,
@@ -36,14 +36,18 @@ from cnnrnn.baselines import (
     remove_recurrence,
     train_independent,
 )
-from cnnrnn.chains import ProbabilisticChain, train_chain
-from cnnrnn.classifier import CNNRNN, load_checkpoint, weights_digest
+from cnnrnn.comparison.chains import ProbabilisticChain, train_chain
 from cnnrnn.config import CompareConfig, ModelConfig, SearchConfig, TrainConfig
 from cnnrnn.data import Dataset
-from cnnrnn.decisions import Inference, mean_average_precision
-from cnnrnn.ensemble import Ensemble
-from cnnrnn.fit import Split, resolve_device
-from cnnrnn.train import path_validation, train
+from cnnrnn.machine.devices import resolve_device
+from cnnrnn.machine.files import weights_digest
+from cnnrnn.model.classifier import CNNRNN, load_checkpoint
+from cnnrnn.model.ensemble import Ensemble
+from cnnrnn.prediction.decisions import mean_average_precision
+from cnnrnn.search.inference import Inference
+from cnnrnn.training.batches import Split
+from cnnrnn.training.recipe import path_validation
+from cnnrnn.training.run import train
 
 RATES = (1.0, 3.0, 10.0, 0.3, 30.0)
 """Learning rates that are tried, over the recipe's. As of every grid, the first ones are."""

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cnnrnn.state import write_whole
+from cnnrnn.machine.files import write_whole
 
 FORMAT = 3
 COLUMNS = ("O-F1", "C-F1", "C-F1 own", "macro-F1", "mAP", "MAP@10", "LRAP", "exact match",

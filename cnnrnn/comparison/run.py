@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnnrnn.backbones import Backbone
-from cnnrnn.baselines import DivergedError, choose_cut
+from cnnrnn.comparison.baselines import DivergedError, choose_cut
 from cnnrnn.comparison.methods import (
     METHODS,
     Comparison,
@@ -32,14 +31,16 @@ from cnnrnn.comparison.methods import (
 from cnnrnn.comparison.results import Results, Row, markdown_table
 from cnnrnn.config import CompareConfig, ModelConfig, OnBadImage, SearchConfig, TrainConfig
 from cnnrnn.data import DataError, Dataset
-from cnnrnn.ensemble import mixture_log_probs
-from cnnrnn.features import cached_features
-from cnnrnn.fit import NonFiniteLossError, Split
+from cnnrnn.data.splits import with_fixed_splits
+from cnnrnn.machine.files import write_whole
+from cnnrnn.machine.progress import Progress, no_progress
 from cnnrnn.metrics import multilabel_metrics
-from cnnrnn.progress import Progress, no_progress
+from cnnrnn.model.ensemble import mixture_log_probs
+from cnnrnn.network.backbones import Backbone
+from cnnrnn.network.features import cached_features
 from cnnrnn.search import NonFiniteError
-from cnnrnn.state import write_whole
-from cnnrnn.train import with_fixed_splits
+from cnnrnn.training.batches import Split
+from cnnrnn.training.loop import NonFiniteLossError
 
 
 def frozen_features(

@@ -7,11 +7,11 @@ import re
 import stat
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from cnnrnn.config import OnBadImage
 from cnnrnn.data.dataset import CONTROL, DataError, is_text
-from cnnrnn.data.problems import Problems
 
 _PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # most are, which spares the closer look
 
@@ -250,3 +250,43 @@ def _cut(text: str, most: int = 200) -> str:
 def reason(error: BaseException) -> str:
     """Return what a library says of broken data, cut to one readable line."""
     return _cut(" ".join(str(error).split()) or type(error).__name__)
+
+
+class EmptySourceError(DataError):
+    """Nothing is left of a source; beside other problems this follows from them."""
+
+
+class Problems:
+    """Takes what is wrong with a source, one sentence each: raises the first, or keeps them all.
+
+    A reader that goes on after `add` leaves the record out.
+
+    Args:
+        keep: go on and keep every message.
+
+    Attributes:
+        messages: what was kept.
+    """
+
+    def __init__(self, keep: bool = False) -> None:
+        """Start without problems."""
+        self.keep = keep
+        self.messages: list[str] = []
+
+    def add(self, message: str) -> None:
+        """Raise `DataError`, or keep the message."""
+        if not self.keep:
+            raise DataError(message)
+        self.messages.append(message)
+
+    @contextmanager
+    def part(self) -> Iterator[None]:
+        """Where problems are kept, a part that cannot be read at all does not end the others."""
+        try:
+            yield
+        except DataError as error:
+            if not self.keep:
+                raise
+            if self.messages and isinstance(error, EmptySourceError):
+                return
+            self.messages.append(str(error))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 
+from cnnrnn.config import TrainConfig
+from cnnrnn.data import DataError
 from cnnrnn.data.dataset import Dataset
 
 NOWHERE, REST, HELD_OUT = -1, 0, 1
@@ -66,3 +70,67 @@ def stratified_split(
             left[own] -= 1
         left[left == 0] = np.inf
     return (part == REST).nonzero()[0], (part == HELD_OUT).nonzero()[0]
+
+
+def training_splits(dataset: Dataset, config: TrainConfig) -> tuple[Dataset, Dataset]:
+    """Return the training and validation records, a share held out where no split is left for it.
+
+    The share is stratified: of every label about the same share is held out, as the seed decides.
+
+    Raises:
+        DataError: a split is missing or empty, or training and validation share records.
+    """
+    if config.train_split is None and dataset.splits and not {"train", "all"} & {*dataset.splits}:
+        raise DataError(
+            f"{dataset.source} has no split named train, only {', '.join(sorted(dataset.splits))}; "
+            "name another with train_split"
+        )
+    train_name = config.train_split or ("train" if "train" in dataset.splits else "all")
+    val_name = config.val_split or ("val" if "val" in dataset.splits else None)
+    data = dataset.split(train_name)
+    if val_name is not None:
+        val = dataset.split(val_name)
+        if not len(val):
+            raise DataError(
+                f"the {val_name} split of {dataset.source} is empty; nothing to validate on"
+            )
+        shared = np.intersect1d(dataset.splits[train_name], dataset.splits[val_name])
+        if not len(shared):
+            return _training_records(data, config), val
+        if config.train_split is None or config.val_split is not None:
+            raise DataError(
+                f"training and validation records must differ, got {len(shared)} in both "
+                f"{train_name} and {val_name} of {dataset.source}, the first "
+                f"{dataset.record_name(int(shared[0]))}; name other splits with train_split and "
+                "val_split"
+            )
+    held_out = round(len(data) * config.val_fraction)
+    if not 0 < held_out < len(data):
+        raise DataError(
+            f"{dataset.source} has no val split"
+            + (f" apart from {train_name}" if val_name else "")
+            + f", and val_fraction {config.val_fraction} of "
+            f"{len(data)} training images leaves nothing to validate on or to train on"
+        )
+    rest, held = stratified_split(data, held_out, config.seed)
+    return _training_records(data.select(rest), config), data.select(held)
+
+
+def with_fixed_splits(dataset: Dataset, config: TrainConfig) -> Dataset:
+    """Return a dataset whose splits `train` and `val` are those of `training_splits`.
+
+    The images that a training holds out follow its seed; so that several trainings hold out the
+    same ones, they are named once. Other splits but `all` stay.
+    """
+    numbered = replace(dataset, rows=np.arange(len(dataset)))
+    train_part, val_part = training_splits(numbered, config)
+    others = {name: records for name, records in dataset.splits.items() if name != "all"}
+    return replace(dataset, splits={**others, "train": train_part.rows, "val": val_part.rows})
+
+
+def _training_records(data: Dataset, config: TrainConfig) -> Dataset:
+    if config.empty == "drop":
+        data = data.select((data.label_matrix().sum(1) > 0).nonzero()[:, 0].numpy())
+    if not len(data):
+        raise DataError(f"{data.source} has no training images (empty: {config.empty})")
+    return data

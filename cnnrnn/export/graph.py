@@ -15,13 +15,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cnnrnn.classifier import CNNRNN
 from cnnrnn.config import SearchConfig
 from cnnrnn.data.images import normalize
-from cnnrnn.decisions import mixed_scores
 from cnnrnn.labels import PAD
-from cnnrnn.model import Head, chain_logits
+from cnnrnn.model.classifier import CNNRNN
+from cnnrnn.network.head import Head, chain_logits
 from cnnrnn.search.engine import resolve_max_labels
+from cnnrnn.search.inference import mixed_scores
 from cnnrnn.search.reference import LIVE_MASS_FLOOR
 
 Input = Literal["uint8", "float", "features"]

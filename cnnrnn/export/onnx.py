@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
-from cnnrnn.classifier import CNNRNN, weights_digest
 from cnnrnn.config import SearchConfig
-from cnnrnn.ensemble import Ensemble, load_model
 from cnnrnn.export.graph import (
     INPUT_NAMES,
     LABEL_SCORES,
@@ -23,8 +21,10 @@ from cnnrnn.export.graph import (
     ExportedModel,
     Input,
 )
+from cnnrnn.machine.files import weights_digest, write_whole
+from cnnrnn.model.classifier import CNNRNN
+from cnnrnn.model.ensemble import Ensemble, load_model
 from cnnrnn.search.engine import head_parameters, resolve_max_labels
-from cnnrnn.state import write_whole
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -15,17 +15,19 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cnnrnn.classifier import read_calibration, read_options, typed
 from cnnrnn.config import Decide, OnBadImage, Preprocessing, SearchConfig
 from cnnrnn.data.images import normalize
-from cnnrnn.decisions import SEARCH_BATCH, Inference
 from cnnrnn.export.graph import INPUT_NAMES, LABEL_SCORES, OUTPUT_NAMES, Input
 from cnnrnn.export.onnx import FORMAT
 from cnnrnn.export.session import COMPILED, PROVIDERS, OnnxModelError, Search, open_session
-from cnnrnn.model import Head, ImageEmbedding, chain_logits
-from cnnrnn.pipeline import predict_images, use_one_thread_if_forked
-from cnnrnn.prediction import Options, Prediction, decided_predictions
+from cnnrnn.machine.devices import use_one_thread_if_forked
+from cnnrnn.model.checkpoint import read_calibration, read_options, typed
+from cnnrnn.network.head import Head, ImageEmbedding, chain_logits
+from cnnrnn.prediction.decisions import Options
+from cnnrnn.prediction.pipeline import predict_images
+from cnnrnn.prediction.result import Prediction, decided_predictions
 from cnnrnn.search import NonFiniteError, SearchResult, beam_search
+from cnnrnn.search.inference import SEARCH_BATCH, Inference
 
 NO_MASK = 'forbidden labels need the search in the file: search="onnx" (--search onnx)'
 

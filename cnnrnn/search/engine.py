@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from cnnrnn import _C  # also registers torch.ops.cnnrnn.beam_search
 from cnnrnn.config import SearchConfig
-from cnnrnn.model import PREFIX_BYTES, Head, ImageEmbedding
+from cnnrnn.network.head import PREFIX_BYTES, Head, ImageEmbedding
 from cnnrnn.search import reference
 from cnnrnn.search.result import SearchResult, SearchStats
 

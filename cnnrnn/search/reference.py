@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cnnrnn.config import SearchConfig
 from cnnrnn.labels import PAD
-from cnnrnn.model import Head, ImageEmbedding
+from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.search.result import SearchResult
 
 LIVE_MASS_FLOOR = 1e-3

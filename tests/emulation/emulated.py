@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnnrnn.model import Head
+from cnnrnn.network.head import Head
 from cnnrnn.search.engine import head_parameters
 
 HERE = Path(__file__).resolve().parent

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cnnrnn import _C
-from cnnrnn.model import Head
+from cnnrnn.network.head import Head
 from cnnrnn.search.engine import PREFIX_BYTES, make_cuda_head
 
 

@@ -19,7 +19,7 @@ from replay import (
 from torch import library
 
 from cnnrnn.config import SearchConfig
-from cnnrnn.model import Head, ImageEmbedding
+from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.search import NonFiniteError, engine
 from cnnrnn.search import beam_search as public_search
 from cnnrnn.search.engine import head_parameters, make_cuda_head

@@ -79,7 +79,7 @@ sys.exit(pytest.main(sys.argv[1:]))
 # A bug planted in front of the module: a tensor whose memory is a float shorter than its shape.
 SEARCH_A_SHORT_TENSOR = """
 import sys, torch, cnnrnn._C
-from cnnrnn.model import Head, ImageEmbedding
+from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.search import beam_search
 assert cnnrnn._C.__file__ == sys.argv[1]
 head, joint = Head(5, 4, joint_dim=16, hidden_dim=8).eval(), torch.zeros(3, 16)

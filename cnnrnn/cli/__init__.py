@@ -1,0 +1,98 @@
+"""The `cnnrnn` command: train, compare, evaluate, predict, export, scenes, data check, check.
+
+Options are made from the config dataclasses. Every command takes `--config FILE.yaml` with
+overrides on the command line; dashes and underscores in option names mean the same.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from cnnrnn.cli.commands import (
+    run_check,
+    run_compare,
+    run_data,
+    run_evaluate,
+    run_export,
+    run_predict,
+    run_scenes,
+    run_train,
+)
+from cnnrnn.cli.options import RECIPES, make_parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    words = _underscored(sys.argv[1:] if arguments is None else arguments)
+    parser = make_parser("ours")
+    # Printing the configuration ends the parse, and must wait until the preset is known.
+    quiet = [word for word in words if not word.startswith("--print_config")]
+    options = parser.parse_args(quiet)
+    command = options.command
+    if command is None:
+        parser.print_help()
+        return 0
+    if command in RECIPES and options[command].preset == "paper":  # named here or in a config file
+        parser = make_parser("paper")
+    options = parser.parse_args(words)
+    run: dict[str, Callable[[ArgumentParser, Namespace], int]] = {
+        "train": run_train, "compare": run_compare, "evaluate": run_evaluate,
+        "predict": run_predict, "export": run_export, "scenes": run_scenes, "data": run_data,
+        "check": run_check,
+    }  # fmt: skip
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            status = run[command](parser, options[command])
+            sys.stdout.flush()
+            return status
+    except BrokenPipeError:  # the reader of our output has gone, as under `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("cnnrnn: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
+        if not _is_meant_for_people(error):
+            raise
+        from cnnrnn.machine.distributed import process_prefix
+
+        print(f"cnnrnn: error: {process_prefix()}{error}", file=sys.stderr)
+        return 1
+
+
+def _is_meant_for_people(error: Exception) -> bool:
+    """Errors of torch's own are bugs or out-of-memory, and keep their traceback."""
+    from cnnrnn.export import ProviderError
+    from cnnrnn.machine.distributed import LostProcessError
+    from cnnrnn.training.loop import NonFiniteLossError
+
+    ours = (NonFiniteLossError, LostProcessError, ProviderError)
+    return not isinstance(error, RuntimeError) or isinstance(error, ours)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    from cnnrnn.data.images import BadImageWarning
+    from cnnrnn.machine.distributed import process_prefix
+
+    if process_prefix() and not issubclass(category, BadImageWarning):
+        return  # the first process says it
+    print(f"cnnrnn: warning: {process_prefix()}{message}", file=sys.stderr)
+
+
+def _underscored(words: Sequence[str]) -> list[str]:
+    """Write option names with underscores; what follows a bare `--` is left as it is."""
+    result = list(words)
+    for position, word in enumerate(result):
+        if word == "--":
+            break
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            result[position] = f"--{name[2:].replace('-', '_')}{equals}{value}"
+    return result

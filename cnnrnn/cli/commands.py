@@ -1,0 +1,333 @@
+"""What each command does."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from cnnrnn.cli.output import (
+    metrics_table,
+    opened,
+    prediction_writer,
+    require_folder,
+    uncalibrated_line,
+    without_nan,
+    yaml_text,
+)
+from cnnrnn.config import (
+    CompareConfig,
+    LabelOrder,
+    ModelConfig,
+    SearchConfig,
+    TrainConfig,
+)
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+    from cnnrnn.export import OnnxPredictor
+    from cnnrnn.training.ensemble import EnsembleResult
+    from cnnrnn.training.run import TrainResult
+
+
+def run_train(parser: ArgumentParser, options: Namespace) -> int:
+    """Train a model or an ensemble. Returns the exit status."""
+    from cnnrnn.data import load_dataset
+    from cnnrnn.machine.devices import resolve_device
+    from cnnrnn.machine.distributed import join
+    from cnnrnn.machine.files import write_whole
+    from cnnrnn.machine.progress import terminal_progress
+    from cnnrnn.training.ensemble import train_ensemble
+    from cnnrnn.training.run import train
+
+    config, model, search = _recipe(options)
+    if not options.out:
+        raise ValueError("--out must name a folder, got an empty name")
+    out = Path(options.out)
+    unsaved = ("config", "preset", "resume")
+    resolved = {k: v for k, v in options.as_dict().items() if k not in unsaved}
+
+    def save_options() -> None:
+        if options.resume and (out / "config.yaml").exists():
+            return
+        text = yaml_text(resolved)
+        write_whole(out / "config.yaml", lambda file: file.write_text(text, encoding="utf-8"))
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    orders = _member_orders(options.members, options.member_orders, config)
+    result: TrainResult | EnsembleResult
+    with join(resolve_device(config.device)) as ranks:
+        with ranks.first_goes_ahead():  # it may write the data set
+            dataset = load_dataset(
+                options.data, images=options.images, on_bad_image=config.on_bad_image
+            )
+        if len(orders) == 1 and options.member_orders is None:
+            result = train(
+                dataset, out, model, search, config, resume=options.resume, on_start=save_options,
+                say=say, progress=terminal_progress, ranks=ranks,
+            )  # fmt: skip
+        elif ranks.size > 1:
+            raise ValueError(
+                f"an ensemble trains in one process, without torchrun, got {ranks.size}"
+            )
+        else:
+            result = train_ensemble(
+                dataset, out, model, search, config, orders, resume=options.resume,
+                on_start=save_options, say=say, progress=terminal_progress,
+            )  # fmt: skip
+    if not ranks.first:
+        return 0
+    print(metrics_table(result.metrics, f"validation, {len(result.model.labels)} labels"))
+    print(f"best checkpoint: {out / 'best'}")
+    return 0
+
+
+def _member_orders(members: int, names: str | None, config: TrainConfig) -> list[LabelOrder]:
+    """Return the label order of each member of an ensemble; one member alone is no ensemble."""
+    if members < 1:
+        raise ValueError(f"--members must be at least 1, got {members}")
+    if names is None:
+        return [config.label_order] * members
+    orders = [cast("LabelOrder", name) for name in names.split(",")]
+    for order in orders:
+        replace(config, label_order=order)  # checks it
+    if len(orders) != members:
+        raise ValueError(
+            f"--member_orders must name {members} label orders for --members {members}, "
+            f"got {len(orders)}: {names}"
+        )
+    return orders
+
+
+def _recipe(options: Namespace) -> tuple[TrainConfig, ModelConfig, SearchConfig]:
+    fields = TrainConfig.__dataclass_fields__
+    config = TrainConfig(**{name: options[name] for name in fields})
+    return config, ModelConfig(**vars(options.model)), SearchConfig(**vars(options.search))
+
+
+def run_compare(parser: ArgumentParser, options: Namespace) -> int:
+    """Train and measure the comparison methods. Returns the exit status."""
+    from cnnrnn.comparison import (
+        chosen_methods,
+        compare,
+        compared_splits,
+        frozen_features,
+        text_table,
+    )
+    from cnnrnn.data import load_dataset
+    from cnnrnn.machine.devices import resolve_device
+    from cnnrnn.machine.distributed import started_by_torchrun
+    from cnnrnn.machine.progress import terminal_progress
+    from cnnrnn.training.run import initial_backbone
+
+    if started_by_torchrun():
+        raise ValueError("compare runs in one process: start it without torchrun")
+    config, model, search = _recipe(options)
+    try:
+        seeds = tuple(int(seed) for seed in options.seeds.split(","))
+    except ValueError:
+        raise ValueError(
+            f"--seeds must be whole numbers with commas between, got {options.seeds!r}"
+        ) from None
+    methods = None if options.methods is None else tuple(options.methods.split(","))
+    compared = CompareConfig(
+        seeds,
+        methods,
+        options.settings,
+        options.members,
+        options.test_split,
+        options.tune_each_seed,
+    )
+    chosen_methods(compared, model, search)  # a wrong name fails before data is read
+    if not options.out:
+        raise ValueError("--out must name a folder, got an empty name")
+    out = Path(options.out)
+    dataset = load_dataset(options.data, images=options.images, on_bad_image=config.on_bad_image)
+    if dataset.features is None:
+        if not model.freeze_backbone:
+            raise ValueError(
+                "compare reads one set of features: --model.freeze_backbone must be true, got "
+                "false; --init_backbone names a backbone that `train` has trained"
+            )
+        compared_splits(dataset, config, compared.test_split)  # fails before features are made
+        backbone = initial_backbone(model, config).to(resolve_device(config.device))
+        dataset = frozen_features(
+            dataset, backbone,
+            Path(config.feature_cache) if config.feature_cache else out / "features",
+            batch_size=config.batch_size, workers=config.workers,
+            on_bad_image=config.on_bad_image, progress=terminal_progress,
+        )  # fmt: skip
+    rows = compare(
+        dataset, out, model, search, config, compared,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )  # fmt: skip
+    images = len(dataset.splits[options.test_split])
+    count = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+    labels = len(dataset.label_names)
+    print(f"{options.data}, {options.test_split}: {images:,} images, {labels} labels, per cent, "
+          f"{count}, NLL in nats, * best of its column")  # fmt: skip
+    print(text_table(rows))
+    print(f"also in {out / 'table.md'}; all figures: {out / 'results.json'}")
+    return 0
+
+
+def run_evaluate(parser: ArgumentParser, options: Namespace) -> int:
+    """Measure a model on labelled data. Returns the exit status."""
+    from cnnrnn.api import resolve_model
+    from cnnrnn.data import load_dataset
+    from cnnrnn.evaluation import evaluate, write_per_label
+    from cnnrnn.machine.progress import terminal_progress
+
+    for name in ("per_label", "json"):
+        require_folder(name, options[name])
+    model = resolve_model(options.model, options.device)
+    dataset = load_dataset(options.data, images=options.images, on_bad_image=options.on_bad_image)
+    if options.split != "all" or "all" in dataset.splits:
+        dataset = dataset.split(options.split)
+    search = None
+    if options.beam_size is not None:
+        search = replace(model.search, beam_size=options.beam_size)
+    evaluation = evaluate(
+        model, dataset, k=options.k, search=search, min_labels=options.min_labels,
+        batch_size=options.batch_size, workers=options.workers,
+        on_bad_image=options.on_bad_image, progress=terminal_progress,
+    )  # fmt: skip
+    print(metrics_table(evaluation.metrics, f"{options.data}, {options.split}"))
+    bound = "at most " if evaluation.nll_is_bound else ""
+    print(f"NLL of the whole true set: {bound}{evaluation.nll:.3f} nats per image")
+    uncalibrated = [model.labels[i] for i in evaluation.calibration.uncalibrated]
+    if uncalibrated:
+        print(uncalibrated_line(uncalibrated, len(model.labels)))
+    if options.per_label is not None:
+        write_per_label(Path(options.per_label), model, evaluation)
+    if options.json is not None:
+        values: dict[str, Any] = {**without_nan(evaluation.metrics)}
+        values["label_thresholds"]["uncalibrated"] = uncalibrated
+        values["NLL"] = None if math.isnan(evaluation.nll) else evaluation.nll
+        text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+        Path(options.json).write_text(text, encoding="utf-8")
+    return 0
+
+
+def run_predict(parser: ArgumentParser, options: Namespace) -> int:
+    """Label images. Returns the exit status."""
+    from cnnrnn.api import predict_iter
+    from cnnrnn.machine.progress import no_progress, terminal_progress
+
+    default = {"precision": "fp32", "compiled": False, "search": "onnx"}
+    asked: dict[str, Any] = {
+        name: options[name]
+        for name in ("top_k", "beam_size", "min_labels", "decide", "threshold", "batch_size",
+                     "workers", "on_bad_image")
+    }  # fmt: skip
+    torch_only = [name for name in ("precision", "compiled") if options[name] != default[name]]
+    if options.model is not None and options.model.lower().endswith(".onnx"):
+        if torch_only:
+            raise ValueError(
+                f"--{torch_only[0]} must be left out for {options.model}, which ONNX Runtime runs; "
+                "`cnnrnn export --precision float16` makes a file in half precision"
+            )
+        predictions = _onnx_predictor(options).predict_iter(options.images, **asked)
+    elif options.search != default["search"]:
+        raise ValueError(f"--search must be left out but for FILE.onnx, got {options.search}")
+    else:
+        predictions = predict_iter(
+            options.images, options.model, device=options.device, precision=options.precision,
+            compiled=options.compiled, **asked,
+        )  # fmt: skip
+    bad = 0
+    show = no_progress if options.out is None else terminal_progress
+    with opened(options.out) as stream, show("predict", None) as advance:
+        write = prediction_writer(options.format, stream)
+        for prediction in predictions:
+            write(prediction)
+            stream.flush()
+            bad += prediction.error is not None
+            advance(1)
+    if bad:
+        print(f"cnnrnn: warning: {bad} pictures could not be read", file=sys.stderr)
+    return 0
+
+
+def _onnx_predictor(options: Namespace) -> OnnxPredictor:
+    from cnnrnn.export import OnnxPredictor
+    from cnnrnn.export.session import has_cuda
+
+    device, _, number = options.device.partition(":")
+    if device == "auto":
+        device = "cuda" if has_cuda() else "cpu"
+    if device not in ("cpu", "cuda") or not (number.isdecimal() or not number):
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {options.device!r}")
+    provider = (device, {"device_id": number}) if number else device
+    return OnnxPredictor(options.model, providers=[provider], search=options.search)
+
+
+def run_export(parser: ArgumentParser, options: Namespace) -> int:
+    """Write a model as an ONNX file. Returns the exit status."""
+    from cnnrnn.api import load
+    from cnnrnn.export import export_onnx
+
+    require_folder("file", options.file)
+    model = load(options.checkpoint)
+    changes = {name: options[name] for name in ("beam_size", "max_labels")}
+    search = replace(model.search, **{k: v for k, v in changes.items() if v is not None})
+    export_onnx(
+        model, options.file, input_kind=options.input, precision=options.precision,
+        loop=options.loop, dynamic_size=options.dynamic_size, search=search,
+    )  # fmt: skip
+    size = Path(options.file).stat().st_size
+    print(f"{options.file}: {size / 1e6:,.1f} MB, {len(model.labels)} labels")
+    return 0
+
+
+def run_scenes(parser: ArgumentParser, options: Namespace) -> int:
+    """Write the synthetic scenes. Returns the exit status."""
+    from cnnrnn.data.sources.scenes import write_scenes
+
+    write_scenes(
+        options.out, train=options.train, val=options.val, test=options.test, seed=options.seed,
+        image_size=options.image_size,
+    )  # fmt: skip
+    print(f"{options.train + options.val + options.test} pictures in {options.out}")
+    return 0
+
+
+def run_data(parser: ArgumentParser, options: Namespace) -> int:
+    """Look into a data set. Returns the exit status."""
+    from cnnrnn.data.report import check_source
+    from cnnrnn.machine.progress import terminal_progress
+
+    options = options.check
+    require_folder("json", options.json)
+    if options.labels < 0 or options.workers < 0:
+        raise ValueError(
+            f"--labels and --workers must be at least 0, got {options.labels} and {options.workers}"
+        )
+    report = check_source(
+        options.source, images=options.images, workers=options.workers,
+        pairs=options.labels, progress=terminal_progress,
+    )  # fmt: skip
+    with opened(None) as stream:
+        print("\n".join(report.lines(options.labels)), file=stream)
+    if options.json is not None:
+        text = json.dumps(report.as_dict(), indent=2) + "\n"
+        Path(options.json).write_text(text, encoding="utf-8")
+    return 1 if report.problems else 0
+
+
+def run_check(parser: ArgumentParser, options: Namespace) -> int:
+    """Say what this installation has. Returns the exit status."""
+    from cnnrnn.cli.installation import report
+
+    lines, problems = report()
+    print("\n".join(lines))
+    for problem in problems:
+        print(f"problem: {problem}")
+    print("everything needed is there" if not problems else f"{len(problems)} problems")
+    return 1 if problems else 0

@@ -1,0 +1,124 @@
+"""What this installation has, and what is wrong with it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+
+import torch
+
+from cnnrnn import __version__
+from cnnrnn.export.session import distribution_problem
+
+EXTRAS = {
+    "vision": ("timm", "torchvision", "defusedxml", "pycocotools", "scikit-learn", "scipy"),
+    "onnx": ("onnx", "onnxscript"),
+}
+
+
+def report() -> tuple[list[str], list[str]]:
+    """Return the lines of the report, and the problems found, each with its cure."""
+    from cnnrnn._build_info import TORCH
+
+    lines = [
+        f"cnnrnn {__version__}, Python {platform.python_version()}, {platform.platform()}",
+        f"torch {torch.__version__}; compiled search built against torch {TORCH}",
+        f"instruction sets of the search here: {_instruction_sets()}",
+        f"CPU threads {torch.get_num_threads()} of {os.cpu_count()}",
+        f"GPU: {_gpus()}",
+        f"CUDA search: {_cuda_search()}",
+        f"ONNX Runtime: {_onnx_runtime()}",
+    ]
+    problems = []
+    for extra, packages in EXTRAS.items():
+        versions = {package: _version(package) for package in packages}
+        shown = ", ".join(f"{name} {version or 'missing'}" for name, version in versions.items())
+        lines.append(f"extra [{extra}]: {shown}")
+        if any(versions.values()) and not all(versions.values()):
+            missing = ", ".join(name for name, version in versions.items() if version is None)
+            problems.append(
+                f"extra [{extra}] is installed in part, without {missing}: run "
+                f'`pip install "cnnrnn[{extra}]"`'
+            )
+    problems += _import_problems() + _search_problems()
+    if (problem := distribution_problem()) is not None:
+        problems.append(problem)
+    return lines, problems
+
+
+def _instruction_sets() -> str:
+    from cnnrnn import _C
+
+    return ", ".join(_C.instruction_sets())
+
+
+def _cuda_search() -> str:
+    from cnnrnn import _C
+
+    if _C.WITH_CUDA:
+        return "in this build; not measured on hardware yet, so only for implementation='native'"
+    return "not in this build; on a GPU the backbone runs there, the search on the CPU"
+
+
+def _onnx_runtime() -> str:
+    try:
+        import onnxruntime
+    except ImportError:
+        return "missing"
+    if not hasattr(onnxruntime, "get_available_providers"):
+        return "broken"
+    return (
+        f"{onnxruntime.__version__}, built with {', '.join(onnxruntime.get_available_providers())}"
+    )
+
+
+def _gpus() -> str:
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _import_problems() -> list[str]:
+    if _version("torchvision") is None:
+        return []
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        return [
+            f"torchvision {_version('torchvision')} does not import beside torch "
+            f"{torch.__version__} ({error}): install the torchvision made for this torch, from "
+            "the same source"
+        ]
+    return []
+
+
+def _search_problems() -> list[str]:
+    """Run a small search with both implementations, on each device that the compiled one has."""
+    from cnnrnn import _C
+    from cnnrnn.config import SearchConfig
+    from cnnrnn.network.head import Head
+    from cnnrnn.search import beam_search
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        head = Head(num_labels=12, feature_dim=8, hidden_dim=16, chain_term=True).eval()
+        embedding = head.embed(torch.randn(4, 8))
+    config = SearchConfig(beam_size=4, max_labels=4)
+    expected = beam_search(head, embedding, config, "reference")
+    problems = []
+    on_gpu = _C.WITH_CUDA and torch.cuda.is_available()
+    for device in ["cpu", "cuda"] if on_gpu else ["cpu"]:
+        native = beam_search(head, embedding.to(device, torch.float32), config, "native")
+        if not torch.equal(native.labels.cpu(), expected.labels):
+            problems.append(
+                f"the compiled search on {device} disagrees with the reference: build cnnrnn again"
+            )
+    return problems

@@ -1,0 +1,233 @@
+"""The options of every command, made from the config dataclasses."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Literal
+
+from jsonargparse import ArgumentParser
+
+from cnnrnn import __version__
+from cnnrnn.config import CompareConfig, Decide, ModelConfig, OnBadImage, SearchConfig, TrainConfig
+
+MIN_LABELS = "fewest labels of a set and of a path; default: what validation data decided"
+
+
+RECIPES = ("train", "compare")
+"""Commands with the options of the recipe, of which `--preset` chooses the defaults."""
+
+
+def make_parser(preset: str) -> ArgumentParser:
+    """Return the parser of all commands, with the defaults of a preset."""
+    parser = ArgumentParser(
+        prog="cnnrnn", version=__version__,
+        description="CNN-RNN multi-label image classification: train, measure, predict.",
+    )  # fmt: skip
+    commands = parser.add_subcommands(required=False, dest="command")
+    commands.add_subcommand("train", _train_parser(preset), help="train a model")
+    commands.add_subcommand(
+        "compare", _compare_parser(preset), help="train and measure the comparison methods too"
+    )
+    commands.add_subcommand("evaluate", _evaluate_parser(), help="measure a model on labelled data")
+    commands.add_subcommand("predict", _predict_parser(), help="label pictures")
+    commands.add_subcommand("export", _export_parser(), help="write a model as an ONNX file")
+    commands.add_subcommand("scenes", _scenes_parser(), help="write the synthetic scenes data set")
+    data = ArgumentParser(description="Look into a labelled data set.")
+    commands.add_subcommand("data", data, help="look into a labelled data set")
+    actions = data.add_subcommands(required=True, dest="action")
+    actions.add_subcommand("check", _data_check_parser(), help="count it, and say what is wrong")
+    commands.add_subcommand("check", ArgumentParser(), help="say what this installation has")
+    return parser
+
+
+def _command_parser(description: str) -> ArgumentParser:
+    parser = ArgumentParser(description=description)
+    parser.add_argument("--config", action="config", help="YAML or JSON file with options")
+    return parser
+
+
+def _add_data(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", type=str, required=True,
+        help="coco:ROOT, coco:FILE.json with --images, voc:ROOT, nuswide:ROOT, csv:FILE, "
+        "scenes:ROOT or features:FILE; docs/data.md has their options",
+    )  # fmt: skip
+    _add_images(parser)
+
+
+def _add_images(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--images", type=str | None, help="picture folder of a coco: JSON, nuswide: or csv: source"
+    )
+
+
+def _train_parser(preset: str) -> ArgumentParser:
+    parser = _command_parser("Train a model; writes best/, last/, log.jsonl and config.yaml.")
+    _add_data(parser)
+    parser.add_argument("--out", type=str, required=True, help="folder for the run")
+    parser.add_argument(
+        "--resume", action="store_true",
+        help="go on with the run in --out after the last epoch that it finished, or start it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--members", type=int, default=1, help="train an ensemble of so many, with seeds in a row"
+    )
+    parser.add_argument(
+        "--member_orders", type=str | None,
+        help="label order of each member, such as frequency,rare,random; label_order's without",
+    )  # fmt: skip
+    _add_recipe(parser, preset)
+    return parser
+
+
+def _add_recipe(parser: ArgumentParser, preset: str) -> None:
+    parser.add_argument(
+        "--preset", type=Literal["ours", "paper"], default="ours",
+        help="defaults: this project's recipe, or the paper's (VGG-16 fc7, RMSprop, its cell)",
+    )  # fmt: skip
+    parser.add_class_arguments(TrainConfig, None)
+    parser.add_class_arguments(ModelConfig, "model")
+    parser.add_class_arguments(SearchConfig, "search")
+    if preset == "paper":
+        parser.set_defaults(
+            asdict(TrainConfig.paper())
+            | {f"model.{k}": v for k, v in asdict(ModelConfig.paper()).items()}
+            | {f"search.{k}": v for k, v in asdict(SearchConfig.paper()).items()}
+        )
+
+
+def _compare_parser(preset: str) -> ArgumentParser:
+    parser = _command_parser(
+        "Train the path model and the methods it is compared with on the same features; writes "
+        "results.json and table.md, and goes on where it was stopped."
+    )
+    _add_data(parser)
+    defaults = CompareConfig()
+    parser.add_argument("--out", type=str, required=True, help="folder for results and weights")
+    parser.add_argument(
+        "--seeds", type=str, default=",".join(map(str, defaults.seeds)),
+        help="seeds of the trained methods, with commas between; the first one tunes",
+    )  # fmt: skip
+    parser.add_argument(
+        "--methods", type=str | None,
+        help="methods with commas between, as docs/comparison.md names them; all without",
+    )  # fmt: skip
+    parser.add_argument(
+        "--settings", type=int, default=defaults.settings, help="settings that each method tries"
+    )
+    parser.add_argument(
+        "--members", type=int, default=defaults.members, help="trainings that an ensemble averages"
+    )
+    parser.add_argument(
+        "--test_split", type=str, default=defaults.test_split, help="name of the split to test on"
+    )
+    parser.add_argument(
+        "--tune_each_seed", type=bool, default=defaults.tune_each_seed,
+        help="choose settings anew for every seed",
+    )  # fmt: skip
+    _add_recipe(parser, preset)
+    return parser
+
+
+def _evaluate_parser() -> ArgumentParser:
+    parser = _command_parser("Measure a model on labelled data.")
+    _add_data(parser)
+    parser.add_argument("--model", type=str, required=True, help="checkpoint folder")
+    parser.add_argument("--split", type=str, default="test", help="split of the data, or `all`")
+    parser.add_argument("--k", type=int, default=3, help="also measure sets cut to k labels")
+    parser.add_argument("--per_label", type=str | None, help="write each label's figures as CSV")
+    parser.add_argument("--json", type=str | None, help="write all metrics as JSON")
+    parser.add_argument("--min_labels", type=int | None, help=MIN_LABELS)
+    _add_run_options(parser, batch_size=128)
+    parser.add_argument("--workers", type=int, default=0, help="processes that decode pictures")
+    return parser
+
+
+def _predict_parser() -> ArgumentParser:
+    parser = _command_parser("Label pictures; writes each result as it is ready.")
+    parser.add_argument("images", type=str, nargs="+", help="pictures and folders")
+    parser.add_argument(
+        "--model", type=str | None,
+        help="checkpoint folder, or FILE.onnx of `cnnrnn export`; demo model without",
+    )  # fmt: skip
+    parser.add_argument(
+        "--format", type=Literal["table", "csv", "jsonl"], default="table",
+        help="a line each for people, CSV, or JSON lines",
+    )  # fmt: skip
+    parser.add_argument("--out", type=str | None, help="file to write; standard output without")
+    parser.add_argument("--top_k", type=int | None, help="keep at most this many labels")
+    parser.add_argument("--min_labels", type=int | None, help=MIN_LABELS)
+    parser.add_argument(
+        "--decide", type=Decide, default="path",
+        help="labels of the best path, those above the calibrated threshold or above each label's "
+        "own, the calibrated number of labels, or the set with the best expected F1",
+    )  # fmt: skip
+    parser.add_argument("--threshold", type=float | None, help="another threshold on the scores")
+    parser.add_argument(
+        "--workers", type=int | None, help="threads that decode; one per core, up to 8, without"
+    )
+    parser.add_argument(
+        "--precision", type=Literal["fp32", "bf16", "auto"], default="fp32",
+        help="of the backbone in torch; auto is bf16 where the hardware has it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compiled", action="store_true", help="run the backbone through torch.compile"
+    )
+    parser.add_argument(
+        "--search", type=Literal["onnx", "compiled"], default="onnx",
+        help="of FILE.onnx: in ONNX Runtime too, or by the compiled search",
+    )  # fmt: skip
+    _add_run_options(parser, batch_size=64)
+    return parser
+
+
+def _add_run_options(parser: ArgumentParser, batch_size: int) -> None:
+    parser.add_argument("--beam_size", type=int | None, help="N; the model's own without")
+    parser.add_argument("--batch_size", type=int, default=batch_size, help="pictures per step")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--on_bad_image", type=OnBadImage, default="error",
+        help="stop at an unreadable picture, or go on and say so",
+    )  # fmt: skip
+
+
+def _export_parser() -> ArgumentParser:
+    parser = _command_parser("Write a model as one ONNX file, the beam search included.")
+    parser.add_argument("checkpoint", type=str, help="checkpoint folder")
+    parser.add_argument("file", type=str, help="ONNX file to write")
+    parser.add_argument(
+        "--input", type=Literal["uint8", "float", "features"] | None,
+        help="pictures as they are decoded, normalised pictures, or feature vectors for the head "
+        "alone; uint8 without, and features for a model without a backbone",
+    )  # fmt: skip
+    parser.add_argument(
+        "--precision", type=Literal["float32", "float16"], default="float32",
+        help="of backbone, trunk and projections; the search stays float32",
+    )  # fmt: skip
+    parser.add_argument("--loop", action="store_true", help="the search as an ONNX Loop")
+    parser.add_argument(
+        "--dynamic_size", action="store_true", help="pictures of any height and width"
+    )
+    parser.add_argument("--beam_size", type=int | None, help="N; the model's own without")
+    parser.add_argument("--max_labels", type=int | None, help="longest path; the model's without")
+    return parser
+
+
+def _scenes_parser() -> ArgumentParser:
+    parser = _command_parser("Write the synthetic scenes data set in COCO format.")
+    parser.add_argument("--out", type=str, required=True, help="folder to make")
+    for split, count in (("train", 4000), ("val", 1000), ("test", 1000)):
+        parser.add_argument(f"--{split}", type=int, default=count, help=f"{split} pictures")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other pictures")
+    parser.add_argument("--image_size", type=int, default=64, help="side in pixels")
+    return parser
+
+
+def _data_check_parser() -> ArgumentParser:
+    parser = _command_parser("Read a source whole: what is in it, and everything wrong with it.")
+    parser.add_argument("source", type=str, help="as --data of train")
+    _add_images(parser)
+    parser.add_argument("--workers", type=int, default=0, help="processes that decode pictures")
+    parser.add_argument("--labels", type=int, default=20, help="labels and pairs to show")
+    parser.add_argument("--json", type=str | None, help="write the whole report as JSON")
+    return parser

@@ -1,0 +1,107 @@
+"""What the command line writes: tables, predictions, JSON and YAML."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from cnnrnn.prediction.result import Prediction
+
+TABLE_METRICS = ("C-P", "C-R", "C-F1", "O-P", "O-R", "O-F1", "MAP@10", "mAP", "mAP-11pt",
+                 "exact-match", "example-F1")  # fmt: skip
+
+
+NAMES_SHOWN = 10
+
+
+def yaml_text(values: dict[str, Any]) -> str:
+    """Write values as YAML, in their order."""
+    import yaml
+
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def uncalibrated_line(names: list[str], num_labels: int) -> str:
+    """Name labels without a threshold of their own, the first of many."""
+    shown = ", ".join(names[:NAMES_SHOWN])
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return (
+        f"{len(names)} of {num_labels} labels are too rare for a threshold of their own and have "
+        f"the common one: {shown}{more}"
+    )
+
+
+def without_nan(metrics: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
+    """JSON has no NaN: a figure that is not defined becomes null."""
+    return {
+        decision: {name: None if math.isnan(v) else v for name, v in values.items()}
+        for decision, values in metrics.items()
+    }
+
+
+def metrics_table(metrics: dict[str, dict[str, float]], title: str) -> str:
+    """Lay metrics out as text: a row per decision, in per cent."""
+    first = next(iter(metrics.values()))
+    lines = [f"{title}: {first['images']:,.0f} images, "
+             f"{first['images-without-labels']:,.0f} without labels, "
+             f"{first['labels-without-positives']:.0f} labels without positives"]  # fmt: skip
+    widths = {name: max(6, len(name)) + 2 for name in TABLE_METRICS}
+    lines.append(" " * 16 + "".join(f"{name:>{width}}" for name, width in widths.items()))
+    for decision, values in metrics.items():
+        cells = "".join(f"{100 * values[name]:{width}.1f}" for name, width in widths.items())
+        lines.append(f"{decision.replace('_', ' '):<16}{cells}")
+    return "\n".join(lines)
+
+
+@contextmanager
+def opened(path: str | None) -> Iterator[IO[str]]:
+    """Open a file to write, or standard output for None."""
+    # A file name may be bytes that are no text: they leave as they came.
+    if path is None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="surrogateescape")
+        yield sys.stdout
+        return
+    with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
+        yield stream
+
+
+def prediction_writer(form: str, stream: IO[str]) -> Callable[[Prediction], None]:
+    """Return what writes a prediction in a form: table, csv or jsonl."""
+    if form == "csv":
+        rows = csv.writer(stream)
+        rows.writerow(["image", "labels", "log_prob", "error"])
+        return lambda p: rows.writerow(
+            [p.source, ";".join(p.labels), "" if p.error else f"{p.log_prob:.6g}", p.error or ""]
+        )
+    if form == "jsonl":
+        return lambda p: print(json.dumps(_record(p), ensure_ascii=False), file=stream)
+
+    def line(p: Prediction) -> None:
+        scores = p.scores
+        shown = ", ".join(f"{name} {scores[name]:.2f}" for name in p.labels)
+        print(f"{p.source:<40}  {p.error or shown or '(no labels)'}", file=stream)
+
+    return line
+
+
+def _record(p: Prediction) -> dict[str, Any]:
+    if p.error is not None:
+        return {"image": p.source, "error": p.error}
+    scores = p.scores
+    chosen = {name: round(scores[name], 6) for name in p.labels}
+    return {"image": p.source, "labels": p.labels, "log_prob": p.log_prob, "scores": chosen}
+
+
+def require_folder(name: str, file: str | None) -> None:
+    """Fail where the folder of a file that an option names is missing."""
+    if file is not None and not Path(file).absolute().parent.is_dir():
+        raise ValueError(f"--{name} {file} must be in a folder that exists")

@@ -1,0 +1,151 @@
+"""`load_dataset`: the data set that a spec names."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cnnrnn.config import NusWideOptions, OnBadImage, SvmlightOptions, TableOptions
+from cnnrnn.data.dataset import DataError, Dataset
+from cnnrnn.data.files import Problems
+
+_KINDS = (
+    "coco:ROOT, coco:FILE.json (with images=FOLDER), voc:ROOT, nuswide:ROOT, csv:FILE, "
+    "scenes:ROOT, features:FILE"
+)
+
+
+_OPTIONS = {
+    "coco": (),
+    "voc": (),
+    "nuswide": tuple(field.name for field in dataclasses.fields(NusWideOptions)),
+    "csv": tuple(field.name for field in dataclasses.fields(TableOptions)),
+    "scenes": (),
+    "features": tuple(field.name for field in dataclasses.fields(SvmlightOptions)),
+}
+
+
+_WITH_IMAGE_FOLDER = ("coco", "nuswide", "csv")
+
+
+_log = logging.getLogger(__name__)
+
+
+T = TypeVar("T")
+
+
+def load_dataset(
+    spec: str,
+    *,
+    images: str | Path | None = None,
+    on_bad_image: OnBadImage = "error",
+    problems: Problems | None = None,
+) -> Dataset:
+    """Read the dataset that a spec names.
+
+    Args:
+        spec: `coco:ROOT`, `coco:FILE.json`, `voc:ROOT`, `nuswide:ROOT`, `csv:FILE`, `csv:FOLDER`,
+            `scenes:ROOT`, `features:FILE` or `features:FOLDER`. A scenes folder that does not
+            exist is generated first. Options follow a comma, as in
+            `csv:FILE,labels=tags,delimiter=space` (`TableOptions`),
+            `nuswide:ROOT,labels=tags` (`NusWideOptions`) and
+            `features:FILE.svm,vocabulary=FILE,features=500,first=1` (`SvmlightOptions`).
+        images: image folder of a `coco:`, `nuswide:` or `csv:` source.
+        on_bad_image: `error` stops at a missing image, `skip` leaves it out with a warning.
+        problems: takes what is wrong with the source; without it the first problem is raised.
+
+    Returns:
+        The dataset with all its splits.
+
+    Raises:
+        DataError: the spec names no known kind of source, or its data is wrong.
+        ModuleNotFoundError: the source needs an extra that is not installed.
+    """
+    if on_bad_image not in ("error", "skip"):
+        raise ValueError(f"on_bad_image must be one of error, skip, got {on_bad_image!r}")
+    kind, _, location = spec.partition(":")
+    if kind not in _OPTIONS or not location or "\0" in location:
+        raise DataError(f"data must be one of {_KINDS}, got {spec!r}")
+    if images is not None and kind not in _WITH_IMAGE_FOLDER:
+        raise DataError(
+            f"images is only for {', '.join(_WITH_IMAGE_FOLDER)} sources, got {spec!r} and "
+            f"images={str(images)!r}"
+        )
+    location, options = _split_options(kind, location)
+    path = Path(location).expanduser()
+    images = None if images is None else Path(images).expanduser()
+    common: dict[str, Any] = {"on_bad_image": on_bad_image, "problems": problems}
+    if kind == "features":
+        from cnnrnn.data.sources.npz import load_features
+
+        values: dict[str, str | int] = {**options}
+        for name in ("features", "first"):
+            if name in options:
+                values[name] = _whole_number(spec, name, options[name])
+        return load_features(path, _made(SvmlightOptions, spec, values), problems=problems)
+    if kind == "voc":
+        from cnnrnn.data.sources.voc import load_voc
+
+        return load_voc(path, **common)
+    if kind == "nuswide":
+        from cnnrnn.data.sources.nuswide import load_nuswide
+
+        return load_nuswide(path, images, _made(NusWideOptions, spec, options), **common)
+    if kind == "csv":
+        from cnnrnn.data.sources.table import load_table
+
+        return load_table(path, images, _made(TableOptions, spec, options), **common)
+
+    from cnnrnn.data.sources.coco import load_coco
+
+    if kind == "scenes":
+        if not path.exists():
+            _generate_scenes(path)
+        return replace(load_coco(path, **common), source=f"scenes:{path}")
+    return load_coco(path, images, **common)
+
+
+def _split_options(kind: str, location: str) -> tuple[str, dict[str, str]]:
+    """Split `PATH,name=value,...` at the commas that stand before a name."""
+    known = _OPTIONS[kind]
+    if not known:
+        return location, {}
+    path, *words = re.split(r",(?=[a-z_]+=)", location)
+    options: dict[str, str] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in known:
+            raise DataError(f"an option of {kind} must be one of {', '.join(known)}, got {name!r}")
+        if name in options:
+            raise DataError(f"an option must be given once, got {name} twice in {location!r}")
+        options[name] = value
+    return path, options
+
+
+def _whole_number(spec: str, name: str, text: str) -> int:
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise DataError(f"{spec}: {name} must be a whole number, got {text!r}")
+    return int(text)
+
+
+def _made(options: type[T], spec: str, values: Mapping[str, str | int]) -> T:
+    try:
+        return options(**values)
+    except ValueError as error:
+        raise DataError(f"{spec}: {error}") from error
+
+
+def _generate_scenes(root: Path) -> None:
+    from cnnrnn.data.sources.scenes import write_scenes
+
+    _log.info("generating the scenes data set in %s", root)
+    try:
+        write_scenes(root)
+    except OSError:
+        if not (root / "annotations").is_dir():  # else another process finished it first
+            raise

@@ -1,0 +1,1 @@
+"""What is saved and loaded: a classifier, an ensemble, their folder."""

@@ -1,0 +1,232 @@
+"""`CNNRNN`: backbone, head, label names and decisions in one module that is saved and loaded."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cnnrnn.config import Calibration, ModelConfig, Preprocessing, SearchConfig
+from cnnrnn.labels import LabelSpace
+from cnnrnn.model.checkpoint import (
+    CONFIG_FILE,
+    FORMAT,
+    WEIGHTS_FILE,
+    CheckpointError,
+    find_checkpoint,
+    read_calibration,
+    read_description,
+    read_options,
+    replace_folder,
+    require_format,
+    require_one_per_label,
+    typed,
+    write_description,
+)
+from cnnrnn.network.backbones import Backbone, make_backbone
+from cnnrnn.network.head import Head, ImageEmbedding
+
+if TYPE_CHECKING:
+    from cnnrnn.prediction.result import Prediction
+    from cnnrnn.search.inference import Inference
+
+
+class CNNRNN(nn.Module):
+    """A multi-label image classifier: images in, label paths out.
+
+    Attributes:
+        config: the architecture.
+        label_space: names in path order and their place in the training data.
+        backbone: the image network; None for a head trained on feature vectors.
+        head: scores label paths.
+        search: the search that `predict` runs by default.
+        calibration: what the validation split decided.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        label_space: LabelSpace,
+        head: Head,
+        backbone: Backbone | None,
+        search: SearchConfig | None = None,
+        calibration: Calibration | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.label_space = label_space
+        self.head = head
+        self.backbone = backbone
+        self.search = search or SearchConfig()
+        self.calibration = calibration or Calibration()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Label names in path order, [L]."""
+        return self.label_space.names
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.head.label_embedding.device
+
+    @property
+    def feature_dim(self) -> int:
+        """F, the width of the feature vectors that the head reads."""
+        return self.head.feature_dim
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the backbone's features [B, F] of normalised images [B, 3, S, S]."""
+        if self.backbone is None:
+            raise ValueError(
+                "this model was trained on feature vectors and has no backbone; "
+                "use model.predict_features(features)"
+            )
+        features: Tensor = self.backbone(images)
+        return features
+
+    def forward(self, images: Tensor) -> ImageEmbedding:
+        """Embed normalised images [B, 3, S, S] for the search."""
+        return self.head.embed(self.features(images))
+
+    def infer(self, features: Tensor, search: SearchConfig | None = None) -> Inference:
+        """Search feature vectors [n, F]; the model's own search by default."""
+        from cnnrnn.search.inference import infer
+
+        return infer(self.head, features, search or self.search)
+
+    def set_nll(self, features: Tensor, targets: Tensor) -> Tensor:
+        """Return -log P(the whole true set | image) in nats, see `decisions.set_nll`.
+
+        Args:
+            features: [n, F].
+            targets: [n, L] bool, columns in the order of `labels`.
+
+        Returns:
+            [n] float64; an upper bound where `search.order` is not `increasing`.
+        """
+        from cnnrnn.search.inference import set_nll
+
+        return set_nll(self.head, features.to(self.device), targets, self.search.order)
+
+    def predict(self, images: Any, **options: Any) -> list[Prediction]:
+        """Predict label sets of images; arguments as in `cnnrnn.predict`."""
+        from cnnrnn.api import predict
+
+        return predict(images, self, **options)
+
+    def predict_features(self, features: Tensor, **options: Any) -> list[Prediction]:
+        """Predict label sets of feature vectors [B, F]; options as in `cnnrnn.predict_features`."""
+        from cnnrnn.api import predict_features
+
+        return predict_features(features, self, **options)
+
+    def save(self, path: str | Path) -> None:
+        """Write a checkpoint folder, whole or not at all.
+
+        Args:
+            path: the folder; a former checkpoint there is replaced.
+        """
+        replace_folder(path, self.write)
+
+    def write(self, folder: Path) -> None:
+        """Write a checkpoint's files into a folder that is there."""
+        from safetensors.torch import save_file
+
+        weights = {name: value.contiguous() for name, value in self.state_dict().items()}
+        save_file(weights, folder / WEIGHTS_FILE)
+        write_description(folder, self._description())
+        # safetensors makes its file for the owner alone; the umask decides, as for the other.
+        shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "model": asdict(self.config),
+            "feature_dim": self.head.feature_dim,
+            "labels": list(self.label_space.names),
+            "source_index": list(self.label_space.source_index),
+            "preprocessing": None if self.backbone is None else asdict(self.backbone.preprocessing),
+            "max_labels": self.head.max_labels,
+            "search": asdict(self.search),
+            "calibration": asdict(self.calibration),
+        }
+
+
+def load_checkpoint(path: str | Path) -> CNNRNN:
+    """Read a checkpoint folder, or the best checkpoint of a training run's folder.
+
+    Args:
+        path: a folder written by `CNNRNN.save`, or one that holds such a folder as `best`.
+
+    Returns:
+        The model on the CPU, in eval mode.
+
+    Raises:
+        CheckpointError: the folder is missing or incomplete, or its parts do not fit together.
+    """
+    found = find_checkpoint(path)
+    return _build(found, _read_config(found / CONFIG_FILE))
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    description = read_description(file)
+    if isinstance(description, dict) and "members" in description:
+        raise CheckpointError(f"{file.parent} holds an ensemble; cnnrnn.load reads it")
+    expected = {"format", "model", "feature_dim", "labels", "source_index", "preprocessing",
+                "max_labels", "search", "calibration"}  # fmt: skip
+    if not isinstance(description, dict) or not expected <= description.keys():
+        missing = sorted(expected - set(description)) if isinstance(description, dict) else "object"
+        raise CheckpointError(f"{file} lacks {missing}; it is not a checkpoint of cnnrnn")
+    require_format(file, description["format"])
+    if description["format"] == 1 and isinstance(description["model"], dict):
+        description["model"].setdefault("tied_embedding", True)
+    return description
+
+
+def _build(folder: Path, description: dict[str, Any]) -> CNNRNN:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        config = read_options(ModelConfig, "model", description["model"])
+        labels = LabelSpace(
+            tuple(typed("labels", description["labels"], list[str])),
+            tuple(typed("source_index", description["source_index"], list[int])),
+        )
+        search = read_options(SearchConfig, "search", description["search"])
+        calibration = read_calibration(description["calibration"], description["format"])
+        require_one_per_label(calibration, len(labels))
+        feature_dim = typed("feature_dim", description["feature_dim"], int)
+        head = Head.from_config(config, len(labels), feature_dim)
+        head.max_labels = typed("max_labels", description["max_labels"], int)
+        if head.max_labels < 0:
+            raise ValueError(f"max_labels must be at least 0, got {head.max_labels}")
+        backbone = None
+        if description["preprocessing"] is not None:
+            preprocessing = read_options(
+                Preprocessing, "preprocessing", description["preprocessing"]
+            )
+            backbone = make_backbone(config, load_pretrained=False)
+            backbone.preprocessing = preprocessing
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a size beyond memory
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE} does not describe a model: {error}"
+        ) from error
+    model = CNNRNN(config, labels, head, backbone, search, calibration)
+    try:
+        weights = load_file(folder / WEIGHTS_FILE)
+        if description["format"] == 1:  # had no scaling of features
+            weights.setdefault("head.trunk.feature_scale", head.trunk.feature_scale)
+        model.load_state_dict(weights)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{folder / WEIGHTS_FILE} does not hold the weights of the model that "
+            f"{CONFIG_FILE} describes: {reason}"
+        ) from error
+    return model.eval()

@@ -1,0 +1,1 @@
+"""What computes: backbone, recurrence, head."""

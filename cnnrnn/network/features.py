@@ -1,0 +1,227 @@
+"""Features of a frozen backbone, computed once and kept on disk.
+
+A cache file is named by everything its values depend on: the backbone's weights, the
+preprocessing, and each picture's path, size and time of change. A changed picture or weight gives
+another name; a torn file fails its checksum and is computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import warnings
+import zlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from cnnrnn.config import OnBadImage
+from cnnrnn.data import DataError, Dataset
+from cnnrnn.data.images import image_batches, normalize
+from cnnrnn.machine.distributed import ALONE, Ranks
+from cnnrnn.machine.files import weights_digest
+from cnnrnn.machine.progress import Progress, no_progress
+from cnnrnn.network.backbones import Backbone
+
+_log = logging.getLogger(__name__)
+
+
+class Features(NamedTuple):
+    """Features of the pictures that could be read.
+
+    Attributes:
+        values: [m, F] float32 on the CPU.
+        kept: [m] int64, the records they belong to.
+    """
+
+    values: Tensor
+    kept: npt.NDArray[np.int64]
+
+
+@torch.no_grad()
+def compute_features(
+    backbone: Backbone,
+    dataset: Dataset,
+    *,
+    device: torch.device,
+    batch_size: int = 128,
+    workers: int = 0,
+    on_bad_image: OnBadImage = "error",
+    progress: Progress = no_progress,
+    ranks: Ranks = ALONE,
+) -> Features:
+    """Run a backbone, in eval mode, over every picture of a dataset.
+
+    Args:
+        backbone: moved to `device`.
+        dataset: must have image paths.
+        device: where the backbone runs.
+        batch_size: pictures per step.
+        workers: processes that decode.
+        on_bad_image: `error` stops at an unreadable picture, `skip` leaves it out.
+        progress: told how many pictures are done.
+        ranks: the processes that share the batches; each returns all features.
+    """
+    backbone = backbone.to(device).eval()
+    values, kept = [], []
+    batches = image_batches(
+        dataset,
+        backbone.preprocessing,
+        batch_size=batch_size,
+        workers=workers,
+        on_bad_image=on_bad_image,
+        pick=ranks.deal,
+    )
+    with progress("features", len(dataset) // ranks.size) as advance:
+        for batch in batches:
+            images = normalize(batch.images.to(device), backbone.preprocessing)
+            values.append(backbone(images).float().cpu())
+            kept.append(batch.indices.numpy())
+            advance(len(batch.indices) + len(batch.bad))
+    features = torch.cat(values) if values else torch.empty(0, backbone.feature_dim)
+    records = np.concatenate(kept) if kept else np.empty(0, dtype=np.int64)
+    if ranks.size > 1:
+        features, records = (
+            ranks.gather(features),
+            ranks.gather(torch.from_numpy(records)).numpy(),
+        )
+        if len(dataset) and not len(records):
+            raise DataError(f"none of the {len(dataset)} images of {dataset.source} can be read")
+        order = np.argsort(records)
+        features, records = features[torch.from_numpy(order)], records[order]
+    return Features(features, records)
+
+
+def cached_features(
+    backbone: Backbone,
+    dataset: Dataset,
+    folder: Path,
+    *,
+    device: torch.device,
+    batch_size: int = 128,
+    workers: int = 0,
+    on_bad_image: OnBadImage = "error",
+    progress: Progress = no_progress,
+    ranks: Ranks = ALONE,
+) -> Features:
+    """Return `compute_features`, from `folder` where they are there already.
+
+    Args:
+        backbone: moved to `device`.
+        dataset: must have image paths.
+        folder: holds the cache; made when missing.
+        device: where the backbone runs.
+        batch_size: pictures per step.
+        workers: processes that decode.
+        on_bad_image: `error` stops at an unreadable picture, `skip` leaves it out.
+        progress: told how many pictures are done.
+        ranks: the processes that share the work; the first reads and writes the cache.
+    """
+    cached: Features | None = None
+    if ranks.first:
+        key = _cache_key(backbone, dataset)
+        file = folder / f"{backbone.name.replace('/', '_')}-{key[:20]}.npz"
+        cached = _read(file, key, backbone.feature_dim, len(dataset))
+        if cached is not None and on_bad_image == "error" and len(cached.kept) < len(dataset):
+            cached = None
+    if ranks.numbers_from_first([cached is not None]) == [1]:
+        if ranks.size > 1:
+            stored = ranks.from_first(None if cached is None else cached.values)
+            kept = ranks.from_first(None if cached is None else torch.from_numpy(cached.kept))
+            cached = Features(stored, kept.numpy())
+        assert cached is not None
+        if ranks.first:
+            _log.info("features of %d images read from %s", len(cached.kept), file)
+        if ranks.first and len(cached.kept) < len(dataset):
+            missing = sorted(set(range(len(dataset))) - set(cached.kept.tolist()))
+            warnings.warn(
+                f"{len(missing)} of {len(dataset)} images were left out when {file} was made, "
+                f"the first: {dataset.record_name(missing[0])}",
+                stacklevel=2,
+            )
+        return cached
+    computed = compute_features(
+        backbone,
+        dataset,
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+        on_bad_image=on_bad_image,
+        progress=progress,
+        ranks=ranks,
+    )
+    if ranks.first:
+        _write(file, key, computed)
+    return computed
+
+
+def _cache_key(backbone: Backbone, dataset: Dataset) -> str:
+    digest = hashlib.sha256()
+    digest.update(backbone.name.encode())
+    digest.update(weights_digest(backbone.state_dict().items()).encode())
+    digest.update(json.dumps(asdict(backbone.preprocessing)).encode())
+    for path in dataset.image_paths or ():
+        digest.update(os.fsencode(path))
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            digest.update(f" {error.strerror}\n".encode())
+        else:
+            digest.update(f" {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _checksum(features: Features) -> int:
+    return zlib.crc32(features.kept.tobytes(), zlib.crc32(features.values.numpy().tobytes()))
+
+
+def _write(file: Path, key: str, features: Features) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
+    try:
+        with open(partial, "wb") as handle:
+            np.savez(
+                handle,
+                values=features.values.numpy(),
+                kept=features.kept,
+                key=np.array(key),
+                checksum=np.array(_checksum(features), dtype=np.int64),
+            )
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read(file: Path, key: str, feature_dim: int, records: int) -> Features | None:
+    if not file.exists():
+        return None
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            features = Features(torch.from_numpy(stored["values"]), stored["kept"])
+            sound = (
+                str(stored["key"]) == key
+                and features.values.dtype == torch.float32
+                and features.kept.dtype == np.int64
+                and features.values.shape == (len(features.kept), feature_dim)
+                and len(features.kept) <= records
+                and int(stored["checksum"]) == _checksum(features)
+            )
+    except Exception as error:  # numpy and zipfile raise nearly anything on broken files
+        warnings.warn(f"{file} is damaged ({error}); its features are computed again", stacklevel=3)
+        return None
+    if not sound:
+        warnings.warn(
+            f"{file} does not match its checksum or key; its features are computed again",
+            stacklevel=3,
+        )
+        return None
+    return features

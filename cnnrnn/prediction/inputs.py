@@ -1,0 +1,141 @@
+"""What may be predicted: paths, folders, PIL images, arrays and tensors, all made tensors."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from cnnrnn.config import OnBadImage, Preprocessing
+from cnnrnn.data import BadImageError, DataError
+from cnnrnn.data.images import decode_image, to_rgb, to_tensor
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+
+
+_pil_lock = threading.Lock()  # Pillow loads an image lazily, and one image may come twice
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One image on its way: a uint8 or float tensor [3, S, S], or why there is none."""
+
+    source: str
+    image: Tensor | None
+    error: str | None = None
+
+
+def _item(
+    position: int, image: Any, preprocessing: Preprocessing, on_bad_image: OnBadImage
+) -> _Item:
+    source = str(image) if isinstance(image, (str, Path)) else str(position)
+    if isinstance(image, (str, Path, Image.Image)):
+        try:
+            rgb = (
+                _from_pil(image, position)
+                if isinstance(image, Image.Image)
+                else decode_image(image)
+            )
+            return _Item(source, to_tensor(rgb, preprocessing))
+        except BadImageError as error:
+            if on_bad_image == "error":
+                raise
+            return _Item(source, None, str(error))
+    if isinstance(image, np.ndarray):
+        return _Item(source, to_tensor(_from_array(image, position), preprocessing))
+    if isinstance(image, Tensor):
+        return _Item(source, _from_tensor(image, position, preprocessing))
+    raise TypeError(
+        f"image {position} must be a path, PIL image, array or tensor, got {type(image).__name__}"
+    )
+
+
+def _singles(images: Any) -> Iterator[Any]:
+    """Take folders, batches and lists apart into single images, in order."""
+    if isinstance(images, (str, Path)):
+        path = Path(images)
+        yield from folder_images(path) if path.is_dir() else (path,)
+    elif isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4:
+        yield from images
+    elif isinstance(images, (Image.Image, np.ndarray, Tensor)):
+        yield images
+    elif _is_list(images):
+        for image in images:
+            yield from _singles(image) if _is_known(image) else (image,)
+
+
+def _is_known(images: Any) -> bool:
+    return isinstance(images, (str, Path, Image.Image, np.ndarray, Tensor)) or _is_list(images)
+
+
+def _is_list(images: Any) -> bool:
+    """Whether something is iterated over; the bytes of a file or a mapping's keys are a mistake."""
+    return isinstance(images, Iterable) and not isinstance(images, (bytes, bytearray, Mapping, Set))
+
+
+def folder_images(folder: Path) -> list[Path]:
+    """Return the pictures in a folder and below, by their suffix, sorted by path.
+
+    Raises:
+        DataError: there is none.
+    """
+    found = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+    )
+    if not found:
+        raise DataError(f"{folder} holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
+    return found
+
+
+def _from_pil(image: Image.Image, position: int) -> Image.Image:
+    try:
+        if 0 in image.size:
+            raise ValueError(f"{image.width}x{image.height} pixels")
+        with _pil_lock:
+            return to_rgb(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # a file opened lazily is decoded here; see `decode_image`
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BadImageError(f"image {position}", reason) from error
+
+
+def _from_array(array: np.ndarray[Any, Any], position: int) -> Image.Image:
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or 0 in array.shape:
+        raise ValueError(
+            f"image {position} must be an array [H, W, 3] of uint8 RGB, "
+            f"got {list(array.shape)} of {array.dtype}"
+        )
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _from_tensor(image: Tensor, position: int, preprocessing: Preprocessing) -> Tensor:
+    if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
+        raise ValueError(f"image {position} must be a tensor [3, H, W], got {list(image.shape)}")
+    if image.dtype == torch.uint8:
+        pixels = image.permute(1, 2, 0).cpu().numpy()
+        return to_tensor(_from_array(pixels, position), preprocessing)
+    if not image.is_floating_point():
+        raise ValueError(f"image {position} must be uint8 or float in 0..1, got {image.dtype}")
+    image = image.float()
+    low, high = float(image.min()), float(image.max())
+    if not (low >= 0.0 and high <= 1.0):
+        raise ValueError(
+            f"image {position} must be float in 0..1, got values from {low:g} to {high:g}"
+        )
+    side = preprocessing.image_size
+    if image.shape[1:] != (side, side):
+        image = functional.interpolate(
+            image[None], (side, side), mode=preprocessing.interpolation, antialias=True
+        )[0].clamp(0, 1)
+    return image

@@ -1,0 +1,1 @@
+"""One run, its stages, the loop that each of them is."""

@@ -1,0 +1,122 @@
+"""Training images in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, repeat
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cnnrnn.config import Preprocessing, TrainConfig
+from cnnrnn.data import DataError, Dataset
+from cnnrnn.data.images import image_batches, normalize
+from cnnrnn.machine.devices import autocast
+from cnnrnn.machine.distributed import ALONE, Ranks
+
+
+class Batch(NamedTuple):
+    """Inputs [B, F] or normalised images [B, 3, S, S], targets [B, L] bool, records [B].
+
+    `size` is that of the whole batch, of which this may be one process's share.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    records: Tensor
+    size: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images or features of one split with their label sets in path order.
+
+    Attributes:
+        dataset: names records, and reads pictures where `features` is None.
+        targets: [n, L] bool, columns in path order.
+        features: [n, F] float32, or None to read pictures.
+        preprocessing: of the pictures.
+        ranks: the processes that share it.
+    """
+
+    dataset: Dataset
+    targets: Tensor
+    features: Tensor | None
+    preprocessing: Preprocessing | None = None
+    ranks: Ranks = ALONE
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def batches(
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        generator: torch.Generator | None,
+        augment: bool = False,
+    ) -> Iterator[Batch]:
+        """Iterate over the split once, shuffled by `generator` or in order without one.
+
+        Processes share each shuffled batch, and such a share may be empty; of those in order each
+        takes whole ones, so that they are the same batches whoever computes them.
+        """
+        if generator is not None and self.ranks.size > 1:  # they may have drawn differently before
+            generator.set_state(self.ranks.from_first(generator.get_state()))
+        if self.features is not None:
+            order = torch.arange(len(self))
+            if generator is not None:
+                order = torch.randperm(len(self), generator=generator)
+            batches = order.split(config.batch_size) if len(self) else ()
+            for size, part in zip(map(len, batches), self._own(generator)(batches), strict=False):
+                inputs = self.features[part].to(device)
+                yield Batch(inputs, self.targets[part].to(device), part, size)
+            return
+        assert self.preprocessing is not None
+        sizes = chain(repeat(config.batch_size, len(self) // config.batch_size),
+                      [len(self) % config.batch_size])  # fmt: skip
+        for images in image_batches(
+            self.dataset,
+            self.preprocessing,
+            batch_size=config.batch_size,
+            workers=config.workers,
+            augment=augment,
+            shuffle_generator=generator,
+            on_bad_image=config.on_bad_image,
+            keep_empty=generator is not None,
+            pick=self._own(generator),
+        ):
+            inputs = normalize(images.images.to(device), self.preprocessing)
+            targets = self.targets[images.indices].to(device)
+            yield Batch(inputs, targets, images.indices, next(sizes))
+
+    def _own(
+        self, generator: torch.Generator | None
+    ) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+        if generator is None:
+            return self.ranks.deal
+        return lambda batches: [self.ranks.share(batch) for batch in batches]
+
+    def over_batches(
+        self, compute: Callable[[Batch], Tensor], config: TrainConfig, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Compute rows [n, ...] for all images that can be read, shared by processes.
+
+        Returns:
+            The rows and the records [n] that they belong to, ascending, in every process.
+        """
+        rows, records = [], []
+        for batch in self.batches(config, device, None):
+            with autocast(device, config):
+                rows.append(compute(batch))
+            records.append(batch.records)
+        if self.ranks.size == 1:
+            return torch.cat(rows), torch.cat(records)
+        none = torch.empty(0, 0, device=device), torch.empty(0, dtype=torch.int64)
+        joined = self.ranks.gather(torch.cat(rows) if rows else none[0])
+        numbers = self.ranks.gather(torch.cat(records) if records else none[1])
+        if not len(numbers):
+            raise DataError(f"none of the {len(self)} images of {self.dataset.source} can be read")
+        order = numbers.argsort()
+        return joined[order.to(device)], numbers[order]

@@ -1,0 +1,84 @@
+"""The log of a run: JSONL, and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+
+class Log:
+    """A JSONL file, one record per line, flushed at every line; None writes nothing.
+
+    Args:
+        file: begun anew, or cut to its first `position` bytes.
+        tensorboard: folder that gets the figures of each epoch as well, a run per stage.
+        position: where a resumed run goes on; None begins anew.
+    """
+
+    def __init__(
+        self, file: Path | None, tensorboard: Path | None = None, position: int | None = None
+    ) -> None:
+        self.file = file
+        self._tensorboard = tensorboard
+        self._writers: dict[str, SummaryWriter] = {}
+        if tensorboard is not None and position is None:
+            shutil.rmtree(tensorboard, ignore_errors=True)
+        if file is None:
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if position is None:
+            file.write_text("", encoding="utf-8")
+        elif file.exists() and file.stat().st_size > position:
+            os.truncate(file, position)
+
+    def position(self) -> int:
+        """Bring the file to disk and return its length in bytes."""
+        if self.file is None:
+            return 0
+        with open(self.file, "ab") as handle:
+            os.fsync(handle.fileno())
+            return handle.tell()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record; numbers that are not finite become null."""
+        if self._tensorboard is not None and "epoch" in record:
+            self._write_scalars(self._tensorboard / record["stage"], record)
+        if self.file is None:
+            return
+        clean = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        with open(self.file, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(clean) + "\n")
+
+    def _write_scalars(self, folder: Path, record: dict[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        if folder.name not in self._writers:
+            self._writers[folder.name] = SummaryWriter(folder, purge_step=record["epoch"])
+        writer = self._writers[folder.name]
+        for name, value in record.items():
+            if isinstance(value, float):
+                writer.add_scalar(name.replace(" ", "_"), value, record["epoch"])
+        writer.flush()
+
+
+def require_tensorboard() -> None:
+    """Fail where TensorBoard's writer cannot be had.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'tensorboard: true needs TensorBoard: pip install "cnnrnn[tensorboard]"'
+        ) from error

@@ -1,0 +1,449 @@
+"""One training stage: batches, optimiser steps, validation, early stopping. Knows no model."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cnnrnn.config import TrainConfig
+from cnnrnn.data import DataError
+from cnnrnn.machine.devices import autocast
+from cnnrnn.machine.distributed import Ranks
+from cnnrnn.machine.progress import Progress, no_progress
+from cnnrnn.training.batches import Batch, Split
+from cnnrnn.training.log import Log
+from cnnrnn.training.resume import State
+
+if TYPE_CHECKING:
+    pass
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or its gradient is not finite; the weights are those before the step.
+
+    Attributes:
+        step: steps taken in the stage before it.
+        records: names of the images at fault, or of the whole batch where none stands out.
+    """
+
+    def __init__(self, what: str, stage: str, epoch: int, step: int, records: list[str]) -> None:
+        self.step = step
+        self.records = records
+        shown = ", ".join(records[:8]) + (
+            f" and {len(records) - 8} more" if len(records) > 8 else ""
+        )
+        super().__init__(
+            f"{what} is not finite in stage {stage}, epoch {epoch}, step {step}, on {shown}; "
+            "the weights are those before this step. Lower learning_rate or clip_norm, or check "
+            "these images"
+        )
+
+
+class WeightAverage:
+    """An exponential moving average of tensors that change, with no bias to their first values.
+
+    After step t the weight of step i's value is (1 - decay) decay^(t - i), divided by the sum of
+    these weights over i = 1..t; so the first average is the first value.
+
+    Args:
+        tensors: read at each update. Integers are not averaged: their last value is kept.
+        decay: of each step, below 1.
+
+    Attributes:
+        values: the averages, in the order of `tensors`.
+        updates: how many there have been.
+    """
+
+    def __init__(self, tensors: list[Tensor], decay: float) -> None:
+        self.values = [tensor.detach().clone() for tensor in tensors]
+        self.updates = 0
+        self._tensors = [tensor.detach() for tensor in tensors]
+        self._decay = decay
+
+    def update(self) -> None:
+        """Take in the tensors as they are."""
+        self.updates += 1
+        weight = (1 - self._decay) / (1 - self._decay**self.updates)
+        for average, tensor in zip(self.values, self._tensors, strict=True):
+            if average.is_floating_point():
+                average.lerp_(tensor, weight)
+            else:
+                average.copy_(tensor)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Put the averages where the tensors are, and these back at the end."""
+        own = [tensor.clone() for tensor in self._tensors]
+        _copy(self._tensors, self.values)
+        try:
+            yield
+        finally:
+            _copy(self._tensors, own)
+
+
+class Validation(NamedTuple):
+    """Figures of one validation; the epoch with the largest merit is kept."""
+
+    merit: float
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage trains, and on what.
+
+    Attributes:
+        name: for messages and the log.
+        epochs: at most this many.
+        module: trained, and restored to its best epoch.
+        groups: parameter groups with their learning rates.
+        loss: [B] losses of a batch.
+        validate: measures the module, in eval mode.
+        on_epoch: called after each epoch with its validation and whether it is the best so far.
+        between_epochs: called with the epochs done, where another follows, and the optimiser; may
+            change the module, and says with True that it is another one now: the best epoch,
+            patience and the average of the weights begin anew.
+    """
+
+    name: str
+    epochs: int
+    module: nn.Module
+    groups: list[dict[str, Any]]
+    loss: Callable[[Batch], Tensor]
+    validate: Callable[[], Validation]
+    on_epoch: Callable[[Validation, bool], None] = lambda validation, best: None
+    between_epochs: Callable[[int, torch.optim.Optimizer], bool] = lambda epoch, optimizer: False
+
+
+@dataclass
+class _Standing:
+    """Where a stage stands between two epochs."""
+
+    epoch: int = 0
+    step: int = 0
+    best: Validation | None = None
+    best_epoch: int = 0
+    best_values: list[Tensor] = field(default_factory=list)
+
+
+def run_stage(
+    stage: Stage,
+    split: Split,
+    config: TrainConfig,
+    *,
+    device: torch.device,
+    generator: torch.Generator,
+    log: Log,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Progress = no_progress,
+    best: Validation | None = None,
+    start: State | None = None,
+    keep: Callable[[State], None] = lambda state: None,
+) -> Validation:
+    """Train until the epochs are over or patience is, and restore the best epoch.
+
+    Args:
+        stage: what to train.
+        split: the training images.
+        config: optimiser, batch size, patience, clipping, schedule and precision.
+        device: where the module is.
+        generator: draws the order of the images.
+        log: gets one record per epoch.
+        say: gets one line per epoch.
+        progress: shows images/s and time left.
+        best: of the module as it is, which an epoch must beat; None where the first epoch will do.
+        start: goes on after this state of the same stage.
+        keep: called after each epoch with the state to go on from, whose tensors will change.
+
+    Returns:
+        The best epoch's validation.
+
+    Raises:
+        NonFiniteLossError: before the step that would have spread it to the weights.
+        DataError: the split is empty.
+    """
+    if not len(split):
+        raise DataError(f"{split.dataset.source} has no training images left")
+    optimizer = make_optimizer(stage.groups, config)
+    steps_per_epoch = math.ceil(math.ceil(len(split) / config.batch_size) / config.accumulate)
+    scheduler = _scheduler(optimizer, config, stage.epochs, steps_per_epoch)
+    changing = _changing(stage, split)
+    average = WeightAverage(changing, config.ema_decay) if config.ema_decay else None
+    standing = _Standing(best=best)
+    if best is not None:
+        standing.best_values = [tensor.detach().clone() for tensor in changing]
+    if start is not None:
+        standing = _restored(start, changing, average, optimizer, scheduler)
+    while standing.epoch < stage.epochs and (
+        standing.epoch - standing.best_epoch < config.patience
+    ):
+        epoch = standing.epoch = standing.epoch + 1
+        began = time.perf_counter()
+        stage.module.train()
+        total, seen = 0.0, 0
+        with progress(f"{stage.name} {epoch}/{stage.epochs}", len(split)) as advance:
+            batches = split.batches(config, device, generator, config.augment)
+            for group in _groups(batches, config.accumulate):
+                loss_sum, images = _step(
+                    stage, group, optimizer, split, config, epoch, standing.step
+                )
+                if not images:
+                    continue
+                if scheduler is not None:
+                    scheduler.step()
+                if average is not None:
+                    average.update()
+                total += loss_sum
+                seen += images
+                standing.step += 1
+                advance(images)
+        if not seen:
+            raise DataError(f"no training image of {split.dataset.source} can be read")
+        seconds = time.perf_counter() - began
+        stage.module.eval()
+        with average.in_place() if average is not None else nullcontext():
+            validation = _agreed(stage.validate(), split.ranks)
+            is_best = standing.best is None or validation.merit > standing.best.merit
+            if is_best:
+                standing.best, standing.best_epoch = validation, epoch
+                standing.best_values = [tensor.detach().clone() for tensor in changing]
+            loss = total / max(seen, 1)
+            log.write(
+                {"stage": stage.name, "epoch": epoch, "step": standing.step, "loss": loss,
+                 "seconds": seconds, "images_per_second": seen / seconds,
+                 "learning_rate": optimizer.param_groups[0]["lr"], "best": is_best,
+                 **validation.metrics}
+            )  # fmt: skip
+            say(_epoch_line(stage, epoch, loss, seen / seconds, validation, is_best))
+            stage.on_epoch(validation, is_best)
+        if epoch < stage.epochs and stage.between_epochs(epoch, optimizer):
+            standing.best, standing.best_epoch, standing.best_values = None, epoch, []
+            if average is not None:
+                average.updates = 0
+        keep(_state(standing, changing, average, optimizer, scheduler))
+    assert standing.best is not None
+    _copy(changing, standing.best_values)
+    stage.module.eval()
+    return standing.best
+
+
+def _state(
+    standing: _Standing,
+    changing: list[Tensor],
+    average: WeightAverage | None,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+) -> State:
+    values: dict[str, Any] = {
+        "epoch": standing.epoch,
+        "step": standing.step,
+        "best": standing.best,
+        "best_epoch": standing.best_epoch,
+        "scheduler": None if scheduler is None else scheduler.state_dict(),
+        "updates": None if average is None else average.updates,
+    }
+    lists = {"model": changing, "best": standing.best_values}
+    if average is not None:
+        lists["average"] = average.values
+    tensors = {f"{name}.{i}": t for name, kept in lists.items() for i, t in enumerate(kept)}
+    kept = optimizer.state_dict()
+    values["groups"] = kept["param_groups"]
+    values["optimizer"] = {}
+    for number, entries in kept["state"].items():
+        for name, value in entries.items():
+            key = f"optimizer.{number}.{name}"
+            (tensors if isinstance(value, Tensor) else values["optimizer"])[key] = value
+    return State(values, tensors)
+
+
+def _restored(
+    state: State,
+    changing: list[Tensor],
+    average: WeightAverage | None,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+) -> _Standing:
+    """Put everything where `_state` found it."""
+    values, tensors = state
+    _copy(changing, [tensors[f"model.{i}"] for i in range(len(changing))])
+    if average is not None:
+        _copy(average.values, [tensors[f"average.{i}"] for i in range(len(changing))])
+        average.updates = values["updates"]
+    entries: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **values["optimizer"]}.items():
+        if key.startswith("optimizer."):
+            _, number, name = key.split(".", 2)
+            entries.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({"state": entries, "param_groups": values["groups"]})
+    if scheduler is not None:
+        scheduler.load_state_dict(values["scheduler"])
+    best = values["best"]
+    return _Standing(
+        values["epoch"],
+        values["step"],
+        None if best is None else Validation(*best),
+        values["best_epoch"],
+        [tensors[f"best.{i}"].to(changing[0].device) for i in range(len(changing))] if best else [],
+    )
+
+
+def _agreed(validation: Validation, ranks: Ranks) -> Validation:
+    """Return process 0's figures, so that all processes decide alike."""
+    numbers = ranks.numbers_from_first([validation.merit, *validation.metrics.values()])
+    return Validation(numbers[0], dict(zip(validation.metrics, numbers[1:], strict=True)))
+
+
+def _changing(stage: Stage, split: Split) -> list[Tensor]:
+    """Return what a stage changes: its parameters, and buffers where it trains on pictures."""
+    trained = {id(parameter) for group in stage.groups for parameter in group["params"]}
+    tensors: list[Tensor] = [p for p in stage.module.parameters() if id(p) in trained]
+    return tensors + (list(stage.module.buffers()) if split.features is None else [])
+
+
+@torch.no_grad()
+def _copy(tensors: list[Tensor], values: list[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
+
+
+def _groups(batches: Iterator[Batch], size: int) -> Iterator[Iterator[Batch]]:
+    """Group batches, each read when it is asked for; the last group may be smaller."""
+    while (first := next(batches, None)) is not None:
+        yield chain([first], islice(batches, size - 1))
+
+
+def _step(
+    stage: Stage,
+    group: Iterator[Batch],
+    optimizer: torch.optim.Optimizer,
+    split: Split,
+    config: TrainConfig,
+    epoch: int,
+    step: int,
+) -> tuple[float, int]:
+    """Take one optimiser step on a group of batches; return their summed loss and images.
+
+    Processes add up what each finds in its share, and all take the same step, or none.
+    """
+    ranks = split.ranks
+    # Batch norm's running figures change in the forward pass, before the loss is known.
+    buffers = list(stage.module.buffers()) if split.features is None else []
+    before = [buffer.clone() for buffer in buffers]
+    optimizer.zero_grad(set_to_none=True)
+    loss_sum, divisor = 0.0, 0
+    records: list[Tensor] = []
+    at_fault = torch.empty(0, dtype=torch.int64)
+    for batch in group:
+        divisor = divisor or batch.size
+        records.append(batch.records)
+        if not len(batch.records):
+            continue
+        with autocast(batch.inputs.device, config):
+            losses = stage.loss(batch)
+        if not losses.isfinite().all():
+            at_fault = batch.records[(~losses.isfinite()).cpu()]
+            break
+        (losses.sum() / divisor).backward()
+        loss_sum += float(losses.detach().sum())
+    own = torch.cat(records)
+    loss_sum, images, faults = ranks.add([loss_sum, len(own), len(at_fault)])
+    if faults:
+        _copy(buffers, before)
+        raise _non_finite("the loss", stage, epoch, step, ranks.gather(at_fault), split)
+    if not images:
+        return 0.0, 0
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    ranks.add_gradients(parameters)
+    if images != divisor:  # the mean is over all images of the group
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad *= divisor / images
+    norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm or math.inf)
+    if not norm.isfinite():
+        _copy(buffers, before)
+        raise _non_finite("the gradient", stage, epoch, step, ranks.gather(own), split)
+    optimizer.step()
+    if buffers:
+        ranks.average_running_figures(stage.module, len(own) / images)
+    return loss_sum, int(images)
+
+
+def _non_finite(
+    what: str, stage: Stage, epoch: int, step: int, records: Tensor, split: Split
+) -> NonFiniteLossError:
+    names = [split.dataset.record_name(int(record)) for record in records]
+    return NonFiniteLossError(what, stage.name, epoch, step, names)
+
+
+def _scheduler(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, epochs: int, steps_per_epoch: int
+) -> torch.optim.lr_scheduler.LRScheduler | None:
+    """Return the schedule of a stage, which is advanced at each step; None for a constant one."""
+    steps = epochs * steps_per_epoch
+    if config.schedule == "one_cycle":
+        return torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            [group["lr"] for group in optimizer.param_groups],
+            total_steps=steps + 1,
+            cycle_momentum=config.optimizer == "adamw",  # RMSprop's momentum is an option
+        )
+    if config.schedule == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    if config.schedule == "step":
+        return torch.optim.lr_scheduler.StepLR(
+            optimizer, config.step_epochs * steps_per_epoch, config.step_factor
+        )
+    return None
+
+
+def decoupled_rmsprop(
+    groups: list[dict[str, Any]], decay: float, momentum: float
+) -> torch.optim.RMSprop:
+    """Return RMSprop with AdamW's weight decay: before a step w becomes (1 - rate * decay) w.
+
+    As a part of the gradient, decay is divided by the gradient's running size. The gradients of the
+    paper's literal cell are products of three small gates: decay would be all that moves its
+    weights, at the full learning rate, until they are 0.
+
+    Args:
+        groups: parameter groups with their learning rates.
+        decay: of the weights that have a gradient.
+        momentum: of the steps.
+    """
+    optimizer = torch.optim.RMSprop([{"decay": decay, **g} for g in groups], momentum=momentum)
+    # Not a class with a step of its own: torch would call other hooks twice.
+    optimizer.register_step_pre_hook(_decay_weights)
+    return optimizer
+
+
+@torch.no_grad()
+def _decay_weights(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.mul_(1 - group["lr"] * group["decay"])
+
+
+def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
+    """Return the optimiser that the config names, over parameter groups."""
+    if config.optimizer == "rmsprop":
+        return decoupled_rmsprop(groups, config.weight_decay, config.momentum)
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def _epoch_line(
+    stage: Stage, epoch: int, loss: float, speed: float, validation: Validation, best: bool
+) -> str:
+    figures = "  ".join(f"{name} {value:.4f}" for name, value in validation.metrics.items())
+    mark = "  *" if best else ""
+    return f"{stage.name} {epoch:3d}  loss {loss:.4f}  {figures}  {speed:,.0f} images/s{mark}"

@@ -1,0 +1,167 @@
+"""The training state: everything that a killed run needs to go on as if it had not been killed.
+
+One file of safetensors whose header carries the rest as JSON; nothing is pickled. It is written
+beside its place and moved there, so that a reader finds the former file or the new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from cnnrnn.config import ModelConfig, SearchConfig, TrainConfig
+from cnnrnn.data import Dataset
+from cnnrnn.machine.files import weights_digest, write_whole
+from cnnrnn.network.backbones import Backbone
+
+STATE_FILE = "state.safetensors"
+FORMAT = 1
+FREE_OPTIONS = ("device", "workers", "tensorboard", "feature_cache")
+"""Options of `TrainConfig` that a resumed run may change."""
+
+_GROWING_SCHEDULES = ("constant", "step")
+_NOTHING = "nothing"
+
+
+class ResumeError(ValueError):
+    """A run cannot go on from the state that its folder holds."""
+
+
+class State(NamedTuple):
+    """A state in two parts.
+
+    Attributes:
+        values: what JSON can hold.
+        tensors: the rest, by name.
+    """
+
+    values: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def save_state(file: Path, state: State) -> None:
+    """Write a state, whole or not at all."""
+    from safetensors.torch import save_file
+
+    tensors = {name: value.detach().contiguous() for name, value in state.tensors.items()}
+    header = {"format": str(FORMAT), "state": json.dumps(state.values)}
+    write_whole(file, lambda partial: save_file(tensors, partial, metadata=header))
+
+
+def read_state(data: bytes, name: str) -> State:
+    """Read what `save_state` wrote.
+
+    Args:
+        data: the file's bytes.
+        name: of the file, for messages.
+
+    Raises:
+        ResumeError: they are not a state of this release.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        found, values = header["format"], json.loads(header["state"])
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ResumeError(f"{name} must hold a training state, it does not: {error}") from error
+    if found != str(FORMAT):
+        raise ResumeError(f"{name} has format {found}, this release reads {FORMAT}")
+    return State(values, tensors)
+
+
+def remove_partial_files(out: Path) -> None:
+    """Remove what killed processes left half written in a run's folder."""
+    for path in out.glob(".*.partial-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def run_identity(
+    train_data: Dataset,
+    val_data: Dataset,
+    frozen_backbone: Backbone | None,
+    model_config: ModelConfig,
+    search_config: SearchConfig,
+    config: TrainConfig,
+) -> dict[str, Any]:
+    """Return what a run that goes on must have in common with the one that was killed, as JSON.
+
+    Pictures are known by name and size, feature vectors by their values.
+    """
+    options = {k: v for k, v in asdict(config).items() if k not in FREE_OPTIONS}
+    if frozen_backbone is not None:
+        del options["init_backbone"]  # its weights are compared
+    for prefix, part in (("model", model_config), ("search", search_config)):
+        options |= {f"{prefix}.{name}": value for name, value in asdict(part).items()}
+    identity = {
+        "options": options,
+        "training data": _data_digest(train_data),
+        "validation data": _data_digest(val_data),
+        "frozen backbone": None
+        if frozen_backbone is None
+        else weights_digest(frozen_backbone.state_dict().items()),
+    }
+    result: dict[str, Any] = json.loads(json.dumps(identity))
+    return result
+
+
+def require_same_run(stored: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
+    """Refuse to go on with other options or other data than a run was started with.
+
+    The epochs of the last stage, `finish_epochs` or where there are none `epochs`, may grow where
+    the learning rate does not depend on their number: under `schedule` constant or step; but not
+    where a learned label order would still have changed.
+
+    Raises:
+        ResumeError: names every option that differs, with both values.
+    """
+    before, after = stored["options"], now["options"]
+    last = "finish_epochs" if after["finish_epochs"] else "epochs"
+    # A longer run would have learned another order where this one's last epoch was.
+    reorders_later = (
+        after["label_order"] == "easiest"
+        and last == "epochs"
+        and before["epochs"] <= after["reorder_epochs"]
+    )
+    differing = []
+    for name in sorted({*before, *after}):
+        old, new = before.get(name, _NOTHING), after.get(name, _NOTHING)
+        grows = (
+            name == last
+            and name in before
+            and after["schedule"] in _GROWING_SCHEDULES
+            and not reorders_later
+            and new > old
+        )
+        if old != new and not grows:
+            differing.append(f"{name} must be {json.dumps(old)}, got {json.dumps(new)}")
+    for name in ("training data", "validation data", "frozen backbone"):
+        if stored[name] != now[name]:
+            differing.append(f"{name} must be the same, got others")
+    if differing:
+        raise ResumeError(
+            f"the run in {out} can go on only as it was started: {'; '.join(differing)}. Leave "
+            "--resume out to start anew"
+        )
+
+
+def _data_digest(data: Dataset) -> str:
+    digest = hashlib.sha256(json.dumps(data.label_names).encode())
+    for array in (data.label_indptr, data.label_indices, data.rows, data.features):
+        if array is not None:
+            digest.update(f"{array.dtype} {array.shape}".encode())
+            digest.update(array.tobytes())
+    for path in data.image_paths or ():
+        digest.update(os.fsencode(path.name))
+        digest.update(f" {path.stat().st_size if path.exists() else None}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,389 @@
+"""Training: the sequence loss over label paths, beside the chain term's binary cross-entropy.
+
+Stage `path` trains everything at once, stage `finish` goes on from its best epoch at a lower
+learning rate. With `warm_epochs` a stage `warm` comes first and trains backbone (unless frozen),
+trunk and chain term with binary cross-entropy alone.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cnnrnn.config import Calibration, ModelConfig, SearchConfig, TrainConfig
+from cnnrnn.data import Dataset
+from cnnrnn.data.splits import training_splits
+from cnnrnn.labels import first_label_space
+from cnnrnn.machine.devices import resolve_device
+from cnnrnn.machine.distributed import ALONE, Ranks
+from cnnrnn.machine.files import weights_digest
+from cnnrnn.machine.progress import Progress, no_progress
+from cnnrnn.model.checkpoint import FEATURES_ONLY, CheckpointError, read_options
+from cnnrnn.model.classifier import CNNRNN, load_checkpoint
+from cnnrnn.network.backbones import Backbone, make_backbone
+from cnnrnn.network.features import cached_features
+from cnnrnn.network.head import Head
+from cnnrnn.prediction.decisions import (
+    USUAL_SHRINKAGE,
+    calibrate,
+    decision_metrics,
+)
+from cnnrnn.search.engine import resolve_max_labels
+from cnnrnn.search.inference import Inference
+from cnnrnn.training.batches import Split
+from cnnrnn.training.log import Log, require_tensorboard
+from cnnrnn.training.loop import Stage, run_stage
+from cnnrnn.training.orders import (
+    require_search_order,
+)
+from cnnrnn.training.recipe import (
+    FINISH,
+    finishing_stage,
+    path_stage,
+    reorder_labels,
+    search_split,
+    start_at_frequencies,
+    starts_trained,
+    warm_stage,
+)
+from cnnrnn.training.resume import (
+    STATE_FILE,
+    ResumeError,
+    State,
+    read_state,
+    remove_partial_files,
+    require_same_run,
+    run_identity,
+    save_state,
+)
+
+VANISHED = 1e-6
+"""Recurrent weights that are all smaller say nothing of a path."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished training.
+
+    Attributes:
+        model: the best epoch's model, in eval mode, calibrated on the validation split.
+        metrics: of every decision on the validation split.
+    """
+
+    model: CNNRNN
+    metrics: dict[str, dict[str, float]]
+
+
+def train(
+    dataset: Dataset,
+    out: Path,
+    model_config: ModelConfig,
+    search_config: SearchConfig,
+    config: TrainConfig,
+    *,
+    prepare_head: Callable[[Head], None] = lambda head: None,
+    resume: bool = False,
+    on_start: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Progress = no_progress,
+    ranks: Ranks = ALONE,
+) -> TrainResult:
+    """Train a model on the splits of a dataset that the config names.
+
+    Writes `best/` and `last/` checkpoints, `log.jsonl` and, after each epoch, the training state
+    to `out`.
+
+    Args:
+        dataset: pictures or feature vectors with label sets. Without a split to validate on a
+            share of the training images is held out.
+        out: folder for the run; made when missing.
+        model_config: the architecture; backbone options do not matter for feature vectors.
+        search_config: the search, whose order is also the order of training paths.
+        config: the recipe.
+        prepare_head: called with the new head, whose weights it may set and freeze; a resumed run
+            must be given the same.
+        resume: go on after the last epoch that the run in `out` finished; start where there is
+            none. The result is that of a run that was never stopped.
+        on_start: called once data and options have proved to fit, before anything is written.
+        say: gets a line per epoch and per notable fact.
+        progress: shows progress within an epoch.
+        ranks: the processes that train together, each of which calls this; the first alone writes,
+            and calls `on_start`, `say` and `progress`.
+
+    Raises:
+        DataError: the data lacks a usable training split.
+        ValueError: the options leave nothing to train, or do not fit the data.
+        NonFiniteLossError: the loss stopped being finite.
+        ResumeError: the run in `out` was started with other options or other data.
+        LostProcessError: another process of the run ended.
+        ModuleNotFoundError: an option needs an extra that is not installed.
+    """
+    if config.tensorboard:
+        require_tensorboard()
+    warms_up = model_config.chain_term and config.warm_epochs > 0
+    if not config.epochs and not warms_up:
+        raise ValueError(
+            "nothing to train: epochs is 0, and a warm stage needs warm_epochs above 0 and "
+            f"model.chain_term true, got {config.warm_epochs} and {model_config.chain_term}"
+        )
+    require_search_order(config, search_config)
+    if not ranks.first:
+        say, progress = (lambda line: None), no_progress
+    torch.manual_seed(config.seed)
+    device = resolve_device(config.device) if ranks.size == 1 else ranks.device
+    train_data, val_data = training_splits(dataset, config)
+    counts = train_data.label_counts()
+    space = first_label_space(dataset.label_names, counts, config)
+    backbone: Backbone | None = None
+    if dataset.features is not None:
+        model_config = replace(model_config, backbone=FEATURES_ONLY)
+        feature_dim = dataset.features.shape[1]
+    else:
+        with ranks.first_goes_ahead():  # it may download
+            backbone = initial_backbone(model_config, config)
+        feature_dim = backbone.feature_dim
+    head = Head.from_config(model_config, len(space), feature_dim)
+    if head.label_classifier is not None:
+        in_path_order = train_data.label_matrix()[:, list(space.source_index)]
+        start_at_frequencies(head.label_classifier, in_path_order)
+    prepare_head(head)
+    model = CNNRNN(model_config, space, head, backbone, search_config).to(device)
+    ranks.start_alike(model)
+
+    state_file = out / STATE_FILE
+    frozen = backbone if model_config.freeze_backbone else None
+    identity = run_identity(train_data, val_data, frozen, model_config, search_config, config)
+    if ranks.bytes_from_first(text := json.dumps(identity).encode()) != text:
+        raise ValueError(
+            f"process {ranks.rank} must have the data and options of process 0, got others"
+        )
+    if resume and (out / "members").is_dir():
+        raise ResumeError(
+            f"{out} holds an ensemble's run: --members must be as it was started, got none"
+        )
+    state = _stored_state(state_file, ranks) if resume else None
+    if state is not None:
+        require_same_run(state.values["identity"], identity, out)
+    if ranks.first:
+        out.mkdir(parents=True, exist_ok=True)
+        remove_partial_files(out)
+    train_split, val_split = (
+        _read_split(part, model, config, device, out, progress, ranks)
+        for part in (train_data, val_data)
+    )
+    if train_split.features is not None:
+        head.trunk.fit_scale(train_split.features, config.feature_rms)
+    head.max_labels = max(int(train_split.targets.sum(1).max()), search_config.min_labels, 1)
+    resolve_max_labels(head, search_config)  # fails now rather than after the first stage
+    if ranks.first:
+        on_start()
+        if state is None:
+            state_file.unlink(missing_ok=True)
+    log = Log(
+        out / "log.jsonl" if ranks.first else None,
+        out / "tensorboard" if config.tensorboard and ranks.first else None,
+        None if state is None else state.values["log"],
+    )
+    facts = {
+        "train_images": len(train_split),
+        "val_images": len(val_split),
+        "train_images_without_labels": int((train_split.targets.sum(1) == 0).sum()),
+        "labels": len(space),
+        "labels_without_training_images": int((counts == 0).sum()),
+        "longest_path": head.max_labels,
+        "device": str(device),
+    }
+    if state is None:
+        log.write({"stage": "data", **facts})
+    say("  ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()))
+
+    def in_training() -> Tensor:
+        return train_split.targets.any(0)  # [L], in the order that labels have by now
+
+    def save(inference: Inference, targets: Tensor, best: bool) -> None:
+        if best:
+            model.calibration = calibrate(inference, targets, in_training(), USUAL_SHRINKAGE)
+        if ranks.first:
+            if best:
+                model.save(out / "best")
+            model.save(out / "last")
+
+    generator = torch.Generator().manual_seed(config.seed)
+    if not ranks.first:  # each draws its own dropout
+        torch.manual_seed((config.seed + ranks.rank) % 2**63)
+    stages = []
+    if warms_up:
+        stages.append(warm_stage(model, val_split, config))
+    if config.epochs:
+        path = path_stage(model, train_split, val_split, config, ranks, save)
+        stages.append(path)
+        if config.finish_epochs:
+            stages.append(finishing_stage(path, config))
+
+    def keep(stage: Stage, state: State) -> None:
+        values = {"identity": identity, "stage": stage.name, "log": log.position(),
+                  "calibration": asdict(model.calibration),
+                  "label order": model.label_space.source_index, **state.values}  # fmt: skip
+        random = _random_state(generator, device, ranks)
+        if ranks.first:
+            save_state(state_file, State(values, state.tensors | random))
+
+    if state is not None:
+        at = [stage.name for stage in stages].index(state.values["stage"])
+        stages = stages[at:]
+        calibration = state.values["calibration"]
+        model.calibration = read_options(Calibration, "calibration", calibration)
+        now = model.label_space.source_index
+        order = torch.tensor([now.index(label) for label in state.values["label order"]])
+        reorder_labels(model, order, train_split, val_split)  # the weights come in that order
+        _restore_random_state(state.tensors, generator, device, ranks)
+        say(f"resumed after epoch {state.values['epoch']} of stage {state.values['stage']}")
+    validation, resumed = None, state is not None
+    for stage in stages:
+        validation = run_stage(
+            stage, train_split, config, device=device, generator=generator, log=log, say=say,
+            progress=progress, best=validation if stage.name == FINISH else None, start=state,
+            keep=partial(keep, stage),
+        )  # fmt: skip
+        state = None
+    if not config.epochs:
+        saved = resumed and ranks.first and _is_saved(model, out / "last")
+        if ranks.numbers_from_first([saved]) == [0]:
+            save(*search_split(model, val_split, config), best=True)
+    if ranks.first:
+        model = load_checkpoint(out / "best").to(device)
+    inference, targets = search_split(model, val_split, config)
+    kept, model.calibration = model.calibration, calibrate(inference, targets, in_training())
+    if ranks.first:
+        if model.calibration != kept:  # a run that had ended has this one
+            model.save(out / "best")
+        recurrent = model.head.recurrence.weight_hh.detach()
+        trained = head.recurrence.weight_hh.requires_grad  # `prepare_head` may have frozen it
+        warn_if_not_learned(inference.sets, targets, recurrent if trained else None)
+    return TrainResult(model, decision_metrics(inference, targets, model.calibration, k=3))
+
+
+def warn_if_not_learned(sets: Tensor, targets: Tensor, recurrent: Tensor | None) -> None:
+    """Warn where training has ended in a model that names nothing, or whose recurrence is gone.
+
+    Args:
+        sets: [n, L] bool of the best paths of the validation images.
+        targets: [n, L] bool.
+        recurrent: [4H, H] the trained weights from state to state; None where they are frozen.
+    """
+    if targets.any() and not sets.any():
+        warnings.warn(
+            f"the best path of all {len(sets)} validation images is empty: the label paths were "
+            "not learned. Train longer (--epochs, --patience), try another --learning_rate, or let "
+            "--search.min_labels forbid empty sets",
+            stacklevel=3,
+        )
+    if recurrent is not None and float(recurrent.abs().max()) < VANISHED:
+        warnings.warn(
+            f"the recurrent weights have vanished (none above {VANISHED:g}): what follows a label "
+            "no longer depends on those before it. Lower --weight_decay, or try another "
+            "--learning_rate",
+            stacklevel=3,
+        )
+
+
+def _is_saved(model: CNNRNN, folder: Path) -> bool:
+    """Tell whether a folder holds a model's weights, as that of a finished run does."""
+    try:
+        saved = load_checkpoint(folder)
+    except CheckpointError:
+        return False
+    return weights_digest(saved.state_dict().items()) == weights_digest(model.state_dict().items())
+
+
+def _stored_state(file: Path, ranks: Ranks) -> State | None:
+    """Read the state that process 0 finds, everywhere; None where there is none."""
+    there = ranks.first and file.exists()
+    if ranks.numbers_from_first([there]) == [0]:
+        return None
+    return read_state(ranks.bytes_from_first(file.read_bytes() if ranks.first else b""), str(file))
+
+
+def _random_state(
+    generator: torch.Generator, device: torch.device, ranks: Ranks
+) -> dict[str, Tensor]:
+    """Return the state of what training draws from: order and augmentation, dropout [R, ...]."""
+    states = {"random.order": generator.get_state(),
+              "random.cpu": ranks.gather(torch.get_rng_state()[None])}  # fmt: skip
+    if device.type == "cuda":
+        states["random.cuda"] = ranks.gather(torch.cuda.get_rng_state(device)[None])
+    return states
+
+
+def _restore_random_state(
+    tensors: dict[str, Tensor], generator: torch.Generator, device: torch.device, ranks: Ranks
+) -> None:
+    generator.set_state(tensors["random.order"])
+    if ranks.rank >= len(tensors["random.cpu"]):
+        return  # more processes than before: this one begins with its own seed
+    torch.set_rng_state(tensors["random.cpu"][ranks.rank].clone())  # crashes on a view
+    if device.type == "cuda" and "random.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random.cuda"][ranks.rank].clone(), device)
+
+
+def initial_backbone(model_config: ModelConfig, config: TrainConfig) -> Backbone:
+    """Return the backbone that training starts from: `init_backbone`'s, or the one named.
+
+    Raises:
+        ValueError: `init_backbone` holds another backbone than the model's.
+    """
+    if config.init_backbone is None:
+        if model_config.freeze_backbone and not starts_trained(model_config, config):
+            warnings.warn(
+                f"backbone {model_config.backbone} is frozen with random weights; pass "
+                "--model.freeze_backbone false to train it, or --init_backbone CHECKPOINT",
+                stacklevel=3,
+            )
+        return make_backbone(model_config)
+    source = load_checkpoint(config.init_backbone).backbone
+    if source is None or source.name != model_config.backbone:
+        raise ValueError(
+            f"init_backbone {config.init_backbone} holds backbone "
+            f"{None if source is None else source.name}, the model's is {model_config.backbone}"
+        )
+    size = model_config.image_size
+    if size is not None:
+        source.preprocessing = replace(source.preprocessing, image_size=size)
+    return source
+
+
+def _read_split(
+    data: Dataset,
+    model: CNNRNN,
+    config: TrainConfig,
+    device: torch.device,
+    out: Path,
+    progress: Progress,
+    ranks: Ranks,
+) -> Split:
+    targets = model.label_space.from_source(data.label_matrix(), data.label_names)
+    if data.features is not None:
+        return Split(data, targets, torch.from_numpy(data.features), ranks=ranks)
+    assert model.backbone is not None
+    if not model.config.freeze_backbone:
+        return Split(data, targets, None, model.backbone.preprocessing, ranks)
+    folder = Path(config.feature_cache) if config.feature_cache else out / "features"
+    features = cached_features(
+        model.backbone,
+        data,
+        folder,
+        device=device,
+        batch_size=config.batch_size,
+        workers=config.workers,
+        on_bad_image=config.on_bad_image,
+        progress=progress,
+        ranks=ranks,
+    )
+    return Split(data.select(features.kept), targets[features.kept], features.values, ranks=ranks)
