@@ -47,7 +47,8 @@ from cnnrnn.labels import LabelSpace
 from cnnrnn.machine.devices import usable_cores
 from cnnrnn.model.classifier import CNNRNN
 from cnnrnn.network.backbones import Backbone, make_backbone
-from cnnrnn.prediction.pipeline import TorchModel, mapped_in_order
+from cnnrnn.prediction.pipeline import mapped_in_order
+from cnnrnn.prediction.predictor import TorchModel
 
 SEARCH = SearchConfig(beam_size=8, max_labels=18)
 TURNS = {1: 60, 8: 20, 64: 5}

@@ -1,10 +1,9 @@
-"""`predict`: images in, label sets out."""
+"""The calls with a model named: `load`, `predict` and what goes with it."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnnrnn.config import Decide, OnBadImage, SearchConfig
-from cnnrnn.machine.devices import resolve_device, use_one_thread_if_forked
+from cnnrnn.config import Decide, OnBadImage
+from cnnrnn.machine.devices import resolve_device
 from cnnrnn.model.classifier import CNNRNN, load_checkpoint
 from cnnrnn.model.ensemble import Ensemble, load_model
-from cnnrnn.prediction.decisions import Options
-from cnnrnn.prediction.pipeline import Precision, TorchModel, predict_images
-from cnnrnn.prediction.result import Prediction, decided_predictions
+from cnnrnn.prediction.predictor import Precision
+from cnnrnn.prediction.result import Prediction
 
 DEMO_MODEL = Path(__file__).parent / "scenes_model"
 
@@ -41,40 +39,9 @@ def predict(
 ) -> list[Prediction]:
     """Predict the label set of each image, in the order given.
 
-    Args:
-        images: a path, a folder, a PIL image, an array [H, W, 3] or [B, H, W, 3] of uint8 RGB, a
-            tensor [3, H, W] or [B, 3, H, W] of uint8 or of float in 0..1, or a list of these. A
-            folder stands for the pictures in it and below, sorted by path.
-        model: a model, an ensemble, a checkpoint folder, or None for the small demo model.
-        top_k: keep at most this many labels, those with the best scores.
-        beam_size: N, 1 to 16; the model's own by default.
-        min_labels: every set has at least so many labels, and shorter label paths are forbidden;
-            0 allows empty sets. None for what validation data decided: 1 where no image there is
-            without labels.
-        decide: `path` takes the best path's labels; `threshold` those whose score reaches the
-            threshold chosen on validation data, `label_thresholds` each label's own; `k` the
-            number of best-scored labels chosen there; `f1` the set with the best expected F1 over
-            the sets found.
-        threshold: overrides that threshold, and implies `decide="threshold"`.
-        batch_size: images per step.
-        device: `cpu`, `cuda`, `cuda:N` or `auto`; None leaves a model where it is, and puts a
-            checkpoint on the `auto` device.
-        workers: threads that decode, while on a CPU as many batches are computed at once, as far as
-            torch has threads; 0 does all in the calling thread. None has one per core, up to 8,
-            and 0 for an iterator, so that a batch is answered before more is taken from it.
-        precision: of the backbone. `bf16` is faster where the hardware has it, and moves scores
-            by up to some hundredths; `auto` is bf16 there and fp32 elsewhere.
-        compiled: run the backbone through torch.compile, which takes a minute at the first batch.
-        on_bad_image: `error` stops at an unreadable image, `skip` gives it a prediction without
-            labels and with `.error`.
-
-    Returns:
-        One `Prediction` per image.
-
-    Raises:
-        TypeError: `images` holds something else.
-        ValueError: an array or tensor has another shape or type, or options do not fit.
-        BadImageError: an image cannot be read.
+    `model` is a model, an ensemble, a checkpoint folder, or None for the small demo model; what is
+    loaded here goes to the `auto` device unless `device` names another. `Predictor.predict` has the
+    other arguments and the errors.
     """
     return list(
         predict_iter(
@@ -111,27 +78,19 @@ def predict_iter(
     compiled: bool = False,
     on_bad_image: OnBadImage = "error",
 ) -> Iterator[Prediction]:
-    """Predict image after image, holding a few batches at a time; arguments as in `predict`.
-
-    `images` may also be any iterable of single images, such as a generator that never ends. With
-    `workers` up to three batches, and on a CPU one for each thread of torch, are taken ahead of the
-    prediction that is returned.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if on_bad_image not in ("error", "skip"):
-        raise ValueError(f"on_bad_image must be error or skip, got {on_bad_image!r}")
-    options = Options(top_k, decide if threshold is None else "threshold", threshold, min_labels)
-    classifier = resolve_model(model, device)
-    if classifier.backbone is None:
-        raise ValueError(
-            "this model was trained on feature vectors and reads no images; "
-            "use model.predict_features(features)"
-        )
-    search = _search_of(classifier, beam_size, min_labels)
-    running = TorchModel(classifier, search, precision, compiled)
-    return predict_images(
-        images, running, options, batch_size=batch_size, workers=workers, on_bad_image=on_bad_image
+    """Predict image after image, holding a few batches at a time; see `Predictor.predict_iter`."""
+    return resolve_model(model, device).predict_iter(
+        images,
+        top_k=top_k,
+        beam_size=beam_size,
+        min_labels=min_labels,
+        decide=decide,
+        threshold=threshold,
+        batch_size=batch_size,
+        workers=workers,
+        precision=precision,
+        compiled=compiled,
+        on_bad_image=on_bad_image,
     )
 
 
@@ -144,34 +103,39 @@ def predict_features(
     min_labels: int | None = None,
     decide: Decide = "path",
     threshold: float | None = None,
+    device: str | None = None,
 ) -> list[Prediction]:
-    """Predict label sets of feature vectors [B, F]; other arguments as in `predict`."""
-    options = Options(top_k, decide if threshold is None else "threshold", threshold, min_labels)
-    classifier = resolve_model(model, None)
-    search = _search_of(classifier, beam_size, min_labels)
-    batch = torch.as_tensor(features).to(classifier.device, torch.float32)
-    use_one_thread_if_forked()
-    inference = classifier.infer(batch, search)
-    return decided_predictions(inference, tuple(classifier.labels), classifier.calibration, options)
+    """Predict label sets of feature vectors [B, F]; see `Predictor.predict_features`."""
+    return resolve_model(model, device).predict_features(
+        features,
+        top_k=top_k,
+        beam_size=beam_size,
+        min_labels=min_labels,
+        decide=decide,
+        threshold=threshold,
+    )
 
 
-def load(path: str | Path | None = None) -> CNNRNN | Ensemble:
+def load(path: str | Path | None = None, *, device: str = "cpu") -> CNNRNN | Ensemble:
     """Load a checkpoint folder of a model or an ensemble, or the small demo model.
 
     Args:
         path: a folder written by `model.save`, `ensemble.save` or training; None for the demo model
             that comes with the package, which knows only the labels of the synthetic scenes.
+        device: `cpu`, `cuda`, `cuda:N` or `auto`.
 
     Returns:
-        The model on the CPU, in eval mode.
+        The model on that device, in eval mode.
 
     Raises:
         CheckpointError: the folder is missing or does not hold a checkpoint.
+        ValueError: the device does not exist here.
     """
+    where = resolve_device(device)
     if path is None:
         _say_once_what_the_demo_model_knows()
-        return load_checkpoint(DEMO_MODEL)
-    return load_model(path)
+        return load_checkpoint(DEMO_MODEL).to(where)
+    return load_model(path).to(where)
 
 
 @functools.cache
@@ -203,11 +167,3 @@ def resolve_model(
     if device is not None:
         classifier = classifier.to(resolve_device(device))
     return classifier.eval()
-
-
-def _search_of(
-    model: CNNRNN | Ensemble, beam_size: int | None, min_labels: int | None
-) -> SearchConfig:
-    options = {"beam_size": beam_size, "min_labels": min_labels}
-    changes: dict[str, Any] = {name: v for name, v in options.items() if v is not None}
-    return replace(model.search, **changes)

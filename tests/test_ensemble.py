@@ -164,7 +164,7 @@ def test_slices_of_images_make_no_difference(ensemble, monkeypatch):
     whole = ensemble.infer(features())
     for size in (1, 5):
         monkeypatch.setattr("cnnrnn.model.ensemble.SEARCH_BATCH", size)
-        monkeypatch.setattr("cnnrnn.prediction.decisions.SEARCH_BATCH", size)
+        monkeypatch.setattr("cnnrnn.search.inference.SEARCH_BATCH", size)
         sliced = ensemble.infer(features())
         assert torch.equal(sliced.sets, whole.sets)
         torch.testing.assert_close(sliced.marginals, whole.marginals)

@@ -578,7 +578,7 @@ def test_searches_longer_than_a_slice(monkeypatch):
     model = make_model(feature_dim=7)
     features = torch.randn(17, 7, generator=torch.Generator().manual_seed(0))
     whole = [(answers([p]), p.scores) for p in model.predict_features(features)]
-    monkeypatch.setattr("cnnrnn.prediction.decisions.SEARCH_BATCH", 5)
+    monkeypatch.setattr("cnnrnn.search.inference.SEARCH_BATCH", 5)
     sliced = model.predict_features(features)
     for prediction, (answer, scores) in zip(sliced, whole, strict=True):
         assert answers([prediction]) == answer

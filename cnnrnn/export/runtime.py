@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cnnrnn.config import Decide, OnBadImage, Preprocessing, SearchConfig
+from cnnrnn.config import Preprocessing, SearchConfig
 from cnnrnn.data.images import normalize
 from cnnrnn.export.graph import INPUT_NAMES, LABEL_SCORES, OUTPUT_NAMES, Input
 from cnnrnn.export.onnx import FORMAT
@@ -23,16 +23,15 @@ from cnnrnn.export.session import COMPILED, PROVIDERS, OnnxModelError, Search, o
 from cnnrnn.machine.devices import use_one_thread_if_forked
 from cnnrnn.model.checkpoint import read_calibration, read_options, typed
 from cnnrnn.network.head import Head, ImageEmbedding, chain_logits
-from cnnrnn.prediction.decisions import Options
-from cnnrnn.prediction.pipeline import predict_images
-from cnnrnn.prediction.result import Prediction, decided_predictions
+from cnnrnn.prediction.pipeline import ImageModel
+from cnnrnn.prediction.predictor import Predictor, Running
 from cnnrnn.search import NonFiniteError, SearchResult, beam_search
 from cnnrnn.search.inference import SEARCH_BATCH, Inference
 
 NO_MASK = 'forbidden labels need the search in the file: search="onnx" (--search onnx)'
 
 
-class OnnxPredictor:
+class OnnxPredictor(Predictor):
     """An exported model.
 
     Args:
@@ -45,7 +44,6 @@ class OnnxPredictor:
         threads: of one operator, on the CPU; ONNX Runtime's choice (a thread per core) by default.
 
     Attributes:
-        labels: names in path order, [L].
         calibration: thresholds, k and mixing weight that validation data chose.
         preprocessing: of pictures; None for a file that takes feature vectors.
         search_config: the options of the search.
@@ -92,7 +90,7 @@ class OnnxPredictor:
                     f"{self.path} has format {form}, this release reads 1 to {FORMAT}; upgrade "
                     "cnnrnn"
                 )
-            self.labels = tuple(values["labels"])
+            self._labels = tuple(values["labels"])
             self.calibration = read_calibration(values["calibration"], form)
             self.search_config = read_options(SearchConfig, "search", values["search"])
             self.max_labels: int = typed("search.max_labels", values["search"]["max_labels"], int)
@@ -113,83 +111,31 @@ class OnnxPredictor:
             ) from error
 
     @property
+    def labels(self) -> tuple[str, ...]:
+        """Label names in path order, [L]."""
+        return self._labels
+
+    @property
     def providers(self) -> list[str]:
         """The execution providers that really run, most used first."""
         return list(self._session.get_providers())
 
-    def predict(self, images: Any, **options: Any) -> list[Prediction]:
-        """Predict label sets of images; arguments as in `predict_iter`."""
-        return list(self.predict_iter(images, **options))
-
-    def predict_iter(
-        self,
-        images: Any,
-        *,
-        top_k: int | None = None,
-        beam_size: int | None = None,
-        min_labels: int | None = None,
-        forbidden_labels: Sequence[str] = (),
-        decide: Decide = "path",
-        threshold: float | None = None,
-        batch_size: int = 64,
-        workers: int | None = None,
-        on_bad_image: OnBadImage = "error",
-    ) -> Iterator[Prediction]:
-        """Predict image after image; arguments and results as in `cnnrnn.predict_iter`.
-
-        Args:
-            images: as there. A file that takes uint8 pictures takes no float tensors.
-            top_k: as there.
-            beam_size: N; fixed in the file, so another only for the compiled search.
-            min_labels: as there.
-            forbidden_labels: labels that no path may have; only for the search in ONNX Runtime.
-            decide: as there.
-            threshold: as there.
-            batch_size: as there.
-            workers: as there.
-            on_bad_image: as there.
-        """
+    def image_model(self, running: Running) -> ImageModel:
+        """Return what runs images as the options say; see `Predictor.image_model`."""
         if self.preprocessing is None:
             raise ValueError(
                 f"{self.path} takes feature vectors, no images; use predict_features(features)"
             )
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if on_bad_image not in ("error", "skip"):
-            raise ValueError(f"on_bad_image must be error or skip, got {on_bad_image!r}")
-        options = Options(
-            top_k, decide if threshold is None else "threshold", threshold, min_labels
-        )
-        search = self._search(beam_size, min_labels)
-        running = _OnnxModel(self, search, self._forbidden(forbidden_labels))
-        return predict_images(
-            images, running, options, batch_size=batch_size, workers=workers,
-            on_bad_image=on_bad_image,
-        )  # fmt: skip
+        search, forbidden = self._searched_by(running)
+        return _OnnxModel(self, search, forbidden)
 
-    def predict_features(
-        self,
-        features: Tensor | np.ndarray[Any, Any],
-        *,
-        top_k: int | None = None,
-        beam_size: int | None = None,
-        min_labels: int | None = None,
-        forbidden_labels: Sequence[str] = (),
-        decide: Decide = "path",
-        threshold: float | None = None,
-    ) -> list[Prediction]:
-        """Predict label sets of feature vectors [B, F]; other arguments as in `predict_iter`."""
+    def infer_features(self, features: Tensor, running: Running) -> Inference:
+        """Search feature vectors as the options say; see `Predictor.infer_features`."""
         if self.input_kind != "features":
             raise ValueError(
                 f"{self.path} takes images, no feature vectors; export with input_kind features"
             )
-        options = Options(
-            top_k, decide if threshold is None else "threshold", threshold, min_labels
-        )
-        search = self._search(beam_size, min_labels)
-        batch = torch.as_tensor(features).to(torch.float32)
-        inference = self.infer(batch, search, self._forbidden(forbidden_labels))
-        return decided_predictions(inference, self.labels, self.calibration, options)
+        return self.infer(features, *self._searched_by(running))
 
     def infer(
         self, inputs: Tensor, search: SearchConfig | None = None, forbidden: Tensor | None = None
@@ -370,8 +316,15 @@ class OnnxPredictor:
         )
         return result, found.get(LABEL_SCORES)
 
-    def _search(self, beam_size: int | None, min_labels: int | None) -> SearchConfig:
-        search = self.search_config
+    def _searched_by(self, running: Running) -> tuple[SearchConfig, Tensor | None]:
+        """Return the options of the search and the labels that are forbidden [1, L]."""
+        of_torch = replace(running, beam_size=None, min_labels=None, forbidden_labels=())
+        if of_torch != Running():
+            raise ValueError(
+                f"device, precision and compiled are not for {self.path}, which ONNX Runtime runs: "
+                "choose providers when it is opened, and precision when it is exported"
+            )
+        search, beam_size = self.search_config, running.beam_size
         if beam_size is not None and beam_size != search.beam_size:
             if self.search == "onnx":
                 raise ValueError(
@@ -379,7 +332,9 @@ class OnnxPredictor:
                     f"again, or open the file with {COMPILED}"
                 )
             search = replace(search, beam_size=beam_size)
-        return search if min_labels is None else replace(search, min_labels=min_labels)
+        if running.min_labels is not None:
+            search = replace(search, min_labels=running.min_labels)
+        return search, self._forbidden(running.forbidden_labels)
 
     def _forbidden(self, names: Sequence[str]) -> Tensor | None:
         if not names:

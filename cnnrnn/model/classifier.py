@@ -29,13 +29,14 @@ from cnnrnn.model.checkpoint import (
 )
 from cnnrnn.network.backbones import Backbone, make_backbone
 from cnnrnn.network.head import Head, ImageEmbedding
+from cnnrnn.prediction.predictor import TorchPredictor
+from cnnrnn.search.inference import Inference, infer, set_nll
 
 if TYPE_CHECKING:
-    from cnnrnn.prediction.result import Prediction
     from cnnrnn.search.inference import Inference
 
 
-class CNNRNN(nn.Module):
+class CNNRNN(nn.Module, TorchPredictor):
     """A multi-label image classifier: images in, label paths out.
 
     Attributes:
@@ -79,28 +80,16 @@ class CNNRNN(nn.Module):
         """F, the width of the feature vectors that the head reads."""
         return self.head.feature_dim
 
-    def features(self, images: Tensor) -> Tensor:
-        """Return the backbone's features [B, F] of normalised images [B, 3, S, S]."""
-        if self.backbone is None:
-            raise ValueError(
-                "this model was trained on feature vectors and has no backbone; "
-                "use model.predict_features(features)"
-            )
-        features: Tensor = self.backbone(images)
-        return features
-
     def forward(self, images: Tensor) -> ImageEmbedding:
         """Embed normalised images [B, 3, S, S] for the search."""
         return self.head.embed(self.features(images))
 
     def infer(self, features: Tensor, search: SearchConfig | None = None) -> Inference:
         """Search feature vectors [n, F]; the model's own search by default."""
-        from cnnrnn.search.inference import infer
-
         return infer(self.head, features, search or self.search)
 
     def set_nll(self, features: Tensor, targets: Tensor) -> Tensor:
-        """Return -log P(the whole true set | image) in nats, see `decisions.set_nll`.
+        """Return -log P(the whole true set | image) in nats, see `search.inference.set_nll`.
 
         Args:
             features: [n, F].
@@ -109,21 +98,7 @@ class CNNRNN(nn.Module):
         Returns:
             [n] float64; an upper bound where `search.order` is not `increasing`.
         """
-        from cnnrnn.search.inference import set_nll
-
         return set_nll(self.head, features.to(self.device), targets, self.search.order)
-
-    def predict(self, images: Any, **options: Any) -> list[Prediction]:
-        """Predict label sets of images; arguments as in `cnnrnn.predict`."""
-        from cnnrnn.api import predict
-
-        return predict(images, self, **options)
-
-    def predict_features(self, features: Tensor, **options: Any) -> list[Prediction]:
-        """Predict label sets of feature vectors [B, F]; options as in `cnnrnn.predict_features`."""
-        from cnnrnn.api import predict_features
-
-        return predict_features(features, self, **options)
 
     def save(self, path: str | Path) -> None:
         """Write a checkpoint folder, whole or not at all.

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +35,13 @@ from cnnrnn.model.checkpoint import (
 from cnnrnn.model.classifier import CNNRNN, load_checkpoint
 from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.prediction.decisions import calibrate
+from cnnrnn.prediction.predictor import TorchPredictor
 from cnnrnn.search import SearchResult
 from cnnrnn.search.engine import resolve_max_labels
 from cnnrnn.search.inference import SEARCH_BATCH, Inference
 
 if TYPE_CHECKING:
-    from cnnrnn.prediction.result import Prediction
+    pass
 
 SCORES_AT_ONCE = 1 << 24  # label scores held while sets are scored: 64 MB
 
@@ -98,7 +99,7 @@ def mixture_log_probs(members: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(members)).logsumexp(0) - math.log(len(members))
 
 
-class Ensemble(nn.Module):
+class Ensemble(nn.Module, TorchPredictor):
     """Several trained heads over one frozen backbone, or over feature vectors, as one model.
 
     Scores are the mean of the members' mixed marginals. The best path is that of the label set,
@@ -115,7 +116,6 @@ class Ensemble(nn.Module):
     Attributes:
         members: the M models, without their backbones.
         backbone: the image network; None for feature vectors.
-        labels: [L] label names, in the path order of the first member.
         search: the first member's, which all members run.
         calibration: what the validation split decided.
 
@@ -133,13 +133,17 @@ class Ensemble(nn.Module):
             CNNRNN(m.config, m.label_space, m.head, None, m.search, m.calibration) for m in models
         )
         self.search = models[0].search
-        self.labels = models[0].labels
         self.calibration = calibration or self._mean_calibration()
 
     @property
     def models(self) -> list[CNNRNN]:
         """The members as a typed list."""
         return [member for member in self.members if isinstance(member, CNNRNN)]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Label names in the path order of the first member, [L]."""
+        return self.models[0].labels
 
     @property
     def device(self) -> torch.device:
@@ -150,16 +154,6 @@ class Ensemble(nn.Module):
     def feature_dim(self) -> int:
         """F, the width of the feature vectors that the heads read."""
         return self.models[0].feature_dim
-
-    def features(self, images: Tensor) -> Tensor:
-        """Return the backbone's features [B, F] of normalised images [B, 3, S, S]."""
-        if self.backbone is None:
-            raise ValueError(
-                "this ensemble was trained on feature vectors and has no backbone; "
-                "use ensemble.predict_features(features)"
-            )
-        features: Tensor = self.backbone(images)
-        return features
 
     @torch.no_grad()
     def infer(self, features: Tensor, search: SearchConfig | None = None) -> Inference:
@@ -210,18 +204,6 @@ class Ensemble(nn.Module):
             -model.set_nll(features, targets[:, self._columns(model).argsort()])
             for model in self.models
         ])  # fmt: skip
-
-    def predict(self, images: Any, **options: Any) -> list[Prediction]:
-        """Predict label sets of images; arguments as in `cnnrnn.predict`."""
-        from cnnrnn.api import predict
-
-        return predict(images, self, **options)
-
-    def predict_features(self, features: Tensor, **options: Any) -> list[Prediction]:
-        """Predict label sets of feature vectors [B, F]; options as in `cnnrnn.predict_features`."""
-        from cnnrnn.api import predict_features
-
-        return predict_features(features, self, **options)
 
     def save(self, path: str | Path) -> None:
         """Write a folder of members, whole or not at all.

@@ -25,7 +25,7 @@ _pil_lock = threading.Lock()  # Pillow loads an image lazily, and one image may 
 
 
 @dataclass(frozen=True)
-class _Item:
+class Item:
     """One image on its way: a uint8 or float tensor [3, S, S], or why there is none."""
 
     source: str
@@ -33,9 +33,10 @@ class _Item:
     error: str | None = None
 
 
-def _item(
+def read_image(
     position: int, image: Any, preprocessing: Preprocessing, on_bad_image: OnBadImage
-) -> _Item:
+) -> Item:
+    """Decode, resize and check one image."""
     source = str(image) if isinstance(image, (str, Path)) else str(position)
     if isinstance(image, (str, Path, Image.Image)):
         try:
@@ -44,21 +45,21 @@ def _item(
                 if isinstance(image, Image.Image)
                 else decode_image(image)
             )
-            return _Item(source, to_tensor(rgb, preprocessing))
+            return Item(source, to_tensor(rgb, preprocessing))
         except BadImageError as error:
             if on_bad_image == "error":
                 raise
-            return _Item(source, None, str(error))
+            return Item(source, None, str(error))
     if isinstance(image, np.ndarray):
-        return _Item(source, to_tensor(_from_array(image, position), preprocessing))
+        return Item(source, to_tensor(_from_array(image, position), preprocessing))
     if isinstance(image, Tensor):
-        return _Item(source, _from_tensor(image, position, preprocessing))
+        return Item(source, _from_tensor(image, position, preprocessing))
     raise TypeError(
         f"image {position} must be a path, PIL image, array or tensor, got {type(image).__name__}"
     )
 
 
-def _singles(images: Any) -> Iterator[Any]:
+def single_images(images: Any) -> Iterator[Any]:
     """Take folders, batches and lists apart into single images, in order."""
     if isinstance(images, (str, Path)):
         path = Path(images)
@@ -69,10 +70,11 @@ def _singles(images: Any) -> Iterator[Any]:
         yield images
     elif _is_list(images):
         for image in images:
-            yield from _singles(image) if _is_known(image) else (image,)
+            yield from single_images(image) if are_images(image) else (image,)
 
 
-def _is_known(images: Any) -> bool:
+def are_images(images: Any) -> bool:
+    """Whether something is an image, names some, or may hold some."""
     return isinstance(images, (str, Path, Image.Image, np.ndarray, Tensor)) or _is_list(images)
 
 

@@ -7,24 +7,20 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, Literal, Protocol, TypeVar, get_args
+from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cnnrnn.config import Calibration, OnBadImage, Preprocessing, SearchConfig
-from cnnrnn.data.images import normalize
-from cnnrnn.machine.devices import has_bf16, usable_cores, use_one_thread_if_forked
-from cnnrnn.model.classifier import CNNRNN
-from cnnrnn.model.ensemble import Ensemble
+from cnnrnn.config import Calibration, OnBadImage, Preprocessing
+from cnnrnn.machine.devices import usable_cores, use_one_thread_if_forked
 from cnnrnn.prediction.decisions import Options, decide
-from cnnrnn.prediction.inputs import _is_known, _Item, _item, _singles
+from cnnrnn.prediction.inputs import Item, are_images, read_image, single_images
 from cnnrnn.prediction.result import Prediction
 from cnnrnn.search import NonFiniteError
 from cnnrnn.search.inference import Inference
 
 MAX_WORKERS = 8
-Precision = Literal["fp32", "bf16", "auto"]
 
 
 class ImageModel(Protocol):
@@ -54,73 +50,6 @@ class ImageModel(Protocol):
         """
 
 
-class TorchModel:
-    """A model whose backbone torch runs.
-
-    Args:
-        model: has a backbone, in eval mode.
-        search: the options of the search.
-        precision: of the backbone.
-        compiled: compile the backbone with torch.compile, once per model.
-    """
-
-    def __init__(
-        self,
-        model: CNNRNN | Ensemble,
-        search: SearchConfig,
-        precision: Precision = "fp32",
-        compiled: bool = False,
-    ) -> None:
-        assert model.backbone is not None
-        if precision not in get_args(Precision):
-            raise ValueError(f"precision must be fp32, bf16 or auto, got {precision!r}")
-        self.labels = tuple(model.labels)
-        self.calibration: Calibration = model.calibration
-        self.preprocessing = model.backbone.preprocessing
-        self._model = model
-        self._search = search
-        self._backbone = _compiled(model.backbone) if compiled else model.backbone
-        self._half = precision == "bf16" or (precision == "auto" and has_bf16(model.device))
-
-    @property
-    def torch_threads(self) -> int:
-        """Those of this thread on a CPU; on a GPU batches follow each other."""
-        return torch.get_num_threads() if self._model.device.type == "cpu" else 0
-
-    @torch.no_grad()
-    def begin(self, images: list[Tensor]) -> Callable[[], Inference]:
-        """Run the backbone, which a GPU does while the caller goes on."""
-        features = self.features(images)
-        return lambda: self._model.infer(features, self._search)
-
-    @torch.no_grad()
-    def features(self, images: list[Tensor]) -> Tensor:
-        """Return the backbone's features [n, F] of images, as `ImageModel.begin` takes them."""
-        device = self._model.device
-        parts = [torch.stack(images)] if _alike(images) else [image[None] for image in images]
-        batch = torch.cat([normalize(part.to(device), self.preprocessing) for part in parts])
-        with torch.autocast(device.type, torch.bfloat16, enabled=self._half):
-            features: Tensor = self._backbone(batch)
-        return features.float()
-
-
-def _alike(images: list[Tensor]) -> bool:
-    return len({(image.dtype, image.device) for image in images}) == 1
-
-
-def _run_backbone(backbone: nn.Module, images: Tensor) -> Tensor:
-    features: Tensor = backbone(images)
-    return features
-
-
-def _compiled(backbone: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return a backbone compiled; torch finds what it has compiled by the function and the module.
-
-    `torch.compile(backbone)` would be kept by whoever keeps it, and keep the backbone.
-    """
-    return partial(torch.compile(_run_backbone), backbone)
-
-
 def predict_images(
     images: Any,
     model: ImageModel,
@@ -131,7 +60,7 @@ def predict_images(
     on_bad_image: OnBadImage,
 ) -> Iterator[Prediction]:
     """Decode in threads, run the model, search and decide, one batch ahead of another."""
-    if not _is_known(images):
+    if not are_images(images):
         raise TypeError(
             "images must be a path, a folder, a PIL image, an array, a tensor, or a list of "
             f"these, got {type(images).__name__}"
@@ -140,10 +69,10 @@ def predict_images(
         workers = 0 if isinstance(images, Iterator) else min(usable_cores(), MAX_WORKERS)
     elif workers < 0:
         raise ValueError(f"workers must be at least 0, got {workers}")
-    numbered = enumerate(_singles(images))
+    numbered = enumerate(single_images(images))
 
-    def read(item: tuple[int, Any]) -> _Item:
-        return _item(*item, model.preprocessing, on_bad_image)
+    def read(item: tuple[int, Any]) -> Item:
+        return read_image(*item, model.preprocessing, on_bad_image)
 
     if not workers:
         return _stream(map(read, numbered), model.begin, model, options, batch_size, ahead=0)
@@ -151,7 +80,7 @@ def predict_images(
 
 
 def _stream_in_threads(
-    read: Callable[[tuple[int, Any]], _Item],
+    read: Callable[[tuple[int, Any]], Item],
     numbered: Iterable[tuple[int, Any]],
     model: ImageModel,
     options: Options,
@@ -229,7 +158,7 @@ def mapped_in_order(
 
 
 def _stream(
-    items: Iterator[_Item],
+    items: Iterator[Item],
     begin: Callable[[list[Tensor]], Callable[[], Inference]],
     model: ImageModel,
     options: Options,
@@ -238,10 +167,10 @@ def _stream(
 ) -> Iterator[Prediction]:
     """Begin so many batches ahead of the one that is answered."""
     use_one_thread_if_forked()
-    begun: deque[tuple[list[_Item], Callable[[], Inference] | None]] = deque()
+    begun: deque[tuple[list[Item], Callable[[], Inference] | None]] = deque()
     failure: Exception | None = None
     while failure is None:
-        group: list[_Item] = []
+        group: list[Item] = []
         try:
             group.extend(itertools.islice(items, batch_size))
         except Exception as error:  # what came before it is answered first
@@ -260,7 +189,7 @@ def _stream(
 
 
 def _decided_group(
-    group: list[_Item],
+    group: list[Item],
     finish: Callable[[], Inference] | None,
     model: ImageModel,
     options: Options,

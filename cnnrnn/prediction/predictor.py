@@ -1,0 +1,332 @@
+"""`predict`, `predict_iter` and `predict_features`, once for every kind of model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cnnrnn.config import Calibration, Decide, OnBadImage, SearchConfig
+from cnnrnn.data.images import normalize
+from cnnrnn.machine.devices import has_bf16, resolve_device, use_one_thread_if_forked
+from cnnrnn.network.backbones import Backbone
+from cnnrnn.prediction.decisions import Options
+from cnnrnn.prediction.pipeline import ImageModel, predict_images
+from cnnrnn.prediction.result import Prediction, decided_predictions
+from cnnrnn.search.inference import Inference
+
+Precision = Literal["fp32", "bf16", "auto"]
+
+
+@dataclass(frozen=True)
+class Running:
+    """How a model runs for one call; see `Predictor.predict`."""
+
+    beam_size: int | None = None
+    min_labels: int | None = None
+    forbidden_labels: Sequence[str] = ()
+    device: str | None = None
+    precision: Precision = "fp32"
+    compiled: bool = False
+
+
+class Predictor(ABC):
+    """What finds label paths in images or feature vectors, and is asked for predictions.
+
+    Attributes:
+        calibration: what the validation split decided.
+    """
+
+    calibration: Calibration
+
+    @property
+    @abstractmethod
+    def labels(self) -> tuple[str, ...]:
+        """Label names in path order, [L]."""
+
+    @abstractmethod
+    def image_model(self, running: Running) -> ImageModel:
+        """Return what runs images as the options say.
+
+        Raises:
+            ValueError: the model reads no images, or an option does not fit it.
+        """
+
+    @abstractmethod
+    def infer_features(self, features: Tensor, running: Running) -> Inference:
+        """Search feature vectors [n, F] float32 as the options say.
+
+        Raises:
+            ValueError: the model reads no feature vectors, or an option does not fit it.
+        """
+
+    def predict(
+        self,
+        images: Any,
+        *,
+        top_k: int | None = None,
+        beam_size: int | None = None,
+        min_labels: int | None = None,
+        forbidden_labels: Sequence[str] = (),
+        decide: Decide = "path",
+        threshold: float | None = None,
+        batch_size: int = 64,
+        device: str | None = None,
+        workers: int | None = None,
+        precision: Precision = "fp32",
+        compiled: bool = False,
+        on_bad_image: OnBadImage = "error",
+    ) -> list[Prediction]:
+        """Predict the label set of each image, in the order given.
+
+        Args:
+            images: a path, a folder, a PIL image, an array [H, W, 3] or [B, H, W, 3] of uint8 RGB,
+                a tensor [3, H, W] or [B, 3, H, W] of uint8 or of float in 0..1, or a list of these.
+                A folder stands for the pictures in it and below, sorted by path. A file for ONNX
+                Runtime that takes uint8 pictures takes no float tensors.
+            top_k: keep at most this many labels, those with the best scores.
+            beam_size: N, 1 to 16; the model's own by default. A search in ONNX Runtime has no
+                other.
+            min_labels: every set has at least so many labels, and shorter label paths are
+                forbidden; 0 allows empty sets. None for what validation data decided: 1 where no
+                image there is without labels.
+            forbidden_labels: labels that no path may have; only for a search in ONNX Runtime.
+            decide: `path` takes the best path's labels; `threshold` those whose score reaches the
+                threshold chosen on validation data, `label_thresholds` each label's own; `k` the
+                number of best-scored labels chosen there; `f1` the set with the best expected F1
+                over the sets found.
+            threshold: overrides that threshold, and implies `decide="threshold"`.
+            batch_size: images per step.
+            device: `cpu`, `cuda`, `cuda:N` or `auto`, to which the model is moved; None leaves it
+                where it is. ONNX Runtime stays where it was opened.
+            workers: threads that decode, while on a CPU as many batches are computed at once, as
+                far as torch has threads; 0 does all in the calling thread. None has one per core,
+                up to 8, and 0 for an iterator, so that a batch is answered before more is taken
+                from it.
+            precision: of the backbone in torch. `bf16` is faster where the hardware has it, and
+                moves scores by up to some hundredths; `auto` is bf16 there and fp32 elsewhere.
+            compiled: run the backbone through torch.compile, which takes a minute at the first
+                batch.
+            on_bad_image: `error` stops at an unreadable image, `skip` gives it a prediction without
+                labels and with `.error`.
+
+        Returns:
+            One `Prediction` per image.
+
+        Raises:
+            TypeError: `images` holds something else.
+            ValueError: an array or tensor has another shape or type, or options do not fit.
+            BadImageError: an image cannot be read.
+        """
+        return list(
+            self.predict_iter(
+                images,
+                top_k=top_k,
+                beam_size=beam_size,
+                min_labels=min_labels,
+                forbidden_labels=forbidden_labels,
+                decide=decide,
+                threshold=threshold,
+                batch_size=batch_size,
+                device=device,
+                workers=workers,
+                precision=precision,
+                compiled=compiled,
+                on_bad_image=on_bad_image,
+            )
+        )
+
+    def predict_iter(
+        self,
+        images: Any,
+        *,
+        top_k: int | None = None,
+        beam_size: int | None = None,
+        min_labels: int | None = None,
+        forbidden_labels: Sequence[str] = (),
+        decide: Decide = "path",
+        threshold: float | None = None,
+        batch_size: int = 64,
+        device: str | None = None,
+        workers: int | None = None,
+        precision: Precision = "fp32",
+        compiled: bool = False,
+        on_bad_image: OnBadImage = "error",
+    ) -> Iterator[Prediction]:
+        """Predict image after image, holding a few batches at a time; arguments as in `predict`.
+
+        `images` may also be any iterable of single images, such as a generator that never ends.
+        With `workers` up to three batches, and on a CPU one for each thread of torch, are taken
+        ahead of the prediction that is returned.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if on_bad_image not in ("error", "skip"):
+            raise ValueError(f"on_bad_image must be error or skip, got {on_bad_image!r}")
+        options = Options(
+            top_k, decide if threshold is None else "threshold", threshold, min_labels
+        )
+        running = Running(beam_size, min_labels, forbidden_labels, device, precision, compiled)
+        return predict_images(
+            images,
+            self.image_model(running),
+            options,
+            batch_size=batch_size,
+            workers=workers,
+            on_bad_image=on_bad_image,
+        )
+
+    def predict_features(
+        self,
+        features: Tensor | np.ndarray[Any, Any],
+        *,
+        top_k: int | None = None,
+        beam_size: int | None = None,
+        min_labels: int | None = None,
+        forbidden_labels: Sequence[str] = (),
+        decide: Decide = "path",
+        threshold: float | None = None,
+        device: str | None = None,
+    ) -> list[Prediction]:
+        """Predict label sets of feature vectors [B, F]; other arguments as in `predict`."""
+        options = Options(
+            top_k, decide if threshold is None else "threshold", threshold, min_labels
+        )
+        use_one_thread_if_forked()
+        batch = torch.as_tensor(features).to(torch.float32)
+        running = Running(beam_size, min_labels, forbidden_labels, device)
+        inference = self.infer_features(batch, running)
+        return decided_predictions(inference, self.labels, self.calibration, options)
+
+
+class TorchPredictor(Predictor):
+    """A predictor whose backbone and head torch runs; a module, too.
+
+    Attributes:
+        search: the options of the search that it runs by default.
+        backbone: the image network; None for feature vectors.
+    """
+
+    search: SearchConfig
+    backbone: Backbone | None
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the weights are."""
+
+    @abstractmethod
+    def infer(self, features: Tensor, search: SearchConfig | None = None) -> Inference:
+        """Search feature vectors [n, F]; the model's own search by default."""
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the backbone's features [B, F] of normalised images [B, 3, S, S]."""
+        features: Tensor = self._required_backbone()(images)
+        return features
+
+    def _required_backbone(self) -> Backbone:
+        if self.backbone is None:
+            raise ValueError(
+                "this model was trained on feature vectors and reads no images; "
+                "use model.predict_features(features)"
+            )
+        return self.backbone
+
+    def image_model(self, running: Running) -> ImageModel:
+        """Return what runs images as the options say; see `Predictor.image_model`."""
+        self._required_backbone()
+        search = self._searched_by(running)
+        return TorchModel(self, search, running.precision, running.compiled)
+
+    def infer_features(self, features: Tensor, running: Running) -> Inference:
+        """Search feature vectors as the options say; see `Predictor.infer_features`."""
+        search = self._searched_by(running)
+        return self.infer(features.to(self.device), search)
+
+    def _searched_by(self, running: Running) -> SearchConfig:
+        """Bring the module to its device, in eval mode, and return the options of its search."""
+        if running.forbidden_labels:
+            raise ValueError(
+                "forbidden_labels need the search in ONNX Runtime: cnnrnn.export_onnx, then "
+                "OnnxPredictor"
+            )
+        assert isinstance(self, nn.Module)
+        if running.device is not None:
+            self.to(resolve_device(running.device))
+        self.eval()
+        options = {"beam_size": running.beam_size, "min_labels": running.min_labels}
+        changes: dict[str, Any] = {name: v for name, v in options.items() if v is not None}
+        return replace(self.search, **changes)
+
+
+class TorchModel:
+    """What `predict_images` needs of a model whose backbone torch runs.
+
+    Args:
+        model: has a backbone, in eval mode.
+        search: the options of the search.
+        precision: of the backbone.
+        compiled: compile the backbone with torch.compile, once per model.
+    """
+
+    def __init__(
+        self,
+        model: TorchPredictor,
+        search: SearchConfig,
+        precision: Precision = "fp32",
+        compiled: bool = False,
+    ) -> None:
+        assert model.backbone is not None
+        if precision not in get_args(Precision):
+            raise ValueError(f"precision must be fp32, bf16 or auto, got {precision!r}")
+        self.labels = model.labels
+        self.calibration: Calibration = model.calibration
+        self.preprocessing = model.backbone.preprocessing
+        self._model = model
+        self._search = search
+        self._backbone = _compiled(model.backbone) if compiled else model.backbone
+        self._half = precision == "bf16" or (precision == "auto" and has_bf16(model.device))
+
+    @property
+    def torch_threads(self) -> int:
+        """Those of this thread on a CPU; on a GPU batches follow each other."""
+        return torch.get_num_threads() if self._model.device.type == "cpu" else 0
+
+    @torch.no_grad()
+    def begin(self, images: list[Tensor]) -> Callable[[], Inference]:
+        """Run the backbone, which a GPU does while the caller goes on."""
+        features = self.features(images)
+        return lambda: self._model.infer(features, self._search)
+
+    @torch.no_grad()
+    def features(self, images: list[Tensor]) -> Tensor:
+        """Return the backbone's features [n, F] of images, as `ImageModel.begin` takes them."""
+        device = self._model.device
+        parts = [torch.stack(images)] if _alike(images) else [image[None] for image in images]
+        batch = torch.cat([normalize(part.to(device), self.preprocessing) for part in parts])
+        with torch.autocast(device.type, torch.bfloat16, enabled=self._half):
+            features: Tensor = self._backbone(batch)
+        return features.float()
+
+
+def _alike(images: list[Tensor]) -> bool:
+    return len({(image.dtype, image.device) for image in images}) == 1
+
+
+def _run_backbone(backbone: nn.Module, images: Tensor) -> Tensor:
+    features: Tensor = backbone(images)
+    return features
+
+
+def _compiled(backbone: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return a backbone compiled; torch finds what it has compiled by the function and the module.
+
+    `torch.compile(backbone)` would be kept by whoever keeps it, and keep the backbone.
+    """
+    return partial(torch.compile(_run_backbone), backbone)
