@@ -22,11 +22,11 @@
 #include <vector>
 
 #include "head_registry.h"
-#include "kernels/cpu_head.h"
-#include "kernels/cpu_kernels.h"
+#include "kernels/cpu/head.h"
+#include "kernels/cpu/loops.h"
 #include "kernels/search.h"
 #if defined(CNNRNN_WITH_CUDA)
-#include "kernels/cuda_head.h"
+#include "kernels/cuda/head.h"
 #endif
 
 namespace {

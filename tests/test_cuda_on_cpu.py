@@ -86,11 +86,9 @@ def test_the_stand_in_for_a_gpu(tmp_path):
 
 def test_the_program_for_the_memory_checker_on_a_gpu_finds_no_difference(tmp_path):
     program = tmp_path / "sanitized"
-    kernels = emulated.CSRC / "kernels"
-    cpu = ["search_cpu", "aligned_floats", "cpu_head", "prefix_table", "cpu_dispatch",
-           "cpu_kernels_portable"]  # fmt: skip
+    cpu = ["search", "aligned_floats", "head", "prefix_table", "dispatch", "loops_portable"]
     sources = [source for source in emulated.SOURCES if source.name != "search.cpp"]
-    sources += [kernels / f"{name}.cpp" for name in cpu]
+    sources += [emulated.CSRC / "kernels" / "cpu" / f"{name}.cpp" for name in cpu]
     emulated.compile_and_link([*sources, emulated.HERE.parent / "gpu" / "sanitized.cpp"], program)
     result = subprocess.run([program], capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout == "all as on the CPU\n", result.stderr

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "math.h"
+#include "kernels/math.h"
 
 namespace cnnrnn {
 

@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <functional>
 
-#include "math.h"
+#include "kernels/math.h"
 
 namespace cnnrnn {
 
@@ -83,7 +83,7 @@ constexpr int64_t kAllRounds = -1;
 using Work = std::function<void(int64_t begin, int64_t end)>;
 using ParallelFor = std::function<void(int64_t n, const Work& work)>;
 
-class CpuHead;  // cpu_head.h
+class CpuHead;  // cpu/head.h
 
 // Finds the N best label paths of every image. Safe to call from several threads with one head;
 // the result depends on neither the number of threads nor what the head has kept.

@@ -6,7 +6,7 @@
 
 #include <cmath>
 
-#include "math.h"
+#include "kernels/math.h"
 
 namespace cnnrnn {
 

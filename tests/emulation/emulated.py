@@ -22,9 +22,9 @@ from cnnrnn.search.engine import head_parameters
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 SOURCES = [
-    CSRC / "kernels" / "search_cuda.cu",
-    CSRC / "kernels" / "lstm_step_cuda.cu",
-    CSRC / "kernels" / "cuda_head.cpp",
+    CSRC / "kernels" / "cuda" / "search.cu",
+    CSRC / "kernels" / "cuda" / "states.cu",
+    CSRC / "kernels" / "cuda" / "head.cpp",
     HERE / "search.cpp",
     HERE / "cuda_on_cpu.cpp",
     HERE / "tensor_cores.cpp",
@@ -51,7 +51,7 @@ def compile_and_link(sources: list[Path], target: Path, *link: str) -> None:
     assert command is not None
     objects = []
     for source in sources:
-        objects.append(target.with_name(f"{source.name}.o"))
+        objects.append(target.with_name(f"{source.parent.name}-{source.name}.o"))
         compile_one = [*command, *OPTIONS, f"-I{HERE}", f"-I{CSRC}", "-x", "c++", "-c", source]
         subprocess.run([*compile_one, "-o", objects[-1]], check=True)
     subprocess.run([*command, *link, *objects, "-o", target], check=True)

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "cuda_runtime.h"
-#include "kernels/cuda_head.h"
+#include "kernels/cuda/head.h"
 
 namespace {
 

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "cuda_runtime.h"
-#include "kernels/launch.h"
+#include "kernels/cuda/launch.h"
 
 namespace cnnrnn {
 

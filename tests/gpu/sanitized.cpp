@@ -10,10 +10,10 @@
 #include <vector>
 
 #include "cuda_runtime.h"
-#include "kernels/cpu_head.h"
-#include "kernels/cpu_kernels.h"
-#include "kernels/cuda_head.h"
-#include "kernels/launch.h"
+#include "kernels/cpu/head.h"
+#include "kernels/cpu/loops.h"
+#include "kernels/cuda/head.h"
+#include "kernels/cuda/launch.h"
 
 namespace {
 

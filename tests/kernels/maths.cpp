@@ -13,8 +13,8 @@
 
 #include "kernels/beam.h"
 #include "kernels/math.h"
-#include "kernels/prefix_slots.h"
-#include "kernels/row_best.h"
+#include "kernels/cuda/prefix_slots.h"
+#include "kernels/cuda/row_best.h"
 #include "kernels/topn.h"
 
 namespace {

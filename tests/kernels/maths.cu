@@ -1,4 +1,4 @@
-// Uses every function of csrc/kernels/math.h, topn.h, row_best.h, prefix_key.h and beam.h in a
+// Uses every function of csrc/kernels/math.h, topn.h, cuda/row_best.h, prefix_key.h and beam.h in a
 // kernel and on the host; run where there is a GPU, it compares the two.
 
 #include <cmath>
@@ -9,7 +9,7 @@
 #include "kernels/beam.h"
 #include "kernels/math.h"
 #include "kernels/prefix_key.h"
-#include "kernels/row_best.h"
+#include "kernels/cuda/row_best.h"
 #include "kernels/topn.h"
 
 namespace {

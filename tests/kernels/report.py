@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = [ROOT / "csrc" / "kernels" / name for name in ("search_cuda.cu", "lstm_step_cuda.cu")]
+SOURCES = [ROOT / "csrc" / "kernels" / "cuda" / name for name in ("search.cu", "states.cu")]
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 COUNTED = ("FFMA", "HMMA", "MUFU", "SHFL", "LDS", "STS", "LDG", "STG", "LDL", "STL", "BAR")
 

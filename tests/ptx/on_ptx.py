@@ -18,7 +18,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "emu
 import emulated  # noqa: E402  # folders of the tests, not packages
 import ptx  # noqa: E402
 
-SOURCES = [emulated.CSRC / "kernels" / name for name in ("search_cuda.cu", "lstm_step_cuda.cu")]
+SOURCES = [emulated.CSRC / "kernels" / "cuda" / name for name in ("search.cu", "states.cu")]
 TAKE_LAUNCH = ctypes.CFUNCTYPE(
     ctypes.c_bool, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t, ctypes.c_int,
     ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_size_t),

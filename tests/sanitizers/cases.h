@@ -7,7 +7,7 @@
 #include <random>
 #include <vector>
 
-#include "kernels/cpu_head.h"
+#include "kernels/cpu/head.h"
 #include "kernels/search.h"
 
 namespace cnnrnn::cases {

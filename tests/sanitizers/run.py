@@ -44,22 +44,22 @@ class Planted(NamedTuple):
 OVERFLOW = "heap-buffer-overflow"
 # GCC's AddressSanitizer does not classify a wide access that begins inside its buffer.
 WIDE_OVERFLOW = f"({OVERFLOW}|unknown-crash)"
-KERNELS = r"cpu_kernels_impl\.h"
+KERNELS = r"loops_impl\.h"
 
 PLANTED = {
     "address": {
         "short-image": Planted(OVERFLOW, rf"activate_sum .*{KERNELS}"),
         "short-panels": Planted(WIDE_OVERFLOW, rf"product_tile.*{KERNELS}"),
         "short-sums": Planted(WIDE_OVERFLOW, rf"product_tile.*{KERNELS}"),
-        "freed-head": Planted("heap-use-after-free", r"beam_search_cpu.*search_cpu\.cpp"),
+        "freed-head": Planted("heap-use-after-free", r"beam_search_cpu.*cpu/search\.cpp"),
         "evicted-state": Planted("heap-use-after-free", rf"activate_sum .*{KERNELS}"),
         "wide-beam": Planted("index 16 out of bounds", rf"select .*{KERNELS}"),
-        "invalid-bool": Planted("load of value 2, which is not", r"finish_step.*search_cpu\.cpp"),
-        "misaligned-weights": Planted("load of misaligned address", r"panels .*cpu_head\.cpp"),
+        "invalid-bool": Planted("load of value 2, which is not", r"finish_step.*cpu/search\.cpp"),
+        "misaligned-weights": Planted("load of misaligned address", r"panels .*cpu/head\.cpp"),
         "huge-width": Planted("signed integer overflow", rf"product .*{KERNELS}"),
     },
     "thread": {
-        "shared-output": Planted("data race", r"beam_search_cpu.*search_cpu\.cpp"),
+        "shared-output": Planted("data race", r"beam_search_cpu.*cpu/search\.cpp"),
         # Only the later access of a race is sure to have its stack; which one it is, is chance.
         "written-state": Planted("data race", rf"(product_tile|activate_sum).*{KERNELS}"),
         "find-without-stay": Planted(
@@ -203,7 +203,7 @@ def run_tests(compiler: str) -> None:
     }
     announce("address: a bug planted in front of the Python module")
     command = [sys.executable, "-c", SEARCH_A_SHORT_TENSOR, module]
-    planted = Planted(OVERFLOW, r"all_finite .*search_cpu\.cpp")
+    planted = Planted(OVERFLOW, r"all_finite .*cpu/search\.cpp")
     if "searched rightly" not in must_be_caught(command, planted, **environment):
         sys.exit("sanitizers: the report came before the bug")
     announce("address: tests of the search")

@@ -1,11 +1,11 @@
-// Entry points of search_cuda.cu: packing label embeddings, and one pass of the search over images.
+// Entry points of search.cu: packing label embeddings, and one pass of the search over images.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
-#include "device_head.h"
+#include "kernels/cuda/device_head.h"
 
 namespace cnnrnn {
 

@@ -6,11 +6,11 @@
 
 #include <cstdint>
 
-#include "beam.h"
-#include "device_head.h"
-#include "label_scores_cuda.h"
-#include "row_best.h"
-#include "warp_state_cuda.h"
+#include "kernels/beam.h"
+#include "kernels/cuda/device_head.h"
+#include "kernels/cuda/label_scores.h"
+#include "kernels/cuda/row_best.h"
+#include "kernels/cuda/warp_state.h"
 
 namespace cnnrnn {
 

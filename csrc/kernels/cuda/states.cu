@@ -13,10 +13,10 @@
 
 #include <cstdint>
 
-#include "device_head.h"
-#include "launch.h"
-#include "lstm_step_cuda.h"
-#include "math.h"
+#include "kernels/cuda/device_head.h"
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/states.h"
+#include "kernels/math.h"
 
 namespace cnnrnn {
 

@@ -5,10 +5,10 @@
 #include <cstdint>
 #include <vector>
 
-#include "aligned_floats.h"
-#include "cpu_kernels.h"
-#include "prefix_table.h"
-#include "search.h"
+#include "kernels/cpu/aligned_floats.h"
+#include "kernels/cpu/loops.h"
+#include "kernels/cpu/prefix_table.h"
+#include "kernels/search.h"
 
 namespace cnnrnn {
 

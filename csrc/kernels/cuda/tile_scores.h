@@ -1,5 +1,5 @@
 // How a warp scores the labels of a tile, up to 16 of its paths: gathers h(U_o o + e), completes
-// the panels that label_scores_cuda.h multiplies, ends their softmax, and adds marginals. Device
+// the panels that label_scores.h multiplies, ends their softmax, and adds marginals. Device
 // code.
 #pragma once
 
@@ -7,11 +7,11 @@
 
 #include <cstdint>
 
-#include "device_head.h"
-#include "label_scores_cuda.h"
-#include "label_selection_cuda.h"
-#include "math.h"
-#include "warp_state_cuda.h"
+#include "kernels/cuda/device_head.h"
+#include "kernels/cuda/label_scores.h"
+#include "kernels/cuda/label_selection.h"
+#include "kernels/cuda/warp_state.h"
+#include "kernels/math.h"
 
 namespace cnnrnn {
 

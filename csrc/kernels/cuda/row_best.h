@@ -8,9 +8,9 @@
 #include <cmath>
 #include <cstdint>
 
-#include "math.h"
-#include "search.h"
-#include "topn.h"
+#include "kernels/math.h"
+#include "kernels/search.h"
+#include "kernels/topn.h"
 
 namespace cnnrnn {
 

@@ -13,7 +13,7 @@
 
 #include <cstdint>
 
-#include "device_head.h"
+#include "kernels/cuda/device_head.h"
 
 namespace cnnrnn {
 

@@ -1,4 +1,4 @@
-#include "aligned_floats.h"
+#include "kernels/cpu/aligned_floats.h"
 
 #include <algorithm>
 #include <new>

@@ -8,8 +8,8 @@
 
 #include <cstdint>
 
-#include "math.h"
-#include "prefix_key.h"
+#include "kernels/math.h"
+#include "kernels/prefix_key.h"
 
 namespace cnnrnn {
 

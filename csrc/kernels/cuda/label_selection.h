@@ -1,7 +1,7 @@
 // Softmax and the best labels of the 16 rows of a tile, while labels go by in chunks. Device code.
 //
 // Two views of a warp's lanes. As rows, a group of lanes holds the scores of some rows, as
-// label_scores_cuda.h lays them out, and each lane keeps its own part of a row's softmax to the
+// label_scores.h lays them out, and each lane keeps its own part of a row's softmax to the
 // end. As paths, a lane owns one live path; it knows which row that is in and keeps its best
 // labels. Of a chunk's labels only those pass from rows to paths that may be among what the path
 // looks for. After the last chunk, which is the only one of up to 95 labels, that is what may be
@@ -12,9 +12,9 @@
 
 #include <cstdint>
 
-#include "label_scores_cuda.h"
-#include "math.h"
-#include "row_best.h"
+#include "kernels/cuda/label_scores.h"
+#include "kernels/cuda/row_best.h"
+#include "kernels/math.h"
 
 namespace cnnrnn {
 

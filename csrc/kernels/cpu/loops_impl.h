@@ -1,5 +1,5 @@
-// Loops of cpu_kernels.h, at the vector width of the instruction set that the including file is
-// compiled for. Included once by each cpu_kernels_*.cpp.
+// Loops of loops.h, at the vector width of the instruction set that the including file is
+// compiled for. Included once by each loops_*.cpp.
 //
 // The two products are where the arithmetic is. A register tile of kTileRows x kTileVectors sums
 // stays in registers while k runs: 12 of 16 vector registers (24 of 32 with AVX-512), so that 7
@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #endif
 
-#include "cpu_kernels.h"
+#include "kernels/cpu/loops.h"
 
 namespace cnnrnn {
 

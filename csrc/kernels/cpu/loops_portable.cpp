@@ -1,4 +1,4 @@
-#include "cpu_kernels_impl.h"
+#include "kernels/cpu/loops_impl.h"
 
 namespace cnnrnn {
 

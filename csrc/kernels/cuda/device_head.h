@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-#include "beam.h"
-#include "prefix_slots.h"
-#include "search.h"
+#include "kernels/beam.h"
+#include "kernels/cuda/prefix_slots.h"
+#include "kernels/search.h"
 
 namespace cnnrnn {
 
@@ -47,7 +47,7 @@ struct DeviceHead {
   Cell cell;
   Activation activation;
 
-  const unsigned char* exact_panels;  // [panels] as label_scores_cuda.h lays them out
+  const unsigned char* exact_panels;  // [panels] as label_scores.h lays them out
   const unsigned char* fast_panels;   // [panels]
   const float* input_gates;           // [L+2, 4H]: U_w w and the biases, rows as label_embedding's
   const float* hidden_weight;         // [4H, H]

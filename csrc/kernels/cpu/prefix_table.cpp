@@ -1,4 +1,4 @@
-#include "prefix_table.h"
+#include "kernels/cpu/prefix_table.h"
 
 #include <algorithm>
 #include <bit>

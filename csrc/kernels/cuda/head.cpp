@@ -1,4 +1,4 @@
-#include "cuda_head.h"
+#include "kernels/cuda/head.h"
 
 #include <algorithm>
 #include <limits>
@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "launch.h"
+#include "kernels/cuda/launch.h"
 
 namespace cnnrnn {
 namespace {

@@ -18,8 +18,8 @@
 #include <mutex>
 #include <vector>
 
-#include "aligned_floats.h"
-#include "prefix_key.h"
+#include "kernels/cpu/aligned_floats.h"
+#include "kernels/prefix_key.h"
 
 namespace cnnrnn {
 

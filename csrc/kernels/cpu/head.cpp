@@ -1,4 +1,4 @@
-#include "cpu_head.h"
+#include "kernels/cpu/head.h"
 
 #include <algorithm>
 #include <limits>

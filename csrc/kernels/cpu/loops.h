@@ -7,8 +7,8 @@
 
 #include <cstdint>
 
-#include "beam.h"
-#include "math.h"
+#include "kernels/beam.h"
+#include "kernels/math.h"
 
 namespace cnnrnn {
 

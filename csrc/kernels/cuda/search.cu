@@ -3,17 +3,17 @@
 // A warp owns some images, as many as have 32 live paths together, or half of them where a batch is
 // too small to fill the device. A lane owns a path, so that whatever an image decides stays within
 // a warp and no block-wide barrier is needed. In each step
-// - each lane looks up the prefix of its path in the table (warp_state_cuda.h). Paths that are to
+// - each lane looks up the prefix of its path in the table (warp_state.h). Paths that are to
 // be
 //   scored are dealt out to tiles of 16 rows, one tile after the other, and the warp gathers
-//   h(U_o o + e) of a tile (tile_scores_cuda.h);
-// - labels go by in panels of 32, which label_scores_cuda.h multiplies, exactly in fp32 or fast in
-//   fp16. label_selection_cuda.h keeps softmax's denominator and hands the labels that may be among
+//   h(U_o o + e) of a tile (tile_scores.h);
+// - labels go by in panels of 32, which label_scores.h multiplies, exactly in fp32 or fast in
+//   fp16. label_selection.h keeps softmax's denominator and hands the labels that may be among
 //   the best to the lanes that own their paths (row_best.h): scores of labels are never written to
 //   device memory;
 // - lane m of the warp offers the ends of the m-th image with beam.h, the lanes of an image choose
 //   its N best continuations one by one, and lane m decides what lives on or is dropped
-//   (step_decisions_cuda.h);
+//   (step_decisions.h);
 // - an image that needs states that are not there enters their prefixes into the table and is
 //   parked: its beam goes to memory, and another launch takes it up when they have been made.
 //
@@ -31,14 +31,14 @@
 #include <stdexcept>
 #include <string>
 
-#include "device_head.h"
-#include "label_scores_cuda.h"
-#include "label_selection_cuda.h"
-#include "launch.h"
-#include "search_cuda.h"
-#include "step_decisions_cuda.h"
-#include "tile_scores_cuda.h"
-#include "warp_state_cuda.h"
+#include "kernels/cuda/device_head.h"
+#include "kernels/cuda/label_scores.h"
+#include "kernels/cuda/label_selection.h"
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/search.h"
+#include "kernels/cuda/step_decisions.h"
+#include "kernels/cuda/tile_scores.h"
+#include "kernels/cuda/warp_state.h"
 
 namespace cnnrnn {
 

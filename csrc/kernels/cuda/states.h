@@ -1,12 +1,12 @@
-// Entry points of lstm_step_cuda.cu: packing the recurrence and making prefix states.
+// Entry points of states.cu: packing the recurrence and making prefix states.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
-#include "device_head.h"
-#include "search.h"
+#include "kernels/cuda/device_head.h"
+#include "kernels/search.h"
 
 namespace cnnrnn {
 

@@ -5,10 +5,10 @@
 #include <cstdint>
 #include <mutex>
 
-#include "device_head.h"
-#include "lstm_step_cuda.h"
-#include "search.h"
-#include "search_cuda.h"
+#include "kernels/cuda/device_head.h"
+#include "kernels/cuda/search.h"
+#include "kernels/cuda/states.h"
+#include "kernels/search.h"
 
 namespace cnnrnn {
 

@@ -6,12 +6,12 @@
 
 #include <cstdint>
 
-#include "beam.h"
-#include "device_head.h"
-#include "label_scores_cuda.h"
-#include "label_selection_cuda.h"
-#include "prefix_slots.h"
-#include "row_best.h"
+#include "kernels/beam.h"
+#include "kernels/cuda/device_head.h"
+#include "kernels/cuda/label_scores.h"
+#include "kernels/cuda/label_selection.h"
+#include "kernels/cuda/prefix_slots.h"
+#include "kernels/cuda/row_best.h"
 
 namespace cnnrnn {
 

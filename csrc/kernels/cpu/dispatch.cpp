@@ -3,7 +3,7 @@
 #include <cstring>
 #include <initializer_list>
 
-#include "cpu_kernels.h"
+#include "kernels/cpu/loops.h"
 
 namespace cnnrnn {
 

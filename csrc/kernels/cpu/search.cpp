@@ -9,6 +9,8 @@
 // result needs, and a path below it can change nothing any more (scores only fall), so its state is
 // not made. Most states that a search could ask for are saved this way.
 
+#include "kernels/search.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -16,11 +18,10 @@
 #include <mutex>
 #include <vector>
 
-#include "beam.h"
-#include "cpu_head.h"
-#include "cpu_kernels.h"
-#include "prefix_table.h"
-#include "search.h"
+#include "kernels/beam.h"
+#include "kernels/cpu/head.h"
+#include "kernels/cpu/loops.h"
+#include "kernels/cpu/prefix_table.h"
 
 namespace cnnrnn {
 namespace {
