@@ -36,23 +36,23 @@ format: $(VENV)/installed-dev
 
 # The search under AddressSanitizer, UBSan and ThreadSanitizer, built in build/sanitize.
 sanitize: $(VENV)/installed-dev
-	$(BIN)/python tests/sanitizers/run.py
+	$(BIN)/python -m tests.kernels.sanitizers.run
 
 # What nvcc makes of the CUDA kernels, for every architecture: registers, spills, instructions.
 kernel-report: $(VENV)/installed-dev
-	$(BIN)/python tests/kernels/report.py --out build/kernel-report
+	$(BIN)/python -m tests.kernels.reports.report --out build/kernel-report
 
 # On a machine with a GPU: build for it, test, check memory and races, time; one JSON with COMMIT in
 # it. With the Python that has torch, and nothing installed.
 gpu-check:
-	$(PYTHON) tests/gpu/check.py --commit "$(COMMIT)" $(ARGS)
+	$(PYTHON) -m tests.kernels.gpu.check --commit "$(COMMIT)" $(ARGS)
 
 # Time the search against its opponents, and make the documentation's tables from the figures.
 bench: $(VENV)/installed-dev
-	$(BIN)/python benchmarks/heads.py  # trains them where they are not there yet
+	$(BIN)/python -m benchmarks.search.heads  # trains them where they are not there yet
 	$(BIN)/python -m pytest benchmarks --benchmark-json=build/benchmarks.json
-	$(BIN)/python benchmarks/table.py build/benchmarks.json benchmarks/results/cpu.json
-	$(BIN)/python benchmarks/table.py benchmarks/results/cpu.json
+	$(BIN)/python -m benchmarks.tables build/benchmarks.json benchmarks/results/cpu.json
+	$(BIN)/python -m benchmarks.tables benchmarks/results/cpu.json
 
 # Train the model that ships in the package anew, and measure it on scenes of another seed.
 scenes-model: $(VENV)/installed

@@ -1,6 +1,6 @@
 """Time and memory of the data readers at full size, on made-up sources.
 
-    python benchmarks/data_sources.py FOLDER [NAME ...]
+    python -m benchmarks.data_sources FOLDER [NAME ...]
 
 writes the sources into FOLDER where they are not there yet (2 GB, and 400,000 empty image files),
 reads each in a process of its own and prints a table. Each source has the record count, the file
@@ -9,6 +9,7 @@ layout and about the file sizes of the data set that it is named after; its labe
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from label_sets import sample_label_sets
+
+from benchmarks.search.label_sets import sample_label_sets
 
 COCO_IMAGES, COCO_LABELS = 120_000, 80
 NUS_IMAGES, NUS_CONCEPTS, NUS_TAGS = 269_648, 81, 1_000
@@ -181,7 +183,7 @@ def _status(name: str) -> float:
 
 
 def _measured(what: str, argument: str) -> list[float]:
-    command = [sys.executable, __file__, "--measure", what, argument]
+    command = [sys.executable, "-m", "benchmarks.data_sources", "--measure", what, argument]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     values: list[float] = json.loads(result.stdout)
     return values
@@ -192,10 +194,14 @@ def main() -> None:
     if sys.argv[1:2] == ["--measure"]:
         measure(*sys.argv[2:])
         return
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="where the sources are, or are written")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(SOURCES)}")
+    options = parser.parse_args()
+    folder = options.folder
     print("| source | records | file, MiB | seconds | peak, MiB | after, MiB |")
     print("|---|---|---|---|---|---|")
-    for name in sys.argv[2:] or SOURCES:
+    for name in options.names or SOURCES:
         spec, write, part = SOURCES[name]
         root = folder / name.split()[0]
         if not root.exists():

@@ -1,4 +1,4 @@
-"""What a deployed model takes: `python benchmarks/deployment.py --out results/deployment.json`.
+"""What a deployed model takes: `python -m benchmarks.deployment --out results/deployment.json`.
 
 A ResNet-50 (random weights, 224 x 224 uint8 pictures that lie in memory) under a head of 80 labels,
 N = 8, T = 18, marginals included, on the CPU, at batches of 1, 8 and 64:
@@ -36,11 +36,11 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from conftest import processor
-from heads import trained_head
 from PIL import Image
 from torch import Tensor, nn
 
+from benchmarks.conftest import processor
+from benchmarks.search.heads import trained_head
 from cnnrnn import Head, ModelConfig, OnnxPredictor, SearchConfig, beam_search, export_onnx
 from cnnrnn.data.images import decode_image, normalize, to_tensor
 from cnnrnn.labels import LabelSpace

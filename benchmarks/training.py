@@ -1,4 +1,4 @@
-"""An epoch of head training on cached features: `python benchmarks/training.py`.
+"""An epoch of head training on cached features: `python -m benchmarks.training`.
 
 82,783 images with 2,048 features and COCO-like label sets (label_sets.py), the default head and its
 optimiser step included, one thread. The recurrence runs
@@ -23,11 +23,11 @@ from statistics import median
 
 import numpy as np
 import torch
-from label_sets import sample_label_sets
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from benchmarks.search.label_sets import sample_label_sets
 from cnnrnn.config import ModelConfig, TrainConfig
 from cnnrnn.labels import PAD, forbidden_labels, increasing_paths, prefix_trie
 from cnnrnn.network.head import Head, ImageEmbedding

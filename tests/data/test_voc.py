@@ -1,0 +1,268 @@
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from cnnrnn.data import DataError, Problems, load_dataset
+from cnnrnn.data.sources.voc import MAX_XML_BYTES, VOC_LABELS, load_voc
+from tests.data import sources
+
+pytest.importorskip("defusedxml")
+
+CAT, DOG, PERSON = (VOC_LABELS.index(name) for name in ("cat", "dog", "person"))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return sources.write_voc(tmp_path / "VOCdevkit" / "VOC2007")
+
+
+def test_everything_is_read(root: Path) -> None:
+    dataset = load_dataset(f"voc:{root}")
+    assert dataset.source == f"voc:{root}" and len(dataset.label_names) == 20
+    ids = ("000001", "2008_000003", "000002", "000004")
+    assert dataset.image_paths == tuple(root / "JPEGImages" / f"{i}.jpg" for i in ids)
+    assert [dataset.labels(i).tolist() for i in range(4)] == [[DOG, PERSON], [DOG], [CAT], []]
+    assert {name: records.tolist() for name, records in dataset.splits.items()} == {
+        "train": [0, 1], "val": [2], "trainval": [0, 2, 1], "test": [3],
+    }  # fmt: skip
+
+
+def test_difficult_objects_are_neither_present_nor_absent(root: Path) -> None:
+    dataset = load_voc(root)
+    assert dataset.unknown_matrix().nonzero().tolist() == [[2, DOG]]
+    part = dataset.split("trainval")
+    assert part.unknown_matrix().nonzero().tolist() == [[1, DOG]]
+    assert part.label_matrix()[1].nonzero().flatten().tolist() == [CAT]
+
+
+def test_boxes_cover_pixels_from_0(root: Path) -> None:
+    boxes = load_voc(root).boxes
+    assert boxes is not None and boxes.indptr.tolist() == [0, 2, 3, 4, 4]
+    assert boxes.label_indices.tolist() == [DOG, PERSON, DOG, CAT]
+    assert boxes.xywh.tolist() == [[1, 0, 3, 6], [0, 0, 8, 6], [0.5, 1, 2.75, 3], [2, 2, 1, 1]]
+
+
+@pytest.mark.parametrize("up", [1, 2])
+def test_a_folder_with_one_year(root: Path, up: int) -> None:
+    assert load_voc(root.parents[up - 1]).source == f"voc:{root}"
+
+
+def test_a_folder_with_two_years(root: Path) -> None:
+    shutil.copytree(root, root.with_name("VOC2012"))
+    with pytest.raises(DataError, match="VOC2007, VOC2012: name one, such as voc:.*VOC2007"):
+        load_voc(root.parent)
+
+
+def test_label_files_are_not_needed(root: Path) -> None:
+    for file in root.glob("ImageSets/Main/*_*.txt"):
+        file.unlink()
+    assert load_voc(root).label_counts()[DOG] == 2
+
+
+def test_a_split_named_like_a_label(root: Path) -> None:
+    """`train` is a label as well: train_train.txt is its file for the split."""
+    main = root / "ImageSets" / "Main"
+    (main / "train_train.txt").write_text("000001 -1\n2008_000003 -1\n")
+    assert set(load_voc(root).splits) == {"train", "val", "trainval", "test"}
+    (main / "train_train.txt").write_text("000001 -1\n2008_000003  1\n")
+    with pytest.raises(DataError, match="train_train.txt, line 2: image 2008_000003 must be -1"):
+        load_voc(root)
+
+
+def test_a_split_of_ones_own(root: Path) -> None:
+    """train_small.txt is no file of the label train where there is no split small."""
+    main = root / "ImageSets" / "Main"
+    (main / "train_small.txt").write_text("2008_000003\n")
+    (main / "dog_tiny.txt").write_text("000001 -1\n")
+    dataset = load_voc(root)
+    assert set(dataset.splits) == {"train", "val", "trainval", "test", "train_small"}
+    assert dataset.splits["train_small"].tolist() == [1]
+
+
+def test_a_test_split_may_lack_annotations(root: Path) -> None:
+    (root / "ImageSets" / "Main" / "test.txt").write_text("000004\n000005\n")
+    for file in root.glob("ImageSets/Main/*_test.txt"):
+        file.write_text("000004 -1\n000005 -1\n")
+    with pytest.warns(UserWarning, match=r"test.txt: 1 of its 2 images have no annotation, the "
+                                         r"first is line 2 \(image 000005\)"):  # fmt: skip
+        dataset = load_voc(root)
+    assert dataset.splits["test"].tolist() == [3]
+
+
+def test_a_missing_difficult_means_0(root: Path) -> None:
+    file = root / "Annotations" / "000002.xml"
+    file.write_text(file.read_text().replace("<difficult>0</difficult>", ""))
+    assert load_voc(root).labels(2).tolist() == [CAT]
+
+
+def test_a_split_without_any_annotation_is_left_out(root: Path) -> None:
+    (root / "Annotations" / "000004.xml").unlink()
+    with pytest.warns(UserWarning, match="test.txt: none of its 1 images has an annotation"):
+        dataset = load_voc(root)
+    assert len(dataset) == 3 and "test" not in dataset.splits
+    for file in root.glob("Annotations/*.xml"):
+        file.unlink()
+    with (
+        pytest.warns(UserWarning, match="none of its"),
+        pytest.raises(DataError, match="must hold at least one image, got none in any split"),
+    ):
+        load_voc(root)
+
+
+def test_missing_images(root: Path) -> None:
+    (root / "JPEGImages" / "2008_000003.jpg").unlink()
+    message = r"image 2008_000003 must exist as .*2008_000003.jpg, found no such file \(1 of 4"
+    with pytest.raises(DataError, match=message):
+        load_voc(root)
+    with pytest.warns(UserWarning, match=message):
+        dataset = load_voc(root, on_bad_image="skip")
+    assert dataset.splits["train"].tolist() == [0] and dataset.splits["val"].tolist() == [1]
+    assert dataset.unknown_matrix().nonzero().tolist() == [[1, DOG]]
+
+
+BOMB = '<!DOCTYPE a [<!ENTITY a "ha"><!ENTITY b "&a;&a;&a;">]>'
+XML = sources.voc_xml("000001", sources.VOC_OBJECTS["000001"])
+NAME, BOX = "<name>dog</name>", "<xmin>2</xmin>"
+
+BAD_XML = {
+    "malformed": (XML.replace("</size>", ""), "must be valid XML, got mismatched tag: line 4"),
+    "truncated": (XML[:-20], "must be valid XML, got"),
+    "empty": ("", "must be valid XML, got no element found"),
+    "encoding": ('<?xml version="1.0" encoding="x-none"?><annotation/>', "must be valid XML, got"),
+    "entities": (BOMB + XML, "must be plain XML, got a forbidden DTD"),
+    "external": ('<!DOCTYPE a SYSTEM "file:///etc/passwd">' + XML, "plain XML, got a forbidden"),
+    "huge": ("<annotation>" + " " * MAX_XML_BYTES + "</annotation>", "annotation of at most 10485"),
+    "deep": ("<annotation>" + "<a>" * 100_000, "must be valid XML, got"),
+    "root": ("<html></html>", "must hold an <annotation>, got 'html'"),
+    "filename": (XML.replace("000001.jpg", "../x.jpg"), "filename must be 000001.jpg, got '../x"),
+    "no name": (XML.replace(NAME, ""), "object 1 must have one of VOC's 20 names, got none"),
+    "unknown name": (XML.replace(NAME, "<name>Dog</name>"), "object 1 .*20 names, got 'Dog'"),
+    "two names": (XML.replace(NAME, NAME * 2), "object 1 must have one of .*got '2 of them'"),
+    "difficult": (XML.replace("<difficult>0", "<difficult>2"), "object 1: difficult .*got '2'"),
+    "no box": (XML.replace("bndbox>", "b>"), "object 1 must have a bndbox, found none"),
+    "no xmin": (XML.replace(BOX, ""), "object 1: xmin must be a number below 1e9, got none"),
+    "xmin nan": (XML.replace(BOX, "<xmin>nan</xmin>"), "object 1: xmin must .*got 'nan'"),
+    "xmin inf": (XML.replace(BOX, "<xmin>-inf</xmin>"), "object 1: xmin must .*got '-inf'"),
+    "xmin 1e400": (XML.replace(BOX, "<xmin>1e400</xmin>"), "object 1: xmin must .*got '1e400'"),
+    "xmin long": (XML.replace(BOX, f"<xmin>{'9' * 5000}</xmin>"), "object 1: xmin must .*got '999"),
+    "xmin words": (XML.replace(BOX, "<xmin>two</xmin>"), "object 1: xmin must .*got 'two'"),
+    "xmin other digits": (XML.replace(BOX, "<xmin>٢</xmin>"), "object 1: xmin must .*got '٢'"),
+    "box turned": (XML.replace(BOX, "<xmin>5</xmin>"), "xmin <= xmax.* got 5, 1, 4, 6"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_XML)
+def test_errors_name_file_and_object(root: Path, case: str) -> None:
+    text, message = BAD_XML[case]
+    file = root / "Annotations" / "000001.xml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=message) as caught:
+        load_voc(root)
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_entity_is_never_expanded(root: Path) -> None:
+    """Without the rule against DTDs this would read as a name of VOC's."""
+    file = root / "Annotations" / "000001.xml"
+    file.write_text('<!DOCTYPE a [<!ENTITY dog "dog">]>' + XML.replace(NAME, "<name>&dog;</name>"))
+    with pytest.raises(DataError, match="got a forbidden DTD"):
+        load_voc(root)
+
+
+BAD_MAIN: dict[str, tuple[str, str | bytes, str]] = {
+    "id up": ("train", "../000001\n", r"line 1: an image id must be letters.* got '\.\./000001'"),
+    "id absolute": ("train", "000001\n/etc/passwd\n", "line 2: an image id must .*'/etc/passwd'"),
+    "id URL": ("val", "http://h/a\n", "line 1: an image id must .*'http://h/a'"),
+    "id NUL": ("val", "0000\x0002\n", "line 1: an image id must"),
+    "id blank": ("train", "000001\n\n2008_000003\n", "line 2: an image id must .*got ''"),
+    "two columns": ("train", "000001 1\n", "line 1: an image id must .*'000001 1'"),
+    "id twice": ("train", "000001\n2008_000003\n000001\n", "line 3: .*got 000001 as in line 1"),
+    "no annotation": ("trainval", "000001\n000009\n",
+                      r"line 2 \(image 000009\) must have an annotation in .*000009.xml"),
+    "not UTF-8": ("train", b"000001\n\xff\n", "line 2: text must be UTF-8, got byte 0xff"),
+    "label value": ("dog_train", "000001 2\n2008_000003 1\n", "line 1: .* 1, -1 or 0, got '0000"),
+    "label columns": ("dog_train", "000001\n", "line 1: a line must be an image id and 1, -1 or 0"),
+    "label differs": ("dog_val", "000002 -1\n", "line 1: image 000002 must be 0 as its annotation"),
+    "label not difficult": ("dog_train", "000001 1\n2008_000003 0\n", "2008_000003 must be 1"),
+    "label twice": ("dog_val", "000002 0\n000002 0\n", "line 2: image ids must be unique, got"),
+    "label stranger": ("dog_val", "000002 0\n000001 1\n", "line 2: image ids must be .*val.txt"),
+    "label missing": ("dog_train", "000001 1\n", r"every image of train.txt.*2008_000003 \(1 miss"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_MAIN)
+def test_errors_name_list_and_line(root: Path, case: str) -> None:
+    name, content, message = BAD_MAIN[case]
+    file = root / "ImageSets" / "Main" / f"{name}.txt"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=message) as caught:
+        load_voc(root)
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_links_may_not_leave_the_folder(root: Path, tmp_path: Path) -> None:
+    for folder, name in (("Annotations", "000001.xml"), ("JPEGImages", "000001.jpg")):
+        file = root / folder / name
+        file.rename(tmp_path / name)
+        file.symlink_to(tmp_path / name)
+        with pytest.raises(DataError, match=f"must be a file inside .*{folder}, got {name} which"):
+            load_voc(root)
+        file.unlink()
+        (tmp_path / name).rename(file)
+
+
+def test_pipes_are_not_read(root: Path) -> None:
+    (root / "ImageSets" / "Main" / "val.txt").unlink()
+    os.mkfifo(root / "ImageSets" / "Main" / "val.txt")
+    with pytest.raises(DataError, match="val.txt must be a file, found something that is not a"):
+        load_voc(root)
+
+
+def test_layout_errors(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere must be a VOC folder, found no such folder"):
+        load_voc(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="must hold ImageSets/Main, or a VOC<year> folder"):
+        load_voc(tmp_path)
+    (tmp_path / "ImageSets" / "Main").mkdir(parents=True)
+    with pytest.raises(DataError, match="Main must hold a file of image ids per split"):
+        load_voc(tmp_path)
+    (tmp_path / "ImageSets" / "Main" / "train.txt").write_text("000001\n")
+    with pytest.raises(DataError, match="Annotations must hold the annotations of .*train.txt"):
+        load_voc(tmp_path)
+
+
+def test_deep_nesting(root: Path) -> None:
+    file = root / "Annotations" / "000004.xml"
+    file.write_text("<annotation>" + "<a>" * 100_000 + "</a>" * 100_000 + "</annotation>")
+    assert load_voc(root).labels(3).tolist() == []
+
+
+def test_every_problem_is_kept(root: Path) -> None:
+    main = root / "ImageSets" / "Main"
+    (root / "Annotations" / "000001.xml").write_text("<annotation>")
+    (root / "Annotations" / "000002.xml").write_text(
+        sources.voc_xml("000002", [("cat", 0, (3, 3, 3, 3)), ("horse", 3, (1, 1, 1, 1))])
+    )
+    (main / "val.txt").write_text("000002\n..\n000002\n")
+    (main / "person_test.txt").write_text("000004 1\n")
+    (root / "JPEGImages" / "000004.jpg").unlink()
+    problems = Problems(keep=True)
+    dataset = load_voc(root, problems=problems)
+    expected = ("val.txt, line 2", "val.txt, line 3", "000001.xml must be valid XML",
+                "000002.xml, object 2: difficult", "person_test.txt, line 1",
+                "image 000004 must exist")  # fmt: skip
+    assert len(problems.messages) == len(expected)
+    for part in expected:
+        assert sum(part in message for message in problems.messages) == 1, part
+    assert [path.stem for path in dataset.image_paths or ()] == ["2008_000003"]
+
+
+def test_missing_extra(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "defusedxml", None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "cnnrnn\[vision\]"'):
+        load_voc(root)
