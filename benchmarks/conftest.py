@@ -21,6 +21,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Say in one sentence what is missing, in the place of an error of each benchmark."""
+    timed = any("benchmark" in getattr(item, "fixturenames", ()) for item in items)
+    if timed and not config.pluginmanager.hasplugin("benchmark"):
+        raise pytest.UsageError(
+            "the benchmarks need pytest-benchmark: pip install pytest-benchmark"
+        )
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
     """Say what bears on the figures; host names do not."""
     return {

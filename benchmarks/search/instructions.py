@@ -5,7 +5,8 @@
 Runs what nvcc makes of the kernels, PTX, on the CPU (tests/kernels/ptx) and counts how often a warp
 issues an instruction, with every state at hand, on the trained heads of heads.py; N = 4, T = 5.
 Writes benchmarks/results/instructions.json; `python -m benchmarks.tables
-benchmarks/results/cpu.json` puts it into docs/performance.md. `--functions` prints where the instructions are.
+benchmarks/results/cpu.json` puts it into docs/performance.md. `--functions` prints where the
+instructions are.
 
 A GPU's own instructions differ from PTX by some moves and address computations.
 """
