@@ -50,7 +50,7 @@ gpu-check:
 # Time the search against its opponents, and make the documentation's tables from the figures.
 bench: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.search.heads  # trains them where they are not there yet
-	$(BIN)/python -m pytest benchmarks --benchmark-json=build/benchmarks.json
+	$(BIN)/python -m pytest benchmarks --full --benchmark-json=build/benchmarks.json
 	$(BIN)/python -m benchmarks.tables build/benchmarks.json benchmarks/results/cpu.json
 	$(BIN)/python -m benchmarks.tables benchmarks/results/cpu.json
 

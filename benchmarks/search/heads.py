@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -36,8 +37,13 @@ FEATURE_DIM = 128
 SIGNAL = 2.6  # distance of an image with a label from one without, in standard deviations of noise
 SEED = 0
 
+Configs = tuple[ModelConfig, SearchConfig, TrainConfig]
+
 SEARCH = SearchConfig(beam_size=4, max_labels=8)
 EPOCHS = {80: 8, 1000: 5}
+WARM_EPOCHS = 40
+QUICK_EPOCHS = 2
+QUICK_WARM_EPOCHS = 6
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,13 +67,24 @@ class TrainedHead:
         return self.all_features[images]
 
 
+def _print(line: str) -> None:
+    print(line, flush=True)
+
+
 @cache
-def trained_head(num_labels: int, chain_term: bool) -> TrainedHead:
+def trained_head(
+    num_labels: int,
+    chain_term: bool,
+    quick: bool = False,
+    say: Callable[[str], None] = _print,
+) -> TrainedHead:
     """Return a trained head, from the cache where it is there.
 
     Args:
         num_labels: L, 80 or 1,000.
         chain_term: whether it has the chain term.
+        quick: trained for a few epochs alone.
+        say: gets lines about a training.
 
     Raises:
         ValueError: when there is no recipe for `num_labels`.
@@ -77,9 +94,10 @@ def trained_head(num_labels: int, chain_term: bool) -> TrainedHead:
             f"num_labels must be one of {', '.join(map(str, EPOCHS))}, got {num_labels}"
         )
     sets, features = _images(num_labels)
-    place = _place(num_labels, chain_term, sets)
+    configs = _configs(num_labels, chain_term, quick)
+    place = _place(num_labels, chain_term, sets, configs)
     if not place.is_dir():
-        _train(sets, features, _configs(num_labels, chain_term), place)
+        _train(sets, features, configs, place, say)
     held_out = slice(TRAIN_IMAGES + VAL_IMAGES, None)
     return TrainedHead(
         load_checkpoint(place).head,
@@ -90,12 +108,12 @@ def trained_head(num_labels: int, chain_term: bool) -> TrainedHead:
 
 def is_trained(num_labels: int, chain_term: bool) -> bool:
     """Whether the cache holds that head, so that `trained_head` takes seconds."""
-    return _place(num_labels, chain_term, _images(num_labels)[0]).is_dir()
+    configs = _configs(num_labels, chain_term, quick=False)
+    return _place(num_labels, chain_term, _images(num_labels)[0], configs).is_dir()
 
 
-def _place(num_labels: int, chain_term: bool, sets: np.ndarray) -> Path:
+def _place(num_labels: int, chain_term: bool, sets: np.ndarray, configs: Configs) -> Path:
     """Return the cache folder of a head: what it was made from is in the name."""
-    configs = _configs(num_labels, chain_term)
     digest = hashlib.sha256(np.packbits(sets).tobytes())
     digest.update(repr((VERSION, sets.shape, FEATURE_DIM, SIGNAL, SEED, configs)).encode())
     kind = "chain" if chain_term else "plain"
@@ -113,7 +131,7 @@ def _images(num_labels: int) -> tuple[np.ndarray, np.ndarray]:
     return sets, sets.astype(np.float32) @ projection + noise
 
 
-def _configs(num_labels: int, chain_term: bool) -> tuple[ModelConfig, SearchConfig, TrainConfig]:
+def _configs(num_labels: int, chain_term: bool, quick: bool) -> Configs:
     model = ModelConfig(
         trunk_dim=0,
         hidden_dim=512,
@@ -124,8 +142,8 @@ def _configs(num_labels: int, chain_term: bool) -> tuple[ModelConfig, SearchConf
     training = TrainConfig(
         learning_rate=3e-3,
         batch_size=128,
-        warm_epochs=40,
-        epochs=EPOCHS[num_labels],
+        warm_epochs=QUICK_WARM_EPOCHS if quick else WARM_EPOCHS,
+        epochs=QUICK_EPOCHS if quick else EPOCHS[num_labels],
         finish_epochs=0,
         patience=100,
         schedule="one_cycle",
@@ -140,8 +158,9 @@ def _configs(num_labels: int, chain_term: bool) -> tuple[ModelConfig, SearchConf
 def _train(
     sets: np.ndarray,
     features: np.ndarray,
-    configs: tuple[ModelConfig, SearchConfig, TrainConfig],
+    configs: Configs,
     target: Path,
+    say: Callable[[str], None],
 ) -> None:
     """Train on the first images and keep the best epoch as checkpoint folder `target`."""
     seen = slice(TRAIN_IMAGES + VAL_IMAGES)
@@ -158,16 +177,16 @@ def _train(
         features=features[seen],
     )
 
-    def say(line: str) -> None:
-        print(f"[{target.name}] {line}", flush=True)
+    def tell(line: str) -> None:
+        say(f"[{target.name}] {line}")
 
-    say("training once, for some minutes; it is kept for later runs")
+    tell("a head is trained once, and kept for later runs")
     CACHE.mkdir(exist_ok=True)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-        trained = train(dataset, Path(folder), *configs, say=say)
+        trained = train(dataset, Path(folder), *configs, say=tell)
         trained.model.save(target)
-    say(f"trained in {time.perf_counter() - began:.0f} s")
+    tell(f"trained in {time.perf_counter() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Throughput of the search: N = 4, T = 8, increasing paths, H = 512, one thread.
 
-Every benchmark proves first that what it times finds the same paths. `pytest benchmarks/` runs all;
-`make bench` also writes the JSON that the tables in README and docs/performance.md are made from.
-The first run trains the heads, which takes minutes, and keeps them in benchmarks/.cache.
+Every benchmark proves first that what it times finds the same paths. `pytest benchmarks/` runs a
+few on quickly trained heads and ends with a table; with `--full` all run, on well trained heads,
+and `make bench` makes the tables of README and docs/performance.md of that. The first run trains
+the heads, and keeps them in benchmarks/.cache.
 
 - warm: the prefix table was filled by 16,000 images, the timed ones are unseen, misses included;
 - full hit: the same images once more, every state is there;
@@ -44,19 +45,35 @@ class Case:
     timed: list[ImageEmbedding]
 
 
-@cache
-def case(num_labels: int, chain_term: bool) -> Case:
-    trained = trained_head(num_labels, chain_term)
-    trained.head.prefix_bytes = 2 << 30  # 1,000 labels with chain term want 0.8 GB
+@pytest.fixture(scope="session")
+def case(request: pytest.FixtureRequest) -> Callable[[int, bool], Case]:
+    """Make the case of a number of labels, with the chain term or without."""
+    plugins = request.config.pluginmanager
+    terminal, capture = map(plugins.get_plugin, ("terminalreporter", "capturemanager"))
+    quick = not request.config.getoption("--full")
 
-    def batches(first: int, count: int) -> list[ImageEmbedding]:
-        with torch.no_grad():
-            return [
-                trained.head.embed(trained.features(slice(at * BATCH, (at + 1) * BATCH)))
-                for at in range(first, first + count)
-            ]
+    def say(line: str) -> None:
+        with capture.global_and_fixture_disabled():
+            terminal.write_line(line)
+            terminal.flush()
 
-    return Case(trained.head, batches(0, FILLING_BATCHES), batches(FILLING_BATCHES, TIMED_BATCHES))
+    @cache
+    def made(num_labels: int, chain_term: bool) -> Case:
+        trained = trained_head(num_labels, chain_term, quick, say)
+        trained.head.prefix_bytes = 2 << 30  # 1,000 labels with chain term want 0.8 GB
+
+        def batches(first: int, count: int) -> list[ImageEmbedding]:
+            with torch.no_grad():
+                return [
+                    trained.head.embed(trained.features(slice(at * BATCH, (at + 1) * BATCH)))
+                    for at in range(first, first + count)
+                ]
+
+        return Case(
+            trained.head, batches(0, FILLING_BATCHES), batches(FILLING_BATCHES, TIMED_BATCHES)
+        )
+
+    return made
 
 
 @dataclass(frozen=True)
@@ -133,15 +150,20 @@ def stats_of(head: Head) -> SearchStats:
 
 
 LABELS = pytest.mark.parametrize("num_labels", [80, 1000], ids=["L80", "L1000"])
-CHAIN = pytest.mark.parametrize("chain_term", [True, False], ids=["chain", "plain"])
+FULL = pytest.mark.full
+CHAIN = pytest.mark.parametrize(
+    "chain_term", [True, pytest.param(False, marks=FULL)], ids=["chain", "plain"]
+)
 SHARING = ["native", "states per prefix", "states per prefix, compiled"]
-ALL = [*SHARING, "states per path", "states per path, compiled"]
+PER_PATH = ["states per path", pytest.param("states per path, compiled", marks=FULL)]
 
 
 @LABELS
 @CHAIN
-@pytest.mark.parametrize("implementation", [*ALL, "reference"])
-def test_warm(benchmark, num_labels, chain_term, implementation):
+@pytest.mark.parametrize(
+    "implementation", [*SHARING, *PER_PATH, pytest.param("reference", marks=FULL)]
+)
+def test_warm(benchmark, case, num_labels, chain_term, implementation):
     c = case(num_labels, chain_term)
     under_test = searcher(implementation, c.head)
     batch = 16 if implementation == "reference" else BATCH
@@ -180,7 +202,7 @@ def test_warm(benchmark, num_labels, chain_term, implementation):
 @LABELS
 @CHAIN
 @pytest.mark.parametrize("implementation", SHARING)
-def test_full_hit(benchmark, num_labels, chain_term, implementation):
+def test_full_hit(benchmark, case, num_labels, chain_term, implementation):
     c = case(num_labels, chain_term)
     under_test = searcher(implementation, c.head)
     prove_equal(under_test, c.head, c.timed[0])
@@ -199,7 +221,7 @@ def test_full_hit(benchmark, num_labels, chain_term, implementation):
 @LABELS
 @CHAIN
 @pytest.mark.parametrize("implementation", SHARING)
-def test_cold(benchmark, num_labels, chain_term, implementation):
+def test_cold(benchmark, case, num_labels, chain_term, implementation):
     c = case(num_labels, chain_term)
     under_test = searcher(implementation, c.head)
     prove_equal(under_test, c.head, c.filling[0])
@@ -238,7 +260,8 @@ def spread_head(num_labels: int) -> tuple[Head, Iterator[ImageEmbedding]]:
     return head, images()
 
 
-@pytest.mark.parametrize("implementation", ALL)
+@FULL
+@pytest.mark.parametrize("implementation", [*SHARING, *PER_PATH])
 def test_adversarial(benchmark, implementation):
     head, images = spread_head(1000)
     under_test = searcher(implementation, head)
@@ -263,10 +286,11 @@ def test_adversarial(benchmark, implementation):
         )
 
 
+@FULL
 @LABELS
 @CHAIN
 @pytest.mark.parametrize("images", ["unseen", "seen"])
-def test_one_image(benchmark, num_labels, chain_term, images):
+def test_one_image(benchmark, case, num_labels, chain_term, images):
     """The public call with one image after 16,000 others, and after that image itself."""
     c = case(num_labels, chain_term)
     c.head.clear_cache()
@@ -291,10 +315,11 @@ def test_one_image(benchmark, num_labels, chain_term, images):
     benchmark.extra_info["p99_us"] = times[int(0.99 * len(times))] * 1e6
 
 
+@FULL
 @CHAIN
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("table", ["full hit", "cold"])
-def test_threads(benchmark, chain_term, threads, table):
+def test_threads(benchmark, case, chain_term, threads, table):
     """4,096 images in one call, by torch's number of threads."""
     c = case(80, chain_term)
     joint = torch.cat([e.joint for e in c.timed[:16]])
@@ -313,6 +338,7 @@ def test_threads(benchmark, chain_term, threads, table):
     record(benchmark, len(images))
 
 
+@FULL
 @pytest.mark.parametrize("part", ["resnet50", "search"])
 def test_share_of_the_search(benchmark, part):
     """A ResNet-50 on 16 pictures, and the head with its search on the same features."""
