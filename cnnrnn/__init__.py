@@ -26,7 +26,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "BadImageError": "cnnrnn.data",
     "CNNRNN": "cnnrnn.model.classifier",
-    "CheckpointError": "cnnrnn.model.classifier",
+    "CheckpointError": "cnnrnn.model.checkpoint",
     "DataError": "cnnrnn.data",
     "Ensemble": "cnnrnn.model.ensemble",
     "Head": "cnnrnn.network.head",
@@ -35,7 +35,7 @@ _HOMES = {
     "NonFiniteError": "cnnrnn.search",
     "OnnxModelError": "cnnrnn.export",
     "OnnxPredictor": "cnnrnn.export",
-    "Prediction": "cnnrnn.prediction",
+    "Prediction": "cnnrnn.prediction.result",
     "Preprocessing": "cnnrnn.config",
     "ProviderError": "cnnrnn.export",
     "SearchConfig": "cnnrnn.config",

@@ -27,38 +27,38 @@ MOST = 1 + 1e-5  # of a marginal
 # Makes what searches a head: `_C.CpuHead` or its like, with the same `beam_search`.
 Pack = Callable[[Head], Any]
 
+# NumPy's numbers are the same on every machine; torch's normal ones depend on its instruction set.
+Numbers = torch.Generator | np.random.Generator
 
-def random_head(generator: torch.Generator, num_labels: int, **options: object) -> Head:
+
+def random_head(generator: Numbers, num_labels: int, **options: object) -> Head:
     """A head whose distributions are neither flat nor one-hot.
 
     Literal ReLU cells square their input at every step: larger weights leave float32's range.
     """
     head = Head(num_labels, feature_dim=8, **options)  # type: ignore[arg-type]
-    numbers = _numbers(generator)
     scale = 1.0 if head.cell == "paper" else 3.0
     with torch.no_grad():
         for parameter in head.parameters():
             bound = scale / max(parameter.shape[-1], 1) ** 0.5
-            drawn = numbers.uniform(-bound, bound, tuple(parameter.shape))
-            parameter.copy_(torch.from_numpy(drawn))
+            if isinstance(generator, torch.Generator):
+                parameter.uniform_(-bound, bound, generator=generator)
+            else:
+                drawn = generator.uniform(-bound, bound, tuple(parameter.shape))
+                parameter.copy_(torch.from_numpy(drawn))
     return head.eval()
 
 
 def random_embedding(
-    generator: torch.Generator, head: Head, batch: int, label_logits: bool
+    generator: Numbers, head: Head, batch: int, label_logits: bool
 ) -> ImageEmbedding:
-    numbers = _numbers(generator)
-
     def normal(width: int, scale: float) -> Tensor:
-        return torch.from_numpy(numbers.normal(0, scale, (batch, width))).float()
+        if isinstance(generator, torch.Generator):
+            return torch.randn(batch, width, generator=generator) * scale
+        return torch.from_numpy(generator.normal(0, scale, (batch, width))).float()
 
     joint = normal(head.joint_dim, 2)
     return ImageEmbedding(joint, normal(head.num_labels + 1, 3) if label_logits else None)
-
-
-def _numbers(generator: torch.Generator) -> np.random.Generator:
-    """Numbers that are the same on every machine; torch's depend on its instruction set."""
-    return np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
 
 
 def random_case(
@@ -69,7 +69,7 @@ def random_case(
 ) -> tuple[Head, ImageEmbedding, SearchConfig]:
     """One random search: sizes, options, weights and images all drawn from the seed."""
     rng = random.Random(seed)
-    generator = torch.Generator().manual_seed(seed)
+    generator = np.random.default_rng(seed)
     num_labels = rng.choice(label_counts)
     head = random_head(
         generator,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -187,14 +188,16 @@ def test_without_joint_scores_the_chain_term_is_the_independent_classifier(imple
 @pytest.mark.parametrize("instruction_set", _C.instruction_sets())
 def test_random_searches_equal_the_float64_reference(instruction_set, request):
     searches = request.config.getoption("--searches")
-    excused = 0  # searches: a head that ties does so for every image of its batch
+    excused = Counter[str]()  # searches: a head that ties does so for every image of its batch
     for seed in range(searches):
         head, embedding, config = random_case(seed)
-        excused += 0 < assert_search_equal(
+        excused[config.order] += 0 < assert_search_equal(
             head, embedding, config, pack=partial(make_cpu_head, instruction_set=instruction_set)
         )
-    print(f"{searches} searches, {excused} with an excused image")
-    assert excused <= searches // 80  # small heads tie: gaps of exactly 0, or of one rounding
+    print(f"{searches} searches, with an excused image {dict(excused)}")
+    # Literal ReLU cells forget: paths of one set tie exactly, and only `free` has several.
+    assert excused.pop("free", 0) <= searches // 30
+    assert sum(excused.values()) <= searches // 500
 
 
 @pytest.mark.parametrize("instruction_set", _C.instruction_sets())
