@@ -45,9 +45,9 @@ from cnnrnn import Head, ModelConfig, OnnxPredictor, SearchConfig, beam_search, 
 from cnnrnn.data.images import decode_image, normalize, to_tensor
 from cnnrnn.labels import LabelSpace
 from cnnrnn.machine.devices import usable_cores
+from cnnrnn.machine.threads import mapped_in_order
 from cnnrnn.model.classifier import CNNRNN
 from cnnrnn.network.backbones import Backbone, make_backbone
-from cnnrnn.prediction.pipeline import mapped_in_order
 from cnnrnn.prediction.predictor import TorchModel
 
 SEARCH = SearchConfig(beam_size=8, max_labels=18)

@@ -276,7 +276,8 @@ class TrainConfig:
         augment: flip and shift training pictures, where the backbone is trained.
         on_bad_image: `error` stops at an unreadable image, `skip` leaves it out and counts it.
         precision: `auto` (bf16 autocast on a GPU that has it), `fp32` or `bf16`.
-        workers: processes that decode pictures; 0 decodes in the training process.
+        workers: processes that decode pictures; 0 decodes in the training process. Of a frozen
+            backbone threads that decode, 0 for one per core.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         seed: of initial weights, shuffling, dropout and hold-out.
         init_backbone: start the backbone from this checkpoint folder.

@@ -53,7 +53,7 @@ def evaluate(
     search: SearchConfig | None = None,
     min_labels: int | None = None,
     batch_size: int = 128,
-    workers: int = 0,
+    workers: int | None = None,
     on_bad_image: OnBadImage = "error",
     progress: Progress = no_progress,
 ) -> Evaluation:
@@ -68,7 +68,7 @@ def evaluate(
         min_labels: every set and every path has at least so many labels; 0 allows empty sets. None
             for what validation data decided, and the search's own.
         batch_size: pictures per step.
-        workers: processes that decode.
+        workers: threads that decode; one per core by default, up to 8.
         on_bad_image: `skip` leaves unreadable pictures out and warns with their count.
         progress: told how many pictures are done.
 

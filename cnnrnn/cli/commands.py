@@ -160,7 +160,7 @@ def run_compare(parser: ArgumentParser, options: Namespace) -> int:
         dataset = frozen_features(
             dataset, backbone,
             Path(config.feature_cache) if config.feature_cache else out / "features",
-            batch_size=config.batch_size, workers=config.workers,
+            batch_size=config.batch_size, workers=config.workers or None,
             on_bad_image=config.on_bad_image, progress=terminal_progress,
         )  # fmt: skip
     rows = compare(

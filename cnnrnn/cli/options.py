@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 from cnnrnn import __version__
 from cnnrnn.config import CompareConfig, Decide, ModelConfig, OnBadImage, SearchConfig, TrainConfig
 
+WORKERS = "threads that decode; default: one per core, up to 8"
 MIN_LABELS = "fewest labels of a set and of a path; default: what validation data decided"
 
 
@@ -139,7 +140,7 @@ def _evaluate_parser() -> ArgumentParser:
     parser.add_argument("--json", type=str | None, help="write all metrics as JSON")
     parser.add_argument("--min_labels", type=int | None, help=MIN_LABELS)
     _add_run_options(parser, batch_size=128)
-    parser.add_argument("--workers", type=int, default=0, help="processes that decode pictures")
+    parser.add_argument("--workers", type=int | None, help=WORKERS)
     return parser
 
 
@@ -163,9 +164,7 @@ def _predict_parser() -> ArgumentParser:
         "own, the calibrated number of labels, or the set with the best expected F1",
     )  # fmt: skip
     parser.add_argument("--threshold", type=float | None, help="another threshold on the scores")
-    parser.add_argument(
-        "--workers", type=int | None, help="threads that decode; one per core, up to 8, without"
-    )
+    parser.add_argument("--workers", type=int | None, help=WORKERS)
     parser.add_argument(
         "--precision", type=Literal["fp32", "bf16", "auto"], default="fp32",
         help="of the backbone in torch; auto is bf16 where the hardware has it",

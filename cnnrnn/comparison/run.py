@@ -49,7 +49,7 @@ def frozen_features(
     folder: Path,
     *,
     batch_size: int = 128,
-    workers: int = 0,
+    workers: int | None = None,
     on_bad_image: OnBadImage = "error",
     progress: Progress = no_progress,
 ) -> Dataset:
@@ -60,7 +60,7 @@ def frozen_features(
         backbone: where its weights are decides the device.
         folder: holds the feature cache.
         batch_size: pictures per step.
-        workers: processes that decode pictures.
+        workers: threads that decode pictures; one per core by default, up to 8.
         on_bad_image: `skip` leaves unreadable pictures out of the dataset.
         progress: told how many pictures are done.
     """

@@ -215,6 +215,10 @@ class ImageBatch(NamedTuple):
     bad: list[BadImageError]
 
 
+Record = tuple[int, "torch.Tensor | BadImageError"]
+"""A record's number with its picture, uint8 [3, S, S], or with what is wrong with it."""
+
+
 class ImageRecords(torch.utils.data.Dataset[tuple[int, "torch.Tensor | BadImageError"]]):
     """The pictures of a dataset, decoded and resized on access.
 
@@ -352,18 +356,27 @@ class ImageBatches(Iterator[ImageBatch]):
                 return batch
         if not self._reported:
             self._reported = True
-            self._report()
+            report_bad_images(self.bad, self._count, len(self._records))
         raise StopIteration
 
-    def _report(self) -> None:
-        if not self.bad:
-            return
-        total = f"{len(self.bad)} of {self._count} images"
-        if len(self.bad) == len(self._records):
-            raise DataError(f"{total} cannot be read, the first: {self.bad[0]}")
-        warnings.warn(
-            f"{total} were left out, the first: {self.bad[0]}", BadImageWarning, stacklevel=3
-        )
+
+def report_bad_images(bad: Sequence[BadImageError], count: int, total: int) -> None:
+    """Warn of images that were left out.
+
+    Args:
+        bad: what is wrong with them.
+        count: images that were read, those among them.
+        total: images of the dataset.
+
+    Raises:
+        DataError: all of them are bad.
+    """
+    if not bad:
+        return
+    said = f"{len(bad)} of {count} images"
+    if len(bad) == total:
+        raise DataError(f"{said} cannot be read, the first: {bad[0]}")
+    warnings.warn(f"{said} were left out, the first: {bad[0]}", BadImageWarning, stacklevel=3)
 
 
 def image_batches(

@@ -13,6 +13,7 @@ import logging
 import os
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -22,12 +23,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cnnrnn.config import OnBadImage
-from cnnrnn.data import DataError, Dataset
-from cnnrnn.data.images import image_batches, normalize
+from cnnrnn.config import OnBadImage, Preprocessing
+from cnnrnn.data import BadImageError, DataError, Dataset
+from cnnrnn.data.images import ImageRecords, Record, normalize, report_bad_images
 from cnnrnn.machine.distributed import ALONE, Ranks
 from cnnrnn.machine.files import weights_digest
 from cnnrnn.machine.progress import Progress, no_progress
+from cnnrnn.machine.threads import batches_in_order, default_workers
 from cnnrnn.network.backbones import Backbone
 
 _log = logging.getLogger(__name__)
@@ -46,47 +48,90 @@ class Features(NamedTuple):
 
 
 @torch.no_grad()
+def features_of(
+    backbone: Callable[[Tensor], Tensor],
+    images: list[Tensor],
+    preprocessing: Preprocessing,
+    device: torch.device,
+    half: bool = False,
+) -> Tensor:
+    """Run a backbone on images, each uint8 or float in 0..1 of [3, S, S], on any device.
+
+    Args:
+        backbone: on `device`.
+        images: n of them.
+        preprocessing: gives mean and std.
+        device: where the features are made, and stay.
+        half: multiply in bfloat16.
+
+    Returns:
+        [n, F] float32.
+    """
+    alike = len({(image.dtype, image.device) for image in images}) == 1
+    parts = [torch.stack(images)] if alike else [image[None] for image in images]
+    batch = torch.cat([normalize(part.to(device), preprocessing) for part in parts])
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        features = backbone(batch)
+    return features.float()
+
+
 def compute_features(
     backbone: Backbone,
     dataset: Dataset,
     *,
     device: torch.device,
     batch_size: int = 128,
-    workers: int = 0,
+    workers: int | None = None,
     on_bad_image: OnBadImage = "error",
     progress: Progress = no_progress,
     ranks: Ranks = ALONE,
 ) -> Features:
-    """Run a backbone, in eval mode, over every picture of a dataset.
+    """Run a backbone, in eval mode, over every picture of a dataset, as `predict` does.
 
     Args:
         backbone: moved to `device`.
         dataset: must have image paths.
         device: where the backbone runs.
         batch_size: pictures per step.
-        workers: processes that decode.
-        on_bad_image: `error` stops at an unreadable picture, `skip` leaves it out.
+        workers: threads that decode, while on a CPU as many batches are computed at once; 0 does
+            all in the calling thread. None has one per core, up to 8.
+        on_bad_image: `error` stops at an unreadable picture, `skip` leaves it out, and warns at the
+            end with the count.
         progress: told how many pictures are done.
         ranks: the processes that share the batches; each returns all features.
+
+    Raises:
+        BadImageError: a picture cannot be read and `on_bad_image` is `error`.
+        DataError: the dataset has no image paths, or no picture at all can be read.
     """
     backbone = backbone.to(device).eval()
-    values, kept = [], []
-    batches = image_batches(
-        dataset,
-        backbone.preprocessing,
-        batch_size=batch_size,
-        workers=workers,
-        on_bad_image=on_bad_image,
-        pick=ranks.deal,
-    )
+    reader = ImageRecords(dataset, backbone.preprocessing, on_bad_image=on_bad_image)
+    numbers = torch.arange(len(reader))
+    own = ranks.deal(numbers.split(batch_size) if len(reader) else ())
+
+    def begin(items: list[Record]) -> Callable[[], Tensor]:
+        images = [image for _, image in items if isinstance(image, Tensor)]
+        if not images:
+            return lambda: torch.empty(0, backbone.feature_dim)
+        features = features_of(backbone, images, backbone.preprocessing, device)
+        return features.cpu
+
+    values, kept, bad = [torch.empty(0, backbone.feature_dim)], [], []
     with progress("features", len(dataset) // ranks.size) as advance:
-        for batch in batches:
-            images = normalize(batch.images.to(device), backbone.preprocessing)
-            values.append(backbone(images).float().cpu())
-            kept.append(batch.indices.numpy())
-            advance(len(batch.indices) + len(batch.bad))
-    features = torch.cat(values) if values else torch.empty(0, backbone.feature_dim)
-    records = np.concatenate(kept) if kept else np.empty(0, dtype=np.int64)
+        for items, finish in batches_in_order(
+            (record for batch in own for record in batch.tolist()),
+            reader.__getitem__,
+            begin,
+            batch_size=batch_size,
+            workers=default_workers() if workers is None else workers,
+            torch_threads=torch.get_num_threads if device.type == "cpu" else lambda: 0,
+        ):
+            values.append(finish())
+            kept += [record for record, image in items if isinstance(image, Tensor)]
+            bad += [error for _, error in items if isinstance(error, BadImageError)]
+            advance(len(items))
+    report_bad_images(bad, sum(map(len, own)), len(dataset))
+    features, records = torch.cat(values), np.array(kept, dtype=np.int64)
     if ranks.size > 1:
         features, records = (
             ranks.gather(features),
@@ -106,7 +151,7 @@ def cached_features(
     *,
     device: torch.device,
     batch_size: int = 128,
-    workers: int = 0,
+    workers: int | None = None,
     on_bad_image: OnBadImage = "error",
     progress: Progress = no_progress,
     ranks: Ranks = ALONE,
@@ -119,7 +164,7 @@ def cached_features(
         folder: holds the cache; made when missing.
         device: where the backbone runs.
         batch_size: pictures per step.
-        workers: processes that decode.
+        workers: threads that decode.
         on_bad_image: `error` stops at an unreadable picture, `skip` leaves it out.
         progress: told how many pictures are done.
         ranks: the processes that share the work; the first reads and writes the cache.

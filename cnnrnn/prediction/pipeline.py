@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from cnnrnn.config import Calibration, OnBadImage, Preprocessing
-from cnnrnn.machine.devices import usable_cores, use_one_thread_if_forked
+from cnnrnn.machine.threads import batches_in_order, default_workers
 from cnnrnn.prediction.decisions import Options, decide
 from cnnrnn.prediction.inputs import Item, are_images, read_image, single_images
 from cnnrnn.prediction.result import Prediction
 from cnnrnn.search import NonFiniteError
 from cnnrnn.search.inference import Inference
-
-MAX_WORKERS = 8
 
 
 class ImageModel(Protocol):
@@ -66,145 +59,48 @@ def predict_images(
             f"these, got {type(images).__name__}"
         )
     if workers is None:
-        workers = 0 if isinstance(images, Iterator) else min(usable_cores(), MAX_WORKERS)
+        workers = 0 if isinstance(images, Iterator) else default_workers()
     elif workers < 0:
         raise ValueError(f"workers must be at least 0, got {workers}")
-    numbered = enumerate(single_images(images))
 
     def read(item: tuple[int, Any]) -> Item:
         return read_image(*item, model.preprocessing, on_bad_image)
 
-    if not workers:
-        return _stream(map(read, numbered), model.begin, model, options, batch_size, ahead=0)
-    return _stream_in_threads(read, numbered, model, options, batch_size, workers)
+    def begin(group: list[Item]) -> Callable[[], Inference | None]:
+        found = [item.image for item in group if item.image is not None]
+        return model.begin(found) if found else lambda: None
 
-
-def _stream_in_threads(
-    read: Callable[[tuple[int, Any]], Item],
-    numbered: Iterable[tuple[int, Any]],
-    model: ImageModel,
-    options: Options,
-    batch_size: int,
-    workers: int,
-) -> Iterator[Prediction]:
-    """Decode in threads, and on a CPU compute as many batches at once as torch has threads.
-
-    A batch on one thread wastes nothing on waiting; one batch on all of them would. It is computed
-    in the threads that decode: more threads than cores cost a tenth.
-    """
-    use_one_thread_if_forked()
-    threads = model.torch_threads
-    batches = min(workers, threads)
-    share = partial(torch.set_num_threads, threads // max(batches, 1))
-    with ThreadPoolExecutor(workers, "cnnrnn-predict", share if batches else None) as pool:
-        items = mapped_in_order(read, numbered, pool, ahead=2 * batch_size)
-
-        def begin(images: list[Tensor]) -> Callable[[], Inference]:
-            return pool.submit(lambda: model.begin(images)()).result
-
-        if not batches:
-            ahead = 1
-        elif workers == batches:
-            ahead = batches  # the last one waits for a thread
-        else:
-            ahead = batches - 1
-        try:
-            yield from _stream(
-                items, begin if batches else model.begin, model, options, batch_size, ahead
-            )
-        finally:
-            items.close()
-            if batches:
-                torch.set_num_threads(threads)  # a part of it is common to all threads
-
-
-In = TypeVar("In")
-Out = TypeVar("Out")
-
-
-def mapped_in_order(
-    function: Callable[[In], Out], items: Iterable[In], pool: ThreadPoolExecutor, *, ahead: int
-) -> Generator[Out, None, None]:
-    """Yield function(item) of each item in order, computed in threads.
-
-    Args:
-        function: called in a thread.
-        items: advanced in the caller's thread.
-        pool: the threads.
-        ahead: at most so many items are taken before their turn.
-    """
-    pending: deque[Future[Out]] = deque()
-    source = iter(items)
-    try:
-        failure = None
-        while True:
-            try:
-                item = next(source)
-            except StopIteration:
-                break
-            except Exception as error:  # what came before it is answered first
-                failure = error
-                break
-            pending.append(pool.submit(function, item))
-            while pending and (len(pending) > ahead or pending[0].done()):
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-        if failure is not None:
-            raise failure
-    finally:
-        for future in pending:
-            future.cancel()
-
-
-def _stream(
-    items: Iterator[Item],
-    begin: Callable[[list[Tensor]], Callable[[], Inference]],
-    model: ImageModel,
-    options: Options,
-    batch_size: int,
-    ahead: int,
-) -> Iterator[Prediction]:
-    """Begin so many batches ahead of the one that is answered."""
-    use_one_thread_if_forked()
-    begun: deque[tuple[list[Item], Callable[[], Inference] | None]] = deque()
-    failure: Exception | None = None
-    while failure is None:
-        group: list[Item] = []
-        try:
-            group.extend(itertools.islice(items, batch_size))
-        except Exception as error:  # what came before it is answered first
-            failure = error
-        if group:
-            images = [item.image for item in group if item.image is not None]
-            begun.append((group, begin(images) if images else None))
-        elif failure is None:
-            break
-        if len(begun) > ahead:
-            yield from _decided_group(*begun.popleft(), model, options)
-    while begun:
-        yield from _decided_group(*begun.popleft(), model, options)
-    if failure is not None:
-        raise failure
+    batches = batches_in_order(
+        enumerate(single_images(images)),
+        read,
+        begin,
+        batch_size=batch_size,
+        workers=workers,
+        torch_threads=lambda: model.torch_threads,
+    )
+    return (
+        prediction
+        for group, finish in batches
+        for prediction in _decided_group(group, finish, model, options)
+    )
 
 
 def _decided_group(
     group: list[Item],
-    finish: Callable[[], Inference] | None,
+    finish: Callable[[], Inference | None],
     model: ImageModel,
     options: Options,
 ) -> Iterator[Prediction]:
-    decided = None
-    if finish is not None:
-        try:
-            decided = decide(finish(), model.calibration, options)
-        except NonFiniteError as error:
-            names = [item.source for item in group if item.image is not None]
-            named = ", ".join(names[i] for i in error.images[:8])
-            raise ValueError(
-                f"the model gives values that are not finite for {len(error.images)} images "
-                f"({named}); check its weights"
-            ) from error
+    try:
+        inference = finish()
+    except NonFiniteError as error:
+        names = [item.source for item in group if item.image is not None]
+        named = ", ".join(names[i] for i in error.images[:8])
+        raise ValueError(
+            f"the model gives values that are not finite for {len(error.images)} images "
+            f"({named}); check its weights"
+        ) from error
+    decided = None if inference is None else decide(inference, model.calibration, options)
     row = 0
     for item in group:
         if item.image is None:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from cnnrnn.config import Calibration, Decide, OnBadImage, SearchConfig
-from cnnrnn.data.images import normalize
 from cnnrnn.machine.devices import has_bf16, resolve_device, use_one_thread_if_forked
 from cnnrnn.network.backbones import Backbone
+from cnnrnn.network.features import features_of
 from cnnrnn.prediction.decisions import Options
 from cnnrnn.prediction.pipeline import ImageModel, predict_images
 from cnnrnn.prediction.result import Prediction, decided_predictions
@@ -304,19 +304,11 @@ class TorchModel:
         features = self.features(images)
         return lambda: self._model.infer(features, self._search)
 
-    @torch.no_grad()
     def features(self, images: list[Tensor]) -> Tensor:
         """Return the backbone's features [n, F] of images, as `ImageModel.begin` takes them."""
-        device = self._model.device
-        parts = [torch.stack(images)] if _alike(images) else [image[None] for image in images]
-        batch = torch.cat([normalize(part.to(device), self.preprocessing) for part in parts])
-        with torch.autocast(device.type, torch.bfloat16, enabled=self._half):
-            features: Tensor = self._backbone(batch)
-        return features.float()
-
-
-def _alike(images: list[Tensor]) -> bool:
-    return len({(image.dtype, image.device) for image in images}) == 1
+        return features_of(
+            self._backbone, images, self.preprocessing, self._model.device, self._half
+        )
 
 
 def _run_backbone(backbone: nn.Module, images: Tensor) -> Tensor:

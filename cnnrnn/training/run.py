@@ -381,7 +381,7 @@ def _read_split(
         folder,
         device=device,
         batch_size=config.batch_size,
-        workers=config.workers,
+        workers=config.workers or None,
         on_bad_image=config.on_bad_image,
         progress=progress,
         ranks=ranks,
