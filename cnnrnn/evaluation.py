@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import math
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -12,8 +16,9 @@ from torch import Tensor
 
 from cnnrnn.config import Calibration, OnBadImage, SearchConfig
 from cnnrnn.data import DataError, Dataset
+from cnnrnn.machine.files import write_whole
 from cnnrnn.machine.progress import Progress, no_progress
-from cnnrnn.metrics import per_label_metrics, write_per_label_csv
+from cnnrnn.metrics import per_label_metrics
 from cnnrnn.model.classifier import CNNRNN
 from cnnrnn.model.ensemble import Ensemble
 from cnnrnn.network.features import compute_features
@@ -196,3 +201,37 @@ def write_per_label(path: Path, model: CNNRNN | Ensemble, evaluation: Evaluation
     rows["calibrated"] = torch.ones(len(model.labels), dtype=torch.int64)
     rows["calibrated"][list(calibration.uncalibrated)] = 0
     write_per_label_csv(path, model.labels, rows)
+
+
+def write_per_label_csv(
+    path: str | os.PathLike[str], label_names: Sequence[str], per_label: dict[str, Tensor]
+) -> None:
+    """Write a table of per-label measures as CSV, one row per label.
+
+    UTF-8, a header row `label,...` with the keys in their order, an empty cell for NaN. The file
+    appears under its name only when it is complete.
+
+    Args:
+        path: the file to write; one that exists is replaced.
+        label_names: [L] names for the first column.
+        per_label: [L] tensors by column name, as `per_label_metrics` returns them.
+
+    Raises:
+        ValueError: when a column has not one value per label name.
+    """
+    for key, column in per_label.items():
+        if column.shape != (len(label_names),):
+            raise ValueError(
+                f"per_label[{key!r}] must be [{len(label_names)}], one value per label name, "
+                f"got {list(column.shape)}"
+            )
+    columns = [column.tolist() for column in per_label.values()]
+
+    def write(file: Path) -> None:
+        with file.open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow(["label", *per_label])
+            for name, *values in zip(label_names, *columns, strict=True):
+                writer.writerow([name, *("" if math.isnan(value) else value for value in values)])
+
+    write_whole(Path(path), write)

@@ -24,11 +24,7 @@ Sums are in float64, on the device of the first argument; the others are moved t
 
 from __future__ import annotations
 
-import csv
 import math
-import os
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -447,42 +443,6 @@ def per_label_metrics(
             _checked_scores(scores, like=predictions), targets, unknown
         )
     return per_label
-
-
-def write_per_label_csv(
-    path: str | os.PathLike[str], label_names: Sequence[str], per_label: dict[str, Tensor]
-) -> None:
-    """Write a table of per-label measures as CSV, one row per label.
-
-    UTF-8, a header row `label,...` with the keys in their order, an empty cell for NaN. The file
-    appears under its name only when it is complete.
-
-    Args:
-        path: the file to write; one that exists is replaced.
-        label_names: [L] names for the first column.
-        per_label: [L] tensors by column name, as `per_label_metrics` returns them.
-
-    Raises:
-        ValueError: when a column has not one value per label name.
-    """
-    for key, column in per_label.items():
-        if column.shape != (len(label_names),):
-            raise ValueError(
-                f"per_label[{key!r}] must be [{len(label_names)}], one value per label name, "
-                f"got {list(column.shape)}"
-            )
-    path = Path(path)
-    columns = [column.tolist() for column in per_label.values()]
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["label", *per_label])
-            for name, *values in zip(label_names, *columns, strict=True):
-                writer.writerow([name, *("" if math.isnan(value) else value for value in values)])
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _checked_scores(scores: Tensor, name: str = "scores", like: Tensor | None = None) -> Tensor:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from cnnrnn import Ensemble, set_log_probs
 from cnnrnn.config import ModelConfig, SearchConfig
 from cnnrnn.data import Boxes, DataError, Dataset, load_dataset
-from cnnrnn.evaluation import evaluate, object_recall, write_per_label
+from cnnrnn.evaluation import evaluate, object_recall, write_per_label, write_per_label_csv
 from cnnrnn.labels import LabelSpace
 from cnnrnn.metrics import multilabel_metrics
 from cnnrnn.model.checkpoint import FEATURES_ONLY
@@ -145,3 +146,33 @@ def test_nll_in_an_order_with_several_paths_is_a_bound() -> None:
     dataset = Dataset("features:here", NAMES, np.arange(0, 18, 3), np.tile(np.arange(3), 5),
                       features=features.numpy())  # fmt: skip
     assert evaluate(model, dataset, k=None).nll_is_bound
+
+
+def test_write_per_label_csv(tmp_path: Path) -> None:
+    path = tmp_path / "per_label.csv"
+    path.write_text("an older and much longer file\n" * 100)
+    per_label = {
+        "recall": torch.tensor([0.5, math.nan, 1 / 3], dtype=torch.float64),
+        "positives": torch.tensor([2, 0, 3]),
+    }
+    names = ["naïve 猫", 'a "b", c', "two\nlines"]
+    write_per_label_csv(path, names, per_label)
+    expected = (
+        'label,recall,positives\nnaïve 猫,0.5,2\n"a ""b"", c",,0\n'
+        '"two\nlines",0.3333333333333333,3\n'
+    )
+    assert path.read_bytes() == expected.encode()
+    with path.open(encoding="utf-8", newline="") as file:
+        assert [row["label"] for row in csv.DictReader(file)] == names
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_write_per_label_csv_leaves_the_old_file_when_it_fails(tmp_path: Path) -> None:
+    path = tmp_path / "per_label.csv"
+    path.write_text("old")
+    with pytest.raises(ValueError, match=r"per_label\['recall'\] must be \[3\].*got \[2\]"):
+        write_per_label_csv(path, ["a", "b", "c"], {"recall": torch.zeros(2)})
+    with pytest.raises(UnicodeEncodeError):
+        write_per_label_csv(path, ["a", "\ud800"], {"recall": torch.zeros(2)})
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

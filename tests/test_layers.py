@@ -100,3 +100,16 @@ def test_an_import_that_runs_up_is_found():
     ((line, module),) = imported(tree, MODULES)
     assert (line, module) == (2, "cnnrnn.training.run")
     assert LAYERS.index(layer(module)) > LAYERS.index("prediction")
+
+
+def test_only_what_every_installation_has_is_imported_at_once():
+    """The extras are asked for where they are used, so that what needs none works without."""
+    extras = ("timm", "torchvision", "sklearn", "scipy", "pycocotools", "onnx", "onnxscript",
+              "onnxruntime", "defusedxml", "tensorboard", "torch.utils.tensorboard")  # fmt: skip
+    for file in FILES:
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                found = [e for e in extras if name == e or name.startswith(f"{e}.")]
+                assert not found, f"{file}, line {node.lineno} imports {name}"

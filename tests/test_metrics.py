@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -622,36 +620,6 @@ def test_per_label_metrics_equal_scikit_learn(n: int, num_labels: int) -> None:
         mine = [float(got[key][label]) for key in ("precision", "recall", "F1")]
         assert mine == pytest.approx([precision, recall, f1])
         assert int(got["positives"][label]) == truth[:, label].sum()
-
-
-def test_write_per_label_csv(tmp_path: Path) -> None:
-    path = tmp_path / "per_label.csv"
-    path.write_text("an older and much longer file\n" * 100)
-    per_label = {
-        "recall": torch.tensor([0.5, NAN, 1 / 3], dtype=torch.float64),
-        "positives": torch.tensor([2, 0, 3]),
-    }
-    names = ["naïve 猫", 'a "b", c', "two\nlines"]
-    metrics.write_per_label_csv(path, names, per_label)
-    expected = (
-        'label,recall,positives\nnaïve 猫,0.5,2\n"a ""b"", c",,0\n'
-        '"two\nlines",0.3333333333333333,3\n'
-    )
-    assert path.read_bytes() == expected.encode()
-    with path.open(encoding="utf-8", newline="") as file:
-        assert [row["label"] for row in csv.DictReader(file)] == names
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_write_per_label_csv_leaves_the_old_file_when_it_fails(tmp_path: Path) -> None:
-    path = tmp_path / "per_label.csv"
-    path.write_text("old")
-    with pytest.raises(ValueError, match=r"per_label\['recall'\] must be \[3\].*got \[2\]"):
-        metrics.write_per_label_csv(path, ["a", "b", "c"], {"recall": torch.zeros(2)})
-    with pytest.raises(UnicodeEncodeError):
-        metrics.write_per_label_csv(path, ["a", "\ud800"], {"recall": torch.zeros(2)})
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 # Arguments

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,6 @@ from cnnrnn.cli.output import (
     prediction_writer,
     require_folder,
     uncalibrated_line,
-    without_nan,
     yaml_text,
 )
 from cnnrnn.config import (
@@ -25,6 +23,7 @@ from cnnrnn.config import (
     SearchConfig,
     TrainConfig,
 )
+from cnnrnn.machine.words import without_nan
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -207,9 +206,9 @@ def run_evaluate(parser: ArgumentParser, options: Namespace) -> int:
     if options.per_label is not None:
         write_per_label(Path(options.per_label), model, evaluation)
     if options.json is not None:
-        values: dict[str, Any] = {**without_nan(evaluation.metrics)}
+        values: dict[str, Any] = without_nan(evaluation.metrics)
         values["label_thresholds"]["uncalibrated"] = uncalibrated
-        values["NLL"] = None if math.isnan(evaluation.nll) else evaluation.nll
+        values["NLL"] = without_nan(evaluation.nll)
         text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
         Path(options.json).write_text(text, encoding="utf-8")
     return 0

@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from cnnrnn.machine.words import listed
 from cnnrnn.prediction.result import Prediction
 
 TABLE_METRICS = ("C-P", "C-R", "C-F1", "O-P", "O-R", "O-F1", "MAP@10", "mAP", "mAP-11pt",
@@ -31,20 +31,10 @@ def yaml_text(values: dict[str, Any]) -> str:
 
 def uncalibrated_line(names: list[str], num_labels: int) -> str:
     """Name labels without a threshold of their own, the first of many."""
-    shown = ", ".join(names[:NAMES_SHOWN])
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
     return (
         f"{len(names)} of {num_labels} labels are too rare for a threshold of their own and have "
-        f"the common one: {shown}{more}"
+        f"the common one: {listed(names, NAMES_SHOWN)}"
     )
-
-
-def without_nan(metrics: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
-    """JSON has no NaN: a figure that is not defined becomes null."""
-    return {
-        decision: {name: None if math.isnan(v) else v for name, v in values.items()}
-        for decision, values in metrics.items()
-    }
 
 
 def metrics_table(metrics: dict[str, dict[str, float]], title: str) -> str:

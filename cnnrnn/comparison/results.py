@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cnnrnn.machine.files import write_whole
+from cnnrnn.machine.words import without_nan
 
 FORMAT = 3
 COLUMNS = ("O-F1", "C-F1", "C-F1 own", "macro-F1", "mAP", "MAP@10", "LRAP", "exact match",
@@ -135,7 +136,7 @@ class Results:
         content = {
             "format": FORMAT,
             "options": self.description,
-            "results": [_without_nan(asdict(row)) for rows in self._rows.values() for row in rows],
+            "results": [without_nan(asdict(row)) for rows in self._rows.values() for row in rows],
         }
         self.file.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
@@ -163,15 +164,6 @@ def _rows(content: dict[str, Any]) -> list[Row]:
 def _shown(values: dict[str, Any], name: str) -> str:
     text = repr(values[name]) if name in values else "absent"
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: a figure that is not defined becomes null."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _number(value: float | None) -> float:

@@ -27,7 +27,7 @@ from cnnrnn.config import OnBadImage, Preprocessing
 from cnnrnn.data import BadImageError, DataError, Dataset
 from cnnrnn.data.images import ImageRecords, Record, normalize, report_bad_images
 from cnnrnn.machine.distributed import ALONE, Ranks
-from cnnrnn.machine.files import weights_digest
+from cnnrnn.machine.files import weights_digest, write_whole
 from cnnrnn.machine.progress import Progress, no_progress
 from cnnrnn.machine.threads import batches_in_order, default_workers
 from cnnrnn.network.backbones import Backbone
@@ -229,21 +229,13 @@ def _checksum(features: Features) -> int:
 
 def _write(file: Path, key: str, features: Features) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
-    try:
-        with open(partial, "wb") as handle:
-            np.savez(
-                handle,
-                values=features.values.numpy(),
-                kept=features.kept,
-                key=np.array(key),
-                checksum=np.array(_checksum(features), dtype=np.int64),
-            )
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    arrays = {
+        "values": features.values.numpy(),
+        "kept": features.kept,
+        "key": np.array(key),
+        "checksum": np.array(_checksum(features), dtype=np.int64),
+    }
+    write_whole(file, lambda partial: np.savez(partial, **arrays))  # type: ignore[arg-type]
 
 
 def _read(file: Path, key: str, feature_dim: int, records: int) -> Features | None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cnnrnn.config import Calibration, OnBadImage, Preprocessing
 from cnnrnn.machine.threads import batches_in_order, default_workers
+from cnnrnn.machine.words import listed
 from cnnrnn.prediction.decisions import Options, decide
 from cnnrnn.prediction.inputs import Item, are_images, read_image, single_images
 from cnnrnn.prediction.result import Prediction
@@ -95,7 +96,7 @@ def _decided_group(
         inference = finish()
     except NonFiniteError as error:
         names = [item.source for item in group if item.image is not None]
-        named = ", ".join(names[i] for i in error.images[:8])
+        named = listed(names[i] for i in error.images)
         raise ValueError(
             f"the model gives values that are not finite for {len(error.images)} images "
             f"({named}); check its weights"

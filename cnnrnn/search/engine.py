@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from cnnrnn import _C  # also registers torch.ops.cnnrnn.beam_search
 from cnnrnn.config import SearchConfig
+from cnnrnn.machine.words import listed
 from cnnrnn.network.head import PREFIX_BYTES, Head, ImageEmbedding
 from cnnrnn.search import reference
 from cnnrnn.search.result import SearchResult, SearchStats
@@ -29,9 +30,9 @@ class NonFiniteError(ValueError):
 
     def __init__(self, images: list[int], batch: int) -> None:
         self.images = images
-        shown = ", ".join(map(str, images[:8])) + (", ..." if len(images) > 8 else "")
         super().__init__(
-            f"{len(images)} of {batch} images have values that are not finite (index {shown}); "
+            f"{len(images)} of {batch} images have values that are not finite "
+            f"(index {listed(images)}); "
             'check their features and the weights, or pass on_nonfinite="mark" to keep the others'
         )
 

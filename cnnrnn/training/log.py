@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch.utils.tensorboard import SummaryWriter
+from cnnrnn.machine.words import without_nan
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class Log:
@@ -51,12 +53,8 @@ class Log:
             self._write_scalars(self._tensorboard / record["stage"], record)
         if self.file is None:
             return
-        clean = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in record.items()
-        }
         with open(self.file, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps(clean) + "\n")
+            handle.write(json.dumps(without_nan(record)) + "\n")
 
     def _write_scalars(self, folder: Path, record: dict[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter

@@ -18,6 +18,7 @@ from cnnrnn.data import DataError
 from cnnrnn.machine.devices import autocast
 from cnnrnn.machine.distributed import Ranks
 from cnnrnn.machine.progress import Progress, no_progress
+from cnnrnn.machine.words import listed
 from cnnrnn.training.batches import Batch, Split
 from cnnrnn.training.log import Log
 from cnnrnn.training.resume import State
@@ -37,13 +38,10 @@ class NonFiniteLossError(RuntimeError):
     def __init__(self, what: str, stage: str, epoch: int, step: int, records: list[str]) -> None:
         self.step = step
         self.records = records
-        shown = ", ".join(records[:8]) + (
-            f" and {len(records) - 8} more" if len(records) > 8 else ""
-        )
         super().__init__(
-            f"{what} is not finite in stage {stage}, epoch {epoch}, step {step}, on {shown}; "
-            "the weights are those before this step. Lower learning_rate or clip_norm, or check "
-            "these images"
+            f"{what} is not finite in stage {stage}, epoch {epoch}, step {step}, on "
+            f"{listed(records)}; the weights are those before this step. Lower learning_rate or "
+            "clip_norm, or check these images"
         )
 
 
