@@ -135,14 +135,8 @@ def run_compare(parser: ArgumentParser, options: Namespace) -> int:
             f"--seeds must be whole numbers with commas between, got {options.seeds!r}"
         ) from None
     methods = None if options.methods is None else tuple(options.methods.split(","))
-    compared = CompareConfig(
-        seeds,
-        methods,
-        options.settings,
-        options.members,
-        options.test_split,
-        options.tune_each_seed,
-    )
+    others = CompareConfig.__dataclass_fields__.keys() - {"seeds", "methods"}
+    compared = CompareConfig(seeds, methods, **{name: options[name] for name in others})
     chosen_methods(compared, model, search)  # a wrong name fails before data is read
     if not options.out:
         raise ValueError("--out must name a folder, got an empty name")

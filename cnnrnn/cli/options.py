@@ -75,7 +75,7 @@ def _train_parser(preset: str) -> ArgumentParser:
     )
     parser.add_argument(
         "--member_orders", type=str | None,
-        help="label order of each member, such as frequency,rare,random; label_order's without",
+        help="label order of each member, such as frequency,rare,random; default: label_order's",
     )  # fmt: skip
     _add_recipe(parser, preset)
     return parser
@@ -111,21 +111,10 @@ def _compare_parser(preset: str) -> ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--methods", type=str | None,
-        help="methods with commas between, as docs/comparison.md names them; all without",
+        help="methods with commas between, as docs/comparison.md names them; default: all",
     )  # fmt: skip
-    parser.add_argument(
-        "--settings", type=int, default=defaults.settings, help="settings that each method tries"
-    )
-    parser.add_argument(
-        "--members", type=int, default=defaults.members, help="trainings that an ensemble averages"
-    )
-    parser.add_argument(
-        "--test_split", type=str, default=defaults.test_split, help="name of the split to test on"
-    )
-    parser.add_argument(
-        "--tune_each_seed", type=bool, default=defaults.tune_each_seed,
-        help="choose settings anew for every seed",
-    )  # fmt: skip
+    # The two above are lists with commas; jsonargparse would ask for brackets.
+    parser.add_class_arguments(CompareConfig, None, skip={"seeds", "methods"})
     _add_recipe(parser, preset)
     return parser
 
@@ -149,13 +138,13 @@ def _predict_parser() -> ArgumentParser:
     parser.add_argument("images", type=str, nargs="+", help="pictures and folders")
     parser.add_argument(
         "--model", type=str | None,
-        help="checkpoint folder, or FILE.onnx of `cnnrnn export`; demo model without",
+        help="checkpoint folder, or FILE.onnx of `cnnrnn export`; default: the demo model",
     )  # fmt: skip
     parser.add_argument(
         "--format", type=Literal["table", "csv", "jsonl"], default="table",
         help="a line each for people, CSV, or JSON lines",
     )  # fmt: skip
-    parser.add_argument("--out", type=str | None, help="file to write; standard output without")
+    parser.add_argument("--out", type=str | None, help="file to write; default: standard output")
     parser.add_argument("--top_k", type=int | None, help="keep at most this many labels")
     parser.add_argument("--min_labels", type=int | None, help=MIN_LABELS)
     parser.add_argument(
@@ -181,7 +170,7 @@ def _predict_parser() -> ArgumentParser:
 
 
 def _add_run_options(parser: ArgumentParser, batch_size: int) -> None:
-    parser.add_argument("--beam_size", type=int | None, help="N; the model's own without")
+    parser.add_argument("--beam_size", type=int | None, help="N; default: the model's own")
     parser.add_argument("--batch_size", type=int, default=batch_size, help="pictures per step")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
@@ -197,7 +186,7 @@ def _export_parser() -> ArgumentParser:
     parser.add_argument(
         "--input", type=Literal["uint8", "float", "features"] | None,
         help="pictures as they are decoded, normalised pictures, or feature vectors for the head "
-        "alone; uint8 without, and features for a model without a backbone",
+        "alone; default: uint8, and features for a model without a backbone",
     )  # fmt: skip
     parser.add_argument(
         "--precision", type=Literal["float32", "float16"], default="float32",
@@ -207,8 +196,8 @@ def _export_parser() -> ArgumentParser:
     parser.add_argument(
         "--dynamic_size", action="store_true", help="pictures of any height and width"
     )
-    parser.add_argument("--beam_size", type=int | None, help="N; the model's own without")
-    parser.add_argument("--max_labels", type=int | None, help="longest path; the model's without")
+    parser.add_argument("--beam_size", type=int | None, help="N; default: the model's own")
+    parser.add_argument("--max_labels", type=int | None, help="longest path; default: the model's")
     return parser
 
 

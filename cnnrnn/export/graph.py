@@ -19,7 +19,8 @@ from cnnrnn.config import SearchConfig
 from cnnrnn.data.images import normalize
 from cnnrnn.labels import PAD
 from cnnrnn.model.classifier import CNNRNN
-from cnnrnn.network.head import Head, chain_logits
+from cnnrnn.network.head import Head, activated, chain_logits
+from cnnrnn.network.recurrence import lstm_state, paper_state
 from cnnrnn.search.engine import resolve_max_labels
 from cnnrnn.search.inference import mixed_scores
 from cnnrnn.search.reference import LIVE_MASS_FLOOR
@@ -270,9 +271,7 @@ class PathSearch(nn.Module):
         forbidden: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Return log p of what may follow [B, P, L+1], and where scores are not finite [B, P]."""
-        total = projected + joint[:, None, :]
-        if self.activation != "identity":
-            total = total.relu() if self.activation == "relu" else total.tanh()
+        total = activated(projected + joint[:, None, :], self.activation)
         scores = total @ self.label_embedding.T  # [B, P, L+1]
         if self.score_bias is not None:
             scores = scores + self.score_bias
@@ -321,11 +320,9 @@ class PathSearch(nn.Module):
             gates = gates + fed_back @ self.recurrent_weight.T
         if self.cell == "lstm":
             i, f, g, o = gates.chunk(4, dim=2)
-            cell = f.sigmoid() * before + i.sigmoid() * g.tanh()
-            return o.sigmoid() * cell.tanh(), cell
+            return lstm_state(i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid(), before)
         x, i, f, g = gates.relu().chunk(4, dim=2)
-        cell = f * before + i * x
-        return cell * g, cell
+        return paper_state(x, i, f, g, before)
 
     def _merged(
         self, state: _State, finished: Tensor, finished_labels: Tensor

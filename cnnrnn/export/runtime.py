@@ -106,8 +106,8 @@ class OnnxPredictor(Predictor):
             if isinstance(error, OnnxModelError):
                 raise
             raise OnnxModelError(
-                f"{self.path} must be written by cnnrnn.export_onnx, found metadata that lack or "
-                f"spoil {error}"
+                f"{self.path} must be written by cnnrnn.export_onnx, its metadata is missing or "
+                f"invalid: {error}"
             ) from error
 
     @property

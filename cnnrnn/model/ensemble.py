@@ -309,7 +309,9 @@ def _require_one_kind(models: Sequence[CNNRNN]) -> None:
             ("feature_dim", model.feature_dim, first.feature_dim),
         ):
             if got != expected:
-                raise ValueError(f"{name} of member {i} must be {expected} as in 0, got {got}")
+                raise ValueError(
+                    f"{name} of member {i} must match member 0 ({expected}), got {got}"
+                )
         if set(model.labels) != set(first.labels):
             odd = sorted(set(model.labels) ^ set(first.labels))
             raise ValueError(

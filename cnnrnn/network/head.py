@@ -144,6 +144,13 @@ class Trunk(nn.Sequential):
         return torch.cat([hidden, features], dim=1) if self.skip else hidden
 
 
+def activated(total: Tensor, activation: Activation) -> Tensor:
+    """Apply h of equation 4."""
+    if activation == "identity":
+        return total
+    return total.relu() if activation == "relu" else total.tanh()
+
+
 class Head(nn.Module):
     """Scores the next label of a path from an image feature and the labels so far.
 
@@ -348,9 +355,7 @@ class Head(nn.Module):
 
     def _score_projected(self, projected: Tensor, joint: Tensor) -> Tensor:
         """Like `score`, of U_o o [..., D] and the images' joint embeddings [..., D]."""
-        total = self.joint_dropout(projected) + joint
-        if self.activation != "identity":
-            total = total.relu() if self.activation == "relu" else total.tanh()
+        total = activated(self.joint_dropout(projected) + joint, self.activation)
         return functional.linear(
             total, self.label_embedding[: self.num_labels + 1], self.score_bias
         )

@@ -52,8 +52,7 @@ class LSTMRecurrence(nn.LSTMCell):
     def update(self, gates: Tensor, cell: Tensor) -> State:
         """Return output and cell [M, H] after activated gates [M, 4H] and the cell before."""
         i, f, g, o = gates.chunk(4, dim=1)
-        cell = f * cell + i * g
-        return o * cell.tanh(), cell
+        return lstm_state(i, f, g, o, cell)
 
     def update_backward(
         self, gates: Tensor, before: Tensor, cell: Tensor, grad_output: Tensor, grad_cell: Tensor
@@ -119,8 +118,7 @@ class PaperRecurrence(nn.Module):
     def update(self, gates: Tensor, cell: Tensor) -> State:
         """Return output and cell, as `LSTMRecurrence.update`."""
         x, i, f, g = gates.chunk(4, dim=1)
-        cell = f * cell + i * x
-        return cell * g, cell
+        return paper_state(x, i, f, g, cell)
 
     def update_backward(
         self, gates: Tensor, before: Tensor, cell: Tensor, grad_output: Tensor, grad_cell: Tensor
@@ -130,6 +128,18 @@ class PaperRecurrence(nn.Module):
         grad_cell = grad_cell + grad_output * g
         grad_gates = (grad_cell * i, grad_cell * x, grad_cell * before, grad_output * cell)
         return torch.cat(grad_gates, dim=1) * (gates > 0), grad_cell * f
+
+
+def lstm_state(i: Tensor, f: Tensor, g: Tensor, o: Tensor, before: Tensor) -> State:
+    """Return output and cell after a step of an LSTM: activated gates and the cell before it."""
+    cell = f * before + i * g
+    return o * cell.tanh(), cell
+
+
+def paper_state(x: Tensor, i: Tensor, f: Tensor, g: Tensor, before: Tensor) -> State:
+    """Return output and cell after a step of equation 1: activated gates and the cell before it."""
+    cell = f * before + i * x
+    return cell * g, cell
 
 
 class _Level(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -107,8 +107,8 @@ class Stage:
         validate: measures the module, in eval mode.
         on_epoch: called after each epoch with its validation and whether it is the best so far.
         between_epochs: called with the epochs done, where another follows, and the optimiser; may
-            change the module, and says with True that it is another one now: the best epoch,
-            patience and the average of the weights begin anew.
+            change the module. Returns True if the module changed: the best epoch, patience and the
+            average of the weights then begin anew.
     """
 
     name: str
@@ -170,76 +170,121 @@ def run_stage(
     """
     if not len(split):
         raise DataError(f"{split.dataset.source} has no training images left")
-    optimizer = make_optimizer(stage.groups, config)
-    steps_per_epoch = math.ceil(math.ceil(len(split) / config.batch_size) / config.accumulate)
-    scheduler = _scheduler(optimizer, config, stage.epochs, steps_per_epoch)
-    changing = _changing(stage, split)
-    average = WeightAverage(changing, config.ema_decay) if config.ema_decay else None
+    parts = _Parts.of(stage, split, config)
     standing = _Standing(best=best)
     if best is not None:
-        standing.best_values = [tensor.detach().clone() for tensor in changing]
+        standing.best_values = parts.copied()
     if start is not None:
-        standing = _restored(start, changing, average, optimizer, scheduler)
+        standing = _restored(start, parts)
     while standing.epoch < stage.epochs and (
         standing.epoch - standing.best_epoch < config.patience
     ):
-        epoch = standing.epoch = standing.epoch + 1
-        began = time.perf_counter()
-        stage.module.train()
-        total, seen = 0.0, 0
-        with progress(f"{stage.name} {epoch}/{stage.epochs}", len(split)) as advance:
-            batches = split.batches(config, device, generator, config.augment)
-            for group in _groups(batches, config.accumulate):
-                loss_sum, images = _step(
-                    stage, group, optimizer, split, config, epoch, standing.step
-                )
-                if not images:
-                    continue
-                if scheduler is not None:
-                    scheduler.step()
-                if average is not None:
-                    average.update()
-                total += loss_sum
-                seen += images
-                standing.step += 1
-                advance(images)
-        if not seen:
-            raise DataError(f"no training image of {split.dataset.source} can be read")
-        seconds = time.perf_counter() - began
+        standing.epoch += 1
+        loss, seen, seconds = _train_epoch(
+            stage, split, config, parts, standing, device, generator, progress
+        )
         stage.module.eval()
-        with average.in_place() if average is not None else nullcontext():
+        with parts.averaged():
             validation = _agreed(stage.validate(), split.ranks)
             is_best = standing.best is None or validation.merit > standing.best.merit
             if is_best:
-                standing.best, standing.best_epoch = validation, epoch
-                standing.best_values = [tensor.detach().clone() for tensor in changing]
-            loss = total / max(seen, 1)
+                standing.best, standing.best_epoch = validation, standing.epoch
+                standing.best_values = parts.copied()
             log.write(
-                {"stage": stage.name, "epoch": epoch, "step": standing.step, "loss": loss,
+                {"stage": stage.name, "epoch": standing.epoch, "step": standing.step, "loss": loss,
                  "seconds": seconds, "images_per_second": seen / seconds,
-                 "learning_rate": optimizer.param_groups[0]["lr"], "best": is_best,
+                 "learning_rate": parts.optimizer.param_groups[0]["lr"], "best": is_best,
                  **validation.metrics}
             )  # fmt: skip
-            say(_epoch_line(stage, epoch, loss, seen / seconds, validation, is_best))
+            say(_epoch_line(stage, standing.epoch, loss, seen / seconds, validation, is_best))
             stage.on_epoch(validation, is_best)
-        if epoch < stage.epochs and stage.between_epochs(epoch, optimizer):
-            standing.best, standing.best_epoch, standing.best_values = None, epoch, []
-            if average is not None:
-                average.updates = 0
-        keep(_state(standing, changing, average, optimizer, scheduler))
+        if standing.epoch < stage.epochs and stage.between_epochs(standing.epoch, parts.optimizer):
+            standing.best, standing.best_epoch, standing.best_values = None, standing.epoch, []
+            if parts.average is not None:
+                parts.average.updates = 0
+        keep(_state(standing, parts))
     assert standing.best is not None
-    _copy(changing, standing.best_values)
+    _copy(parts.changing, standing.best_values)
     stage.module.eval()
     return standing.best
 
 
-def _state(
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """What a stage works with.
+
+    Attributes:
+        changing: the tensors that it changes.
+        optimizer: changes them.
+        scheduler: of the learning rate, or None for a constant one.
+        average: of those tensors, or None.
+    """
+
+    changing: list[Tensor]
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None
+    average: WeightAverage | None
+
+    @classmethod
+    def of(cls, stage: Stage, split: Split, config: TrainConfig) -> _Parts:
+        """Make those of a stage that begins."""
+        optimizer = make_optimizer(stage.groups, config)
+        steps_per_epoch = math.ceil(math.ceil(len(split) / config.batch_size) / config.accumulate)
+        scheduler = _scheduler(optimizer, config, stage.epochs, steps_per_epoch)
+        changing = _changing(stage, split)
+        average = WeightAverage(changing, config.ema_decay) if config.ema_decay else None
+        return cls(changing, optimizer, scheduler, average)
+
+    def after_step(self) -> None:
+        """Advance what goes on with each step of the optimiser."""
+        if self.scheduler is not None:
+            self.scheduler.step()
+        if self.average is not None:
+            self.average.update()
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Put the averages where the tensors are, for a while."""
+        return nullcontext() if self.average is None else self.average.in_place()
+
+    def copied(self) -> list[Tensor]:
+        """Return the tensors' values."""
+        return [tensor.detach().clone() for tensor in self.changing]
+
+
+def _train_epoch(
+    stage: Stage,
+    split: Split,
+    config: TrainConfig,
+    parts: _Parts,
     standing: _Standing,
-    changing: list[Tensor],
-    average: WeightAverage | None,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
-) -> State:
+    device: torch.device,
+    generator: torch.Generator,
+    progress: Progress,
+) -> tuple[float, int, float]:
+    """Take the steps of an epoch; return the mean loss, how many images there were, and seconds."""
+    began = time.perf_counter()
+    stage.module.train()
+    total, seen = 0.0, 0
+    with progress(f"{stage.name} {standing.epoch}/{stage.epochs}", len(split)) as advance:
+        batches = split.batches(config, device, generator, config.augment)
+        for group in _groups(batches, config.accumulate):
+            loss_sum, images = _step(
+                stage, group, parts.optimizer, split, config, standing.epoch, standing.step
+            )
+            if not images:
+                continue
+            parts.after_step()
+            total += loss_sum
+            seen += images
+            standing.step += 1
+            advance(images)
+    if not seen:
+        raise DataError(f"no training image of {split.dataset.source} can be read")
+    return total / seen, seen, time.perf_counter() - began
+
+
+def _state(standing: _Standing, parts: _Parts) -> State:
+    average, scheduler = parts.average, parts.scheduler
     values: dict[str, Any] = {
         "epoch": standing.epoch,
         "step": standing.step,
@@ -248,11 +293,11 @@ def _state(
         "scheduler": None if scheduler is None else scheduler.state_dict(),
         "updates": None if average is None else average.updates,
     }
-    lists = {"model": changing, "best": standing.best_values}
+    lists = {"model": parts.changing, "best": standing.best_values}
     if average is not None:
         lists["average"] = average.values
     tensors = {f"{name}.{i}": t for name, kept in lists.items() for i, t in enumerate(kept)}
-    kept = optimizer.state_dict()
+    kept = parts.optimizer.state_dict()
     values["groups"] = kept["param_groups"]
     values["optimizer"] = {}
     for number, entries in kept["state"].items():
@@ -262,15 +307,10 @@ def _state(
     return State(values, tensors)
 
 
-def _restored(
-    state: State,
-    changing: list[Tensor],
-    average: WeightAverage | None,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
-) -> _Standing:
+def _restored(state: State, parts: _Parts) -> _Standing:
     """Put everything where `_state` found it."""
     values, tensors = state
+    changing, average = parts.changing, parts.average
     _copy(changing, [tensors[f"model.{i}"] for i in range(len(changing))])
     if average is not None:
         _copy(average.values, [tensors[f"average.{i}"] for i in range(len(changing))])
@@ -280,9 +320,9 @@ def _restored(
         if key.startswith("optimizer."):
             _, number, name = key.split(".", 2)
             entries.setdefault(int(number), {})[name] = value
-    optimizer.load_state_dict({"state": entries, "param_groups": values["groups"]})
-    if scheduler is not None:
-        scheduler.load_state_dict(values["scheduler"])
+    parts.optimizer.load_state_dict({"state": entries, "param_groups": values["groups"]})
+    if parts.scheduler is not None:
+        parts.scheduler.load_state_dict(values["scheduler"])
     best = values["best"]
     return _Standing(
         values["epoch"],

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,149 +126,243 @@ def train(
         LostProcessError: another process of the run ended.
         ModuleNotFoundError: an option needs an extra that is not installed.
     """
-    if config.tensorboard:
-        require_tensorboard()
-    warms_up = model_config.chain_term and config.warm_epochs > 0
-    if not config.epochs and not warms_up:
-        raise ValueError(
-            "nothing to train: epochs is 0, and a warm stage needs warm_epochs above 0 and "
-            f"model.chain_term true, got {config.warm_epochs} and {model_config.chain_term}"
-        )
-    require_search_order(config, search_config)
+    _require_options(model_config, search_config, config)
     if not ranks.first:
         say, progress = (lambda line: None), no_progress
     torch.manual_seed(config.seed)
     device = resolve_device(config.device) if ranks.size == 1 else ranks.device
     train_data, val_data = training_splits(dataset, config)
-    counts = train_data.label_counts()
-    space = first_label_space(dataset.label_names, counts, config)
+    model = _new_model(train_data, model_config, search_config, config, prepare_head, ranks)
+    ranks.start_alike(model.to(device))
+
+    identity = _identity(model, train_data, val_data, config, ranks)
+    state = _former_state(out, identity, ranks) if resume else None
+    if ranks.first:
+        out.mkdir(parents=True, exist_ok=True)
+        remove_partial_files(out)
+    training, val = (
+        _read_split(part, model, config, device, out, progress, ranks)
+        for part in (train_data, val_data)
+    )
+    _fit_to_data(model, training, config)
+    if ranks.first:
+        on_start()
+        if state is None:
+            (out / STATE_FILE).unlink(missing_ok=True)
+    log = Log(
+        out / "log.jsonl" if ranks.first else None,
+        out / "tensorboard" if config.tensorboard and ranks.first else None,
+        None if state is None else state.values["log"],
+    )
+    facts = _facts(model, training, val)
+    if state is None:
+        log.write({"stage": "data", **facts})
+    say("  ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()))
+
+    generator = torch.Generator().manual_seed(config.seed)
+    if not ranks.first:  # each draws its own dropout
+        torch.manual_seed((config.seed + ranks.rank) % 2**63)
+    run = _Run(model, training, val, config, out, ranks, log, identity, generator)
+    stages, validation = run.stages(), None
+    if state is not None:
+        stages = run.restore(state, stages)
+        say(f"resumed after epoch {state.values['epoch']} of stage {state.values['stage']}")
+    at = state
+    for stage in stages:
+        validation = run_stage(
+            stage, training, config, device=device, generator=generator, log=log, say=say,
+            progress=progress, best=validation if stage.name == FINISH else None, start=at,
+            keep=partial(run.keep, stage),
+        )  # fmt: skip
+        at = None
+    if not config.epochs:
+        run.save_without_paths(resumed=state is not None)
+    return run.result()
+
+
+def _require_options(
+    model_config: ModelConfig, search_config: SearchConfig, config: TrainConfig
+) -> None:
+    """Fail where the options leave nothing to train, or need what is not installed."""
+    if config.tensorboard:
+        require_tensorboard()
+    if not config.epochs and not _warms_up(model_config, config):
+        raise ValueError(
+            "nothing to train: epochs is 0, and a warm stage needs warm_epochs above 0 and "
+            f"model.chain_term true, got {config.warm_epochs} and {model_config.chain_term}"
+        )
+    require_search_order(config, search_config)
+
+
+def _warms_up(model_config: ModelConfig, config: TrainConfig) -> bool:
+    return model_config.chain_term and config.warm_epochs > 0
+
+
+def _new_model(
+    data: Dataset,
+    model_config: ModelConfig,
+    search_config: SearchConfig,
+    config: TrainConfig,
+    prepare_head: Callable[[Head], None],
+    ranks: Ranks,
+) -> CNNRNN:
+    """Return the model that training starts from, for the labels and inputs of training data."""
+    space = first_label_space(data.label_names, data.label_counts(), config)
     backbone: Backbone | None = None
-    if dataset.features is not None:
+    if data.features is not None:
         model_config = replace(model_config, backbone=FEATURES_ONLY)
-        feature_dim = dataset.features.shape[1]
+        feature_dim = data.features.shape[1]
     else:
         with ranks.first_goes_ahead():  # it may download
             backbone = initial_backbone(model_config, config)
         feature_dim = backbone.feature_dim
     head = Head.from_config(model_config, len(space), feature_dim)
     if head.label_classifier is not None:
-        in_path_order = train_data.label_matrix()[:, list(space.source_index)]
+        in_path_order = data.label_matrix()[:, list(space.source_index)]
         start_at_frequencies(head.label_classifier, in_path_order)
     prepare_head(head)
-    model = CNNRNN(model_config, space, head, backbone, search_config).to(device)
-    ranks.start_alike(model)
+    return CNNRNN(model_config, space, head, backbone, search_config)
 
-    state_file = out / STATE_FILE
-    frozen = backbone if model_config.freeze_backbone else None
-    identity = run_identity(train_data, val_data, frozen, model_config, search_config, config)
+
+def _identity(
+    model: CNNRNN, train_data: Dataset, val_data: Dataset, config: TrainConfig, ranks: Ranks
+) -> dict[str, Any]:
+    """Return what a run to resume must have in common, which all processes have."""
+    frozen = model.backbone if model.config.freeze_backbone else None
+    identity = run_identity(train_data, val_data, frozen, model.config, model.search, config)
     if ranks.bytes_from_first(text := json.dumps(identity).encode()) != text:
         raise ValueError(
             f"process {ranks.rank} must have the data and options of process 0, got others"
         )
-    if resume and (out / "members").is_dir():
+    return identity
+
+
+def _former_state(out: Path, identity: dict[str, Any], ranks: Ranks) -> State | None:
+    """Return where the run in `out` was left; None where there is none."""
+    if (out / "members").is_dir():
         raise ResumeError(
             f"{out} holds an ensemble's run: --members must be as it was started, got none"
         )
-    state = _stored_state(state_file, ranks) if resume else None
+    state = _stored_state(out / STATE_FILE, ranks)
     if state is not None:
         require_same_run(state.values["identity"], identity, out)
-    if ranks.first:
-        out.mkdir(parents=True, exist_ok=True)
-        remove_partial_files(out)
-    train_split, val_split = (
-        _read_split(part, model, config, device, out, progress, ranks)
-        for part in (train_data, val_data)
-    )
-    if train_split.features is not None:
-        head.trunk.fit_scale(train_split.features, config.feature_rms)
-    head.max_labels = max(int(train_split.targets.sum(1).max()), search_config.min_labels, 1)
-    resolve_max_labels(head, search_config)  # fails now rather than after the first stage
-    if ranks.first:
-        on_start()
-        if state is None:
-            state_file.unlink(missing_ok=True)
-    log = Log(
-        out / "log.jsonl" if ranks.first else None,
-        out / "tensorboard" if config.tensorboard and ranks.first else None,
-        None if state is None else state.values["log"],
-    )
-    facts = {
-        "train_images": len(train_split),
-        "val_images": len(val_split),
-        "train_images_without_labels": int((train_split.targets.sum(1) == 0).sum()),
-        "labels": len(space),
-        "labels_without_training_images": int((counts == 0).sum()),
-        "longest_path": head.max_labels,
-        "device": str(device),
+    return state
+
+
+def _fit_to_data(model: CNNRNN, training: Split, config: TrainConfig) -> None:
+    """Set what the model takes from training data before the first step."""
+    head = model.head
+    if training.features is not None:
+        head.trunk.fit_scale(training.features, config.feature_rms)
+    head.max_labels = max(int(training.targets.sum(1).max()), model.search.min_labels, 1)
+    resolve_max_labels(head, model.search)  # fails now rather than after the first stage
+
+
+def _facts(model: CNNRNN, training: Split, val: Split) -> dict[str, Any]:
+    return {
+        "train_images": len(training),
+        "val_images": len(val),
+        "train_images_without_labels": int((training.targets.sum(1) == 0).sum()),
+        "labels": len(model.labels),
+        "labels_without_training_images": int((training.dataset.label_counts() == 0).sum()),
+        "longest_path": model.head.max_labels,
+        "device": str(model.device),
     }
-    if state is None:
-        log.write({"stage": "data", **facts})
-    say("  ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()))
 
-    def in_training() -> Tensor:
-        return train_split.targets.any(0)  # [L], in the order that labels have by now
 
-    def save(inference: Inference, targets: Tensor, best: bool) -> None:
-        if best:
-            model.calibration = calibrate(inference, targets, in_training(), USUAL_SHRINKAGE)
-        if ranks.first:
-            if best:
-                model.save(out / "best")
-            model.save(out / "last")
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """A training under way.
 
-    generator = torch.Generator().manual_seed(config.seed)
-    if not ranks.first:  # each draws its own dropout
-        torch.manual_seed((config.seed + ranks.rank) % 2**63)
-    stages = []
-    if warms_up:
-        stages.append(warm_stage(model, val_split, config))
-    if config.epochs:
-        path = path_stage(model, train_split, val_split, config, ranks, save)
-        stages.append(path)
-        if config.finish_epochs:
-            stages.append(finishing_stage(path, config))
+    Attributes:
+        model: what is trained.
+        training: its images.
+        val: those that the best epoch is chosen on.
+        config: the recipe.
+        out: the run's folder.
+        ranks: the processes that share it.
+        log: of epochs.
+        identity: what a run that resumes this one must have in common.
+        generator: draws the order of images.
+    """
 
-    def keep(stage: Stage, state: State) -> None:
-        values = {"identity": identity, "stage": stage.name, "log": log.position(),
-                  "calibration": asdict(model.calibration),
-                  "label order": model.label_space.source_index, **state.values}  # fmt: skip
-        random = _random_state(generator, device, ranks)
-        if ranks.first:
-            save_state(state_file, State(values, state.tensors | random))
+    model: CNNRNN
+    training: Split
+    val: Split
+    config: TrainConfig
+    out: Path
+    ranks: Ranks
+    log: Log
+    identity: dict[str, Any]
+    generator: torch.Generator
 
-    if state is not None:
-        at = [stage.name for stage in stages].index(state.values["stage"])
-        stages = stages[at:]
+    def stages(self) -> list[Stage]:
+        """Return the stages of the recipe, in turn."""
+        model, config, stages = self.model, self.config, []
+        if _warms_up(model.config, config):
+            stages.append(warm_stage(model, self.val, config))
+        if config.epochs:
+            path = path_stage(model, self.training, self.val, config, self.ranks, self.save)
+            stages.append(path)
+            if config.finish_epochs:
+                stages.append(finishing_stage(path, config))
+        return stages
+
+    def restore(self, state: State, stages: list[Stage]) -> list[Stage]:
+        """Put all but the weights where a state has them; return the stages that are left."""
+        model = self.model
         calibration = state.values["calibration"]
         model.calibration = read_options(Calibration, "calibration", calibration)
         now = model.label_space.source_index
         order = torch.tensor([now.index(label) for label in state.values["label order"]])
-        reorder_labels(model, order, train_split, val_split)  # the weights come in that order
-        _restore_random_state(state.tensors, generator, device, ranks)
-        say(f"resumed after epoch {state.values['epoch']} of stage {state.values['stage']}")
-    validation, resumed = None, state is not None
-    for stage in stages:
-        validation = run_stage(
-            stage, train_split, config, device=device, generator=generator, log=log, say=say,
-            progress=progress, best=validation if stage.name == FINISH else None, start=state,
-            keep=partial(keep, stage),
-        )  # fmt: skip
-        state = None
-    if not config.epochs:
-        saved = resumed and ranks.first and _is_saved(model, out / "last")
-        if ranks.numbers_from_first([saved]) == [0]:
-            save(*search_split(model, val_split, config), best=True)
-    if ranks.first:
-        model = load_checkpoint(out / "best").to(device)
-    inference, targets = search_split(model, val_split, config)
-    kept, model.calibration = model.calibration, calibrate(inference, targets, in_training())
-    if ranks.first:
-        if model.calibration != kept:  # a run that had ended has this one
-            model.save(out / "best")
-        recurrent = model.head.recurrence.weight_hh.detach()
-        trained = head.recurrence.weight_hh.requires_grad  # `prepare_head` may have frozen it
-        warn_if_not_learned(inference.sets, targets, recurrent if trained else None)
-    return TrainResult(model, decision_metrics(inference, targets, model.calibration, k=3))
+        reorder_labels(model, order, self.training, self.val)  # the weights come in that order
+        _restore_random_state(state.tensors, self.generator, model.device, self.ranks)
+        return stages[[stage.name for stage in stages].index(state.values["stage"]) :]
+
+    def keep(self, stage: Stage, state: State) -> None:
+        """Write the state of a stage after an epoch."""
+        values = {"identity": self.identity, "stage": stage.name, "log": self.log.position(),
+                  "calibration": asdict(self.model.calibration),
+                  "label order": self.model.label_space.source_index, **state.values}  # fmt: skip
+        random = _random_state(self.generator, self.model.device, self.ranks)
+        if self.ranks.first:
+            save_state(self.out / STATE_FILE, State(values, state.tensors | random))
+
+    def save(self, inference: Inference, targets: Tensor, best: bool) -> None:
+        """Write the checkpoints of an epoch; the best one is calibrated."""
+        if best:
+            self.model.calibration = calibrate(
+                inference, targets, self._in_training(), USUAL_SHRINKAGE
+            )
+        if self.ranks.first:
+            if best:
+                self.model.save(self.out / "best")
+            self.model.save(self.out / "last")
+
+    def save_without_paths(self, resumed: bool) -> None:
+        """Write the checkpoints of a run that was the warm stage alone."""
+        saved = resumed and self.ranks.first and _is_saved(self.model, self.out / "last")
+        if self.ranks.numbers_from_first([saved]) == [0]:
+            self.save(*search_split(self.model, self.val, self.config), best=True)
+
+    def result(self) -> TrainResult:
+        """Calibrate and measure the best epoch, and warn where nothing was learned."""
+        model = self.model
+        trained = model.head.recurrence.weight_hh.requires_grad  # `prepare_head` may freeze it
+        if self.ranks.first:
+            model = load_checkpoint(self.out / "best").to(model.device)
+        inference, targets = search_split(model, self.val, self.config)
+        kept = model.calibration
+        model.calibration = calibrate(inference, targets, self._in_training())
+        if self.ranks.first:
+            if model.calibration != kept:  # a run that had ended has this one
+                model.save(self.out / "best")
+            recurrent = model.head.recurrence.weight_hh.detach()
+            warn_if_not_learned(inference.sets, targets, recurrent if trained else None)
+        return TrainResult(model, decision_metrics(inference, targets, model.calibration, k=3))
+
+    def _in_training(self) -> Tensor:
+        return self.training.targets.any(0)  # [L], in the order that labels have by now
 
 
 def warn_if_not_learned(sets: Tensor, targets: Tensor, recurrent: Tensor | None) -> None:
@@ -283,14 +378,14 @@ def warn_if_not_learned(sets: Tensor, targets: Tensor, recurrent: Tensor | None)
             f"the best path of all {len(sets)} validation images is empty: the label paths were "
             "not learned. Train longer (--epochs, --patience), try another --learning_rate, or let "
             "--search.min_labels forbid empty sets",
-            stacklevel=3,
+            stacklevel=4,
         )
     if recurrent is not None and float(recurrent.abs().max()) < VANISHED:
         warnings.warn(
             f"the recurrent weights have vanished (none above {VANISHED:g}): what follows a label "
             "no longer depends on those before it. Lower --weight_decay, or try another "
             "--learning_rate",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -344,7 +439,7 @@ def initial_backbone(model_config: ModelConfig, config: TrainConfig) -> Backbone
             warnings.warn(
                 f"backbone {model_config.backbone} is frozen with random weights; pass "
                 "--model.freeze_backbone false to train it, or --init_backbone CHECKPOINT",
-                stacklevel=3,
+                stacklevel=4,
             )
         return make_backbone(model_config)
     source = load_checkpoint(config.init_backbone).backbone
