@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnnrnn.config import Decide, OnBadImage
+from cnnrnn.config import Decide, OnBadImage, Precision
 from cnnrnn.machine.devices import resolve_device
 from cnnrnn.model.classifier import CNNRNN, load_checkpoint
 from cnnrnn.model.ensemble import Ensemble, load_model
-from cnnrnn.prediction.predictor import Precision
 from cnnrnn.prediction.result import Prediction
 
 DEMO_MODEL = Path(__file__).parent / "scenes_model"

@@ -19,6 +19,12 @@ PathLoss = Literal["sequence", "pla", "mla"]
 BestBy = Literal["both", "nll", "decisions"]
 LabelOrder = Literal["frequency", "rare", "given", "random", "easiest", "shuffled"]
 OnBadImage = Literal["error", "skip"]
+Precision = Literal["auto", "fp32", "bf16"]
+"""What torch multiplies in, in training and in a backbone."""
+SearchPrecision = Literal["exact", "fast"]
+"""What the CUDA search multiplies label scores in: float32, or float16 with float32 sums."""
+FilePrecision = Literal["float32", "float16"]
+"""The type of an exported backbone's weights."""
 
 MAX_BEAM_SIZE = 16
 MAX_WIDTH = 65_536
@@ -316,7 +322,7 @@ class TrainConfig:
     empty: Literal["keep", "drop"] = "keep"
     augment: bool = True
     on_bad_image: OnBadImage = "error"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     workers: int = 0
     device: str = "auto"
     seed: int = 0
@@ -333,7 +339,7 @@ class TrainConfig:
         _require_choice("label_order", self.label_order, get_args(LabelOrder))
         _require_choice("empty", self.empty, ("keep", "drop"))
         _require_choice("on_bad_image", self.on_bad_image, ("error", "skip"))
-        _require_choice("precision", self.precision, ("auto", "fp32", "bf16"))
+        _require_choice("precision", self.precision, get_args(Precision))
         _require(
             self.loss == "sequence" or self.label_order not in ("easiest", "shuffled"),
             "label_order must be frequency, rare, given or random for loss "

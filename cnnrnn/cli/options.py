@@ -8,7 +8,16 @@ from typing import Literal
 from jsonargparse import ArgumentParser
 
 from cnnrnn import __version__
-from cnnrnn.config import CompareConfig, Decide, ModelConfig, OnBadImage, SearchConfig, TrainConfig
+from cnnrnn.config import (
+    CompareConfig,
+    Decide,
+    FilePrecision,
+    ModelConfig,
+    OnBadImage,
+    Precision,
+    SearchConfig,
+    TrainConfig,
+)
 
 WORKERS = "threads that decode; default: one per core, up to 8"
 MIN_LABELS = "fewest labels of a set and of a path; default: what validation data decided"
@@ -155,7 +164,7 @@ def _predict_parser() -> ArgumentParser:
     parser.add_argument("--threshold", type=float | None, help="another threshold on the scores")
     parser.add_argument("--workers", type=int | None, help=WORKERS)
     parser.add_argument(
-        "--precision", type=Literal["fp32", "bf16", "auto"], default="fp32",
+        "--precision", type=Precision, default="fp32",
         help="of the backbone in torch; auto is bf16 where the hardware has it",
     )  # fmt: skip
     parser.add_argument(
@@ -189,7 +198,7 @@ def _export_parser() -> ArgumentParser:
         "alone; default: uint8, and features for a model without a backbone",
     )  # fmt: skip
     parser.add_argument(
-        "--precision", type=Literal["float32", "float16"], default="float32",
+        "--precision", type=FilePrecision, default="float32",
         help="of backbone, trunk and projections; the search stays float32",
     )  # fmt: skip
     parser.add_argument("--loop", action="store_true", help="the search as an ONNX Loop")

@@ -9,11 +9,11 @@ import tempfile
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from cnnrnn.config import SearchConfig
+from cnnrnn.config import FilePrecision, SearchConfig
 from cnnrnn.export.graph import (
     INPUT_NAMES,
     LABEL_SCORES,
@@ -29,7 +29,6 @@ from cnnrnn.search.engine import head_parameters, resolve_max_labels
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-Precision = Literal["float32", "float16"]
 OPSET = 20
 FORMAT = 2
 ONE_FILE_BYTES = 2**31 - 2**20
@@ -41,7 +40,7 @@ def export_onnx(
     path: str | Path,
     *,
     input_kind: Input | None = None,
-    precision: Precision = "float32",
+    precision: FilePrecision = "float32",
     loop: bool = False,
     dynamic_size: bool = False,
     search: SearchConfig | None = None,
@@ -126,13 +125,13 @@ def _single_model(model: CNNRNN | Ensemble | str | Path) -> CNNRNN:
 def _check_options(
     model: CNNRNN,
     input_kind: Input,
-    precision: Precision,
+    precision: FilePrecision,
     dynamic_size: bool,
     search: SearchConfig,
 ) -> None:
     if input_kind not in INPUT_NAMES:
         raise ValueError(f"input_kind must be one of {', '.join(INPUT_NAMES)}, got {input_kind!r}")
-    if precision not in get_args(Precision):
+    if precision not in get_args(FilePrecision):
         raise ValueError(f"precision must be float32 or float16, got {precision!r}")
     if model.backbone is None and input_kind != "features":
         raise ValueError(
@@ -222,7 +221,7 @@ def _give_defaults(proto: ModelProto, search: SearchConfig, num_labels: int) -> 
 
 
 def _metadata(
-    model: CNNRNN, input_kind: Input, precision: Precision, loop: bool, search: SearchConfig
+    model: CNNRNN, input_kind: Input, precision: FilePrecision, loop: bool, search: SearchConfig
 ) -> dict[str, str]:
     """Return what a consumer must know beside the graph, each value as JSON."""
     preprocessing = None if model.backbone is None else asdict(model.backbone.preprocessing)

@@ -6,13 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cnnrnn.config import Calibration, Decide, OnBadImage, SearchConfig
+from cnnrnn.config import Calibration, Decide, OnBadImage, Precision, SearchConfig
 from cnnrnn.machine.devices import has_bf16, resolve_device, use_one_thread_if_forked
 from cnnrnn.network.backbones import Backbone
 from cnnrnn.network.features import features_of
@@ -20,8 +20,6 @@ from cnnrnn.prediction.decisions import Options
 from cnnrnn.prediction.pipeline import ImageModel, predict_images
 from cnnrnn.prediction.result import Prediction, decided_predictions
 from cnnrnn.search.inference import Inference
-
-Precision = Literal["fp32", "bf16", "auto"]
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,13 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from cnnrnn import _C  # also registers torch.ops.cnnrnn.beam_search
-from cnnrnn.config import SearchConfig
+from cnnrnn.config import SearchConfig, SearchPrecision
 from cnnrnn.machine.words import listed
 from cnnrnn.network.head import PREFIX_BYTES, Head, ImageEmbedding
 from cnnrnn.search import reference
 from cnnrnn.search.result import SearchResult, SearchStats
 
 Implementation = Literal["auto", "native", "reference"]
-Precision = Literal["exact", "fast"]
 PackedHead: TypeAlias = "_C.CpuHead | _C.CudaHead"
 
 _CPU = torch.device("cpu")
@@ -44,7 +43,7 @@ def beam_search(
     implementation: Implementation = "auto",
     marginals: bool = False,
     on_nonfinite: Literal["raise", "mark"] = "raise",
-    precision: Precision = "exact",
+    precision: SearchPrecision = "exact",
 ) -> SearchResult:
     """Find the N best label paths of each image.
 
@@ -290,7 +289,7 @@ def _native(
     config: SearchConfig,
     max_labels: int,
     marginals: bool,
-    precision: Precision,
+    precision: SearchPrecision,
     device: torch.device,
 ) -> tuple[SearchResult, int]:
     """Run the compiled search; return the result and how many images are marked."""
@@ -315,7 +314,7 @@ def _traced(
     config: SearchConfig,
     max_labels: int,
     marginals: bool,
-    precision: Precision,
+    precision: SearchPrecision,
     device: torch.device,
 ) -> SearchResult:
     """Put the registered op into the graph that torch.compile or torch.export is making."""
