@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -21,8 +21,6 @@ T = TypeVar("T")
 
 LONGEST_WAIT = timedelta(minutes=30)
 """A process that waits longer for the others gives up."""
-
-_DTYPES = (torch.float32, torch.float64, torch.int64, torch.uint8)
 
 
 class LostProcessError(RuntimeError):
@@ -139,38 +137,30 @@ class Ranks:
         if self.size == 1:
             assert tensor is not None
             return tensor
-        header = torch.zeros(6, dtype=torch.int64, device=self.device)
-        if self.first:
-            assert tensor is not None
-            numbers = [_DTYPES.index(tensor.dtype), tensor.dim(), *tensor.shape]
-            header[: len(numbers)] = torch.tensor(numbers)
-        with _while_all_are_there():
-            distributed.broadcast(header, 0)
-        kind, dimensions, *shape = header.tolist()
+        kind, shape = self._object_from_first(
+            (tensor.dtype, tuple(tensor.shape)) if self.first and tensor is not None else None
+        )
         if tensor is not None and self.first:
             travelling = tensor.to(self.device).contiguous()
         else:
-            travelling = torch.empty(shape[:dimensions], dtype=_DTYPES[kind], device=self.device)
+            travelling = torch.empty(shape, dtype=kind, device=self.device)
         with _while_all_are_there():
             distributed.broadcast(travelling, 0)
         return tensor if tensor is not None and self.first else travelling.cpu()
 
     def bytes_from_first(self, data: bytes) -> bytes:
         """Return process 0's bytes."""
-        if self.size == 1:
-            return data
-        tensor = (
-            torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            if data
-            else torch.empty(0, dtype=torch.uint8)
-        )
-        return self.from_first(tensor).numpy().tobytes()
+        return data if self.size == 1 else bytes(self._object_from_first(data))
 
     def numbers_from_first(self, numbers: Sequence[float]) -> list[float]:
         """Return process 0's numbers, as many as every process has."""
-        if self.size == 1:
-            return list(numbers)
-        return [float(x) for x in self.from_first(torch.tensor(numbers, dtype=torch.float64))]
+        return list(map(float, numbers if self.size == 1 else self._object_from_first(numbers)))
+
+    def _object_from_first(self, value: Any) -> Any:
+        box = [value]
+        with _while_all_are_there():
+            distributed.broadcast_object_list(box, 0, device=self.device)
+        return box[0]
 
     @torch.no_grad()
     def start_alike(self, module: nn.Module) -> None:

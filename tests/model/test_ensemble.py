@@ -194,8 +194,8 @@ def test_calibration_takes_the_threshold_of_best_of1(ensemble):
         ({"search": SearchConfig(order="unique")}, "search.order of member 1 must be increasing.*"
                                                    "got unique"),
         ({"names": (*NAMES[:4], "moon")}, r"labels of member 1 .*\['moon', 'sun'\]"),
-        ({"config": replace(MODEL, backbone="small")}, "backbone of member 1 must be features as "
-                                                       "in 0, got small"),
+        ({"config": replace(MODEL, backbone="small")}, r"backbone of member 1 must match member 0 "
+                                                       r"\(features\), got small"),
     ],
 )  # fmt: skip
 def test_members_that_do_not_fit(changes, message):
