@@ -4,11 +4,11 @@
     python -m benchmarks.tables run.json benchmarks/results/cpu.json   # keeps what the tables need
     python -m benchmarks.tables benchmarks/results/cpu.json            # rewrites the tables
 
-Those of methods and recipe are made from `benchmarks/results/comparison/` (results.json of `cnnrnn
-compare`, one per data set), `benchmarks/results/likelihood/` (the same with `--settings 1`, of the
-methods that give probabilities to label sets) and `benchmarks/results/recipe.json` (of
-benchmarks/quality/recipe.py), that of instructions from `benchmarks/results/instructions.json` (of
-benchmarks/search/instructions.py).
+Those of methods are made from `benchmarks/results/comparison/` (results.json of `cnnrnn compare`,
+one per data set) and `benchmarks/results/likelihood/` (the same with `--settings 1`, of the methods
+that give probabilities to label sets), those of the recipe from `benchmarks/results/recipe.json`
+(of benchmarks/quality/recipe.py), that of instructions from `benchmarks/results/instructions.json`
+(of benchmarks/search/instructions.py).
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`.
 """
@@ -19,6 +19,7 @@ import argparse
 import json
 import math
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,14 @@ PAGES = (
             "training.md",
             "orders.md",
             "deployment.md",
+            "tables/comparison.md",
         )
     ),
 )
 COMPARED = {
-    "scene": "scenes", "camvid": "street patches", "coco": "COCO label sets",
-    "corel5k": "Corel-5k", "corel16k": "Corel-16k",
+    "scene": "scenes", "animals": "VOC animals", "camvid": "street patches",
 }  # fmt: skip
+FORMER = ("coco", "corel5k", "corel16k")  # measured with the recipe before this one
 LIKELIHOOD = {
     "scene": "scenes", "animals": "VOC animals", "camvid": "street patches",
     "cocoweak": "COCO label sets, weak", "corel5k": "Corel-5k", "corel16k": "Corel-16k",
@@ -261,12 +263,14 @@ def _rows(data_set: str) -> list[Row]:
 def best_of_all() -> str:
     """The README's table: this project's decisions beside the strongest of the other methods."""
     shown = {
-        "CNN-RNN, thresholded": "CNN-RNN, thresholded",
-        "CNN-RNN, best path": "CNN-RNN, best path",
+        "CNN-RNN, thresholded": "**CNN-RNN, thresholded**",
+        "CNN-RNN, best path": "**CNN-RNN, best path**",
+        "no RNN, thresholded": "no RNN, thresholded",
         "binary cross-entropy": "binary cross-entropy",
+        "Poly-1 loss": "Poly-1 loss",
         "asymmetric loss": "asymmetric loss",
-        "softmax": "softmax",
-        "classifier chain": "classifier chain",
+        "squared error": "squared error",
+        "probabilistic chain, thresholded": "probabilistic chain, thresholded",
     }
     wanted = [COLUMNS.index(name) for name in ("O-F1", "C-F1 own", "mAP", "exact match")]
     cells = {data_set: table_cells(_rows(data_set)) for data_set in COMPARED}
@@ -283,49 +287,37 @@ def best_of_all() -> str:
     return _table(["", *COMPARED.values()], rows)
 
 
-def likelihood() -> str:
-    """NLL of whole label sets, by the methods that give sets a probability."""
-    shown = {
+# Tables of the methods that give label sets a probability: the columns of the comparison, and the
+# rows by what they are called there.
+LIKELIHOOD_TABLES = {
+    "likelihood": (("NLL",), {
         "binary cross-entropy": "independent: binary cross-entropy",
         "probabilistic chain, best set": "probabilistic chain, linear in the labels before",
         "no RNN, best path": "no RNN: the last label alone",
         "CNN-RNN, best path": "**CNN-RNN**",
-    }
-    return _likelihood_table(shown, ("NLL",))
-
-
-def likelihood_decisions() -> str:
-    """What the same models decide: thresholded, and how many whole sets are right."""
-    cut = {
+    }),
+    "likelihood-sets": (("exact match",), {
+        "probabilistic chain, best set": "probabilistic chain, best set",
+        "no RNN, best path": "no RNN, best path",
+        "CNN-RNN, best path": "**CNN-RNN, best path**",
+    }),
+    "likelihood-decisions": (("O-F1", "C-F1 own", "mAP", "exact own"), {
         "binary cross-entropy": "binary cross-entropy",
         "probabilistic chain, thresholded": "probabilistic chain",
         "no RNN, thresholded": "no RNN",
         "CNN-RNN, thresholded": "**CNN-RNN**",
-    }
-    return _likelihood_table(cut, ("O-F1", "C-F1 own", "mAP"))
+    }),
+}  # fmt: skip
 
 
-def likelihood_sets() -> str:
-    """How many whole sets the same models get right."""
-    best = {
-        "binary cross-entropy": "binary cross-entropy, cut for exact match",
-        "probabilistic chain, best set": "probabilistic chain, best set",
-        "no RNN, best path": "no RNN, best path",
-        "CNN-RNN, best path": "**CNN-RNN, best path**",
-    }
-    return _likelihood_table(best, ("exact",))
-
-
-def _likelihood_table(shown: dict[str, str], names: tuple[str, ...]) -> str:
-    folder = ROOT / "benchmarks" / "results" / "likelihood"
-    cells = {
-        data_set: table_cells(read_rows(folder / f"{data_set}.json")) for data_set in LIKELIHOOD
-    }
+def likelihood(name: str) -> str:
+    """What methods that give label sets a probability come to on each data set."""
+    columns, shown = LIKELIHOOD_TABLES[name]
+    cells = {data_set: table_cells(_likelihood_rows(data_set)) for data_set in LIKELIHOOD}
 
     def text(data_set: str, title: str) -> str:
-        own = cells[data_set][title]
-        found = [own[COLUMNS.index(_exact(title) if name == "exact" else name)] for name in names]
-        if len(names) > 1:
+        found = [cells[data_set][title][COLUMNS.index(column)] for column in columns]
+        if len(found) > 1:
             return " / ".join(f"{cell.mean:.{cell.digits}f}" for cell in found)
         return f"{found[0].mean:.{found[0].digits}f} ± {found[0].error or 0:.{found[0].digits}f}"
 
@@ -333,14 +325,86 @@ def _likelihood_table(shown: dict[str, str], names: tuple[str, ...]) -> str:
     return _table(["", *LIKELIHOOD.values()], rows)
 
 
-def _exact(title: str) -> str:
-    """Return the column of exact match: by a cut of its own where there is no best set."""
-    return "exact match" if "best" in title else "exact own"
+def _likelihood_rows(data_set: str) -> list[Row]:
+    return read_rows(ROOT / "benchmarks" / "results" / "likelihood" / f"{data_set}.json")
 
 
-def recipe(data_set: str, rows: dict[str, str] | None = None) -> str:
-    """What each part of the recipe, or each order of labels, is worth on one data set."""
+# Rows of the table of what makes the recipe fit label dependency: variants of quality/recipe.py.
+FIT = (
+    "the recipe", "the embedding that scores labels read by the recurrence too",
+    "features as they are", "features of size 1", "the best epoch by NLL alone",
+    "the best epoch by decisions alone", "less dropout in the joint space",
+)  # fmt: skip
+
+
+def _fitted(data_set: str, variant: str, measure: str) -> list[float]:
+    """Return a figure of a variant of the recipe, one for each seed."""
     file = ROOT / "benchmarks" / "results" / "recipe.json"
+    return [
+        result["figures"][measure]
+        for result in json.loads(file.read_text(encoding="utf-8"))
+        if (result["source"], result["variant"]) == (data_set, variant)
+    ]
+
+
+def fit() -> str:
+    """What the new parts of the recipe are worth: NLL / exact match of the path / O-F1 / mAP."""
+    shown = {d: LIKELIHOOD[d] for d in ("cocoweak", "corel16k")}
+
+    def text(data_set: str, variant: str) -> str:
+        nll = statistics.fmean(_fitted(data_set, variant, "NLL"))
+        others = (statistics.fmean(_fitted(data_set, variant, m)) for m in
+                  ("path exact", "O-F1", "mAP"))  # fmt: skip
+        return " / ".join([f"{nll:.2f}", *(f"{100 * value:.1f}" for value in others)])
+
+    rows = [[variant, *(text(d, variant) for d in shown)] for variant in FIT]
+    return _table(["", *shown.values()], rows)
+
+
+def paper() -> str:
+    """What the paper's preset comes to, with its cell and an LSTM."""
+    preset = "the paper's preset"
+
+    def text(values: list[float]) -> str:
+        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+        return f"{100 * statistics.fmean(values):.1f} ± {100 * error:.1f}"
+
+    rows = [
+        [label, *(text(_fitted(d, variant, measure)) for d in LIKELIHOOD)]
+        for label, variant, measure in (
+            ("best path not empty", preset, "path not empty"),
+            ("O-F1 of the best path", preset, "path O-F1"),
+            ("the same, an LSTM for the cell", f"{preset}, an LSTM for its cell", "path O-F1"),
+        )
+    ]
+    of1 = [table_cells(_likelihood_rows(d))["binary cross-entropy"][COLUMNS.index("O-F1")]
+           for d in LIKELIHOOD]  # fmt: skip
+    rows.append(["binary cross-entropy", *(f"{c.mean:.1f} ± {c.error or 0:.1f}" for c in of1)])
+    return _table(["", *LIKELIHOOD.values()], rows)
+
+
+def decisions() -> str:
+    """What each decision of the recipe's models comes to."""
+    sets = {d: name for d, name in LIKELIHOOD.items() if _fitted(d, "the recipe", "mass")}
+
+    def mean(data_set: str, measure: str) -> str:
+        return f"{100 * statistics.fmean(_fitted(data_set, 'the recipe', measure)):.1f}"
+
+    shown = {
+        "`threshold`: O-F1 / C-F1": ("threshold O-F1", "threshold C-F1"),
+        "`label_thresholds`: O-F1 / C-F1": ("label_thresholds O-F1", "label_thresholds C-F1"),
+        "`path`: exact match / example-F1": ("path exact-match", "path example-F1"),
+        "`f1`: exact match / example-F1": ("f1 exact-match", "f1 example-F1"),
+        "mass of the sets found": ("mass",),
+    }
+    rows = [[label, *(" / ".join(mean(d, m) for m in measures) for d in sets)]
+            for label, measures in shown.items()]  # fmt: skip
+    return _table(["", *sets.values()], rows)
+
+
+def recipe(data_set: str, rows: dict[str, str] | None = None, former: bool = False) -> str:
+    """What each part of the recipe, or each order of labels, is worth on one data set."""
+    file = ROOT / "benchmarks" / "results" / ("recipe_former.json" if former else "recipe.json")
     return recipe_table(json.loads(file.read_text(encoding="utf-8")), data_set, rows) + "\n"
 
 
@@ -444,15 +508,18 @@ def deployment_machine() -> str:
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "machine": machine, "throughput": throughput, "work": work, "kept": kept,
     "one-image": one_image, "threads": threads, "share": share, "summary": summary,
-    **{f"comparison-{d}": lambda results, d=d: comparison(d) for d in COMPARED},
+    **{f"comparison-{d}": lambda results, d=d: comparison(d) for d in (*COMPARED, *FORMER)},
     "comparison": lambda results: best_of_all(),
-    "likelihood": lambda results: likelihood(),
-    "likelihood-decisions": lambda results: likelihood_decisions(),
-    "likelihood-sets": lambda results: likelihood_sets(),
+    **{name: lambda results, name=name: likelihood(name) for name in LIKELIHOOD_TABLES},
+    "fit": lambda results: fit(),
+    "paper": lambda results: paper(),
+    "decisions": lambda results: decisions(),
     "recipe-scene": lambda results: recipe("scene"),
-    "recipe-camvid": lambda results: recipe("camvid"),
+    "recipe-animals": lambda results: recipe("animals"),
+    "recipe-camvid": lambda results: recipe("camvid", former=True),
     "orders-scene": lambda results: recipe("scene", OF_ORDERS),
-    "orders-camvid": lambda results: recipe("camvid", OF_ORDERS),
+    "orders-animals": lambda results: recipe("animals", OF_ORDERS),
+    "orders-camvid": lambda results: recipe("camvid", OF_ORDERS, former=True),
     "instructions": lambda results: instructions(),
     "deployment": lambda results: deployment(),
     "deployment-summary": lambda results: deployment_summary(),

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("page", table.PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", table.PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_tables_are_made_from_the_committed_run(page):
     text = page.read_text(encoding="utf-8")
     assert table.BLOCK.search(text)
