@@ -12,9 +12,9 @@
 #include <vector>
 
 #include "kernels/beam.h"
-#include "kernels/math.h"
 #include "kernels/cuda/prefix_slots.h"
 #include "kernels/cuda/row_best.h"
+#include "kernels/math.h"
 #include "kernels/topn.h"
 
 namespace {

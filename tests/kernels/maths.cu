@@ -7,9 +7,9 @@
 #include <vector>
 
 #include "kernels/beam.h"
+#include "kernels/cuda/row_best.h"
 #include "kernels/math.h"
 #include "kernels/prefix_key.h"
-#include "kernels/cuda/row_best.h"
 #include "kernels/topn.h"
 
 namespace {
