@@ -32,7 +32,7 @@ from cnnrnn.config import ModelConfig, TrainConfig
 from cnnrnn.labels import PAD, forbidden_labels, increasing_paths, prefix_trie
 from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.network.losses import binary_cross_entropy, sequence_loss
-from cnnrnn.training.loop import make_optimizer
+from cnnrnn.training.optimizers import make_optimizer
 
 IMAGES, FEATURES, LABELS = 82_783, 2048, 80
 TURN = 4  # batches: what disturbs one disturbs all

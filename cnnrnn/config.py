@@ -370,8 +370,8 @@ class TrainConfig:
 
         Learning rate, batch size, epochs, patience, clipping and the size of the features are ours:
         the paper does not state them. So are two things without which its literal cell does not
-        learn: weight decay stands beside the gradient (`training.loop.decoupled_rmsprop`), and the
-        weights from state to state, by which its states grow without bound, take steps of a
+        learn: weight decay stands beside the gradient (`training.optimizers.decoupled_rmsprop`),
+        and the weights from state to state, by which its states grow without bound, take steps of a
         thousandth.
         """
         return cls(

@@ -1,4 +1,4 @@
-"""The comparison methods: other losses, other heads, and scikit-learn's, on the same features.
+"""The neural methods of the comparison: other losses, and other heads, on the same features.
 
 A neural baseline is the path model's trunk with one score per label. It is trained as the path
 model is: a second stage goes on from the best epoch of the first at a lower learning rate.
@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -361,153 +359,3 @@ def remove_recurrence(head: Head) -> None:
         else:
             recurrence.weight_ih[2 * H : 3 * H] = 0  # and relu has no gradient at 0: it stays so
     recurrence.weight_hh.requires_grad_(False)
-
-
-def fit_nearest_neighbours(train_split: Split, neighbours: int) -> Scorer:
-    """Score a label by its share among the nearest training images, by Euclidean distance.
-
-    Args:
-        train_split: features and targets.
-        neighbours: how many; at most the training images there are.
-    """
-    from sklearn.neighbors import NearestNeighbors
-
-    assert train_split.features is not None
-    k = min(neighbours, len(train_split))
-    index = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(train_split.features.numpy())
-    targets = train_split.targets.numpy().astype(np.float32)
-
-    def score(features: Tensor) -> Tensor:
-        parts = [
-            index.kneighbors_graph(part.numpy()) @ targets / k  # [n, train] sparse
-            for part in features.split(4096)
-        ]
-        return torch.from_numpy(np.concatenate(parts).astype(np.float32))
-
-    return score
-
-
-def fit_linear_svm(train_split: Split, C: float) -> Scorer:
-    """Fit scikit-learn's `LinearSVC` (squared hinge) for each label; scores are its margins.
-
-    Features are divided by the mean norm of the training features, so that C means the same
-    whatever their scale. A label that all or none of the training images have gets +-infinity.
-
-    Args:
-        train_split: features and targets.
-        C: weight of the errors beside the norm of the weights.
-    """
-    from sklearn.svm import LinearSVC
-
-    features, scale = _scaled(train_split)
-    wide = features.astype(np.float64)  # what liblinear computes with, converted once
-    num_labels = train_split.targets.shape[1]
-    weights = np.zeros((num_labels, features.shape[1]))
-    bias = np.full(num_labels, np.inf)
-    bias[~train_split.targets.any(0).numpy()] = -np.inf
-    for label in _learnable(train_split):
-        machine = LinearSVC(C=C, dual=False, tol=1e-3).fit(
-            wide, train_split.targets[:, label].numpy()
-        )
-        weights[label], bias[label] = machine.coef_[0], machine.intercept_[0]
-
-    def score(features: Tensor) -> Tensor:
-        margins = features.numpy() / scale @ weights.T + bias
-        return torch.from_numpy(margins.astype(np.float32))
-
-    return score
-
-
-@dataclass(frozen=True, eq=False)
-class FittedChain:
-    """A fitted chain of logistic regressions.
-
-    Attributes:
-        chain: scikit-learn's, or None where no label varies.
-        learnable: the labels in it.
-        scale: features are divided by it.
-        shares: [L] share of the training images that have each label; (c + 1/2) / (n + 1) of c
-            among n, so that nothing is impossible.
-        constant: [L] float32, 1 for a label that all training images have.
-    """
-
-    chain: Any
-    learnable: list[int]
-    scale: np.float32
-    shares: Tensor
-    constant: npt.NDArray[np.float32]
-
-    def __call__(self, features: Tensor) -> Tensor:
-        """Return probabilities [n, L], each given the labels predicted before it."""
-        scores = np.tile(self.constant, (len(features), 1))
-        if self.chain is not None and len(features):
-            scores[:, self.learnable] = self.chain.predict_proba(features.numpy() / self.scale)
-        return torch.from_numpy(scores)
-
-    def set_log_probs(self, features: Tensor, targets: Tensor) -> Tensor:
-        """Return log P(the whole set), each label given the true ones before it.
-
-        A label that is not in the chain has its share of the training images as probability.
-
-        Args:
-            features: [n, F].
-            targets: [n, L] bool.
-
-        Returns:
-            [n] float64.
-        """
-        logits = self.shares.logit().expand(len(features), -1).clone()
-        if self.chain is not None and len(features):
-            scaled = features.numpy() / self.scale
-            labels = [self.learnable[i] for i in self.chain.order_]
-            before = targets[:, labels].numpy().astype(np.float32)
-            for i, (label, machine) in enumerate(zip(labels, self.chain.estimators_, strict=True)):
-                read = np.concatenate([scaled, before[:, :i]], axis=1)
-                logits[:, label] = torch.from_numpy(machine.decision_function(read))
-        return product_log_probs(logits, targets)
-
-
-def fit_classifier_chain(train_split: Split, C: float) -> FittedChain:
-    """Fit scikit-learn's `ClassifierChain` of logistic regressions, most frequent label first.
-
-    Read et al. (Machine Learning, 2011): each label's classifier reads the features and the labels
-    before it, which in prediction are those already predicted. Features are scaled as for
-    `fit_linear_svm`. A label that all or none of the training images have is not in the chain, its
-    probability is 1 or 0.
-
-    Args:
-        train_split: features and targets.
-        C: weight of the errors beside the norm of the weights.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.multioutput import ClassifierChain
-
-    features, scale = _scaled(train_split)
-    targets = train_split.targets
-    learnable = _learnable(train_split)
-    counts = targets.sum(0)[learnable]
-    constant = targets.all(0).numpy().astype(np.float32)
-    chain = None
-    if len(learnable):
-        order = counts.argsort(descending=True, stable=True).tolist()
-        logistic = LogisticRegression(C=C, tol=1e-5, max_iter=1000)
-        chain = ClassifierChain(logistic, order=order)
-        chain.fit(features, targets[:, learnable].numpy().astype(np.float32))
-
-    shares = (targets.sum(0).double() + 0.5) / (len(targets) + 1)
-    return FittedChain(chain, learnable, scale, shares, constant)
-
-
-def _scaled(split: Split) -> tuple[npt.NDArray[np.float32], np.float32]:
-    """Return features of mean norm 1, and what they were divided by."""
-    assert split.features is not None
-    features = split.features.numpy()
-    mean = np.linalg.norm(features, axis=1).mean()
-    scale = np.float32(mean if mean > 0 else 1.0)
-    return (features / scale).astype(np.float32), scale
-
-
-def _learnable(split: Split) -> list[int]:
-    """Return the labels that some training images have and some lack."""
-    some = split.targets.any(0) & ~split.targets.all(0)
-    return some.nonzero()[:, 0].tolist()

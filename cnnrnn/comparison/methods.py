@@ -21,15 +21,11 @@ from cnnrnn.comparison.baselines import (
     OBJECTIVES,
     TIMM_LOSSES,
     TIMM_WITH_LOSSES,
-    FittedChain,
     IndependentClassifier,
     JointEmbedding,
     Loss,
     Scorer,
     choose_cut,
-    fit_classifier_chain,
-    fit_linear_svm,
-    fit_nearest_neighbours,
     network_outputs,
     predicted_scores,
     product_log_probs,
@@ -37,6 +33,12 @@ from cnnrnn.comparison.baselines import (
     train_independent,
 )
 from cnnrnn.comparison.chains import ProbabilisticChain, train_chain
+from cnnrnn.comparison.classical import (
+    FittedChain,
+    fit_classifier_chain,
+    fit_linear_svm,
+    fit_nearest_neighbours,
+)
 from cnnrnn.config import CompareConfig, ModelConfig, SearchConfig, TrainConfig
 from cnnrnn.data import Dataset
 from cnnrnn.machine.devices import resolve_device

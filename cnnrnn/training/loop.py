@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +21,7 @@ from cnnrnn.machine.progress import Progress, no_progress
 from cnnrnn.machine.words import listed
 from cnnrnn.training.batches import Batch, Split
 from cnnrnn.training.log import Log
+from cnnrnn.training.optimizers import WeightAverage, copy_values, make_optimizer, make_scheduler
 from cnnrnn.training.resume import State
 
 if TYPE_CHECKING:
@@ -43,48 +44,6 @@ class NonFiniteLossError(RuntimeError):
             f"{listed(records)}; the weights are those before this step. Lower learning_rate or "
             "clip_norm, or check these images"
         )
-
-
-class WeightAverage:
-    """An exponential moving average of tensors that change, with no bias to their first values.
-
-    After step t the weight of step i's value is (1 - decay) decay^(t - i), divided by the sum of
-    these weights over i = 1..t; so the first average is the first value.
-
-    Args:
-        tensors: read at each update. Integers are not averaged: their last value is kept.
-        decay: of each step, below 1.
-
-    Attributes:
-        values: the averages, in the order of `tensors`.
-        updates: how many there have been.
-    """
-
-    def __init__(self, tensors: list[Tensor], decay: float) -> None:
-        self.values = [tensor.detach().clone() for tensor in tensors]
-        self.updates = 0
-        self._tensors = [tensor.detach() for tensor in tensors]
-        self._decay = decay
-
-    def update(self) -> None:
-        """Take in the tensors as they are."""
-        self.updates += 1
-        weight = (1 - self._decay) / (1 - self._decay**self.updates)
-        for average, tensor in zip(self.values, self._tensors, strict=True):
-            if average.is_floating_point():
-                average.lerp_(tensor, weight)
-            else:
-                average.copy_(tensor)
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Put the averages where the tensors are, and these back at the end."""
-        own = [tensor.clone() for tensor in self._tensors]
-        _copy(self._tensors, self.values)
-        try:
-            yield
-        finally:
-            _copy(self._tensors, own)
 
 
 class Validation(NamedTuple):
@@ -204,7 +163,7 @@ def run_stage(
                 parts.average.updates = 0
         keep(_state(standing, parts))
     assert standing.best is not None
-    _copy(parts.changing, standing.best_values)
+    copy_values(parts.changing, standing.best_values)
     stage.module.eval()
     return standing.best
 
@@ -230,7 +189,7 @@ class _Parts:
         """Make those of a stage that begins."""
         optimizer = make_optimizer(stage.groups, config)
         steps_per_epoch = math.ceil(math.ceil(len(split) / config.batch_size) / config.accumulate)
-        scheduler = _scheduler(optimizer, config, stage.epochs, steps_per_epoch)
+        scheduler = make_scheduler(optimizer, config, stage.epochs, steps_per_epoch)
         changing = _changing(stage, split)
         average = WeightAverage(changing, config.ema_decay) if config.ema_decay else None
         return cls(changing, optimizer, scheduler, average)
@@ -311,9 +270,9 @@ def _restored(state: State, parts: _Parts) -> _Standing:
     """Put everything where `_state` found it."""
     values, tensors = state
     changing, average = parts.changing, parts.average
-    _copy(changing, [tensors[f"model.{i}"] for i in range(len(changing))])
+    copy_values(changing, [tensors[f"model.{i}"] for i in range(len(changing))])
     if average is not None:
-        _copy(average.values, [tensors[f"average.{i}"] for i in range(len(changing))])
+        copy_values(average.values, [tensors[f"average.{i}"] for i in range(len(changing))])
         average.updates = values["updates"]
     entries: dict[int, dict[str, Any]] = {}
     for key, value in {**tensors, **values["optimizer"]}.items():
@@ -344,12 +303,6 @@ def _changing(stage: Stage, split: Split) -> list[Tensor]:
     trained = {id(parameter) for group in stage.groups for parameter in group["params"]}
     tensors: list[Tensor] = [p for p in stage.module.parameters() if id(p) in trained]
     return tensors + (list(stage.module.buffers()) if split.features is None else [])
-
-
-@torch.no_grad()
-def _copy(tensors: list[Tensor], values: list[Tensor]) -> None:
-    for tensor, value in zip(tensors, values, strict=True):
-        tensor.copy_(value)
 
 
 def _groups(batches: Iterator[Batch], size: int) -> Iterator[Iterator[Batch]]:
@@ -394,7 +347,7 @@ def _step(
     own = torch.cat(records)
     loss_sum, images, faults = ranks.add([loss_sum, len(own), len(at_fault)])
     if faults:
-        _copy(buffers, before)
+        copy_values(buffers, before)
         raise _non_finite("the loss", stage, epoch, step, ranks.gather(at_fault), split)
     if not images:
         return 0.0, 0
@@ -406,7 +359,7 @@ def _step(
                 parameter.grad *= divisor / images
     norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm or math.inf)
     if not norm.isfinite():
-        _copy(buffers, before)
+        copy_values(buffers, before)
         raise _non_finite("the gradient", stage, epoch, step, ranks.gather(own), split)
     optimizer.step()
     if buffers:
@@ -419,64 +372,6 @@ def _non_finite(
 ) -> NonFiniteLossError:
     names = [split.dataset.record_name(int(record)) for record in records]
     return NonFiniteLossError(what, stage.name, epoch, step, names)
-
-
-def _scheduler(
-    optimizer: torch.optim.Optimizer, config: TrainConfig, epochs: int, steps_per_epoch: int
-) -> torch.optim.lr_scheduler.LRScheduler | None:
-    """Return the schedule of a stage, which is advanced at each step; None for a constant one."""
-    steps = epochs * steps_per_epoch
-    if config.schedule == "one_cycle":
-        return torch.optim.lr_scheduler.OneCycleLR(
-            optimizer,
-            [group["lr"] for group in optimizer.param_groups],
-            total_steps=steps + 1,
-            cycle_momentum=config.optimizer == "adamw",  # RMSprop's momentum is an option
-        )
-    if config.schedule == "cosine":
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    if config.schedule == "step":
-        return torch.optim.lr_scheduler.StepLR(
-            optimizer, config.step_epochs * steps_per_epoch, config.step_factor
-        )
-    return None
-
-
-def decoupled_rmsprop(
-    groups: list[dict[str, Any]], decay: float, momentum: float
-) -> torch.optim.RMSprop:
-    """Return RMSprop with AdamW's weight decay: before a step w becomes (1 - rate * decay) w.
-
-    As a part of the gradient, decay is divided by the gradient's running size. The gradients of the
-    paper's literal cell are products of three small gates: decay would be all that moves its
-    weights, at the full learning rate, until they are 0.
-
-    Args:
-        groups: parameter groups with their learning rates.
-        decay: of the weights that have a gradient.
-        momentum: of the steps.
-    """
-    optimizer = torch.optim.RMSprop([{"decay": decay, **g} for g in groups], momentum=momentum)
-    # Not a class with a step of its own: torch would call other hooks twice.
-    optimizer.register_step_pre_hook(_decay_weights)
-    return optimizer
-
-
-@torch.no_grad()
-def _decay_weights(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                parameter.mul_(1 - group["lr"] * group["decay"])
-
-
-def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
-    """Return the optimiser that the config names, over parameter groups."""
-    if config.optimizer == "rmsprop":
-        return decoupled_rmsprop(groups, config.weight_decay, config.momentum)
-    return torch.optim.AdamW(
-        groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
 
 
 def _epoch_line(

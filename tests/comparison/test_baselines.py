@@ -11,14 +11,12 @@ from cnnrnn.comparison.baselines import (
     IndependentClassifier,
     JointEmbedding,
     choose_cut,
-    fit_classifier_chain,
-    fit_linear_svm,
-    fit_nearest_neighbours,
     predicted_scores,
     product_log_probs,
     remove_recurrence,
     train_independent,
 )
+from cnnrnn.comparison.classical import fit_classifier_chain, fit_linear_svm, fit_nearest_neighbours
 from cnnrnn.config import ModelConfig, SearchConfig, TrainConfig
 from cnnrnn.data import Dataset
 from cnnrnn.data.dataset import csr

@@ -196,7 +196,7 @@ def test_random_searches_equal_the_float64_reference(instruction_set, request):
         )
     print(f"{searches} searches, with an excused image {dict(excused)}")
     # Literal ReLU cells forget: paths of one set tie exactly, and only `free` has several.
-    assert excused.pop("free", 0) <= searches // 30
+    assert excused.pop("free", 0) <= searches // 50
     assert sum(excused.values()) <= searches // 500
 
 

@@ -18,7 +18,8 @@ from cnnrnn.data.splits import training_splits
 from cnnrnn.model.classifier import load_checkpoint
 from cnnrnn.training.batches import Split
 from cnnrnn.training.log import Log
-from cnnrnn.training.loop import NonFiniteLossError, Stage, Validation, WeightAverage, run_stage
+from cnnrnn.training.loop import NonFiniteLossError, Stage, Validation, run_stage
+from cnnrnn.training.optimizers import WeightAverage
 from cnnrnn.training.run import train
 from tests.training.test_training import MODEL, QUICK, SMALL, records, separable
 

@@ -18,7 +18,8 @@ from cnnrnn.network.head import Head
 from cnnrnn.network.losses import binary_cross_entropy, sequence_loss
 from cnnrnn.training.batches import Split
 from cnnrnn.training.log import Log
-from cnnrnn.training.loop import Stage, Validation, make_optimizer, run_stage
+from cnnrnn.training.loop import Stage, Validation, run_stage
+from cnnrnn.training.optimizers import make_optimizer
 from cnnrnn.training.orders import label_ease, permute_labels
 from cnnrnn.training.run import train
 

@@ -16,7 +16,7 @@ from cnnrnn import ModelConfig, SearchConfig, TrainConfig, load_dataset
 from cnnrnn.comparison.baselines import remove_recurrence
 from cnnrnn.network.head import Head, Trunk
 from cnnrnn.search.inference import set_nll
-from cnnrnn.training.loop import decoupled_rmsprop
+from cnnrnn.training.optimizers import decoupled_rmsprop
 from cnnrnn.training.recipe import path_validation
 from cnnrnn.training.run import train, warn_if_not_learned
 

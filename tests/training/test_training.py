@@ -25,7 +25,8 @@ from cnnrnn.prediction.decisions import calibrate
 from cnnrnn.search.inference import Inference, infer
 from cnnrnn.training.batches import Split
 from cnnrnn.training.log import Log
-from cnnrnn.training.loop import NonFiniteLossError, Stage, Validation, make_optimizer, run_stage
+from cnnrnn.training.loop import NonFiniteLossError, Stage, Validation, run_stage
+from cnnrnn.training.optimizers import make_optimizer
 from cnnrnn.training.run import train
 
 MODEL = ModelConfig(trunk_dim=0, joint_dim=16, hidden_dim=16, input_dropout=0.0,
