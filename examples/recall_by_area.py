@@ -67,15 +67,17 @@ def mean_and_error(values: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
 
 def main() -> None:
     """Measure, print the figures and draw them."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--demo", type=Path, default=Path("demo"), help="folder of `make demo`")
     parser.add_argument("--out", type=Path, default=Path("recall_by_area.png"))
     options = parser.parse_args()
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        parser.error("matplotlib is missing: pip install matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
     scenes = cnnrnn.load_dataset(f"scenes:{options.demo / 'scenes'}")
     backbone = cnnrnn.load(options.demo / "backbone").backbone
     assert backbone is not None
