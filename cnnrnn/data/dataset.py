@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,14 +101,8 @@ class Dataset:
     def _check_names(self) -> None:
         seen: dict[str, int] = {}
         for position, name in enumerate(self.label_names):
-            if not isinstance(name, str) or not name.strip():
-                self._fail(f"label {position} must have a non-empty string as name, got {name!r}")
-            if not is_text(name):
-                self._fail(f"label {position} must have a name that is valid text, got {name!a}")
-            if CONTROL.search(name):
-                self._fail(
-                    f"label {position} must have a name without control characters, got {name!a}"
-                )
+            if (expected := expected_name(name)) is not None:
+                self._fail(f"label {position} must have {expected}, got {name!a}")
             if name in seen:
                 self._fail(
                     f"label names must be unique, got {name!r} as labels {seen[name]} "
@@ -206,10 +200,8 @@ class Dataset:
         splits: dict[str, npt.NDArray[np.int64]] = {}
         for name, records in self.splits.items():
             array = np.asarray(records)
-            if not name.strip() or not is_text(name):
-                self._fail(f"a split must have a non-empty name, got {name!a}")
-            if CONTROL.search(name):
-                self._fail(f"a split must have a name without control characters, got {name!a}")
+            if (expected := expected_name(name)) is not None:
+                self._fail(f"a split must have {expected}, got {name!a}")
             if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
                 self._fail(f"split {name} must be a vector of record indices, got {array.dtype}")
             if array.size and (array.min() < 0 or array.max() >= count):
@@ -343,6 +335,15 @@ def _location(source: str) -> str:
     return source.partition(":")[2] or source
 
 
+def expected_name(name: object) -> str | None:
+    """Say what a label or split must have, where its name is not like that."""
+    if not isinstance(name, str) or not name.strip():
+        return "a non-empty string as name"
+    if not is_text(name):
+        return "a name that is valid text"
+    return "a name without control characters" if CONTROL.search(name) else None
+
+
 def is_text(value: str) -> bool:
     """Tell whether a string can be written as UTF-8 (JSON can smuggle in half a character)."""
     try:
@@ -359,3 +360,75 @@ def csr(
     pointers = np.cumsum([0, *map(len, rows)], dtype=np.int64)
     indices = np.fromiter((label for row in rows for label in row), np.int32, int(pointers[-1]))
     return pointers, indices
+
+
+class Records:
+    """Gathers the records that a reader finds, one by one, into a `Dataset`.
+
+    Attributes:
+        splits: split name to record numbers; a record may be put into more than one.
+    """
+
+    def __init__(self) -> None:
+        """Start without records."""
+        self.splits: dict[str, list[int]] = {}
+        self._images: list[Path] = []
+        self._labels: list[list[int]] = []
+        self._unknown: list[list[int]] = []
+        self._boxes: list[Sequence[tuple[int, Sequence[float]]]] = []
+
+    def __len__(self) -> int:
+        """Return how many there are so far."""
+        return len(self._labels)
+
+    def add(
+        self,
+        split: str | None,
+        labels: Iterable[int],
+        image: Path | None = None,
+        *,
+        unknown: Iterable[int] | None = None,
+        boxes: Sequence[tuple[int, Sequence[float]]] = (),
+    ) -> None:
+        """Add a record.
+
+        Args:
+            split: its split; None leaves that to `splits`.
+            labels: in any order, repeats allowed.
+            image: its file; all records have one, or none has.
+            unknown: labels that are neither present nor absent; all records have some, which may be
+                none, or all have None.
+            boxes: label and left, top, width and height of each object.
+        """
+        if split is not None:
+            self.splits.setdefault(split, []).append(len(self))
+        self._labels.append(sorted(set(labels)))
+        self._boxes.append(boxes)
+        if image is not None:
+            self._images.append(image)
+        if unknown is not None:
+            self._unknown.append(sorted(set(unknown)))
+
+    def dataset(
+        self,
+        source: str,
+        label_names: Iterable[str],
+        features: npt.NDArray[np.float32] | None = None,
+    ) -> Dataset:
+        """Return all records as a dataset; with boxes where any record has one."""
+        label_indptr, label_indices = csr(self._labels)
+        unknown = csr(self._unknown) if self._unknown else (None, None)
+        xywh = [box for boxes in self._boxes for _, box in boxes]
+        box_labels = [[label for label, _ in boxes] for boxes in self._boxes]
+        return Dataset(
+            source=source,
+            label_names=tuple(label_names),
+            label_indptr=label_indptr,
+            label_indices=label_indices,
+            splits={name: np.array(members, np.int64) for name, members in self.splits.items()},
+            image_paths=tuple(self._images) if self._images else None,
+            features=features,
+            boxes=Boxes(*csr(box_labels), np.array(xywh, np.float32)) if xywh else None,
+            unknown_indptr=unknown[0],
+            unknown_indices=unknown[1],
+        )

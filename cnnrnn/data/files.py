@@ -33,7 +33,7 @@ def read_blocks(file: Path, size: int = 1 << 22) -> Iterator[bytes]:
     """
     try:
         if not stat.S_ISREG(os.stat(file).st_mode):  # opening a pipe would wait for ever
-            raise DataError(f"{file} must be a file, found {_kind_of_path(file)}")
+            raise DataError(f"{file} must be a file, found {kind_of_path(file)}")
         with open(file, "rb") as handle:
             while block := handle.read(size) + handle.readline():
                 yield block
@@ -96,6 +96,11 @@ def read_names(file: Path, what: str, problems: Problems) -> list[str]:
     return list(seen)
 
 
+def read_vocabulary(file: str | None, problems: Problems) -> list[str] | None:
+    """Read the label names of an option `vocabulary=FILE`, as `read_names`; None without one."""
+    return None if file is None else read_names(Path(file).expanduser(), "label", problems)
+
+
 def name_problem(name: object) -> str | None:
     """Say why a name is no path inside a folder, or None where it is one."""
     if not isinstance(name, str):
@@ -139,24 +144,56 @@ def existing_images(
         DataError: with `skip`, every file is missing.
     """
     kept, missing = find_files(file, folder, record, names, problems)
-    if not missing:
-        return kept
+
+    def message(position: int) -> str:
+        place = folder / names[position]
+        shown = _cut(str(place), len(str(folder)) + 200)
+        return f"{file}: {record(position)} must exist as {shown}, found no such file"
+
     if problems.keep:
         for position in missing:
-            problems.add(
-                f"{file}: {record(position)} must exist as {_place(folder, names[position])}, "
-                "found no such file"
-            )
-        return kept
-    first = missing[0]
-    message = (
-        f"{file}: {record(first)} must exist as {_place(folder, names[first])}, found no such "
-        f"file ({len(missing)} of {len(names)} images are missing)"
-    )
-    if on_bad_image == "error" or not kept:
-        raise DataError(message)
-    warnings.warn(message + "; they are left out", stacklevel=4)
+            problems.add(message(position))
+    elif missing:
+        text = f"{message(missing[0])} ({len(missing)} of {len(names)} images are missing)"
+        if on_bad_image == "error" or not kept:
+            raise DataError(text)
+        warnings.warn(f"{text}; they are left out", stacklevel=4)
     return kept
+
+
+def given_folder(source: Path, images: str | Path) -> Path:
+    """Return the image folder that is given for a source.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+    if not Path(images).is_dir():
+        raise DataError(f"{source} must come with an existing image folder, got {images}")
+    return Path(images)
+
+
+def files_by_split(folder: Path, suffixes: Sequence[str], what: str) -> list[Path]:
+    """Return the files `<split><suffix>` of a folder, by name.
+
+    Args:
+        folder: that holds them.
+        suffixes: of the files that count, such as `.csv`, in lower case.
+        what: a file is called in messages.
+
+    Raises:
+        DataError: there is none, or two are of one split.
+    """
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in suffixes)
+    if not files:
+        raise DataError(
+            f"{folder} must hold a {what} per split, such as train{suffixes[0]}, found none"
+        )
+    for first, second in zip(files, files[1:], strict=False):
+        if first.stem == second.stem:
+            raise DataError(
+                f"{folder} must hold one {what} per split, found {first.name} and {second.name}"
+            )
+    return files
 
 
 def find_files(
@@ -220,7 +257,7 @@ def _list_files(
         ) from error
 
 
-def _kind_of_path(path: Path) -> str:
+def kind_of_path(path: Path) -> str:
     """Say what stands at a path, for messages."""
     if path.is_dir():
         return "a folder"
@@ -237,10 +274,6 @@ def short(value: object) -> str:
         return "a number of more than 60 digits"
     text = ascii(value) if isinstance(value, str) and not is_text(value) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _place(folder: Path, name: str) -> str:
-    return _cut(str(folder / name), len(str(folder)) + 200)
 
 
 def _cut(text: str, most: int = 200) -> str:

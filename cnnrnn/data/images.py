@@ -17,6 +17,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from cnnrnn.config import OnBadImage, Preprocessing
 from cnnrnn.data.dataset import DataError, Dataset
+from cnnrnn.machine.extras import from_extra
 
 MAX_PIXELS = 178_956_970
 """Largest picture that is decoded, in pixels (Pillow's own limit for decompression bombs)."""
@@ -300,12 +301,8 @@ class ImageRecords(torch.utils.data.Dataset[tuple[int, "torch.Tensor | BadImageE
 
 
 def _augmentation(side: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    try:
+    with from_extra("torchvision", "augmentation"):
         from torchvision.transforms import v2
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'augmentation needs torchvision: pip install "cnnrnn[vision]"'
-        ) from error
     augment: Callable[[torch.Tensor], torch.Tensor] = v2.Compose(
         [
             v2.RandomHorizontalFlip(),

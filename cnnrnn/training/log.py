@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cnnrnn.machine.extras import from_extra
 from cnnrnn.machine.words import without_nan
 
 if TYPE_CHECKING:
@@ -74,9 +75,5 @@ def require_tensorboard() -> None:
     Raises:
         ModuleNotFoundError: it is not installed.
     """
-    try:
+    with from_extra("TensorBoard", "tensorboard: true", "tensorboard"):
         import torch.utils.tensorboard  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'tensorboard: true needs TensorBoard: pip install "cnnrnn[tensorboard]"'
-        ) from error

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cnnrnn.config import PathLoss, SearchConfig, TrainConfig
 from cnnrnn.labels import PAD, forbidden_labels, increasing_paths
+from cnnrnn.machine.extras import from_extra
 from cnnrnn.network.head import Head
 
 _SMALLEST = 1e-7
@@ -161,12 +162,8 @@ def aligned_paths(scores: Tensor, prefixes: Tensor, targets: Tensor, loss: PathL
     Returns:
         [B, T] int64 the labels present in aligned order, padded with -1.
     """
-    try:
+    with from_extra("scipy", f"loss {loss}"):
         from scipy.optimize import linear_sum_assignment
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            f'loss {loss} needs scipy: pip install "cnnrnn[vision]"'
-        ) from error
 
     paths = increasing_paths(targets)
     B, T = paths.shape
