@@ -9,21 +9,10 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
-
-from cnnrnn.cli.commands import (
-    run_check,
-    run_compare,
-    run_data,
-    run_evaluate,
-    run_export,
-    run_predict,
-    run_scenes,
-    run_train,
-)
+from cnnrnn.cli.commands import RUN
 from cnnrnn.cli.options import RECIPES, make_parser
 
 
@@ -41,15 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command in RECIPES and options[command].preset == "paper":  # named here or in a config file
         parser = make_parser("paper")
     options = parser.parse_args(words)
-    run: dict[str, Callable[[ArgumentParser, Namespace], int]] = {
-        "train": run_train, "compare": run_compare, "evaluate": run_evaluate,
-        "predict": run_predict, "export": run_export, "scenes": run_scenes, "data": run_data,
-        "check": run_check,
-    }  # fmt: skip
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            status = run[command](parser, options[command])
+            status = RUN[command](options[command])
             sys.stdout.flush()
             return status
     except BrokenPipeError:  # the reader of our output has gone, as under `| head`

@@ -336,11 +336,6 @@ class ImageBatches(Iterator[ImageBatch]):
         self._on_bad_image = on_bad_image
         self._reported = False
 
-    @property
-    def bad_count(self) -> int:
-        """How many records were left out so far."""
-        return len(self.bad)
-
     def __next__(self) -> ImageBatch:
         """Return the next batch that has a picture, or with `keep_empty` the next one."""
         while (batch := next(self._loader, None)) is not None:
@@ -400,7 +395,7 @@ def image_batches(
             on `workers` and is drawn from `shuffle_generator`, or torch's generator without one.
         shuffle_generator: draws the order; None keeps the order of the dataset.
         on_bad_image: `error` raises at the first unreadable picture; `skip` leaves it out, and
-            warns once at the end of the pass with the count, which is also in `.bad_count`.
+            warns once at the end of the pass with the count; `.bad` has what is wrong with each.
         keep_empty: also return a batch in which every picture is bad, or that `pick` left empty.
         pick: turns the batches, as record numbers, into those that this process reads.
 

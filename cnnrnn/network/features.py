@@ -158,16 +158,8 @@ def cached_features(
 ) -> Features:
     """Return `compute_features`, from `folder` where they are there already.
 
-    Args:
-        backbone: moved to `device`.
-        dataset: must have image paths.
-        folder: holds the cache; made when missing.
-        device: where the backbone runs.
-        batch_size: pictures per step.
-        workers: threads that decode.
-        on_bad_image: `error` stops at an unreadable picture, `skip` leaves it out.
-        progress: told how many pictures are done.
-        ranks: the processes that share the work; the first reads and writes the cache.
+    Args, besides those of `compute_features`:
+        folder: holds the cache; made when missing. The first of the processes reads and writes it.
     """
     cached: Features | None = None
     if ranks.first:
@@ -193,15 +185,9 @@ def cached_features(
             )
         return cached
     computed = compute_features(
-        backbone,
-        dataset,
-        device=device,
-        batch_size=batch_size,
-        workers=workers,
-        on_bad_image=on_bad_image,
-        progress=progress,
-        ranks=ranks,
-    )
+        backbone, dataset, device=device, batch_size=batch_size, workers=workers,
+        on_bad_image=on_bad_image, progress=progress, ranks=ranks,
+    )  # fmt: skip
     if ranks.first:
         _write(file, key, computed)
     return computed

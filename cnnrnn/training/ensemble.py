@@ -10,12 +10,14 @@ import torch
 
 from cnnrnn.config import LabelOrder, ModelConfig, SearchConfig, TrainConfig
 from cnnrnn.data import Dataset
+from cnnrnn.data.splits import training_splits, with_fixed_splits
 from cnnrnn.machine.progress import Progress, no_progress
 from cnnrnn.model.classifier import CNNRNN
 from cnnrnn.model.ensemble import Ensemble
 from cnnrnn.network.features import cached_features
 from cnnrnn.prediction.decisions import decision_metrics
 from cnnrnn.training.resume import STATE_FILE, ResumeError
+from cnnrnn.training.run import train
 
 
 @dataclass(frozen=True)
@@ -49,24 +51,16 @@ def train_ensemble(
     Each member is a training run of its own in `out/members/N`. All train and validate on the same
     images, and the ensemble's threshold is chosen on the validation split.
 
-    Args:
-        dataset: as in `train`.
-        out: folder for the run; made when missing.
+    Args, besides those that are as in `train`:
         model_config: the architecture; a backbone must be frozen.
         search_config: the search, of order `increasing`.
         config: the recipe; member i trains with its seed plus i.
         label_orders: one per member, in place of the recipe's.
-        resume: as in `train`, for every member.
-        on_start: as in `train`.
-        say: as in `train`.
-        progress: as in `train`.
+        resume: goes on with every member.
 
     Raises:
         ValueError: the options cannot make an ensemble, or as in `train`.
     """
-    from cnnrnn.data.splits import training_splits, with_fixed_splits
-    from cnnrnn.training.run import train
-
     if not label_orders:
         raise ValueError("an ensemble must have at least 1 member, got 0 label orders")
     if search_config.order != "increasing" or "shuffled" in label_orders:

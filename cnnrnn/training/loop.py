@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,6 @@ from cnnrnn.training.batches import Batch, Split
 from cnnrnn.training.log import Log
 from cnnrnn.training.optimizers import WeightAverage, copy_values, make_optimizer, make_scheduler
 from cnnrnn.training.resume import State
-
-if TYPE_CHECKING:
-    pass
 
 
 class NonFiniteLossError(RuntimeError):

@@ -31,19 +31,13 @@ from cnnrnn.model.classifier import CNNRNN, load_checkpoint
 from cnnrnn.network.backbones import Backbone, make_backbone
 from cnnrnn.network.features import cached_features
 from cnnrnn.network.head import Head
-from cnnrnn.prediction.decisions import (
-    USUAL_SHRINKAGE,
-    calibrate,
-    decision_metrics,
-)
+from cnnrnn.prediction.decisions import USUAL_SHRINKAGE, calibrate, decision_metrics
 from cnnrnn.search.engine import resolve_max_labels
 from cnnrnn.search.inference import Inference
 from cnnrnn.training.batches import Split
 from cnnrnn.training.log import Log, require_tensorboard
 from cnnrnn.training.loop import Stage, run_stage
-from cnnrnn.training.orders import (
-    require_search_order,
-)
+from cnnrnn.training.orders import require_search_order
 from cnnrnn.training.recipe import (
     FINISH,
     finishing_stage,
@@ -471,14 +465,8 @@ def _read_split(
         return Split(data, targets, None, model.backbone.preprocessing, ranks)
     folder = Path(config.feature_cache) if config.feature_cache else out / "features"
     features = cached_features(
-        model.backbone,
-        data,
-        folder,
-        device=device,
-        batch_size=config.batch_size,
-        workers=config.workers or None,
-        on_bad_image=config.on_bad_image,
-        progress=progress,
+        model.backbone, data, folder, device=device, batch_size=config.batch_size,
+        workers=config.workers or None, on_bad_image=config.on_bad_image, progress=progress,
         ranks=ranks,
-    )
+    )  # fmt: skip
     return Split(data.select(features.kept), targets[features.kept], features.values, ranks=ranks)

@@ -409,7 +409,7 @@ def test_labels_never_shift(tmp_path: Path, workers: int, shuffle: bool) -> None
     assert len(caught) == 1
     assert sorted(seen) == [i for i in range(20) if i not in (0, 5, 6, 19)]
     assert (sorted(seen) == seen) != shuffle
-    assert batches.bad_count == 4
+    assert len(batches.bad) == 4
     assert {Path(error.path).name for error in batches.bad} == {"0.png", "5.png", "6.png", "19.png"}
     assert list(batches) == []  # one pass, one warning
 
