@@ -146,7 +146,7 @@ def contestants(model: CNNRNN, folder: Path, threads: int) -> dict[str, Callable
         "torch.compile": then_search(compiled),
         "ONNX Runtime, backbone": by_session,
         "ONNX Runtime, whole graph": predictor.run,
-        "ONNX Runtime and compiled search": then_search(embedding.run),
+        "ONNX Runtime and CPU search": then_search(embedding.run),
         "search": lambda images: searches(len(images)),
     }
 
@@ -155,7 +155,7 @@ ALONE = {
     "torch": "torch, backbone",
     "torch.compile": "torch.compile, backbone",
     "ONNX Runtime, whole graph": "ONNX Runtime, backbone",
-    "ONNX Runtime and compiled search": "ONNX Runtime, backbone",
+    "ONNX Runtime and CPU search": "ONNX Runtime, backbone",
 }
 
 
