@@ -348,7 +348,7 @@ def _fitted(data_set: str, variant: str, measure: str) -> list[float]:
 
 
 def fit() -> str:
-    """What the new parts of the recipe are worth: NLL / exact match of the path / O-F1 / mAP."""
+    """What the new parts of the recipe contribute: NLL / exact match of the path / O-F1 / mAP."""
     shown = {d: LIKELIHOOD[d] for d in ("cocoweak", "corel16k")}
 
     def text(data_set: str, variant: str) -> str:
@@ -403,7 +403,7 @@ def decisions() -> str:
 
 
 def recipe(data_set: str, rows: dict[str, str] | None = None, former: bool = False) -> str:
-    """What each part of the recipe, or each order of labels, is worth on one data set."""
+    """What each part of the recipe, or each order of labels, contributes on one data set."""
     file = ROOT / "benchmarks" / "results" / ("recipe_former.json" if former else "recipe.json")
     return recipe_table(json.loads(file.read_text(encoding="utf-8")), data_set, rows) + "\n"
 

@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     words = _underscored(sys.argv[1:] if arguments is None else arguments)
     parser = make_parser("ours")
-    # Printing the configuration ends the parse, and must wait until the preset is known.
+    # --print_config ends the parse: it must wait until the preset is known.
     quiet = [word for word in words if not word.startswith("--print_config")]
     options = parser.parse_args(quiet)
     command = options.command
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             status = RUN[command](options[command])
             sys.stdout.flush()
             return status
-    except BrokenPipeError:  # the reader of our output has gone, as under `| head`
+    except BrokenPipeError:  # the reader of our output has ended, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _is_meant_for_people(error: Exception) -> bool:
-    """Errors of torch's own are bugs or out-of-memory, and keep their traceback."""
+    """Tell our errors from torch's: those are bugs or out of memory, and keep their traceback."""
     from cnnrnn.export import ProviderError
     from cnnrnn.machine.distributed import LostProcessError
     from cnnrnn.training.loop import NonFiniteLossError

@@ -129,7 +129,7 @@ def run_compare(options: Namespace) -> int:
         seeds = tuple(int(seed) for seed in options.seeds.split(","))
     except ValueError:
         raise ValueError(
-            f"--seeds must be whole numbers with commas between, got {options.seeds!r}"
+            f"--seeds must be comma-separated whole numbers, got {options.seeds!r}"
         ) from None
     methods = None if options.methods is None else tuple(options.methods.split(","))
     others = CompareConfig.__dataclass_fields__.keys() - {"seeds", "methods"}
@@ -217,12 +217,12 @@ def run_predict(options: Namespace) -> int:
     if options.model is not None and options.model.lower().endswith(".onnx"):
         if torch_only:
             raise ValueError(
-                f"--{torch_only[0]} must be left out for {options.model}, which ONNX Runtime runs; "
+                f"--{torch_only[0]} does not apply to {options.model}, which ONNX Runtime runs; "
                 "`cnnrnn export --precision float16` makes a file in half precision"
             )
         predictions = _onnx_predictor(options).predict_iter(options.images, **asked)
     elif options.search != default["search"]:
-        raise ValueError(f"--search must be left out but for FILE.onnx, got {options.search}")
+        raise ValueError(f"--search is only for FILE.onnx, got {options.search}")
     else:
         predictions = predict_iter(
             options.images, options.model, device=options.device, precision=options.precision,
@@ -238,7 +238,7 @@ def run_predict(options: Namespace) -> int:
             bad += prediction.error is not None
             advance(1)
     if bad:
-        print(f"cnnrnn: warning: {bad} pictures could not be read", file=sys.stderr)
+        print(f"cnnrnn: warning: {bad} images could not be read", file=sys.stderr)
     return 0
 
 
@@ -281,12 +281,12 @@ def run_scenes(options: Namespace) -> int:
         options.out, train=options.train, val=options.val, test=options.test, seed=options.seed,
         image_size=options.image_size,
     )  # fmt: skip
-    print(f"{options.train + options.val + options.test} pictures in {options.out}")
+    print(f"{options.train + options.val + options.test} images in {options.out}")
     return 0
 
 
 def run_data(options: Namespace) -> int:
-    """Look into a data set."""
+    """Inspect a data set."""
     from cnnrnn.data.report import check_source
     from cnnrnn.machine.progress import terminal_progress
 
@@ -308,14 +308,14 @@ def run_data(options: Namespace) -> int:
 
 
 def run_check(options: Namespace) -> int:
-    """Say what this installation has."""
+    """Report what this installation has."""
     from cnnrnn.cli.installation import report
 
     lines, problems = report()
     print("\n".join(lines))
     for problem in problems:
         print(f"problem: {problem}")
-    print("everything needed is there" if not problems else f"{len(problems)} problems")
+    print("nothing is missing" if not problems else f"{len(problems)} problems")
     return 1 if problems else 0
 
 

@@ -1,4 +1,4 @@
-"""The one dataset type: label sets of records, with their pictures, features or boxes."""
+"""The one dataset type: label sets of records, with their images, features or boxes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 MAX_SPLITS = 100
-"""More are refused: something else than splits was taken for them, such as ids."""
+"""More are an error: something else was taken for splits, such as ids."""
 
 Indices = Sequence[int] | npt.NDArray[np.integer[Any]] | torch.Tensor
 
@@ -41,7 +41,7 @@ class Boxes:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Records with label sets; pictures, features and boxes stay aligned with them.
+    """Records with label sets; images, features and boxes stay aligned with them.
 
     Attributes:
         source: the spec it came from, for messages and cache keys.
@@ -52,7 +52,7 @@ class Dataset:
         image_paths: n paths, or None.
         features: [n, F] float32, finite, or None.
         boxes: boxes of the records, or None.
-        rows: [n] int64, each record's number in its source; 0..n-1 unless it was selected.
+        rows: [n] int64, each record's number in its source; 0..n-1 unless records were selected.
         unknown_indptr: [n+1] int64, or None where every label is known; record i owns
             `unknown_indices[unknown_indptr[i]:unknown_indptr[i+1]]`.
         unknown_indices: int32, ascending and unique within a record: labels that are neither
@@ -333,7 +333,7 @@ def _location(source: str) -> str:
 
 
 def expected_name(name: object) -> str | None:
-    """Say what a label or split must have, where its name is not like that."""
+    """Return what a label or split must have, if its name is wrong; else None."""
     if not isinstance(name, str) or not name.strip():
         return "a non-empty string as name"
     if not is_text(name):
@@ -342,7 +342,7 @@ def expected_name(name: object) -> str | None:
 
 
 def is_text(value: str) -> bool:
-    """Tell whether a string can be written as UTF-8 (JSON can smuggle in half a character)."""
+    """Tell whether a string can be encoded as UTF-8 (JSON may hold half a character)."""
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""The files of a source: its text, the names in it, and the files that those names stand for."""
+"""The files of a source: their text, the names in it, and the files that the names refer to."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def read_vocabulary(file: str | None, problems: Problems) -> list[str] | None:
 
 
 def name_problem(name: object) -> str | None:
-    """Say why a name is no path inside a folder, or None where it is one."""
+    """Return why a name is not a path inside a folder, or None if it is one."""
     if not isinstance(name, str):
         return "not a string"
     if _PLAIN_NAME.fullmatch(name):
@@ -135,10 +135,10 @@ def existing_images(
         file: what names them, for messages.
         folder: the image folder; links may not lead out of it.
         record: names the record of a position, for messages.
-        names: paths inside the folder that `name_problem` has nothing against.
-        on_bad_image: `error` takes a missing file as a problem, `skip` leaves it out with one
+        names: paths inside the folder, checked by `name_problem`.
+        on_bad_image: with `error` a missing file is a problem, `skip` leaves it out with one
             warning.
-        problems: takes links that lead out, and missing files.
+        problems: collects links that lead out of the folder, and missing files.
 
     Raises:
         DataError: with `skip`, every file is missing.
@@ -234,7 +234,7 @@ def find_files(
 def _list_files(
     file: Path, folder: Path, root: str, parent: str, record: str, name: str
 ) -> dict[str, str]:
-    """Return the regular files of a folder: name to where a link leads, "" for no link."""
+    """Return the regular files of a folder: name to the target of a link, "" for no link."""
     path = os.path.join(root, parent)
     real = os.path.realpath(path)
     if not _is_inside(real, root):
@@ -258,7 +258,7 @@ def _list_files(
 
 
 def kind_of_path(path: Path) -> str:
-    """Say what stands at a path, for messages."""
+    """Return what is at a path, for messages."""
     if path.is_dir():
         return "a folder"
     return "something that is not a file" if path.exists() else "no such file"
@@ -269,7 +269,7 @@ def _is_inside(path: str, root: str) -> bool:
 
 
 def short(value: object) -> str:
-    """Return a value for a message, cut to one readable line."""
+    """Return a value for a message, cut to one short line."""
     if isinstance(value, int) and abs(value) >= 10**60:
         return "a number of more than 60 digits"
     text = ascii(value) if isinstance(value, str) and not is_text(value) else repr(value)
@@ -281,21 +281,21 @@ def _cut(text: str, most: int = 200) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Return what a library says of broken data, cut to one readable line."""
+    """Return what a library says about broken data, cut to one short line."""
     return _cut(" ".join(str(error).split()) or type(error).__name__)
 
 
 class EmptySourceError(DataError):
-    """Nothing is left of a source; beside other problems this follows from them."""
+    """Nothing is left of a source; if there are other problems, this follows from them."""
 
 
 class Problems:
-    """Takes what is wrong with a source, one sentence each: raises the first, or keeps them all.
+    """Collects what is wrong with a source, one sentence each: raises the first, or keeps them all.
 
-    A reader that goes on after `add` leaves the record out.
+    A reader that continues after `add` leaves the record out.
 
     Args:
-        keep: go on and keep every message.
+        keep: continue and keep every message.
 
     Attributes:
         messages: what was kept.
@@ -314,7 +314,7 @@ class Problems:
 
     @contextmanager
     def part(self) -> Iterator[None]:
-        """Where problems are kept, a part that cannot be read at all does not end the others."""
+        """If problems are kept, a part that cannot be read at all does not stop the others."""
         try:
             yield
         except DataError as error:

@@ -1,4 +1,4 @@
-"""Pictures: decoding, the one preprocessing, and batches of them."""
+"""Images: decoding, the one preprocessing, and batches of them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from cnnrnn.data.dataset import DataError, Dataset
 from cnnrnn.machine.extras import from_extra
 
 MAX_PIXELS = 178_956_970
-"""Largest picture that is decoded, in pixels (Pillow's own limit for decompression bombs)."""
+"""Largest image that is decoded, in pixels (Pillow's own limit for decompression bombs)."""
 
-# Raster formats that Pillow decodes by itself, and not when they are cut short: EPS would start
-# Ghostscript, and half a JPEG 2000 file gives a picture.
+# Raster formats that Pillow decodes itself and refuses when truncated: EPS would start
+# Ghostscript, and half a JPEG 2000 file gives an image.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 
-# EXIF's orientation to what turns the picture upright.
+# EXIF's orientation to what turns the image upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -74,8 +74,7 @@ def decode_image(path: str | Path, record: str | None = None) -> Image.Image:
         The first frame as RGB, upright by its EXIF orientation; see `to_rgb` for colours.
 
     Raises:
-        BadImageError: the file is missing, is no image, is cut short, or is larger than
-            `MAX_PIXELS`.
+        BadImageError: the file is missing, not an image, truncated, or larger than `MAX_PIXELS`.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
@@ -138,8 +137,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     """Return EXIF's orientation, 1 where there is none or it cannot be read.
 
-    `ImageOps.exif_transpose` would also write the EXIF block anew, and fail where any tag of it is
-    odd, although the pixels are good.
+    `ImageOps.exif_transpose` would also rewrite the EXIF block, and fail on any odd tag although
+    the pixels are good.
     """
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -158,10 +157,10 @@ def _grey_to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def to_tensor(image: Image.Image, preprocessing: Preprocessing) -> torch.Tensor:
-    """Resize the whole picture to the square input.
+    """Resize the whole image to the square input.
 
     Args:
-        image: an RGB picture.
+        image: an RGB image.
         preprocessing: gives the side S and the filter, applied with antialiasing.
 
     Returns:
@@ -199,14 +198,14 @@ def normalize(batch: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor
 
 
 class BadImageWarning(UserWarning):
-    """Pictures were left out because they cannot be read."""
+    """Images were left out because they cannot be read."""
 
 
 class ImageBatch(NamedTuple):
-    """Pictures of some records.
+    """Images of some records.
 
     Attributes:
-        indices: [m] int64, the records that the pictures belong to.
+        indices: [m] int64, the records that the images belong to.
         images: [m, 3, S, S] uint8.
         bad: the errors of records that were left out.
     """
@@ -217,11 +216,11 @@ class ImageBatch(NamedTuple):
 
 
 Record = tuple[int, "torch.Tensor | BadImageError"]
-"""A record's number with its picture, uint8 [3, S, S], or with what is wrong with it."""
+"""A record's number with its image, uint8 [3, S, S], or with what is wrong with it."""
 
 
 class ImageRecords(torch.utils.data.Dataset[tuple[int, "torch.Tensor | BadImageError"]]):
-    """The pictures of a dataset, decoded and resized on access.
+    """The images of a dataset, decoded and resized on access.
 
     Item i is (i, uint8 [3, S, S]), or (i, BadImageError) where `on_bad_image` is `skip`.
 
@@ -262,7 +261,7 @@ class ImageRecords(torch.utils.data.Dataset[tuple[int, "torch.Tensor | BadImageE
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[int, torch.Tensor | BadImageError]:
-        """Return the record index with its picture, or with what is wrong with it."""
+        """Return the record index with its image, or with what is wrong with it."""
         record = f"record {self.dataset.rows[index]} of {self.dataset.source}"
         try:
             image = to_tensor(decode_image(self.paths[index], record), self.preprocessing)
@@ -278,7 +277,7 @@ class ImageRecords(torch.utils.data.Dataset[tuple[int, "torch.Tensor | BadImageE
     ) -> torch.Tensor:
         if self.augment_seed is None:
             return augment(image)
-        # torchvision draws from torch's generator only: it is lent, and put back as it was.
+        # torchvision draws from torch's generator only: it is seeded, and restored afterwards.
         generator = torch.default_generator
         state = generator.get_state()
         generator.manual_seed((self.augment_seed + index) % 2**63)
@@ -288,7 +287,7 @@ class ImageRecords(torch.utils.data.Dataset[tuple[int, "torch.Tensor | BadImageE
             generator.set_state(state)
 
     def collate(self, items: Sequence[tuple[int, torch.Tensor | BadImageError]]) -> ImageBatch:
-        """Put items into a batch in their order, bad ones aside."""
+        """Put items into a batch in their order, bad ones apart."""
         side = self.preprocessing.image_size
         good = [(index, image) for index, image in items if isinstance(image, torch.Tensor)]
         return ImageBatch(
@@ -313,7 +312,7 @@ def _augmentation(side: int) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 class ImageBatches(Iterator[ImageBatch]):
-    """One pass over the pictures of a dataset, made by `image_batches`.
+    """One pass over the images of a dataset, made by `image_batches`.
 
     Attributes:
         bad: the errors of the records left out so far.
@@ -337,7 +336,7 @@ class ImageBatches(Iterator[ImageBatch]):
         self._reported = False
 
     def __next__(self) -> ImageBatch:
-        """Return the next batch that has a picture, or with `keep_empty` the next one."""
+        """Return the next batch that has an image, or with `keep_empty` the next one."""
         while (batch := next(self._loader, None)) is not None:
             if batch.bad and self._on_bad_image == "error":
                 # End the workers now: left to the garbage collector, each would take 5 seconds.
@@ -357,7 +356,7 @@ def report_bad_images(bad: Sequence[BadImageError], count: int, total: int) -> N
 
     Args:
         bad: what is wrong with them.
-        count: images that were read, those among them.
+        count: images that were read, including those.
         total: images of the dataset.
 
     Raises:
@@ -383,25 +382,25 @@ def image_batches(
     keep_empty: bool = False,
     pick: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]] = lambda batches: batches,
 ) -> ImageBatches:
-    """Return an iterator over the pictures of a dataset, once.
+    """Return an iterator over the images of a dataset, once.
 
     Args:
         dataset: must have image paths.
         preprocessing: side and filter of the square input.
-        batch_size: pictures per batch; the last batch may be smaller, and so is one with pictures
-            left out. A batch in which every picture is bad is not returned.
+        batch_size: images per batch; the last batch may be smaller, and so is one with images
+            left out. A batch in which every image is bad is not returned.
         workers: processes that decode; 0 decodes in this one.
-        augment: flip and shift at random, each picture by a seed of its own, which does not depend
-            on `workers` and is drawn from `shuffle_generator`, or torch's generator without one.
+        augment: flip and shift at random, each image with its own seed, which does not depend on
+            `workers` and is drawn from `shuffle_generator`, or torch's generator without one.
         shuffle_generator: draws the order; None keeps the order of the dataset.
-        on_bad_image: `error` raises at the first unreadable picture; `skip` leaves it out, and
+        on_bad_image: `error` raises at the first unreadable image; `skip` leaves it out, and
             warns once at the end of the pass with the count; `.bad` has what is wrong with each.
-        keep_empty: also return a batch in which every picture is bad, or that `pick` left empty.
-        pick: turns the batches, as record numbers, into those that this process reads.
+        keep_empty: also return a batch in which every image is bad, or that `pick` left empty.
+        pick: selects from the batches of record numbers what this process reads.
 
     Raises:
-        DataError: the dataset has no image paths, or with `skip` no picture at all can be read.
-        BadImageError: a picture cannot be read and `on_bad_image` is `error`.
+        DataError: the dataset has no image paths, or with `skip` no image at all can be read.
+        BadImageError: an image cannot be read and `on_bad_image` is `error`.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")

@@ -50,14 +50,14 @@ def load_dataset(
 
     Args:
         spec: `coco:ROOT`, `coco:FILE.json`, `voc:ROOT`, `nuswide:ROOT`, `csv:FILE`, `csv:FOLDER`,
-            `scenes:ROOT`, `features:FILE` or `features:FOLDER`. A scenes folder that does not
-            exist is generated first. Options follow a comma, as in
+            `scenes:ROOT`, `features:FILE` or `features:FOLDER`. A missing scenes folder is
+            generated first. Options follow a comma, as in
             `csv:FILE,labels=tags,delimiter=space` (`TableOptions`),
             `nuswide:ROOT,labels=tags` (`NusWideOptions`) and
             `features:FILE.svm,vocabulary=FILE,features=500,first=1` (`SvmlightOptions`).
         images: image folder of a `coco:`, `nuswide:` or `csv:` source.
         on_bad_image: `error` stops at a missing image, `skip` leaves it out with a warning.
-        problems: takes what is wrong with the source; without it the first problem is raised.
+        problems: collects what is wrong with the source; without it the first problem is raised.
 
     Returns:
         The dataset with all its splits.
@@ -111,7 +111,7 @@ def load_dataset(
 
 
 def _split_options(kind: str, location: str) -> tuple[str, dict[str, str]]:
-    """Split `PATH,name=value,...` at the commas that stand before a name."""
+    """Split `PATH,name=value,...` at the commas before a name."""
     known = _OPTIONS[kind]
     if not known:
         return location, {}

@@ -1,4 +1,4 @@
-"""Reads a source whole, pictures included: what is in it, and everything wrong with it."""
+"""Reads a whole source, images included: what is in it, and everything that is wrong with it."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class SourceReport:
         source: the spec.
         problems: one sentence each, naming file and record.
         warnings: what was left out by rule.
-        records: read without a problem so far as labels go; unreadable pictures are among them.
+        records: read without a problem so far as labels go; unreadable images are among them.
         splits: name to counts.
         label_counts: name to records that have it, most frequent first.
         unknown_labels: (record, label) pairs that are neither present nor absent.
@@ -87,7 +87,7 @@ class SourceReport:
         duplicates_across_splits: groups that have a record in one split only and a copy of it
             in another split only.
         duplicates_with_other_labels: groups whose records differ in labels.
-        unreadable: pictures that cannot be read.
+        unreadable: images that cannot be read.
     """
 
     source: str
@@ -175,7 +175,7 @@ class SourceReport:
                   for group in self.duplicates[:SHOWN_DUPLICATES]]  # fmt: skip
         if len(self.duplicates) > SHOWN_DUPLICATES:
             lines.append(f"  and {len(self.duplicates) - SHOWN_DUPLICATES:,} more groups")
-        return [*lines, f"unreadable pictures: {self.unreadable:,}"]
+        return [*lines, f"unreadable images: {self.unreadable:,}"]
 
 
 def check_source(
@@ -186,14 +186,14 @@ def check_source(
     pairs: int = 20,
     progress: Progress = no_progress,
 ) -> SourceReport:
-    """Read a source whole and report on it.
+    """Read a whole source and report on it.
 
     Args:
         spec: as for `load_dataset`.
         images: image folder, as for `load_dataset`.
-        workers: processes that decode pictures; 0 decodes in this one.
+        workers: processes that decode images; 0 decodes in this one.
         pairs: how many pairs of labels to report.
-        progress: told how many pictures are done.
+        progress: told how many images are done.
 
     Returns:
         The report; what is wrong with the source is in it and not raised.
@@ -299,13 +299,13 @@ def prefix_sharing(dataset: Dataset, order: npt.NDArray[np.int64]) -> PrefixShar
 def _read_contents(
     dataset: Dataset, workers: int, problems: Problems, progress: Progress
 ) -> list[bytes | None]:
-    """Return a digest of each record's content, None where its picture cannot be read."""
+    """Return a digest of each record's content, None where its image cannot be read."""
     if dataset.image_paths is None:
         if dataset.features is None:
             return []
         return [hashlib.blake2b(row.data, digest_size=16).digest() for row in dataset.features]
     digests: list[bytes | None] = []
-    with progress("pictures", len(dataset)) as advance:
+    with progress("images", len(dataset)) as advance:
         for digest, reason in _inspect_all(dataset.image_paths, workers):
             if reason is not None:
                 record = f"record {dataset.rows[len(digests)]} of {dataset.source}"
@@ -328,7 +328,7 @@ def _inspect_all(paths: Sequence[Path], workers: int) -> Iterator[Content]:
 
 
 def _inspect(path: Path) -> Content:
-    """Decode a picture; return the digest of its file, or what is wrong with it."""
+    """Decode an image; return the digest of its file, or what is wrong with it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, about odd EXIF blocks

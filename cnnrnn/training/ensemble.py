@@ -1,4 +1,4 @@
-"""Training an ensemble: its members one after the other, in one folder."""
+"""Training an ensemble: its members one after another, in one folder."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def train_ensemble(
 ) -> EnsembleResult:
     """Train members one after another on one feature cache and write the ensemble as `out/best`.
 
-    Each member is a training run of its own in `out/members/N`. All train and validate on the same
+    Each member is its own training run in `out/members/N`. All train and validate on the same
     images, and the ensemble's threshold is chosen on the validation split.
 
     Args, besides those that are as in `train`:
@@ -56,7 +56,7 @@ def train_ensemble(
         search_config: the search, of order `increasing`.
         config: the recipe; member i trains with its seed plus i.
         label_orders: one per member, in place of the recipe's.
-        resume: goes on with every member.
+        resume: resumes every member.
 
     Raises:
         ValueError: the options cannot make an ensemble, or as in `train`.
@@ -65,7 +65,7 @@ def train_ensemble(
         raise ValueError("an ensemble must have at least 1 member, got 0 label orders")
     if search_config.order != "increasing" or "shuffled" in label_orders:
         raise ValueError(
-            "an ensemble needs paths that only go up: search.order must be increasing and no "
+            "an ensemble needs increasing paths: search.order must be increasing and no "
             f"label order shuffled, got {search_config.order} and {', '.join(label_orders)}"
         )
     if dataset.features is None and not model_config.freeze_backbone:
@@ -82,7 +82,7 @@ def train_ensemble(
     models: list[CNNRNN] = []
     for i, order in enumerate(label_orders):
         member = replace(config, seed=config.seed + i, label_order=order, feature_cache=cache)
-        if i and dataset.features is None:  # also where the first one's was drawn at random
+        if i and dataset.features is None:  # also if the first one's weights are random
             member = replace(member, init_backbone=str(out / "members" / "0"))
         say(f"member {i + 1} of {len(label_orders)}: label order {order}, seed {member.seed}")
         result = train(

@@ -58,7 +58,7 @@ def load_voc(
 
     Returns:
         The dataset with image paths, and the boxes of the objects that are not difficult; a box
-        covers its outermost pixels, and the picture's first pixel is at 0.
+        covers its outermost pixels, and the image's first pixel is at 0.
 
     Raises:
         DataError: files are missing, or their content is not as VOC's format says.
