@@ -276,10 +276,11 @@ def run_export(options: Namespace) -> int:
 def run_scenes(options: Namespace) -> int:
     """Write the synthetic scenes."""
     from cnnrnn.data.sources.scenes import write_scenes
+    from cnnrnn.machine.progress import terminal_progress
 
     write_scenes(
         options.out, train=options.train, val=options.val, test=options.test, seed=options.seed,
-        image_size=options.image_size,
+        image_size=options.image_size, progress=terminal_progress,
     )  # fmt: skip
     print(f"{options.train + options.val + options.test} images in {options.out}")
     return 0

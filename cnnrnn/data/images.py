@@ -311,46 +311,6 @@ def _augmentation(side: int) -> Callable[[torch.Tensor], torch.Tensor]:
     return augment
 
 
-class ImageBatches(Iterator[ImageBatch]):
-    """One pass over the images of a dataset, made by `image_batches`.
-
-    Attributes:
-        bad: the errors of the records left out so far.
-    """
-
-    def __init__(
-        self,
-        records: ImageRecords,
-        loader: Iterator[ImageBatch],
-        on_bad_image: OnBadImage,
-        count: int,
-        keep_empty: bool = False,
-    ) -> None:
-        """Start before the first batch."""
-        self.bad: list[BadImageError] = []
-        self._count = count
-        self._keep_empty = keep_empty
-        self._records = records
-        self._loader = loader
-        self._on_bad_image = on_bad_image
-        self._reported = False
-
-    def __next__(self) -> ImageBatch:
-        """Return the next batch that has an image, or with `keep_empty` the next one."""
-        while (batch := next(self._loader, None)) is not None:
-            if batch.bad and self._on_bad_image == "error":
-                # End the workers now: left to the garbage collector, each would take 5 seconds.
-                self._loader = iter(())
-                raise batch.bad[0]
-            self.bad += batch.bad
-            if len(batch.indices) or self._keep_empty:
-                return batch
-        if not self._reported:
-            self._reported = True
-            report_bad_images(self.bad, self._count, len(self._records))
-        raise StopIteration
-
-
 def report_bad_images(bad: Sequence[BadImageError], count: int, total: int) -> None:
     """Warn of images that were left out.
 
@@ -381,8 +341,8 @@ def image_batches(
     on_bad_image: OnBadImage = "error",
     keep_empty: bool = False,
     pick: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]] = lambda batches: batches,
-) -> ImageBatches:
-    """Return an iterator over the images of a dataset, once.
+) -> Iterator[ImageBatch]:
+    """Read the images of a dataset once, in batches.
 
     Args:
         dataset: must have image paths.
@@ -394,7 +354,7 @@ def image_batches(
             `workers` and is drawn from `shuffle_generator`, or torch's generator without one.
         shuffle_generator: draws the order; None keeps the order of the dataset.
         on_bad_image: `error` raises at the first unreadable image; `skip` leaves it out, and
-            warns once at the end of the pass with the count; `.bad` has what is wrong with each.
+            warns once at the end of the pass with the count.
         keep_empty: also return a batch in which every image is bad, or that `pick` left empty.
         pick: selects from the batches of record numbers what this process reads.
 
@@ -421,7 +381,27 @@ def image_batches(
         generator=torch.Generator(),  # keeps the loader from drawing from torch's own
     )
     count = sum(map(len, batches))
-    return ImageBatches(records, iter(loader), on_bad_image, count, keep_empty)
+    return _checked(iter(loader), on_bad_image, count, len(records), keep_empty)
+
+
+def _checked(
+    batches: Iterator[ImageBatch],
+    on_bad_image: OnBadImage,
+    count: int,
+    total: int,
+    keep_empty: bool,
+) -> Iterator[ImageBatch]:
+    """Yield the batches, and raise or warn of unreadable images; see `image_batches`."""
+    bad: list[BadImageError] = []
+    while (batch := next(batches, None)) is not None:
+        if batch.bad and on_bad_image == "error":
+            # End the workers now: left to the garbage collector, each would take 5 seconds.
+            batches = iter(())
+            raise batch.bad[0]
+        bad += batch.bad
+        if len(batch.indices) or keep_empty:
+            yield batch
+    report_bad_images(bad, count, total)
 
 
 def _draw_seed(generator: torch.Generator | None) -> int:

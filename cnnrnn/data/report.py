@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -212,8 +211,8 @@ def check_source(
         return SourceReport(spec, problems.messages, notes)
     digests = _read_contents(dataset, workers, problems, progress)
     groups = _groups(digests)
-    masks = _split_masks(dataset)
-    _check_overlap(dataset, masks, problems)
+    member = _memberships(dataset)
+    _check_overlap(dataset, member, problems)
     order = np.argsort(-dataset.label_counts(), kind="stable")
     counts = dataset.label_counts()
     sizes = np.bincount(np.diff(dataset.label_indptr))
@@ -230,9 +229,7 @@ def check_source(
         pairs=_frequent_pairs(dataset, order[:CO_OCCURRENCE_LABELS], pairs),
         prefixes=prefix_sharing(dataset, order),
         duplicates=[[dataset.record_name(i) for i in group] for group in groups],
-        duplicates_across_splits=sum(
-            _is_across_splits([masks[i] for i in group]) for group in groups
-        ),
+        duplicates_across_splits=sum(_is_across_splits(member[group]) for group in groups),
         duplicates_with_other_labels=sum(
             len({dataset.labels(i).tobytes() for i in group}) > 1 for group in groups
         ),
@@ -354,50 +351,32 @@ def _groups(digests: Sequence[bytes | None]) -> list[list[int]]:
     return [group for group in records.values() if len(group) > 1]
 
 
-def _split_masks(dataset: Dataset) -> list[int]:
-    """Return the splits of each record as bits, bit i for the split i."""
-    masks = [0] * len(dataset)
-    for position, records in enumerate(dataset.splits.values()):
-        for record in records.tolist():
-            masks[record] |= 1 << position
-    return masks
+def _memberships(dataset: Dataset) -> npt.NDArray[np.bool_]:
+    """Return which splits each record is in, bool [n, S]."""
+    member = np.zeros((len(dataset), len(dataset.splits)), dtype=bool)
+    for split, records in enumerate(dataset.splits.values()):
+        member[records, split] = True
+    return member
 
 
-def _check_overlap(dataset: Dataset, masks: list[int], problems: Problems) -> None:
-    """Name two splits that share records, where neither holds the other as trainval does train."""
-    names = list(dataset.splits)
-    sizes = [0] * len(names)
-    shared: Counter[tuple[int, int]] = Counter()
-    examples: dict[tuple[int, int], int] = {}
-    firsts = {mask: record for record, mask in reversed(list(enumerate(masks)))}
-    for mask, count in Counter(masks).items():  # in the order of their first records
-        members = _bits(mask)
-        for split in members:
-            sizes[split] += count
-        for pair in itertools.combinations(members, 2):
-            shared[pair] += count
-            examples.setdefault(pair, firsts[mask])
-    for (first, second), count in sorted(shared.items()):
-        if count == min(sizes[first], sizes[second]):
-            continue
-        problems.add(
-            f"{dataset.source}: splits {names[first]} and {names[second]} must not share records "
-            f"unless one holds the other, got {count:,} in both, the first of them "
-            f"{dataset.record_name(examples[first, second])}"
-        )
+def _check_overlap(dataset: Dataset, member: npt.NDArray[np.bool_], problems: Problems) -> None:
+    """Name two splits that share records, unless one holds the other as trainval does train."""
+    sizes = member.sum(0)
+    for (i, first), (j, second) in itertools.combinations(enumerate(dataset.splits), 2):
+        shared = np.flatnonzero(member[:, i] & member[:, j])
+        if len(shared) and len(shared) != min(sizes[i], sizes[j]):
+            problems.add(
+                f"{dataset.source}: splits {first} and {second} must not share records unless one "
+                f"holds the other, got {len(shared):,} in both, the first of them "
+                f"{dataset.record_name(int(shared[0]))}"
+            )
 
 
-def _is_across_splits(masks: list[int]) -> bool:
-    """Tell whether one record is in a split without another, and that in a split without it."""
-    outside: dict[int, int] = {}  # split to the splits that some record of it is not in
-    for mask in set(masks):
-        for split in _bits(mask):
-            outside[split] = outside.get(split, 0) | ~mask
-    return any(
-        outside[first] >> second & 1 and outside[second] >> first & 1
-        for first, second in itertools.combinations(outside, 2)
-    )
+def _is_across_splits(member: npt.NDArray[np.bool_]) -> bool:
+    """Tell whether one record is in a split without another, and that in a split without it.
 
-
-def _bits(mask: int) -> list[int]:
-    return [position for position in range(mask.bit_length()) if mask >> position & 1]
+    Args:
+        member: [m, S] of records with the same content.
+    """
+    without = member.T.astype(np.float32) @ ~member > 0  # [S, S] in one split, not in the other
+    return bool((without & without.T).any())

@@ -157,20 +157,7 @@ class Head(nn.Module):
     Args:
         num_labels: L, END not counted.
         feature_dim: F, width of the image feature.
-        joint_dim: D.
-        hidden_dim: H.
-        cell: `lstm` or `paper`.
-        activation: h of equation 4.
-        chain_term: add an independent classifier's next-label logits.
-        tied_embedding: the recurrence reads labels through the rows that score them, as in the
-            paper; False gives it a separate embedding.
-        trunk_dim: width of a hidden layer on the image feature; 0 for none.
-        trunk_skip: read the image feature itself beside the hidden layer.
-        score_bias: learn one bias per label and END.
-        projection_bias: learn a bias in U_I.
-        input_dropout: dropout on the image feature.
-        hidden_dropout: dropout on the hidden layer.
-        joint_dropout: dropout on the outputs of U_o and U_I.
+        joint_dim: D. This and all others are as in `ModelConfig`.
 
     Attributes:
         label_embedding: [L+2, D] U_l, which scores labels; row L is END, row L+1 START.

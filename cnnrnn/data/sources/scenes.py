@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+
+from cnnrnn.machine.progress import Progress, no_progress
 
 Colour = tuple[float, float, float]  # red, green, blue, 0..255
 Ink = NDArray[np.float64]  # [3], a colour under the light of the scene
@@ -383,7 +384,7 @@ def write_scenes(
     test: int = 1000,
     seed: int = 0,
     image_size: int = 64,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = no_progress,
 ) -> None:
     """Write three splits of scenes as PNG files with COCO instances annotations.
 
@@ -397,7 +398,7 @@ def write_scenes(
         test: Number of test images.
         seed: Seed of the dataset, at least 0.
         image_size: Side of the images in pixels, 32..512.
-        progress: Called with (images written, images in all) after each image.
+        progress: Told how many images are written.
 
     Raises:
         FileExistsError: `folder` exists and is not an empty folder.
@@ -410,8 +411,10 @@ def write_scenes(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} must be a new or empty folder: remove it or name another")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    done = 0
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as staging:
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as staging,
+        progress("scenes", sum(counts.values())) as advance,
+    ):
         unfinished = Path(staging) / folder.name
         (unfinished / "annotations").mkdir(parents=True)
         for number, (split, count) in enumerate(counts.items()):
@@ -421,9 +424,7 @@ def write_scenes(
                 scene = draw_scene(np.random.default_rng([seed, number, index]), image_size)
                 scene.image.save(unfinished / split / _file_name(index))
                 boxes.append(scene.boxes)
-                done += 1
-                if progress is not None:
-                    progress(done, sum(counts.values()))
+                advance(1)
             target = unfinished / "annotations" / f"instances_{split}.json"
             target.write_text(json.dumps(_coco_instances(boxes, image_size)), encoding="utf-8")
         if folder.exists():
