@@ -475,7 +475,7 @@ def test_the_command_prints_the_table_and_goes_on(tmp_path, capsys):
     assert main([*words, "--methods=bcee"]) == 1
     assert "got 'bcee'" in capsys.readouterr().err
     assert main([*words, "--seeds=0;1"]) == 1
-    assert "--seeds must be whole numbers with commas between, got '0;1'" in capsys.readouterr().err
+    assert "--seeds must be comma-separated whole numbers, got '0;1'" in capsys.readouterr().err
 
 
 def test_the_command_on_pictures_caches_their_features(tmp_path, capsys):
