@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from cnnrnn.comparison.baselines import network_outputs, train_independent
 from cnnrnn.comparison.chains import given_log_probs
 from cnnrnn.comparison.dependencies import DependencyNetwork, train_dependencies
 from tests.comparison.test_baselines import HEAD, QUICK, split_of
@@ -134,12 +135,14 @@ def test_a_known_label_tells_of_those_that_go_with_it(kind):
 
     train_split, val = split(400), split(200)
     said = []
-    model = train_dependencies(train_split, val, kind, HEAD, QUICK, say=said.append)
+    config = replace(QUICK, learning_rate=5e-2)
+    model = train_dependencies(train_split, val, kind, HEAD, config, say=said.append)
     assert not model.training and any("pseudo-NLL" in line for line in said)
     evidence = torch.zeros(200, 3, dtype=torch.int8)
     evidence[:100, 1], evidence[100:, 1] = 1, -1
     given = model.marginals(val.features, evidence)
-    assert (given[:100, 2] > 0.5).all() and (given[100:, 2] < 0.2).all()  # 0.3 of all
-    alone = train_independent(train_split, val, "bce", HEAD, QUICK)
-    expected = network_outputs(alone, val.features).sigmoid()
-    assert (model.marginals(val.features)[:, 0] - expected[:, 0]).abs().mean() < 0.1
+    assert (given[:100, 2] > 0.8).all() and (given[100:, 2] < 0.1).all()
+    alone = model.marginals(val.features)
+    right = (alone[:, 0] > 0.5) == val.targets[:, 0]
+    assert right.double().mean() > 0.9
+    torch.testing.assert_close(alone[:, 1:].mean(0), torch.full((2,), 0.3), rtol=0, atol=0.15)
