@@ -80,26 +80,26 @@ class DependencyNetwork(LabelsGiven):
         if evidence is None:
             evidence = torch.zeros(len(features), L, dtype=torch.int8)
         influence = self.influence()
+        columns = influence.T.contiguous()
         generator = torch.Generator(device).manual_seed(seed)
         step = max(1, SETS_AT_ONCE // (chains * L))
         parts = []
         for some, told in zip(features.split(step), evidence.split(step), strict=True):
-            known = told.to(device).repeat_interleave(chains, 0).T  # [L, B * C], as all below
-            sets = (known == 1).to(influence.dtype).contiguous()
-            alone = self.classifier(self.trunk(some.to(device))).repeat_interleave(chains, 0).T
-            logits = (alone + influence @ sets).contiguous()
-            total = torch.zeros_like(logits)
+            known = told.to(device).T.repeat_interleave(chains, 1)  # [L, B * C], as sets and total
+            sets = (known == 1).to(influence.dtype)
+            alone = self.classifier(self.trunk(some.to(device))).repeat_interleave(chains, 0)
+            logits = (alone + sets.T @ columns).contiguous()  # [B * C, L]: few rows change at once
+            total = torch.zeros_like(sets)
             for sweep in range(BURN_IN + sweeps):
                 for label in range(L):
-                    p = logits[label].sigmoid()
+                    p = logits[:, label].sigmoid()
                     if sweep >= BURN_IN:
                         total[label] += p
                     drawn = torch.rand(p.shape, generator=generator, device=device) < p
-                    change = drawn.to(p.dtype) - sets[label]
-                    changed = ((change != 0) & (known[label] == 0)).nonzero()[:, 0]
-                    if len(changed):
-                        sets[label, changed] += change[changed]
-                        logits[:, changed] += influence[:, label, None] * change[changed]
+                    change = (drawn.to(p.dtype) - sets[label]) * (known[label] == 0)
+                    changed = change.nonzero()[:, 0]
+                    sets[label] += change
+                    logits.index_add_(0, changed, change[changed, None] * columns[label])
             found = (total / sweeps).view(L, -1, chains).mean(2).T
             told = told.to(device)
             parts.append(torch.where(told == 0, found, (told > 0).to(found.dtype)).cpu())
