@@ -240,6 +240,7 @@ def _path_model(
             ),
             lambda split: _path_log_probs(comparison, model, split),
             is_bound=model.search.order != "increasing",
+            scores_given=_path_scores_given(comparison, model),
         )
 
     return fit
@@ -270,6 +271,27 @@ def _read_paths(
     return [Scored(scores, found.sets[:, columns]), Scored(scores)]
 
 
+def _path_scores_given(
+    comparison: Comparison, model: CNNRNN | Ensemble
+) -> Callable[[Split, Tensor], Tensor]:
+    """Return what a path model says given evidence; where no path was found, given none."""
+    names = comparison.dataset.label_names
+    to_model = [names.index(name) for name in model.labels]
+    to_source = [model.labels.index(name) for name in names]
+
+    def scores_given(split: Split, evidence: Tensor) -> Tensor:
+        assert split.features is not None
+        features = split.features.to(model.device)
+        found = model.infer(features, None, evidence[:, to_model])
+        scores = found.mixed(model.calibration)
+        lost = scores.isnan().any(1)
+        if lost.any():
+            scores[lost] = model.infer(features[lost.to(features.device)]).mixed(model.calibration)
+        return scores[:, to_source]
+
+    return scores_given
+
+
 def path_ensemble(comparison: Comparison, folders: Sequence[Path]) -> Fitted:
     """Return the ensemble of the path models whose weights are in `folders`."""
     ensemble = Ensemble([_loaded(comparison, folder) for folder in folders]).eval()
@@ -282,7 +304,9 @@ def path_ensemble(comparison: Comparison, folders: Sequence[Path]) -> Fitted:
     def set_log_probs(split: Split) -> Tensor:
         return _path_log_probs(comparison, ensemble, split)
 
-    return Fitted(0.0, predict, set_log_probs)
+    return Fitted(
+        0.0, predict, set_log_probs, scores_given=_path_scores_given(comparison, ensemble)
+    )
 
 
 def _independent(
