@@ -224,7 +224,7 @@ def write_per_label(path: Path, model: CNNRNN | Ensemble, evaluation: Evaluation
     The last column, `calibrated`, is 0 for labels without a threshold of their own.
     """
     calibration = evaluation.calibration
-    scores = evaluation.inference.mixed(calibration.mix_weight)
+    scores = evaluation.inference.mixed(calibration)
     sets = decided_sets("path", evaluation.inference, scores, calibration)
     rows = per_label_metrics(sets, evaluation.targets, scores=scores, unknown=evaluation.unknown)
     rows["calibrated"] = torch.ones(len(model.labels), dtype=torch.int64)

@@ -34,10 +34,11 @@ from cnnrnn.network.head import Head
 from cnnrnn.prediction.decisions import (
     USUAL_SHRINKAGE,
     calibrate,
+    calibrate_known,
     decision_metrics,
 )
 from cnnrnn.search.engine import resolve_max_labels
-from cnnrnn.search.inference import Inference
+from cnnrnn.search.inference import Inference, infer
 from cnnrnn.training.batches import Split
 from cnnrnn.training.log import Log, require_tensorboard
 from cnnrnn.training.loop import Stage, run_stage
@@ -50,6 +51,7 @@ from cnnrnn.training.recipe import (
     path_stage,
     reorder_labels,
     search_split,
+    split_features,
     start_at_frequencies,
     starts_trained,
     warm_stage,
@@ -351,9 +353,16 @@ class _Run:
         trained = model.head.recurrence.weight_hh.requires_grad  # `prepare_head` may freeze it
         if self.ranks.first:
             model = load_checkpoint(self.out / "best").to(model.device)
-        inference, targets = search_split(model, self.val, self.config)
+        features, targets = split_features(model, self.val, self.config)
+        inference = infer(model.head, features, model.search)
         kept = model.calibration
-        model.calibration = calibrate(inference, targets, self._in_training())
+        model.calibration = calibrate_known(
+            model.head,
+            features,
+            targets,
+            model.search,
+            calibrate(inference, targets, self._in_training()),
+        )
         if self.ranks.first:
             if model.calibration != kept:  # a run that had ended has this one
                 model.save(self.out / "best")
