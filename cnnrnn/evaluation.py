@@ -6,7 +6,7 @@ import csv
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cnnrnn.config import Calibration, OnBadImage, SearchConfig
 from cnnrnn.data import DataError, Dataset
+from cnnrnn.known import metrics_of_others, reveal
 from cnnrnn.machine.files import write_whole
 from cnnrnn.machine.progress import Progress, no_progress
 from cnnrnn.metrics import per_label_metrics
@@ -39,6 +40,8 @@ class Evaluation:
             labels; NaN where there is none.
         nll_is_bound: it is an upper bound, since a set has further paths in the search's order.
         unknown: [n, L] bool, labels that are neither present nor absent, or None.
+        others: `known.metrics_of_others` of the images in which labels were revealed, by what the
+            model was told: `none known`, and `K known`. Empty where none were.
     """
 
     metrics: dict[str, dict[str, float]]
@@ -48,6 +51,7 @@ class Evaluation:
     nll: float
     nll_is_bound: bool
     unknown: Tensor | None = None
+    others: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def evaluate(
@@ -57,6 +61,7 @@ def evaluate(
     k: int | None = 3,
     search: SearchConfig | None = None,
     min_labels: int | None = None,
+    revealed: int | None = None,
     batch_size: int = 128,
     workers: int | None = None,
     on_bad_image: OnBadImage = "error",
@@ -72,6 +77,8 @@ def evaluate(
         search: the model's own by default.
         min_labels: every set and every path has at least so many labels; 0 allows empty sets. None
             for what validation data decided, and the search's own.
+        revealed: also draw so many true labels of each image that has more, and measure the other
+            labels, with the drawn ones known and without.
         batch_size: pictures per step.
         workers: threads that decode; one per core by default, up to 8.
         on_bad_image: `skip` leaves unreadable pictures out and warns with their count.
@@ -79,8 +86,11 @@ def evaluate(
 
     Raises:
         DataError: the dataset is empty, or has features of another kind or number than the model
-            reads, or labels that the model lacks.
+            reads, or labels that the model lacks, or no image has more labels than are revealed.
+        ValueError: `revealed` is below 1.
     """
+    if revealed is not None and revealed < 1:
+        raise ValueError(f"revealed must be at least 1, got {revealed}")
     if not len(dataset):
         raise DataError(f"{dataset.source} has no images to evaluate on")
     columns = _model_columns(model, dataset)
@@ -122,7 +132,26 @@ def evaluate(
     known = slice(None) if unknown is None else ~unknown.any(1)
     nll = float(model.set_nll(features[known], targets[known]).mean())
     is_bound = model.search.order != "increasing"
-    return Evaluation(metrics, inference, targets, calibration, nll, is_bound, unknown)
+    others = {}
+    if revealed is not None:
+        draw = reveal(targets, revealed)
+        if not len(draw.images):
+            raise DataError(
+                f"{dataset.source} must have images with more than {revealed} labels to reveal "
+                f"{revealed}, got {int(targets.sum(1).max())} at most"
+            )
+        scores = inference.mixed(calibration)[draw.images]
+        given = model.infer(features[draw.images].to(model.device), search, draw.evidence)
+        told = given.mixed(calibration)
+        told = torch.where(told.isnan(), scores, told)  # where no path was found
+        others = {
+            name: metrics_of_others(
+                found, targets[draw.images], draw.evidence,
+                unknown=None if unknown is None else unknown[draw.images],
+            )
+            for name, found in (("none known", scores), (f"{revealed} known", told))
+        }  # fmt: skip
+    return Evaluation(metrics, inference, targets, calibration, nll, is_bound, unknown, others)
 
 
 class ObjectRecall(NamedTuple):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from cnnrnn.cli.output import (
     metrics_table,
     opened,
+    others_table,
     prediction_writer,
     require_folder,
     say,
@@ -174,6 +175,8 @@ def run_evaluate(options: Namespace) -> int:
 
     for name in ("per_label", "json"):
         require_folder(name, options[name])
+    if options.reveal is not None and options.reveal < 1:
+        raise ValueError(f"--reveal must be at least 1, got {options.reveal}")
     model = resolve_model(options.model, options.device)
     dataset = load_dataset(options.data, images=options.images, on_bad_image=options.on_bad_image)
     if options.split != "all" or "all" in dataset.splits:
@@ -183,12 +186,14 @@ def run_evaluate(options: Namespace) -> int:
         search = replace(model.search, beam_size=options.beam_size)
     evaluation = evaluate(
         model, dataset, k=options.k, search=search, min_labels=options.min_labels,
-        batch_size=options.batch_size, workers=options.workers,
+        revealed=options.reveal, batch_size=options.batch_size, workers=options.workers,
         on_bad_image=options.on_bad_image, progress=terminal_progress,
     )  # fmt: skip
     print(metrics_table(evaluation.metrics, f"{options.data}, {options.split}"))
     bound = "at most " if evaluation.nll_is_bound else ""
     print(f"NLL of the whole true set: {bound}{evaluation.nll:.3f} nats per image")
+    if evaluation.others:
+        print(others_table(evaluation.others))
     uncalibrated = [model.labels[i] for i in evaluation.calibration.uncalibrated]
     if uncalibrated:
         print(uncalibrated_line(uncalibrated, len(model.labels)))
@@ -198,6 +203,7 @@ def run_evaluate(options: Namespace) -> int:
         values: dict[str, Any] = without_nan(evaluation.metrics)
         values["label_thresholds"]["uncalibrated"] = uncalibrated
         values["NLL"] = without_nan(evaluation.nll)
+        values |= without_nan(evaluation.others)
         write_json(options.json, values)
     return 0
 

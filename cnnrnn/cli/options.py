@@ -134,6 +134,10 @@ def _evaluate_parser() -> ArgumentParser:
     parser.add_argument("--model", type=str, required=True, help="checkpoint folder")
     parser.add_argument("--split", type=str, default="test", help="split of the data, or `all`")
     parser.add_argument("--k", type=int, default=3, help="also measure sets cut to k labels")
+    parser.add_argument(
+        "--reveal", type=int | None,
+        help="also measure the other labels with so many true ones known of each image",
+    )  # fmt: skip
     parser.add_argument("--per_label", type=str | None, help="write each label's figures as CSV")
     parser.add_argument("--json", type=str | None, help="write all metrics as JSON")
     parser.add_argument("--min_labels", type=int | None, help=MIN_LABELS)

@@ -60,6 +60,23 @@ def metrics_table(metrics: dict[str, dict[str, float]], title: str) -> str:
     return "\n".join(lines)
 
 
+def others_table(others: dict[str, dict[str, float]]) -> str:
+    """Lay out the measures of labels that were not revealed, in per cent: a row by what is known.
+
+    Args:
+        others: as `Evaluation.others`.
+    """
+    first = next(iter(others.values()))
+    names = ("example-AP", "label-mAP", "O-F1")
+    lines = [
+        f"labels that are not known, of {first['images']:,.0f} images (O-F1 at its best cut here):",
+        " " * 16 + "".join(f"{name:>12}" for name in names),
+    ]
+    for known, values in others.items():
+        lines.append(f"{known:<16}" + "".join(f"{100 * values[name]:12.1f}" for name in names))
+    return "\n".join(lines)
+
+
 @contextmanager
 def opened(path: str | None) -> Iterator[IO[str]]:
     """Open a file to write, or standard output for None."""

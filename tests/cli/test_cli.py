@@ -195,6 +195,22 @@ def test_evaluate_writes_table_json_and_csv(run, scenes, tmp_path, capsys):
     assert [row["label"] for row in rows if row["calibrated"] == "0"] == rare
 
 
+def test_evaluate_with_revealed_labels(run, scenes, tmp_path, capsys):
+    arguments = ["evaluate", "--data", f"scenes:{scenes}", "--model", str(run), "--device=cpu"]
+    assert main([*arguments, "--reveal=1", f"--json={tmp_path / 'all.json'}"]) == 0
+    out = capsys.readouterr().out
+    metrics = json.loads((tmp_path / "all.json").read_text())
+    assert f"labels that are not known, of {metrics['1 known']['images']} images" in out
+    for known in ("none known", "1 known"):
+        (row,) = (line for line in out.splitlines() if line.startswith(f"{known} "))
+        shown = [f"{100 * metrics[known][m]:.1f}" for m in ("example-AP", "label-mAP", "O-F1")]
+        assert row.split()[2:] == shown
+    assert main([*arguments, "--reveal=0"]) == 1
+    assert "--reveal" in capsys.readouterr().err
+    assert main([*arguments, "--reveal=99"]) == 1
+    assert "more than 99 labels to reveal 99" in capsys.readouterr().err
+
+
 def test_evaluate_with_min_labels(run, scenes, tmp_path):
     for least in (0, 2):
         file = tmp_path / f"{least}.json"
