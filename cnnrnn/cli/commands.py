@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import warnings
 from dataclasses import replace
@@ -333,8 +332,6 @@ def _require_suspect_options(options: Namespace) -> None:
             raise ValueError(f"--{name} needs --suspects and --model, got none")
     if options.folds is not None and options.folds < 2:
         raise ValueError(f"--folds must be at least 2, got {options.folds}")
-    if not math.isfinite(options.cut):
-        raise ValueError(f"--cut must be finite, got {options.cut}")
 
 
 def _write_suspects(options: Namespace) -> str:

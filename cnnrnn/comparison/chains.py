@@ -150,6 +150,7 @@ def train_chain(
     model_config: ModelConfig,
     config: TrainConfig,
     *,
+    network: type[ProbabilisticChain] = ProbabilisticChain,
     log: Log | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> ProbabilisticChain:
@@ -163,6 +164,7 @@ def train_chain(
         val_split: validation features.
         model_config: trunk and dropout.
         config: the recipe; epochs of the second stage are those of the path model's.
+        network: what is trained; one with other influences has another loss.
         log: gets one record per epoch.
         say: gets one line per epoch.
 
@@ -174,7 +176,7 @@ def train_chain(
     features, targets = val_split.features, val_split.targets
     torch.manual_seed(config.seed)
     order = train_split.targets.sum(0).argsort(descending=True, stable=True)
-    model = ProbabilisticChain(model_config, order, train_split.features.shape[1])
+    model = network(model_config, order, train_split.features.shape[1])
     model.trunk.fit_scale(train_split.features, config.feature_rms)
     start_at_frequencies(model.classifier, train_split.targets)
     model.to(resolve_device(config.device))

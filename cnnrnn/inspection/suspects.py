@@ -198,8 +198,9 @@ def cross_fitted_suspects(
     """
     _require_increasing(recipe.search.order)
     config = replace(
-        recipe.train, train_split=None, val_split=None, device=device, on_bad_image=on_bad_image
-    )
+        recipe.train, train_split=None, val_split=None, device=device, workers=workers or 0,
+        on_bad_image=on_bad_image,
+    )  # fmt: skip
     data, numbers = dataset, np.arange(len(dataset))
     if model.backbone is None or model.config.freeze_backbone:
         features = model_features(
