@@ -36,8 +36,8 @@ from cnnrnn.search import NonFiniteError
 from cnnrnn.training.resume import Recipe, data_digest, stored_recipe
 from cnnrnn.training.run import train
 
-VALUES_AT_ONCE = 1 << 25
-"""Scores and states held while sets are scored: 128 MB in float32."""
+VALUES_AT_ONCE = 1 << 23
+"""Scores and states held while sets are scored: 32 MB in float32."""
 PAIRS_AT_ONCE = 1 << 24
 """Labels of records that are judged before those that look right are forgotten: 128 MB."""
 

@@ -120,11 +120,12 @@ def test_odds_are_those_of_an_enumeration(num_labels, cell, chain_term):
 
 
 @pytest.mark.parametrize("values_at_once", [1, 700, 40_000])
-def test_scores_do_not_depend_on_how_much_is_held_at_once(values_at_once):
+def test_scores_do_not_depend_on_how_much_is_held_at_once(values_at_once, device):
     model = make_model(1)
     features, targets = records(61, 5)
     one = flipped_log_probs(model.head, features, targets)
-    other = flipped_log_probs(model.head, features, targets, values_at_once)
+    model.to(device)
+    other = flipped_log_probs(model.head, features.to(device), targets, values_at_once)
     for found, expected in zip(other, one, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
