@@ -225,19 +225,26 @@ def main() -> None:
             results.append(case | {"figures": figures})
             options.out.write_text(json.dumps(results, indent=1) + "\n")
             print(json.dumps(results[-1]), flush=True)
-        print(table(results, name), flush=True)
+        print(table(results, {name: name}), flush=True)
 
 
-def table(results: list[dict[str, Any]], source: str) -> str:
-    """Lay one source's figures out as Markdown: per cent, mean and standard error over seeds."""
-    own = [r["figures"] for r in results if r["source"] == source]
-    lines = [f"| {source} | AP of dropped | AP of added |", "|---|---|---|"]
+def table(results: list[dict[str, Any]], sources: dict[str, str]) -> str:
+    """Lay figures out as Markdown: per cent, mean and standard error over seeds.
+
+    `sources`: those to show, and what they are called.
+    """
+    measures = ("AP of dropped", "AP of added")
+    header = [f"{title}: {what}" for title in sources.values() for what in ("dropped", "added")]
+    lines = ["| average precision | " + " | ".join(header) + " |", "|---" * (len(header) + 1) + "|"]
     for method in METHODS:
         cells = []
-        for measured in ("AP of dropped", "AP of added"):
-            values = [100 * figures[method][measured] for figures in own]
-            error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-            cells.append(f"{statistics.mean(values):.1f} ± {error:.1f}")
+        for source in sources:
+            own = [r["figures"][method] for r in results if r["source"] == source]
+            for measured in measures:
+                values = [100 * figures[measured] for figures in own]
+                error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+                spread = "" if error is None else f" ± {error:.1f}"
+                cells.append(f"{statistics.mean(values):.1f}{spread}")
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
