@@ -37,7 +37,7 @@ class ResumeError(ValueError):
 
 
 class Recipe(NamedTuple):
-    """What a run was started with.
+    """What a run was started with; options that came later have their defaults.
 
     Attributes:
         model: the architecture.
@@ -154,12 +154,10 @@ def stored_recipe(folder: Path) -> Recipe:
         for name, value in identity["options"].items():
             prefix, _, field = name.rpartition(".")
             options[prefix][field] = value
-        defaults = asdict(TrainConfig())
-        free = {name: defaults[name] for name in (*FREE_OPTIONS, "init_backbone")}
         return Recipe(
-            read_options(ModelConfig, "model", options["model"]),
-            read_options(SearchConfig, "search", options["search"]),
-            read_options(TrainConfig, "options", free | options[""]),
+            read_options(ModelConfig, "model", asdict(ModelConfig()) | options["model"]),
+            read_options(SearchConfig, "search", asdict(SearchConfig()) | options["search"]),
+            read_options(TrainConfig, "options", asdict(TrainConfig()) | options[""]),
             identity["training data"],
         )
     except ResumeError:
