@@ -8,7 +8,8 @@ Those of methods are made from `benchmarks/results/comparison/` (results.json of
 one per data set) and `benchmarks/results/likelihood/` (the same with `--settings 1`, of the methods
 that give probabilities to label sets), those of the recipe from `benchmarks/results/recipe.json`
 (of benchmarks/quality/recipe.py), that of instructions from `benchmarks/results/instructions.json`
-(of benchmarks/search/instructions.py).
+(of benchmarks/search/instructions.py), that of wrong labels from
+`benchmarks/results/planted_errors.json` (of benchmarks/quality/planted_errors.py).
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`.
 """
@@ -24,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.planted_errors import table as planted_table
 from benchmarks.quality.recipe import OF_ORDERS
 from benchmarks.quality.recipe import table as recipe_table
 from cnnrnn.comparison import COLUMNS, Row, markdown_table, read_rows, table_cells
@@ -34,6 +36,7 @@ PAGES = (
     *(
         ROOT / "docs" / name
         for name in (
+            "data.md",
             "performance.md",
             "comparison.md",
             "training.md",
@@ -408,6 +411,13 @@ def recipe(data_set: str, rows: dict[str, str] | None = None, former: bool = Fal
     return recipe_table(json.loads(file.read_text(encoding="utf-8")), data_set, rows) + "\n"
 
 
+def planted() -> str:
+    """How well planted errors are found among the labels of three data sets."""
+    file = ROOT / "benchmarks" / "results" / "planted_errors.json"
+    sources = {"cocoweak": "COCO, weak", "corel16k": "Corel-16k", "coco": "COCO"}
+    return planted_table(json.loads(file.read_text(encoding="utf-8")), sources) + "\n"
+
+
 # Of an H200: multiprocessors, schedulers of each, and their clock in GHz.
 H200_ISSUES = 132 * 4 * 1.98e9
 
@@ -520,6 +530,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "orders-scene": lambda results: recipe("scene", OF_ORDERS),
     "orders-animals": lambda results: recipe("animals", OF_ORDERS),
     "orders-camvid": lambda results: recipe("camvid", OF_ORDERS, former=True),
+    "planted-errors": lambda results: planted(),
     "instructions": lambda results: instructions(),
     "deployment": lambda results: deployment(),
     "deployment-summary": lambda results: deployment_summary(),

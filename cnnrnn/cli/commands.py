@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -298,7 +299,9 @@ def run_data(options: Namespace) -> int:
     from cnnrnn.machine.progress import terminal_progress
 
     options = options.check
-    require_folder("json", options.json)
+    for name in ("json", "suspects"):
+        require_folder(name, options[name])
+    _require_suspect_options(options)
     if options.labels < 0 or options.workers < 0:
         raise ValueError(
             f"--labels and --workers must be at least 0, got {options.labels} and {options.workers}"
@@ -311,7 +314,68 @@ def run_data(options: Namespace) -> int:
         print("\n".join(report.lines(options.labels)), file=stream)
     if options.json is not None:
         write_json(options.json, report.as_dict(), ascii_only=True)
+    if options.suspects is not None:
+        print(_write_suspects(options))
     return 1 if report.problems else 0
+
+
+def _require_suspect_options(options: Namespace) -> None:
+    """Fail where options of `data check` that belong together do not come together."""
+    if (options.model is None) != (options.suspects is None):
+        there, lacking = (
+            ("model", "suspects") if options.suspects is None else ("suspects", "model")
+        )
+        raise ValueError(f"--{there} needs --{lacking}, got none")
+    defaults = {"folds": None, "cut": 0.0, "split": None}
+    for name, default in defaults.items():
+        if options.suspects is None and options[name] != default:
+            raise ValueError(f"--{name} needs --suspects and --model, got none")
+    if options.folds is not None and options.folds < 2:
+        raise ValueError(f"--folds must be at least 2, got {options.folds}")
+
+
+def _write_suspects(options: Namespace) -> str:
+    """Judge the labels of a source, write those that look wrong; return a line on them."""
+    import numpy as np
+
+    from cnnrnn.api import resolve_model
+    from cnnrnn.data import load_dataset
+    from cnnrnn.inspection.suspects import cross_fitted_suspects, find_suspects, seen_in_training
+    from cnnrnn.machine.progress import terminal_progress
+    from cnnrnn.model.checkpoint import find_checkpoint
+    from cnnrnn.model.ensemble import Ensemble
+    from cnnrnn.training.resume import stored_recipe
+
+    model = resolve_model(options.model, options.device)
+    # The report has named the pictures that cannot be read.
+    source = load_dataset(options.source, images=options.images, on_bad_image="skip")
+    dataset = source if options.split is None else source.split(options.split)
+    checkpoint = find_checkpoint(options.model)
+    common: dict[str, Any] = {
+        "cut": options.cut, "batch_size": options.batch_size, "on_bad_image": "skip",
+        "cache": checkpoint.parent / "features" if checkpoint.name == "best" else None,
+        "workers": options.workers or None, "progress": terminal_progress,
+    }  # fmt: skip
+    if options.folds is not None:
+        if isinstance(model, Ensemble):
+            raise ValueError(f"--folds needs the run of one model, {options.model} is an ensemble")
+        suspects = cross_fitted_suspects(
+            model, dataset, stored_recipe(Path(options.model)), options.folds,
+            device=options.device, say=lambda line: print(line, file=sys.stderr, flush=True),
+            **common,
+        )  # fmt: skip
+    else:
+        rows = seen_in_training(Path(options.model), source)
+        seen = np.intersect1d(rows, dataset.rows)
+        if len(seen):
+            warnings.warn(
+                f"{options.model} was trained on {len(seen):,} of the {len(dataset):,} records, "
+                "where wrong labels look right; with --folds 5 models judge that did not see them",
+                stacklevel=1,
+            )
+        suspects = find_suspects(model, dataset, **common)
+    suspects.write(Path(options.suspects))
+    return f"{suspects.summary()}; {options.suspects} lists them"
 
 
 def run_check(options: Namespace) -> int:

@@ -231,4 +231,26 @@ def _data_check_parser() -> ArgumentParser:
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
     parser.add_argument("--labels", type=int, default=20, help="labels and pairs to show")
     parser.add_argument("--json", type=str | None, help="write the whole report as JSON")
+    parser.add_argument(
+        "--suspects", type=str | None,
+        help="look for wrong labels with --model and write them as CSV, the most suspicious first: "
+        "image, label, given, suggested, log_odds",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model", type=str | None,
+        help="run or checkpoint folder that judges; in records that it was trained on, wrong "
+        "labels look right: see --folds",
+    )  # fmt: skip
+    parser.add_argument(
+        "--folds", type=int | None,
+        help="train so many models by the recipe of --model, a run's folder: each record is judged "
+        "by one that did not see it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cut", type=float, default=0.0,
+        help="suspect a label where the log-odds of the other answer, in nats, are at least this",
+    )  # fmt: skip
+    parser.add_argument("--split", type=str | None, help="judge this split alone; default: all")
+    parser.add_argument("--batch_size", type=int, default=128, help="pictures per step")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
     return parser
