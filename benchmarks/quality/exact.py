@@ -24,8 +24,7 @@ from cnnrnn import CNNRNN, SearchConfig, load, load_dataset
 from cnnrnn.data import Dataset
 from cnnrnn.known import reveal
 from cnnrnn.machine.files import write_whole
-from cnnrnn.search import beam_search
-from cnnrnn.search.engine import best_sets
+from cnnrnn.search import beam_search, best_sets
 
 BEAM = SearchConfig(beam_size=8)
 ENUMERATED = 12  # labels

@@ -24,7 +24,8 @@ from cnnrnn.export.graph import (
 from cnnrnn.machine.files import weights_digest, write_whole
 from cnnrnn.model.classifier import CNNRNN
 from cnnrnn.model.ensemble import Ensemble, load_model
-from cnnrnn.search.engine import head_parameters, resolve_max_labels
+from cnnrnn.search.checks import resolve_max_labels
+from cnnrnn.search.packed import head_parameters
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -31,7 +31,7 @@ from cnnrnn.model.checkpoint import (
 from cnnrnn.network.backbones import Backbone, make_backbone
 from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.prediction.predictor import TorchPredictor
-from cnnrnn.search.engine import resolve_max_labels
+from cnnrnn.search.checks import resolve_max_labels
 from cnnrnn.search.inference import Inference, infer, set_nll
 
 

@@ -36,7 +36,7 @@ from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.prediction.decisions import calibrate
 from cnnrnn.prediction.predictor import TorchPredictor
 from cnnrnn.search import SearchResult
-from cnnrnn.search.engine import resolve_max_labels
+from cnnrnn.search.checks import resolve_max_labels
 from cnnrnn.search.inference import SEARCH_BATCH, Inference, of_all
 
 SCORES_AT_ONCE = 1 << 24  # label scores held while sets are scored: 64 MB

@@ -11,7 +11,7 @@ from torch import Tensor
 from cnnrnn.config import Calibration
 from cnnrnn.labels import PAD
 from cnnrnn.prediction.decisions import Decided, Options, decide
-from cnnrnn.search.engine import best_sets
+from cnnrnn.search import best_sets
 from cnnrnn.search.inference import Inference
 
 

@@ -12,7 +12,7 @@ from cnnrnn.labels import increasing_paths
 from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.network.losses import sequence_loss
 from cnnrnn.search import NonFiniteError, SearchResult, beam_search
-from cnnrnn.search.engine import check_evidence, resolve_max_labels
+from cnnrnn.search.checks import check_evidence, resolve_max_labels
 
 SEARCH_BATCH = 4096
 

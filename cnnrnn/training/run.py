@@ -37,7 +37,7 @@ from cnnrnn.prediction.decisions import (
     calibrate_known,
     decision_metrics,
 )
-from cnnrnn.search.engine import resolve_max_labels
+from cnnrnn.search.checks import resolve_max_labels
 from cnnrnn.search.inference import Inference, infer
 from cnnrnn.training.batches import Split
 from cnnrnn.training.log import Log, require_tensorboard

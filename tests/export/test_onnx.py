@@ -20,7 +20,7 @@ from cnnrnn.model.classifier import CNNRNN
 from cnnrnn.network.backbones import make_backbone
 from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.search import reference
-from cnnrnn.search.engine import resolve_max_labels
+from cnnrnn.search.checks import resolve_max_labels
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

@@ -19,7 +19,8 @@ from torch import Tensor
 from cnnrnn.config import Order, SearchConfig
 from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.search import SearchStats, reference
-from cnnrnn.search.engine import make_cpu_head, resolve_max_labels
+from cnnrnn.search.checks import resolve_max_labels
+from cnnrnn.search.packed import make_cpu_head
 
 TIE = 1e-5
 MOST = 1 + 1e-5  # of a marginal

@@ -16,7 +16,8 @@ from cnnrnn import _C
 from cnnrnn.config import SearchConfig
 from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.search import beam_search
-from cnnrnn.search.engine import make_cpu_head, resolve_max_labels
+from cnnrnn.search.checks import resolve_max_labels
+from cnnrnn.search.packed import make_cpu_head
 from tests.search.replay import (
     assert_search_equal,
     random_case,

@@ -11,8 +11,7 @@ import torch
 
 from cnnrnn.config import SearchConfig
 from cnnrnn.network.head import Head, ImageEmbedding
-from cnnrnn.search import NonFiniteError, beam_search, engine
-from cnnrnn.search.engine import best_sets
+from cnnrnn.search import NonFiniteError, beam_search, best_sets, packed
 from tests.search.replay import random_embedding, random_evidence, random_head
 
 
@@ -117,4 +116,4 @@ def test_best_sets_read_changed_weights():
         head.score_bias[0] += 3
     second = best_sets(head, embedding, count=3)
     assert not torch.equal(first.log_probs, second.log_probs)
-    assert engine.packed_cpu_head(head) is engine.packed_cpu_head(head)
+    assert packed.packed_cpu_head(head) is packed.packed_cpu_head(head)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cnnrnn.network.head import Head
-from cnnrnn.search.engine import head_parameters
+from cnnrnn.search.packed import head_parameters
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[2] / "csrc"
