@@ -40,6 +40,9 @@ def make_parser(preset: str) -> ArgumentParser:
     )
     commands.add_subcommand("evaluate", _evaluate_parser(), help="measure a model on labelled data")
     commands.add_subcommand("predict", _predict_parser(), help="label images")
+    commands.add_subcommand(
+        "suggest", _suggest_parser(), help="name the labels that are worth asking about"
+    )
     commands.add_subcommand("export", _export_parser(), help="write a model as an ONNX file")
     commands.add_subcommand("scenes", _scenes_parser(), help="write the synthetic scenes data set")
     data = ArgumentParser(description="Inspect a labelled data set.")
@@ -224,6 +227,34 @@ def _scenes_parser() -> ArgumentParser:
     return parser
 
 
+def _suggest_parser() -> ArgumentParser:
+    parser = _command_parser(
+        "Label images of which something is known, and name the labels to ask about next: those "
+        "whose answer is expected to tell most about the label set."
+    )
+    parser.add_argument("images", type=str, nargs="+", help="image files and folders")
+    parser.add_argument(
+        "--model", type=str | None, help="checkpoint folder; default: the demo model"
+    )
+    parser.add_argument(
+        "--known", action="append", type=str, default=[], metavar="LABEL",
+        help="a label known to be present in every image; may be given again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--absent", action="append", type=str, default=[], metavar="LABEL",
+        help="a label known to be absent from every image; may be given again",
+    )  # fmt: skip
+    parser.add_argument("--questions", type=int, default=3, help="labels to name, the best first")
+    parser.add_argument(
+        "--format", type=Literal["table", "jsonl"], default="table",
+        help="readable lines, or JSON lines",
+    )  # fmt: skip
+    parser.add_argument("--out", type=str | None, help="file to write; default: standard output")
+    parser.add_argument("--workers", type=int | None, help=WORKERS)
+    _add_run_options(parser, batch_size=64)
+    return parser
+
+
 def _data_check_parser() -> ArgumentParser:
     parser = _command_parser("Read a whole source: what is in it, and what is wrong with it.")
     parser.add_argument("source", type=str, help="like --data of train")
@@ -251,6 +282,6 @@ def _data_check_parser() -> ArgumentParser:
         help="suspect a label where the log-odds of the other answer, in nats, are at least this",
     )  # fmt: skip
     parser.add_argument("--split", type=str | None, help="judge this split alone; default: all")
-    parser.add_argument("--batch_size", type=int, default=128, help="pictures per step")
+    parser.add_argument("--batch_size", type=int, default=128, help="images per batch")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
     return parser
