@@ -221,6 +221,7 @@ def run_predict(options: Namespace) -> int:
         for name in ("top_k", "beam_size", "min_labels", "decide", "threshold", "batch_size",
                      "workers", "on_bad_image")
     }  # fmt: skip
+    asked |= {"known": _known_labels(options), "absent": options.absent}
     torch_only = [name for name in ("precision", "compiled") if options[name] != default[name]]
     if options.model is not None and options.model.lower().endswith(".onnx"):
         if torch_only:
@@ -248,6 +249,32 @@ def run_predict(options: Namespace) -> int:
     if bad:
         print(f"cnnrnn: warning: {bad} images could not be read", file=sys.stderr)
     return 0
+
+
+def _known_labels(options: Namespace) -> list[str] | list[list[str]]:
+    """Return the labels that are known of all images, or a list for each where a file has some."""
+    if options.known_from is None:
+        return cast("list[str]", options.known)
+    from cnnrnn.data import load_dataset
+    from cnnrnn.prediction.inputs import single_images
+
+    dataset = load_dataset(options.known_from)
+    if dataset.image_paths is None:
+        raise ValueError(f"--known_from must name images, {options.known_from} holds features")
+    names = dataset.label_names
+    of_path = {
+        path.resolve(): [names[label] for label in dataset.labels(i)]
+        for i, path in enumerate(dataset.image_paths)
+    }
+    paths = [Path(image).resolve() for image in single_images(options.images)]
+    found = [path for path in paths if path in of_path]
+    if not found:
+        raise ValueError(
+            f"--known_from {options.known_from} must name some of the {len(paths)} images, got "
+            f"none of them among its {len(of_path)}"
+        )
+    print(f"{options.known_from} names {len(found)} of {len(paths)} images", file=sys.stderr)
+    return [[*options.known, *of_path.get(path, [])] for path in paths]
 
 
 def _onnx_predictor(options: Namespace) -> OnnxPredictor:

@@ -161,6 +161,19 @@ def _predict_parser() -> ArgumentParser:
         help="readable lines, CSV, or JSON lines",
     )  # fmt: skip
     parser.add_argument("--out", type=str | None, help="file to write; default: standard output")
+    parser.add_argument(
+        "--known", action="append", type=str, default=[], metavar="LABEL",
+        help="a label known to be present in every image; may be given again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--absent", action="append", type=str, default=[], metavar="LABEL",
+        help="a label known to be absent from every image; may be given again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--known_from", type=str | None, metavar="csv:FILE",
+        help="labels known to be present of each image, to be completed: a data set of images, "
+        "such as a CSV",
+    )  # fmt: skip
     parser.add_argument("--top_k", type=int | None, help="keep at most this many labels")
     parser.add_argument("--min_labels", type=int | None, help=MIN_LABELS)
     parser.add_argument(

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cnnrnn.config import Activation, Cell, ModelConfig
+from cnnrnn.config import Activation, Cell, ModelConfig, Order
 from cnnrnn.labels import PAD, prefix_trie
 from cnnrnn.network.recurrence import LSTMRecurrence, PaperRecurrence, prefix_outputs
+from cnnrnn.network.sampling import Samples, sample_sets
 
 UNTRAINED_MAX_LABELS = 20
 PREFIX_BYTES = 512 << 20
@@ -347,6 +348,22 @@ class Head(nn.Module):
         return functional.linear(
             total, self.label_embedding[: self.num_labels + 1], self.score_bias
         )
+
+    def sample(
+        self,
+        embedding: ImageEmbedding,
+        count: int,
+        evidence: Tensor | None = None,
+        *,
+        seed: int = 0,
+        max_labels: int | None = None,
+        order: Order = "increasing",
+    ) -> Samples:
+        """Draw label sets of embedded images, given evidence; see `sample_sets`."""
+        return sample_sets(
+            self, embedding, count,
+            evidence=evidence, seed=seed, max_labels=max_labels, order=order,
+        )  # fmt: skip
 
     def forward(self, features: Tensor, paths: Tensor) -> tuple[Tensor, Tensor | None]:
         """Score every step of given paths (teacher forcing).

@@ -281,6 +281,30 @@ def test_predict_for_programs(run, scenes, tmp_path, capsys, form):
     assert found == [(p.source, p.labels) for p in expected]
 
 
+def test_predict_with_known_labels(run, scenes, tmp_path, capsys):
+    first, second = pictures(scenes)[:2]
+    tags = first.parent / "tags.csv"  # a tag list to be completed
+    tags.write_text(f"image,labels\n{second.name},boat;sun\n", encoding="utf-8")
+    words = [first, second, "--known=sky", "--absent", "sea", "--format=jsonl"]
+    try:
+        assert predict(run, *words, "--known-from", f"csv:{tags}") == 0
+        out, err = capsys.readouterr()
+        assert err == f"csv:{tags} names 1 of 2 images\n"
+        assert predict(run, first, "--known=sky", f"--known-from=csv:{tags}") == 1
+        assert "must name some of the 1 images, got none of" in capsys.readouterr().err
+    finally:
+        tags.unlink()
+    found = [set(json.loads(line)["labels"]) for line in out.splitlines()]
+    assert {"sky"} <= found[0] and {"sky", "boat", "sun"} <= found[1]
+    assert not any("sea" in labels for labels in found)
+    expected = load_checkpoint(run).predict(
+        [first, second], known=[["sky"], ["sky", "boat", "sun"]], absent=["sea"]
+    )
+    assert found == [set(prediction.labels) for prediction in expected]
+    assert predict(run, first, "--known=yeti") == 1
+    assert "known must hold labels of the model, got 'yeti'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("form", ["table", "csv", "jsonl"])
 def test_predict_goes_on_past_bad_pictures(run, scenes, tmp_path, capsys, form):
     (tmp_path / "bad.png").write_bytes(b"no picture")
