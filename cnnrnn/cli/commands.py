@@ -297,7 +297,7 @@ def run_suggest(options: Namespace) -> int:
     if options.questions < 1:
         raise ValueError(f"--questions must be at least 1, got {options.questions}")
     predictions = predict_iter(
-        options.images, options.model, known=options.known, absent=options.absent,
+        options.images, options.model, known=_known_labels(options), absent=options.absent,
         beam_size=options.beam_size, batch_size=options.batch_size, device=options.device,
         workers=options.workers, on_bad_image=options.on_bad_image,
     )  # fmt: skip

@@ -161,19 +161,7 @@ def _predict_parser() -> ArgumentParser:
         help="readable lines, CSV, or JSON lines",
     )  # fmt: skip
     parser.add_argument("--out", type=str | None, help="file to write; default: standard output")
-    parser.add_argument(
-        "--known", action="append", type=str, default=[], metavar="LABEL",
-        help="a label known to be present in every image; may be given again",
-    )  # fmt: skip
-    parser.add_argument(
-        "--absent", action="append", type=str, default=[], metavar="LABEL",
-        help="a label known to be absent from every image; may be given again",
-    )  # fmt: skip
-    parser.add_argument(
-        "--known_from", type=str | None, metavar="csv:FILE",
-        help="labels known to be present of each image, to be completed: a data set of images, "
-        "such as a CSV",
-    )  # fmt: skip
+    _add_known(parser)
     parser.add_argument("--top_k", type=int | None, help="keep at most this many labels")
     parser.add_argument("--min_labels", type=int | None, help=MIN_LABELS)
     parser.add_argument(
@@ -196,6 +184,22 @@ def _predict_parser() -> ArgumentParser:
     )  # fmt: skip
     _add_run_options(parser, batch_size=64)
     return parser
+
+
+def _add_known(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--known", action="append", type=str, default=[], metavar="LABEL",
+        help="a label known to be present in every image; may be given again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--absent", action="append", type=str, default=[], metavar="LABEL",
+        help="a label known to be absent from every image; may be given again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--known_from", type=str | None, metavar="csv:FILE",
+        help="labels known to be present of each image, to be completed: a data set of images, "
+        "such as a CSV",
+    )  # fmt: skip
 
 
 def _add_run_options(parser: ArgumentParser, batch_size: int) -> None:
@@ -249,14 +253,7 @@ def _suggest_parser() -> ArgumentParser:
     parser.add_argument(
         "--model", type=str | None, help="checkpoint folder; default: the demo model"
     )
-    parser.add_argument(
-        "--known", action="append", type=str, default=[], metavar="LABEL",
-        help="a label known to be present in every image; may be given again",
-    )  # fmt: skip
-    parser.add_argument(
-        "--absent", action="append", type=str, default=[], metavar="LABEL",
-        help="a label known to be absent from every image; may be given again",
-    )  # fmt: skip
+    _add_known(parser)
     parser.add_argument("--questions", type=int, default=3, help="labels to name, the best first")
     parser.add_argument(
         "--format", type=Literal["table", "jsonl"], default="table",

@@ -205,3 +205,12 @@ def test_what_the_command_refuses_or_skips(photo, tmp_path, capsys):
         out, err = capsys.readouterr()
         assert len(out.splitlines()) == 2 and "b.png" in out.splitlines()[1]
         assert out.count("ask") + out.count("questions") == 1 and "1 images" in err
+
+
+def test_the_command_takes_known_labels_from_a_table(photo, tmp_path, capsys):
+    (tmp_path / "tags.csv").write_text("image,labels\na.png,sky;field\n")
+    words = ["suggest", str(photo), "--device=cpu", "--questions=1", "--format=jsonl"]
+    assert main([*words, "--known_from", f"csv:{tmp_path / 'tags.csv'}", "--known", "car"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert {"sky", "field", "car"} <= {*record["labels"]}
+    assert record["questions"][0]["label"] not in ("sky", "field", "car")
