@@ -9,7 +9,8 @@ one per data set) and `benchmarks/results/likelihood/` (the same with `--setting
 that give probabilities to label sets), those of the recipe from `benchmarks/results/recipe.json`
 (of benchmarks/quality/recipe.py), that of instructions from `benchmarks/results/instructions.json`
 (of benchmarks/search/instructions.py), that of wrong labels from
-`benchmarks/results/planted_errors.json` (of benchmarks/quality/planted_errors.py).
+`benchmarks/results/planted_errors.json` (of benchmarks/quality/planted_errors.py), those of
+questions from `benchmarks/results/questions.json` (of benchmarks/quality/questions.py).
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`.
 """
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.planted_errors import table as planted_table
+from benchmarks.quality.questions import table as questions_table
 from benchmarks.quality.recipe import OF_ORDERS
 from benchmarks.quality.recipe import table as recipe_table
 from cnnrnn.comparison import COLUMNS, Row, markdown_table, read_rows, table_cells
@@ -37,6 +39,7 @@ PAGES = (
         ROOT / "docs" / name
         for name in (
             "data.md",
+            "questions.md",
             "performance.md",
             "comparison.md",
             "training.md",
@@ -418,6 +421,13 @@ def planted() -> str:
     return planted_table(json.loads(file.read_text(encoding="utf-8")), sources) + "\n"
 
 
+def questions(data_set: str) -> str:
+    """How fast the label sets of a data set become certain as questions are answered."""
+    file = ROOT / "benchmarks" / "results" / "questions.json"
+    results = json.loads(file.read_text(encoding="utf-8"))
+    return questions_table(results, data_set, (0, 1, 2, 3, 5, 10)) + "\n"
+
+
 # Of an H200: multiprocessors, schedulers of each, and their clock in GHz.
 H200_ISSUES = 132 * 4 * 1.98e9
 
@@ -531,6 +541,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "orders-animals": lambda results: recipe("animals", OF_ORDERS),
     "orders-camvid": lambda results: recipe("camvid", OF_ORDERS, former=True),
     "planted-errors": lambda results: planted(),
+    "questions-cocoweak": lambda results: questions("cocoweak"),
+    "questions-corel16k": lambda results: questions("corel16k"),
     "instructions": lambda results: instructions(),
     "deployment": lambda results: deployment(),
     "deployment-summary": lambda results: deployment_summary(),

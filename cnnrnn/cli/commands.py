@@ -14,6 +14,7 @@ from cnnrnn.cli.output import (
     opened,
     others_table,
     prediction_writer,
+    question_writer,
     require_folder,
     say,
     uncalibrated_line,
@@ -289,6 +290,29 @@ def _onnx_predictor(options: Namespace) -> OnnxPredictor:
     return OnnxPredictor(options.model, providers=[provider], search=options.search)
 
 
+def run_suggest(options: Namespace) -> int:
+    """Name the labels to ask of images next."""
+    from cnnrnn.api import predict_iter
+
+    if options.questions < 1:
+        raise ValueError(f"--questions must be at least 1, got {options.questions}")
+    predictions = predict_iter(
+        options.images, options.model, known=_known_labels(options), absent=options.absent,
+        beam_size=options.beam_size, batch_size=options.batch_size, device=options.device,
+        workers=options.workers, on_bad_image=options.on_bad_image,
+    )  # fmt: skip
+    bad = 0
+    with opened(options.out) as stream:
+        write = question_writer(options.format, options.questions, stream)
+        for prediction in predictions:
+            write(prediction)
+            stream.flush()
+            bad += prediction.error is not None
+    if bad:
+        print(f"cnnrnn: warning: {bad} images could not be read", file=sys.stderr)
+    return 0
+
+
 def run_export(options: Namespace) -> int:
     """Write a model as an ONNX file."""
     from cnnrnn.api import load
@@ -419,5 +443,6 @@ def run_check(options: Namespace) -> int:
 
 RUN: dict[str, Callable[[Namespace], int]] = {
     "train": run_train, "compare": run_compare, "evaluate": run_evaluate, "predict": run_predict,
-    "export": run_export, "scenes": run_scenes, "data": run_data, "check": run_check,
+    "suggest": run_suggest, "export": run_export, "scenes": run_scenes, "data": run_data,
+    "check": run_check,
 }  # fmt: skip

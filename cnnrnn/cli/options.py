@@ -40,6 +40,9 @@ def make_parser(preset: str) -> ArgumentParser:
     )
     commands.add_subcommand("evaluate", _evaluate_parser(), help="measure a model on labelled data")
     commands.add_subcommand("predict", _predict_parser(), help="label images")
+    commands.add_subcommand(
+        "suggest", _suggest_parser(), help="name the labels that are worth asking about"
+    )
     commands.add_subcommand("export", _export_parser(), help="write a model as an ONNX file")
     commands.add_subcommand("scenes", _scenes_parser(), help="write the synthetic scenes data set")
     data = ArgumentParser(description="Inspect a labelled data set.")
@@ -158,19 +161,7 @@ def _predict_parser() -> ArgumentParser:
         help="readable lines, CSV, or JSON lines",
     )  # fmt: skip
     parser.add_argument("--out", type=str | None, help="file to write; default: standard output")
-    parser.add_argument(
-        "--known", action="append", type=str, default=[], metavar="LABEL",
-        help="a label known to be present in every image; may be given again",
-    )  # fmt: skip
-    parser.add_argument(
-        "--absent", action="append", type=str, default=[], metavar="LABEL",
-        help="a label known to be absent from every image; may be given again",
-    )  # fmt: skip
-    parser.add_argument(
-        "--known_from", type=str | None, metavar="csv:FILE",
-        help="labels known to be present of each image, to be completed: a data set of images, "
-        "such as a CSV",
-    )  # fmt: skip
+    _add_known(parser)
     parser.add_argument("--top_k", type=int | None, help="keep at most this many labels")
     parser.add_argument("--min_labels", type=int | None, help=MIN_LABELS)
     parser.add_argument(
@@ -193,6 +184,22 @@ def _predict_parser() -> ArgumentParser:
     )  # fmt: skip
     _add_run_options(parser, batch_size=64)
     return parser
+
+
+def _add_known(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--known", action="append", type=str, default=[], metavar="LABEL",
+        help="a label known to be present in every image; may be given again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--absent", action="append", type=str, default=[], metavar="LABEL",
+        help="a label known to be absent from every image; may be given again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--known_from", type=str | None, metavar="csv:FILE",
+        help="labels known to be present of each image, to be completed: a data set of images, "
+        "such as a CSV",
+    )  # fmt: skip
 
 
 def _add_run_options(parser: ArgumentParser, batch_size: int) -> None:
@@ -237,6 +244,27 @@ def _scenes_parser() -> ArgumentParser:
     return parser
 
 
+def _suggest_parser() -> ArgumentParser:
+    parser = _command_parser(
+        "Label images of which something is known, and name the labels to ask about next: those "
+        "whose answer is expected to tell most about the label set."
+    )
+    parser.add_argument("images", type=str, nargs="+", help="image files and folders")
+    parser.add_argument(
+        "--model", type=str | None, help="checkpoint folder; default: the demo model"
+    )
+    _add_known(parser)
+    parser.add_argument("--questions", type=int, default=3, help="labels to name, the best first")
+    parser.add_argument(
+        "--format", type=Literal["table", "jsonl"], default="table",
+        help="readable lines, or JSON lines",
+    )  # fmt: skip
+    parser.add_argument("--out", type=str | None, help="file to write; default: standard output")
+    parser.add_argument("--workers", type=int | None, help=WORKERS)
+    _add_run_options(parser, batch_size=64)
+    return parser
+
+
 def _data_check_parser() -> ArgumentParser:
     parser = _command_parser("Read a whole source: what is in it, and what is wrong with it.")
     parser.add_argument("source", type=str, help="like --data of train")
@@ -264,6 +292,6 @@ def _data_check_parser() -> ArgumentParser:
         help="suspect a label where the log-odds of the other answer, in nats, are at least this",
     )  # fmt: skip
     parser.add_argument("--split", type=str | None, help="judge this split alone; default: all")
-    parser.add_argument("--batch_size", type=int, default=128, help="pictures per step")
+    parser.add_argument("--batch_size", type=int, default=128, help="images per batch")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
     return parser

@@ -109,6 +109,25 @@ def prediction_writer(form: str, stream: IO[str]) -> Callable[[Prediction], None
     return line
 
 
+def question_writer(form: str, count: int, stream: IO[str]) -> Callable[[Prediction], None]:
+    """Return what writes a prediction and its next questions in a form: table or jsonl."""
+    from cnnrnn.inspection.questions import next_questions
+
+    def write(p: Prediction) -> None:
+        questions = next_questions(p, count)
+        if form == "jsonl":
+            record = _record(p)
+            if p.error is None:
+                record["questions"] = [question._asdict() for question in questions]
+            print(json.dumps(record, ensure_ascii=False), file=stream)
+            return
+        labels = ", ".join(p.labels) or "(no labels)"
+        asked = ", ".join(f"{q.label} {q.score:.2f}" for q in questions) or "nothing"
+        print(f"{p.source:<40}  {p.error or f'{labels}; ask: {asked}'}", file=stream)
+
+    return write
+
+
 def _record(p: Prediction) -> dict[str, Any]:
     if p.error is not None:
         return {"image": p.source, "error": p.error}

@@ -46,7 +46,7 @@ class Suspect(NamedTuple):
     """A label of a record that a model would answer otherwise.
 
     Attributes:
-        image: the record's picture, or `row i of FILE`.
+        image: the record's image file, or `row i of FILE`.
         label: its name.
         given: `present` or `absent`, what the data says.
         suggested: the other one.
@@ -136,15 +136,15 @@ def find_suspects(
 
     Args:
         model: where its weights are decides the device; its search's order is `increasing`.
-        dataset: pictures, or feature vectors for a model without a backbone; its label names are
+        dataset: images, or feature vectors for a model without a backbone; its label names are
             among the model's, in any order. A label of the model that it lacks counts as absent, as
             does one that is unknown in a record; neither is ever suspect.
         cut: a label is suspect from these log-odds of the other answer on, in nats: at 0 where the
             other answer is as probable. Below 0 more are.
-        cache: folder that keeps features of pictures; None for none.
-        batch_size: pictures per step.
+        cache: folder that keeps features of images; None for none.
+        batch_size: images per batch.
         workers: threads that decode.
-        on_bad_image: `skip` leaves unreadable pictures out and warns with their count.
+        on_bad_image: `skip` leaves unreadable images out and warns with their count.
         progress: told how many records are done.
 
     Raises:
