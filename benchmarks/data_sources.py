@@ -1,9 +1,9 @@
-"""Time and memory of the data readers at full size, on made-up sources.
+"""Time and memory of the data readers at full size, on generated sources.
 
     python -m benchmarks.data_sources FOLDER [NAME ...]
 
-writes the sources into FOLDER where they are not there yet (2 GB, and 400,000 empty image files),
-reads each in a process of its own and prints a table. Each source has the record count, the file
+writes the sources into FOLDER if they are missing (2 GB, and 400,000 empty image files),
+reads each in its own process and prints a table. Each source has the record count, the file
 layout and about the file sizes of the data set that it is named after; its label sets are drawn.
 """
 

@@ -1,6 +1,6 @@
 """What a deployed model takes: `python -m benchmarks.deployment --out results/deployment.json`.
 
-A ResNet-50 (random weights, 224 x 224 uint8 pictures that lie in memory) under a head of 80 labels,
+A ResNet-50 (random weights, 224 x 224 uint8 images in memory) under a head of 80 labels,
 N = 8, T = 18, marginals included, on the CPU, at batches of 1, 8 and 64:
 
 - torch, eager and compiled: backbone, projection, compiled search;
@@ -8,7 +8,7 @@ N = 8, T = 18, marginals included, on the CPU, at batches of 1, 8 and 64:
 - ONNX Runtime up to the embedding, then the compiled search;
 
 each beside its backbone alone. All take turns, so that what disturbs one disturbs all, and shares
-are medians of a turn's ratios. Random weights give all pictures nearly the same feature, so torch's
+are medians of a turn's ratios. Random weights give all images nearly the same feature, so torch's
 searches read features of a trained head's held-out images (heads.py) instead, after a warm-up on
 others; what the graph in ONNX Runtime takes does not depend on values.
 
@@ -57,7 +57,7 @@ L = 80
 
 
 class Normalised(nn.Module):
-    """Backbone of uint8 pictures [B, S, S, 3], as the exported graph begins."""
+    """Backbone of uint8 images [B, S, S, 3], as the exported graph begins."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ def onnx_session(file: Path, threads: int) -> Any:
 
 
 def contestants(model: CNNRNN, folder: Path, threads: int) -> dict[str, Callable[[Tensor], Any]]:
-    """Name what is timed; each takes pictures [B, S, S, 3]."""
+    """Name what is timed; each takes images [B, S, S, 3]."""
     assert model.backbone is not None
     backbone = Normalised(model.backbone).eval()
     compiled = torch.compile(backbone)
@@ -146,7 +146,7 @@ def contestants(model: CNNRNN, folder: Path, threads: int) -> dict[str, Callable
         "torch.compile": then_search(compiled),
         "ONNX Runtime, backbone": by_session,
         "ONNX Runtime, whole graph": predictor.run,
-        "ONNX Runtime and compiled search": then_search(embedding.run),
+        "ONNX Runtime and CPU search": then_search(embedding.run),
         "search": lambda images: searches(len(images)),
     }
 
@@ -155,7 +155,7 @@ ALONE = {
     "torch": "torch, backbone",
     "torch.compile": "torch.compile, backbone",
     "ONNX Runtime, whole graph": "ONNX Runtime, backbone",
-    "ONNX Runtime and compiled search": "ONNX Runtime, backbone",
+    "ONNX Runtime and CPU search": "ONNX Runtime, backbone",
 }
 
 
@@ -262,7 +262,7 @@ def main() -> None:
     parser.add_argument(
         "--only",
         choices=["latencies", "throughput"],
-        help="measure one part anew, in the same file",
+        help="measure one part again, in the same file",
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

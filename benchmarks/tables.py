@@ -8,7 +8,8 @@ Those of methods are made from `benchmarks/results/comparison/` (results.json of
 one per data set) and `benchmarks/results/likelihood/` (the same with `--settings 1`, of the methods
 that give probabilities to label sets), those of the recipe from `benchmarks/results/recipe.json`
 (of benchmarks/quality/recipe.py), that of instructions from `benchmarks/results/instructions.json`
-(of benchmarks/search/instructions.py).
+(of benchmarks/search/instructions.py), that of wrong labels from
+`benchmarks/results/planted_errors.json` (of benchmarks/quality/planted_errors.py).
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`.
 """
@@ -24,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.planted_errors import table as planted_table
 from benchmarks.quality.recipe import OF_ORDERS
 from benchmarks.quality.recipe import table as recipe_table
 from cnnrnn.comparison import COLUMNS, Row, markdown_table, read_rows, table_cells
@@ -34,6 +36,7 @@ PAGES = (
     *(
         ROOT / "docs" / name
         for name in (
+            "data.md",
             "performance.md",
             "comparison.md",
             "training.md",
@@ -118,9 +121,9 @@ def _size(num_labels: int, chain_term: bool) -> str:
 
 
 def throughput(results: dict[str, Any]) -> str:
-    """Images per second of the compiled search, and of each opponent with the ratio to it."""
+    """Images per second of the CPU search, and of each opponent with the ratio to it."""
     all_figures = figures(results)
-    header = ["", "table", "compiled search", *OPPONENTS.values()]
+    header = ["", "table", "CPU search", *OPPONENTS.values()]
     rows = []
     for size in SIZES:
         for table, test in (("warm", "test_warm"), ("full hit", "test_full_hit"),
@@ -142,7 +145,7 @@ def throughput(results: dict[str, Any]) -> str:
 
 
 def work(results: dict[str, Any]) -> str:
-    """Operations, bytes and floor beside each figure of the compiled search."""
+    """Operations, bytes and floor beside each figure of the CPU search."""
     all_figures = figures(results)
     header = (
         ",table,paths scored,vectors scored,states made,parents extended,hit rate,"
@@ -227,16 +230,16 @@ def summary(results: dict[str, Any]) -> str:
     rates = {
         name: _figure(all_figures, test, implementation, 80, True)["images_per_second"]
         for name, test, implementation in (
-            ("the specification, image by image", "test_warm", "reference"),
+            ("the reference, image by image", "test_warm", "reference"),
             ("torch, states per path", "test_warm", "states per path"),
             ("torch, states per prefix, warm", "test_warm", "states per prefix"),
             ("the same, torch.compile", "test_warm", "states per prefix, compiled"),
-            ("compiled search, cold", "test_cold", "native"),
-            ("compiled search, warm", "test_warm", "native"),
-            ("compiled search, full hit", "test_full_hit", "native"),
+            ("CPU search, cold", "test_cold", "native"),
+            ("CPU search, warm", "test_warm", "native"),
+            ("CPU search, full hit", "test_full_hit", "native"),
         )
     }
-    strongest = max(rate for name, rate in rates.items() if not name.startswith("compiled search"))
+    strongest = max(rate for name, rate in rates.items() if not name.startswith("CPU search"))
     rows = [[name, _number(rate), f"{rate / strongest:.2g}"] for name, rate in rates.items()]
     return _table(["", "images/s", "ratio"], rows)
 
@@ -348,7 +351,7 @@ def _fitted(data_set: str, variant: str, measure: str) -> list[float]:
 
 
 def fit() -> str:
-    """What the new parts of the recipe are worth: NLL / exact match of the path / O-F1 / mAP."""
+    """What the new parts of the recipe contribute: NLL / exact match of the path / O-F1 / mAP."""
     shown = {d: LIKELIHOOD[d] for d in ("cocoweak", "corel16k")}
 
     def text(data_set: str, variant: str) -> str:
@@ -403,9 +406,16 @@ def decisions() -> str:
 
 
 def recipe(data_set: str, rows: dict[str, str] | None = None, former: bool = False) -> str:
-    """What each part of the recipe, or each order of labels, is worth on one data set."""
+    """What each part of the recipe, or each order of labels, contributes on one data set."""
     file = ROOT / "benchmarks" / "results" / ("recipe_former.json" if former else "recipe.json")
     return recipe_table(json.loads(file.read_text(encoding="utf-8")), data_set, rows) + "\n"
+
+
+def planted() -> str:
+    """How well planted errors are found among the labels of three data sets."""
+    file = ROOT / "benchmarks" / "results" / "planted_errors.json"
+    sources = {"cocoweak": "COCO, weak", "corel16k": "Corel-16k", "coco": "COCO"}
+    return planted_table(json.loads(file.read_text(encoding="utf-8")), sources) + "\n"
 
 
 # Of an H200: multiprocessors, schedulers of each, and their clock in GHz.
@@ -465,7 +475,7 @@ def deployment() -> str:
 
 
 def deployment_summary() -> str:
-    """The README's: one picture and 64."""
+    """The README's: one image and 64."""
     rows = _deployed()["latencies"]
 
     def cell(what: str, batch: int) -> dict[str, Any]:
@@ -478,7 +488,7 @@ def deployment_summary() -> str:
             over = f"{100 * (many['over_backbone'] - 1):+.1f} %" if "over_backbone" in many else ""
             table.append([what, f"{_number(one['p50_ms'])} / {_number(one['p99_ms'])}",
                           f"{many['images_per_second']:.1f}", over])  # fmt: skip
-    header = ["", "one picture, p50 / p99 ms", "batches of 64, images/s", "over the backbone alone"]
+    header = ["", "one image, p50 / p99 ms", "batches of 64, images/s", "over the backbone alone"]
     return _table(header, table)
 
 
@@ -520,6 +530,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "orders-scene": lambda results: recipe("scene", OF_ORDERS),
     "orders-animals": lambda results: recipe("animals", OF_ORDERS),
     "orders-camvid": lambda results: recipe("camvid", OF_ORDERS, former=True),
+    "planted-errors": lambda results: planted(),
     "instructions": lambda results: instructions(),
     "deployment": lambda results: deployment(),
     "deployment-summary": lambda results: deployment_summary(),

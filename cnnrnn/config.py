@@ -47,9 +47,9 @@ def _require_fraction(name: str, value: float) -> None:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a decoded RGB picture becomes the backbone's input.
+    """How a decoded RGB image becomes the backbone's input.
 
-    The whole picture is resized to a square, so that no label is cropped away; then each channel
+    The whole image is resized to a square, so that no label is cropped away; then each channel
     is scaled to 0..1 and normalised.
 
     Attributes:
@@ -91,8 +91,8 @@ class ModelConfig:
         score_bias: learn one bias per label and END.
         projection_bias: learn a bias in the image projection U_I.
         chain_term: add an independent classifier's next-label logits to the scores.
-        tied_embedding: the recurrence reads labels by the rows that score them, as in the paper;
-            false gives it an embedding of its own.
+        tied_embedding: the recurrence reads labels through the rows that score them, as in the
+            paper; false gives it a separate embedding.
         input_dropout: dropout on the image feature.
         hidden_dropout: dropout on the hidden layer.
         joint_dropout: dropout on the outputs of U_o and U_I, before their sum.
@@ -229,20 +229,20 @@ class SearchConfig:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a validation split decided, kept with the model.
+    """What was chosen on a validation split, stored with the model.
 
     Attributes:
         threshold: a label is present from this score on, under `decide="threshold"`; the one with
             the best O-F1.
         mix_weight: weight of the chain term's own score beside the path marginal, in logit space.
         label_thresholds: one threshold per label, in path order, under `decide="label_thresholds"`;
-            each the one with the label's best F1, drawn towards `threshold`. Empty where they were
-            not calibrated: then `threshold` is every label's.
+            each the one with the label's best F1, shrunk towards `threshold`. Empty if they were
+            not calibrated: then every label uses `threshold`.
         k: how many labels each image gets under `decide="k"`; the number with the best O-F1.
         min_labels: labels that every decided set has at least; 1 where no validation image is
             without labels.
-        uncalibrated: labels, in path order, with too few positives for a threshold of their own:
-            theirs is `threshold`.
+        uncalibrated: labels, in path order, with too few positives for a threshold of their own;
+            they use `threshold`.
         known_mix_weight: as `mix_weight`, where some labels are known.
         set_nll: -log P(set) in nats that the true sets of 1, 2, ... percent of further images do
             not exceed, as far as validation data tells; empty where it was not calibrated.
@@ -276,24 +276,24 @@ class TrainConfig:
 
     Attributes:
         optimizer: `adamw` or `rmsprop`.
-        learning_rate: of everything, but for the factors below.
+        learning_rate: of everything, except for the factors below.
         warm_scale: factor on the learning rate of trunk and chain term after a warm stage.
         backbone_scale: factor on the learning rate of a backbone that is trained further.
         recurrent_scale: factor on the learning rate of the weights from state to state.
         momentum: of RMSprop.
-        weight_decay: of the weights, apart from the gradient, as in AdamW; also under RMSprop.
-        batch_size: images per batch; under `torchrun` all processes together.
+        weight_decay: of the weights, decoupled from the gradient, as in AdamW; also with RMSprop.
+        batch_size: images per batch; with `torchrun` over all processes together.
         accumulate: batches per step of the optimiser; the loss is the mean over all their images.
-        warm_epochs: at most this many epochs of binary cross-entropy on the chain term first, as a
-            stage of its own; 0 for none.
+        warm_epochs: at most this many epochs of binary cross-entropy on the chain term, in a first
+            stage; 0 for none.
         epochs: at most this many epochs of the sequence loss.
-        finish_epochs: at most this many more from the best epoch on, at the lower rate.
+        finish_epochs: at most this many more epochs from the best one on, at a lower learning rate.
         finish_scale: factor on all learning rates in those.
-        best_by: what makes an epoch the best on validation data: `decisions`, the largest O-F1 plus
-            mAP of mixed scores plus exact match of the best path; `nll`, the least -log P(true
-            set); or `both`, decisions less a tenth of the NLL. The losses `pla` and `mla`, whose
-            paths have orders of their own, go by decisions alone.
-        patience: stop a stage after this many epochs without a better validation figure.
+        best_by: how the best epoch is chosen on validation data: `decisions`, the largest O-F1 plus
+            mAP of mixed scores plus exact match of the best path; `nll`, the smallest -log P(true
+            set); or `both`, decisions minus a tenth of the NLL. The losses `pla` and `mla`, whose
+            paths have other orders, use decisions alone.
+        patience: stop a stage after this many epochs without improvement in validation.
         aux_weight: weight of the chain term's binary cross-entropy beside the sequence loss.
         clip_norm: largest gradient norm; 0 for no clipping.
         schedule: of the learning rate in each stage: `constant`; `one_cycle`, up to it and down to
@@ -301,10 +301,10 @@ class TrainConfig:
         step_epochs: of `schedule: step`.
         step_factor: of `schedule: step`.
         ema_decay: validate and keep an exponential moving average of the weights with this decay
-            per step, free of a bias to the first ones; 0 for the weights themselves.
+            per step, not biased towards the first ones; 0 for the weights themselves.
         loss: `sequence` (cross-entropy along a path in the label order), or one that fits the order
             to the model's own predictions: `pla` (predicted label alignment) or `mla` (minimal loss
-            alignment). These two need the search order `unique`.
+            alignment). Both need the search order `unique`.
         label_order: `frequency` (most frequent first in training), `rare` (rarest first), `given`,
             `random` (drawn once, from the seed), `easiest` (starts as `frequency` and is learned
             again from the model after each of the first `reorder_epochs` epochs) or `shuffled` (a
@@ -312,23 +312,23 @@ class TrainConfig:
             `increasing`).
         reorder_epochs: epochs of the sequence loss after which `easiest` learns its order again.
         train_split: name of the split to train on; None takes `train`, or `all`.
-        val_split: name of the split to validate on; None takes `val`, or holds a share of the
-            training split out where there is no `val` or where `train_split` holds its records.
-        val_fraction: share of the training split held out where there is no split to validate on;
-            of every label about the same share.
-        feature_rms: feature vectors, also a frozen backbone's, are scaled to this root mean square
-            over the training images; 0 leaves them as they are.
+        val_split: name of the split to validate on; None takes `val`, or holds out a share of the
+            training split if there is no `val` or if `train_split` contains its records.
+        val_fraction: share of the training split held out if there is no split to validate on;
+            about the same share of every label.
+        feature_rms: feature vectors, including a frozen backbone's, are scaled to this root mean
+            square over the training images; 0 leaves them unscaled.
         empty: `keep` training images without labels (their target is END) or `drop` them.
-        augment: flip and shift training pictures, where the backbone is trained.
+        augment: flip and shift training images, if the backbone is trained.
         on_bad_image: `error` stops at an unreadable image, `skip` leaves it out and counts it.
         precision: `auto` (bf16 autocast on a GPU that has it), `fp32` or `bf16`.
-        workers: processes that decode pictures; 0 decodes in the training process. Of a frozen
-            backbone threads that decode, 0 for one per core.
+        workers: processes that decode images; 0 decodes in the training process. With a frozen
+            backbone, threads that decode; 0 for one per core.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        seed: of initial weights, shuffling, dropout and hold-out.
+        seed: of initial weights, shuffling, dropout and the held-out share.
         init_backbone: start the backbone from this checkpoint folder.
         feature_cache: folder for a frozen backbone's features; None puts it in the output folder.
-        tensorboard: write each epoch's figures to `tensorboard/` in the output folder as well.
+        tensorboard: also write each epoch's figures to `tensorboard/` in the output folder.
     """
 
     optimizer: Literal["adamw", "rmsprop"] = "adamw"
@@ -409,10 +409,10 @@ class TrainConfig:
         """Return the paper's recipe: RMSprop, momentum 0.9, weight decay 1e-4, one stage.
 
         Learning rate, batch size, epochs, patience, clipping and the size of the features are ours:
-        the paper does not state them. So are two things without which its literal cell does not
-        learn: weight decay stands beside the gradient (`training.optimizers.decoupled_rmsprop`),
-        and the weights from state to state, by which its states grow without bound, take steps of a
-        thousandth.
+        the paper does not state them. So are two changes without which its literal cell does not
+        learn: weight decay is decoupled from the gradient
+        (`training.optimizers.decoupled_rmsprop`), and the weights from state to state, which make
+        its states grow without bound, take steps of a thousandth.
         """
         return cls(
             optimizer="rmsprop",
@@ -508,12 +508,12 @@ class CompareConfig:
     """What a comparison of methods runs.
 
     Attributes:
-        seeds: one result of every trained method each; the first one tunes.
-        methods: names of methods, see docs/comparison.md; None takes all that differ.
+        seeds: one result of every trained method for each; the first one tunes.
+        methods: names of methods, see docs/comparison.md; None takes all distinct ones.
         settings: how many settings of its own hyperparameter each method tries.
         members: M, trainings that an ensemble averages.
         test_split: name of the split that is tested on.
-        tune_each_seed: choose the setting anew for every seed instead of keeping the first's.
+        tune_each_seed: choose the setting for every seed instead of keeping the first one's.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -524,7 +524,7 @@ class CompareConfig:
     tune_each_seed: bool = False
 
     def __post_init__(self) -> None:
-        """Check ranges and that nothing comes twice."""
+        """Check ranges and that there are no duplicates."""
         _require(len(self.seeds) > 0, "seeds must name at least one seed, got none")
         for name, values in (("seeds", self.seeds), ("methods", self.methods or ())):
             _require(

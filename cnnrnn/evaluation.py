@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from cnnrnn.machine.progress import Progress, no_progress
 from cnnrnn.metrics import per_label_metrics
 from cnnrnn.model.classifier import CNNRNN
 from cnnrnn.model.ensemble import Ensemble
-from cnnrnn.network.features import compute_features
+from cnnrnn.network.features import Features, cached_features, compute_features
 from cnnrnn.prediction.decisions import decided_sets, decision_metrics
 from cnnrnn.search.inference import Inference
 
@@ -93,35 +94,17 @@ def evaluate(
         raise ValueError(f"revealed must be at least 1, got {revealed}")
     if not len(dataset):
         raise DataError(f"{dataset.source} has no images to evaluate on")
-    columns = _model_columns(model, dataset)
-    targets = _in_columns(dataset.label_matrix(), columns, len(model.labels))
+    columns = model_columns(model, dataset)
+    targets = in_columns(dataset.label_matrix(), columns, len(model.labels))
     unknown = None
     if dataset.unknown_indices is not None:
-        unknown = _in_columns(dataset.unknown_matrix(), columns, len(model.labels))
-    if dataset.features is not None:
-        if model.backbone is not None:
-            raise DataError(f"{dataset.source} holds feature vectors, but the model reads pictures")
-        features = torch.from_numpy(dataset.features)
-        if features.shape[1] != model.feature_dim:
-            raise DataError(
-                f"{dataset.source} must hold vectors of {model.feature_dim} features like "
-                f"those that the model was trained on, got {features.shape[1]}: for svmlight text "
-                f"say features={model.feature_dim}, and first=0 or first=1"
-            )
-    elif model.backbone is None:
-        raise DataError(f"{dataset.source} holds pictures, but the model reads feature vectors")
-    else:
-        computed = compute_features(
-            model.backbone,
-            dataset,
-            device=model.device,
-            batch_size=batch_size,
-            workers=workers,
-            on_bad_image=on_bad_image,
-            progress=progress,
-        )
-        features, targets = computed.values, targets[computed.kept]
-        unknown = None if unknown is None else unknown[computed.kept]
+        unknown = in_columns(dataset.unknown_matrix(), columns, len(model.labels))
+    computed = model_features(
+        model, dataset, batch_size=batch_size, workers=workers, on_bad_image=on_bad_image,
+        progress=progress,
+    )  # fmt: skip
+    features, targets = computed.values, targets[computed.kept]
+    unknown = None if unknown is None else unknown[computed.kept]
     model.eval()
     calibration = model.calibration
     if min_labels is not None:
@@ -140,7 +123,7 @@ def evaluate(
                 f"{dataset.source} must have images with more than {revealed} labels to reveal "
                 f"{revealed}, got {int(targets.sum(1).max())} at most"
             )
-        evidence = _in_columns(draw.evidence, columns, len(model.labels))
+        evidence = in_columns(draw.evidence, columns, len(model.labels))
         scores = inference.mixed(calibration)[draw.images]
         given = model.infer(features[draw.images].to(model.device), search, evidence)
         told = given.mixed(calibration)
@@ -153,6 +136,50 @@ def evaluate(
             for name, found in (("none known", scores), (f"{revealed} known", told))
         }  # fmt: skip
     return Evaluation(metrics, inference, targets, calibration, nll, is_bound, unknown, others)
+
+
+def model_features(
+    model: CNNRNN | Ensemble,
+    dataset: Dataset,
+    *,
+    cache: Path | None = None,
+    batch_size: int = 128,
+    workers: int | None = None,
+    on_bad_image: OnBadImage = "error",
+    progress: Progress = no_progress,
+) -> Features:
+    """Return what a model's head reads of the records of a dataset.
+
+    Args:
+        model: where its weights are decides the device.
+        dataset: pictures, or feature vectors for a model without a backbone.
+        cache: folder that keeps features of pictures; None for none.
+        batch_size: pictures per step.
+        workers: threads that decode; one per core by default, up to 8.
+        on_bad_image: `skip` leaves unreadable pictures out and warns with their count.
+        progress: told how many pictures are done.
+
+    Raises:
+        DataError: the dataset has features of another kind or number than the model reads.
+    """
+    if dataset.features is not None:
+        if model.backbone is not None:
+            raise DataError(f"{dataset.source} holds feature vectors, but the model reads pictures")
+        features = torch.from_numpy(dataset.features)
+        if features.shape[1] != model.feature_dim:
+            raise DataError(
+                f"{dataset.source} must hold vectors of {model.feature_dim} features like "
+                f"those that the model was trained on, got {features.shape[1]}: for svmlight text "
+                f"say features={model.feature_dim}, and first=0 or first=1"
+            )
+        return Features(features, np.arange(len(dataset)))
+    if model.backbone is None:
+        raise DataError(f"{dataset.source} holds pictures, but the model reads feature vectors")
+    compute = compute_features if cache is None else partial(cached_features, folder=cache)
+    return compute(
+        model.backbone, dataset, device=model.device, batch_size=batch_size, workers=workers,
+        on_bad_image=on_bad_image, progress=progress,
+    )  # fmt: skip
 
 
 class ObjectRecall(NamedTuple):
@@ -199,7 +226,7 @@ def object_recall(sets: Tensor, dataset: Dataset) -> ObjectRecall:
     return ObjectRecall(images, labels, areas, sets.cpu()[images, labels])
 
 
-def _model_columns(model: CNNRNN | Ensemble, dataset: Dataset) -> list[int]:
+def model_columns(model: CNNRNN | Ensemble, dataset: Dataset) -> list[int]:
     """Return which of the model's labels each of the dataset's is."""
     position = {name: column for column, name in enumerate(model.labels)}
     others = [name for name in dataset.label_names if name not in position]
@@ -212,7 +239,7 @@ def _model_columns(model: CNNRNN | Ensemble, dataset: Dataset) -> list[int]:
     return [position[name] for name in dataset.label_names]
 
 
-def _in_columns(matrix: Tensor, columns: list[int], num_labels: int) -> Tensor:
+def in_columns(matrix: Tensor, columns: list[int], num_labels: int) -> Tensor:
     """Spread a matrix over the model's labels: [n, M] to [n, L], False or 0 in the others."""
     result = matrix.new_zeros(len(matrix), num_labels)
     result[:, columns] = matrix

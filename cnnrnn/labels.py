@@ -1,4 +1,4 @@
-"""The label space: names, frequency order, label sets and the ordered paths that stand for them."""
+"""The label space: names, frequency order, label sets and the paths that represent them."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def increasing_paths(targets: Tensor) -> Tensor:
 
 
 def shuffled_paths(paths: Tensor, generator: torch.Generator) -> Tensor:
-    """Put the labels of each path into a random order of its own.
+    """Shuffle the labels of each path.
 
     Args:
         paths: [B, T] int64 label indices padded with -1.

@@ -1,7 +1,10 @@
 """Measures of multi-label classification: tensors in, numbers out.
 
-Sizes: n images, L labels. Sets are [n, L] bool, scores are [n, L] floating point and higher is
-better; infinities are legal scores, NaN is not. Equal scores rank by label index, lower first.
+Sizes: n images, L labels. Unless a function says otherwise, `scores` are [n, L] floating point and
+higher is better, infinities allowed, NaN not; `targets`, the true sets, are [n, L] bool or 0/1
+integers; other sets and `unknown` labels are [n, L] bool. Equal scores rank by label index, lower
+first. Arguments are checked: wrong shapes, types, values and options, and no image where something
+is measured, are a `ValueError` that names them.
 
 C-* averages over labels, O-* pools all (image, label) pairs (Wang et al., CVPR 2016, section 4).
 The definitions that the paper leaves open:
@@ -34,52 +37,19 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def top_k_sets(scores: Tensor, k: int) -> Tensor:
-    """Take the k best-scored labels of every image.
-
-    Args:
-        scores: [n, L] floating point; of equal scores the lower label index is taken first.
-        k: labels per image, at least 1; more than L takes all.
-
-    Returns:
-        [n, L] bool.
-
-    Raises:
-        ValueError: when `scores` has another shape or type or holds NaN, or k is below 1.
-    """
+    """Return the k best-scored labels of every image, all of them where k is more than L."""
     scores = _checked_scores(scores)
     _check_k(k)
     return _first_k_as_sets(_ranking(scores), k)
 
 
 def cut_to_k(sets: Tensor, scores: Tensor, k: int) -> Tensor:
-    """Keep at most the k best-scored members of each set, ties to the lower label index.
-
-    Args:
-        sets: [n, L] bool.
-        scores: [n, L].
-        k: at least 1.
-
-    Returns:
-        [n, L] bool.
-    """
+    """Keep at most the k best-scored members of each set; nothing is checked."""
     return _first_k_members(sets, _ranking(scores), k)
 
 
 def at_least(sets: Tensor, scores: Tensor, count: int) -> Tensor:
-    """Add to each set of fewer than `count` labels its best-scored others, ties to the lower index.
-
-    Args:
-        sets: [n, L] bool.
-        scores: [n, L] floating point.
-        count: at least 0; 0 adds nothing, more than L takes all.
-
-    Returns:
-        [n, L] bool.
-
-    Raises:
-        ValueError: when `scores` has another shape or type than [n, L] floating point, or holds
-            NaN, or count is below 0.
-    """
+    """Add to each set of fewer than `count` labels its best-scored others, or all there are."""
     if count < 0:
         raise ValueError(f"count must be at least 0, got {count}")
     ranking = _ranking(_checked_scores(scores, like=sets))
@@ -90,19 +60,12 @@ def at_least(sets: Tensor, scores: Tensor, count: int) -> Tensor:
 
 
 def threshold_sets(scores: Tensor, threshold: float | Tensor) -> Tensor:
-    """Take the labels whose score is at least the threshold.
+    """Return the labels whose score is at least the threshold.
 
     Args:
-        scores: [n, L] floating point.
+        scores: of the labels.
         threshold: one number, or [L] one per label; rounded to the type of `scores`, so that
             a float32 score of 0.7 reaches the threshold 0.7.
-
-    Returns:
-        [n, L] bool.
-
-    Raises:
-        ValueError: when `scores` has another shape or type or holds NaN, or the threshold is NaN
-            or not [L].
     """
     scores = _checked_scores(scores)
     cut = torch.as_tensor(threshold, dtype=scores.dtype, device=scores.device)
@@ -130,22 +93,17 @@ def best_threshold(
     highest is taken. Without positives F1 is 0, and the highest score is returned. O(nL log nL).
 
     Args:
-        scores: [n, L] floating point; one column calibrates one label.
-        targets: [n, L] bool or 0/1 integers.
+        scores: of the labels; one column calibrates one label.
+        targets: the true sets.
         metric: what to maximise.
         min_labels: sets of fewer labels are filled up, see `at_least`.
 
     Returns:
         The threshold, exact in the type of `scores`, and the metric's value with it.
-
-    Raises:
-        ValueError: when shapes, types or values are wrong, there is no image, or `metric` is
-            another.
     """
     if metric not in ("O-F1", "C-F1", "exact-match"):
         raise ValueError(f"metric must be O-F1, C-F1 or exact-match, got {metric!r}")
-    scores = _checked_scores(scores)
-    targets = _checked_targets(targets, scores, "scores")
+    scores, targets = _checked(scores, targets)
     if min_labels:
         # A label that is in the set under every cut counts as if it had the highest score of all.
         always = at_least(torch.zeros_like(targets), scores, min_labels)
@@ -174,23 +132,16 @@ def best_threshold(
 def best_label_thresholds(
     scores: Tensor, targets: Tensor, otherwise: float, at_least: int = 1
 ) -> Tensor:
-    """Find the threshold of each label that gives its best F1.
+    """Return the threshold of each label that gives its best F1, [L] in the type of `scores`.
 
     Args:
-        scores: [n, L] floating point.
-        targets: [n, L] bool or 0/1 integers.
+        scores: of the labels.
+        targets: the true sets.
         otherwise: the threshold of labels with fewer positives than `at_least`, for which there is
             nothing to choose by.
         at_least: positives that a threshold of its own takes.
-
-    Returns:
-        [L] thresholds in the type of `scores`.
-
-    Raises:
-        ValueError: when shapes, types or values are wrong, or there is no image.
     """
-    scores = _checked_scores(scores)
-    targets = _checked_targets(targets, scores, "scores")
+    scores, targets = _checked(scores, targets)
     thresholds = torch.full_like(scores[0], otherwise)
     for label in (targets.sum(0) >= max(at_least, 1)).nonzero()[:, 0].tolist():
         column = slice(label, label + 1)
@@ -201,25 +152,14 @@ def best_label_thresholds(
 def best_k(
     scores: Tensor, targets: Tensor, metric: Literal["O-F1", "exact-match"] = "O-F1"
 ) -> tuple[int, float]:
-    """Find the number of labels per image that gives the best O-F1, or exact match.
-
-    Args:
-        scores: [n, L] floating point.
-        targets: [n, L] bool or 0/1 integers.
-        metric: what to maximise.
+    """Find the number of labels per image, 1..L, that gives the best O-F1, or exact match.
 
     Returns:
-        k in 1..L, the smallest of equally good ones, and the metric that `top_k_sets` gives with
-        it.
-
-    Raises:
-        ValueError: when shapes, types or values are wrong, there is no image, or `metric` is
-            another.
+        The smallest of equally good k, and the metric that `top_k_sets` gives with it.
     """
     if metric not in ("O-F1", "exact-match"):
         raise ValueError(f"metric must be O-F1 or exact-match, got {metric!r}")
-    scores = _checked_scores(scores)
-    targets = _checked_targets(targets, scores, "scores")
+    scores, targets = _checked(scores, targets)
     num_images, num_labels = scores.shape
     ranked = targets.gather(1, _ranking(scores))
     k = torch.arange(1, num_labels + 1, device=scores.device)
@@ -236,78 +176,42 @@ def best_k(
 def average_precision(
     scores: Tensor, targets: Tensor, method: Literal["all_point", "11_point"] = "all_point"
 ) -> Tensor:
-    """Compute the average precision of every label over the images.
+    """Return the average precision of every label: [L] float64, NaN for one without positives.
 
     Images of equal score enter together: precision and recall are taken at distinct scores only,
     so the order of the images does not matter. `all_point` is the sum over those points of
     precision times the rise in recall, as scikit-learn's `average_precision_score`. `11_point` is
     the measure of PASCAL VOC 2007 (Everingham et al., IJCV 2010, section 4.2): the mean over
     t = 0, 0.1 ... 1 of the highest precision at recall >= t, compared exactly.
-
-    Args:
-        scores: [n, L] floating point.
-        targets: [n, L] bool or 0/1 integers.
-        method: `all_point` or `11_point`.
-
-    Returns:
-        [L] float64, NaN for a label without positives.
-
-    Raises:
-        ValueError: when shapes, types or values are wrong, there is no image, or `method` is
-            another.
     """
     if method not in ("all_point", "11_point"):
         raise ValueError(f"method must be all_point or 11_point, got {method!r}")
-    scores = _checked_scores(scores)
-    all_point, eleven_point = _average_precisions(
-        scores, _checked_targets(targets, scores, "scores")
-    )
+    all_point, eleven_point = _average_precisions(*_checked(scores, targets))
     return all_point if method == "all_point" else eleven_point
 
 
 def map_at_k(scores: Tensor, targets: Tensor, k: int = 10) -> float:
-    """Compute the mean over images of AP@k, the average precision of the k best-scored labels.
+    """Return the mean over images of AP@k, the average precision of the k best-scored labels.
 
     AP@k of an image with g labels is the sum over ranks i <= k that hold a true label of the
-    precision among the first i, divided by min(k, g).
-
-    Args:
-        scores: [n, L] floating point; equal scores rank by label index, lower first.
-        targets: [n, L] bool or 0/1 integers; images without labels are left out.
-        k: ranks looked at, at least 1; more than L looks at all.
-
-    Returns:
-        MAP@k, NaN where no image has a label.
-
-    Raises:
-        ValueError: when shapes, types or values are wrong, there is no image, or k is below 1.
+    precision among the first i, divided by min(k, g). Images without labels are left out; without
+    any other the mean is NaN.
     """
-    scores = _checked_scores(scores)
-    targets = _checked_targets(targets, scores, "scores")
+    scores, targets = _checked(scores, targets)
     _check_k(k)
     return _map_at_k(_ranking(scores), targets, k)
 
 
 def label_ranking_precision(scores: Tensor, targets: Tensor) -> float:
-    """Compute the label ranking average precision (LRAP).
+    """Return the label ranking average precision (LRAP), NaN where no image has a label.
 
     The mean over images of the mean over their true labels j of (true labels that score at least
     as much as j) / (labels that score at least as much as j), j itself counted. Equal scores share
     the worst of their ranks, as in scikit-learn's `label_ranking_average_precision_score`, which
     counts an image without labels as 1 and does not leave it out.
-
-    Args:
-        scores: [n, L] floating point.
-        targets: [n, L] bool or 0/1 integers; images without labels are left out.
-
-    Returns:
-        LRAP, NaN where no image has a label.
-
-    Raises:
-        ValueError: when shapes, types or values are wrong, or there is no image.
     """
-    scores = _checked_scores(scores)
-    return _label_ranking_precision(scores, _checked_targets(targets, scores, "scores"))
+    scores, targets = _checked(scores, targets)
+    return _label_ranking_precision(scores, targets, _ranking(scores))
 
 
 def multilabel_metrics(
@@ -336,21 +240,17 @@ def multilabel_metrics(
         predictions: [n, L], either bool, the sets as they are, or floating point, scores that
             become sets by exactly one of `k` and `threshold`; with neither, the keys about sets
             are absent.
-        targets: [n, L] bool or 0/1 integers.
-        scores: [n, L] floating point, with bool predictions only: the ranking. Without it the
-            keys about the ranking are absent.
+        targets: the true sets.
+        scores: with bool predictions only: the ranking. Without it the keys about the ranking are
+            absent.
         k: at most this many labels per image, the best-scored ones; bool sets are cut down to
             it (they need `scores`), never filled up.
         threshold: one number or [L], with floating-point predictions only.
-        unknown: [n, L] bool, labels that are neither present nor absent; none of them is in
-            `targets`. Sets are cut to `k` before these are taken out.
+        unknown: labels that are neither present nor absent; none of them is in `targets`. Sets
+            are cut to `k` before these are taken out.
 
     Returns:
         The measures as fractions of 1 (not percent), the counts as whole numbers.
-
-    Raises:
-        ValueError: when shapes, types or values are wrong, there is no image, or the options do
-            not go together.
     """
     targets = _checked_targets(targets, predictions, "predictions")
     unknown = _checked_unknown(unknown, targets)
@@ -389,15 +289,13 @@ def multilabel_metrics(
             sets = sets & ~unknown
         measures |= _set_measures(sets, targets, unknown)
     if scores is not None and ranking is not None:
-        if unknown is not None:
-            # Behind all others, also behind those of score -inf.
-            last = unknown.gather(1, ranking).byte().sort(dim=1, stable=True).indices
-            ranking = ranking.gather(1, last)
         all_point, eleven_point = _average_precisions(scores, targets, unknown)
-        measures["MAP@10"] = _map_at_k(ranking, targets, 10)
-        measures["mAP"] = float(all_point.nanmean())
-        measures["mAP-11pt"] = float(eleven_point.nanmean())
-        measures["LRAP"] = _label_ranking_precision(scores, targets, unknown)
+        measures |= {
+            "MAP@10": _map_at_k(_behind(ranking, unknown), targets, 10),
+            "mAP": float(all_point.nanmean()),
+            "mAP-11pt": float(eleven_point.nanmean()),
+            "LRAP": _label_ranking_precision(scores, targets, ranking, unknown),
+        }
     measures["images"] = len(targets)
     measures["images-without-labels"] = int((~targets.any(1)).sum())
     measures["labels-without-positives"] = int((~targets.any(0)).sum())
@@ -420,18 +318,15 @@ def per_label_metrics(
     """Measure every label by itself.
 
     Args:
-        predictions: [n, L] bool, the predicted sets.
-        targets: [n, L] bool or 0/1 integers.
-        scores: [n, L] floating point, the ranking for AP; without it there is none.
-        unknown: [n, L] bool, labels that are neither present nor absent.
+        predictions: the predicted sets.
+        targets: the true sets.
+        scores: the ranking for AP; without it there is none.
+        unknown: labels that are neither present nor absent.
 
     Returns:
         [L] tensors. float64: `precision` (0 for a label never predicted), `recall`, `F1`, and
         with scores `AP` and `AP-11pt` (NaN for a label without positives, all but precision).
         int64: `positives`, `predicted`, `correct`.
-
-    Raises:
-        ValueError: when shapes, types or values are wrong, or there is no image.
     """
     targets = _checked_targets(targets, predictions, "predictions")
     if predictions.dtype != torch.bool:
@@ -443,6 +338,12 @@ def per_label_metrics(
             _checked_scores(scores, like=predictions), targets, unknown
         )
     return per_label
+
+
+def _checked(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Check both; the targets come as bool on the device of the scores."""
+    scores = _checked_scores(scores)
+    return scores, _checked_targets(targets, scores, "scores")
 
 
 def _checked_scores(scores: Tensor, name: str = "scores", like: Tensor | None = None) -> Tensor:
@@ -514,6 +415,14 @@ def _check_k(k: int) -> None:
 def _ranking(scores: Tensor) -> Tensor:
     """[n, L] label indices, best first; stable, so that ties go to the lower index."""
     return scores.sort(dim=1, descending=True, stable=True).indices
+
+
+def _behind(ranking: Tensor, unknown: Tensor | None) -> Tensor:
+    """Put unknown labels behind all others of a ranking, also behind those of score -inf."""
+    if unknown is None:
+        return ranking
+    last = unknown.gather(1, ranking).byte().sort(dim=1, stable=True).indices
+    return ranking.gather(1, last)
 
 
 def _first_k_as_sets(ranking: Tensor, k: int) -> Tensor:
@@ -595,12 +504,11 @@ def _map_at_k(ranking: Tensor, targets: Tensor, k: int) -> float:
 
 
 def _label_ranking_precision(
-    scores: Tensor, targets: Tensor, unknown: Tensor | None = None
+    scores: Tensor, targets: Tensor, ranking: Tensor, unknown: Tensor | None = None
 ) -> float:
-    order = _ranking(scores)
-    hits = targets.gather(1, order)
-    ranked = hits.new_ones(hits.shape) if unknown is None else ~unknown.gather(1, order)
-    falling = -scores.gather(1, order)
+    hits = targets.gather(1, ranking)
+    ranked = torch.ones_like(hits) if unknown is None else ~unknown.gather(1, ranking)
+    falling = -scores.gather(1, ranking)
     ends = torch.searchsorted(falling, falling, right=True) - 1  # of each run of equal scores
     precision = _ratio(hits.cumsum(1), ranked.cumsum(1)).gather(1, ends)
     sizes = targets.sum(1)

@@ -1,4 +1,4 @@
-"""The whole path once: make pictures, train, measure, predict, and compare with baselines.
+"""The whole path once: make images, train, measure, predict, and compare with baselines.
 
 Run by `make demo`; takes a few minutes on two CPU cores. Each `cnnrnn` command is printed before it
 runs, so that it can be repeated by hand.
@@ -52,9 +52,9 @@ def run(command: str) -> None:
 
 
 def draw_predictions(scenes: Path, model: Path, file: Path) -> None:
-    """Draw test pictures with what was predicted: green right, red wrong, grey in brackets missed.
+    """Draw test images with what was predicted: green right, red wrong, grey in brackets missed.
 
-    The pictures are the first of the test split, not chosen.
+    The images are the first of the test split, not hand-picked.
     """
     data = cnnrnn.load_dataset(f"scenes:{scenes}").split("test")
     assert data.image_paths is not None
@@ -102,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--scenes-seed", type=int, default=SCENES_SEED, help="draws the pictures")
+    parser.add_argument("--scenes-seed", type=int, default=SCENES_SEED, help="seed of the images")
     parser.add_argument(
         "--trunk-dim", type=int, default=0, help="hidden layer of every compared head; 0 for none"
     )
@@ -145,7 +145,7 @@ def main() -> None:
         COMPARED,
         say=lambda line: print(line, flush=True),
     )
-    print(f"pictures: {out / 'predictions.png'}   figures: {out / 'compare' / 'results.json'}")
+    print(f"images: {out / 'predictions.png'}   figures: {out / 'compare' / 'results.json'}")
     print(f"{time.perf_counter() - began:.0f} s in all\n")
     print(f"{len(features.split('test')):,} held-out scenes, per cent, 3 seeds, same features:")
     print("CNN-RNN stops by itself; cuts and every learning rate are chosen on validation.")

@@ -1,6 +1,6 @@
-"""Label pictures with an exported model: ONNX Runtime, NumPy and Pillow alone.
+"""Label images with an exported model: ONNX Runtime, NumPy and Pillow alone.
 
-python examples/predict_onnx.py model.onnx picture.jpg another.png
+python examples/predict_onnx.py model.onnx image.jpg another.png
 """
 
 import json

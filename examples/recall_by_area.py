@@ -25,9 +25,9 @@ from cnnrnn.evaluation import ObjectRecall, object_recall
 from cnnrnn.metrics import threshold_sets
 from demo import HEAD
 
-# Two labels share each of these drawings: only what else is in the picture tells which it is.
+# Two labels share each of these drawings: only what else is in the image tells which it is.
 CONTEXT_ONLY = ("star", "plane", "buoy", "mailbox", "gull", "sheep")
-EDGES = np.array([0, 4, 8, 12, 16, 24, 32, 64])  # pixels of a 64 x 64 picture
+EDGES = np.array([0, 4, 8, 12, 16, 24, 32, 64])  # pixels of a 64 x 64 image
 # Rows of the comparison that are drawn, what they are called here, and their colours.
 METHODS = {
     "CNN-RNN, best path": ("CNN-RNN, best path", "#7aa5e0"),

@@ -1,7 +1,7 @@
 """Train the small model that ships in the package, and measure it on scenes of another seed.
 
 Run by `make scenes-model`; about nine minutes on two CPU cores. Deterministic on one machine: the
-same seeds, pictures and steps.
+same seeds, images and steps.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def run(command: str) -> None:
 
 
 def main() -> None:
-    """Write the pictures, train backbone and head, put the model in place, measure it."""
+    """Write the images, train backbone and head, put the model in place, measure it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/scenes-model"))
     parser.add_argument("--out", type=Path, default=DEMO_MODEL)

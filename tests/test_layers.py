@@ -15,6 +15,7 @@ ROOT = Path(cnnrnn.__file__).parent
 LAYERS = (
     "_build_info", "_build_check", "config", "machine", "labels", "metrics", "known", "data",
     "network", "search", "prediction", "model", "training", "export", "evaluation", "api",
+    "inspection",
     "comparison", "cli", "__main__",
 )  # fmt: skip
 

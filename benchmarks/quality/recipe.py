@@ -1,10 +1,10 @@
-"""What each ingredient of the training recipe is worth: the recipe, and it with one thing changed.
+"""What each part of the training recipe contributes: the recipe, and variants with one change.
 The same for the order of labels, losses without one, and the paper's preset.
 
     python -m benchmarks.quality.recipe --out recipe.json features:scene.npz features:corel5k.npz
 
 Each source needs a test split. Mixing weight, thresholds and epochs are chosen on validation data,
-as ever. docs/training.md and docs/orders.md have the tables of what was measured.
+as always. docs/training.md and docs/orders.md have the tables of what was measured.
 """
 
 from __future__ import annotations
@@ -213,9 +213,9 @@ def table(results: list[dict[str, Any]], source: str, rows: Mapping[str, str] | 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sources", nargs="+", help="as --data of cnnrnn train; feature vectors")
-    parser.add_argument("--out", type=Path, required=True, help="JSON; goes on where it stopped")
+    parser.add_argument("--out", type=Path, required=True, help="JSON; resumes where it stopped")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--variants", help="parts of names, with commas between; all without")
+    parser.add_argument("--variants", help="comma-separated parts of names; default: all")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     results: list[dict[str, Any]] = (

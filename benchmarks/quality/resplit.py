@@ -1,8 +1,8 @@
-"""How much of a difference between two methods is the luck of the split.
+"""How much a difference between two methods depends on the split.
 
     python -m benchmarks.quality.resplit features:corel5k.npz --out resplit.json --splits 8
 
-Draws the training, validation and test records of a source anew, as many of each as it has, and
+Redraws the training, validation and test records of a source, as many of each as it has, and
 trains two methods of `cnnrnn compare` on every draw. Prints the paired differences of the tests,
 mean and standard error over draws, in points. docs/comparison.md has what was measured.
 """
@@ -28,7 +28,7 @@ MEASURES = ("O-F1", "C-F1 own", "mAP", "exact match")
 
 
 def redrawn(dataset: Dataset, seed: int) -> Dataset:
-    """Return the dataset with its records dealt anew to splits of the same sizes."""
+    """Return the dataset with its records redistributed to splits of the same sizes."""
     records = np.random.default_rng(seed).permutation(len(dataset))
     ends = np.cumsum([len(rows) for rows in dataset.splits.values()])
     parts = np.split(records, ends[:-1])
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument(
         "source", help="as --data of cnnrnn compare; feature vectors, all in splits"
     )
-    parser.add_argument("--out", type=Path, required=True, help="JSON; goes on where it stopped")
+    parser.add_argument("--out", type=Path, required=True, help="JSON; resumes where it stopped")
     parser.add_argument("--splits", type=int, default=8, help="draws")
     parser.add_argument(
         "--methods", default="cnn-rnn,bce", help="the second is taken off the first"

@@ -52,7 +52,7 @@ def head_and_images(num_labels: int) -> tuple[Head, torch.Tensor, bool]:
 
 
 def batch_of(head: Head, features: torch.Tensor, first: int, count: int) -> ImageEmbedding:
-    """Embed `count` images from the first-th on, beginning anew after the last one."""
+    """Embed `count` images from the first-th on, starting over after the last one."""
     with torch.no_grad():
         index = torch.arange(first, first + count, device=GPU) % len(features)
         return head.embed(features[index])

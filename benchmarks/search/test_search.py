@@ -341,7 +341,7 @@ def test_threads(benchmark, case, chain_term, threads, table):
 @FULL
 @pytest.mark.parametrize("part", ["resnet50", "search"])
 def test_share_of_the_search(benchmark, part):
-    """A ResNet-50 on 16 pictures, and the head with its search on the same features."""
+    """A ResNet-50 on 16 images, and the head with its search on the same features."""
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     backbone = timm.create_model("resnet50", pretrained=False, num_classes=0).eval()

@@ -9,21 +9,10 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
-
-from cnnrnn.cli.commands import (
-    run_check,
-    run_compare,
-    run_data,
-    run_evaluate,
-    run_export,
-    run_predict,
-    run_scenes,
-    run_train,
-)
+from cnnrnn.cli.commands import RUN
 from cnnrnn.cli.options import RECIPES, make_parser
 
 
@@ -31,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     words = _underscored(sys.argv[1:] if arguments is None else arguments)
     parser = make_parser("ours")
-    # Printing the configuration ends the parse, and must wait until the preset is known.
+    # --print_config ends the parse: it must wait until the preset is known.
     quiet = [word for word in words if not word.startswith("--print_config")]
     options = parser.parse_args(quiet)
     command = options.command
@@ -41,18 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command in RECIPES and options[command].preset == "paper":  # named here or in a config file
         parser = make_parser("paper")
     options = parser.parse_args(words)
-    run: dict[str, Callable[[ArgumentParser, Namespace], int]] = {
-        "train": run_train, "compare": run_compare, "evaluate": run_evaluate,
-        "predict": run_predict, "export": run_export, "scenes": run_scenes, "data": run_data,
-        "check": run_check,
-    }  # fmt: skip
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            status = run[command](parser, options[command])
+            status = RUN[command](options[command])
             sys.stdout.flush()
             return status
-    except BrokenPipeError:  # the reader of our output has gone, as under `| head`
+    except BrokenPipeError:  # the reader of our output has ended, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
@@ -68,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _is_meant_for_people(error: Exception) -> bool:
-    """Errors of torch's own are bugs or out-of-memory, and keep their traceback."""
+    """Tell our errors from torch's: those are bugs or out of memory, and keep their traceback."""
     from cnnrnn.export import ProviderError
     from cnnrnn.machine.distributed import LostProcessError
     from cnnrnn.training.loop import NonFiniteLossError

@@ -1,9 +1,10 @@
-"""What each command does."""
+"""What each command does: `RUN` has a function for each, from its options to the exit status."""
 
 from __future__ import annotations
 
-import json
 import sys
+import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,28 +15,24 @@ from cnnrnn.cli.output import (
     others_table,
     prediction_writer,
     require_folder,
+    say,
     uncalibrated_line,
+    write_json,
     yaml_text,
 )
-from cnnrnn.config import (
-    CompareConfig,
-    LabelOrder,
-    ModelConfig,
-    SearchConfig,
-    TrainConfig,
-)
+from cnnrnn.config import CompareConfig, LabelOrder, ModelConfig, SearchConfig, TrainConfig
 from cnnrnn.machine.words import without_nan
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser, Namespace
+    from jsonargparse import Namespace
 
     from cnnrnn.export import OnnxPredictor
     from cnnrnn.training.ensemble import EnsembleResult
     from cnnrnn.training.run import TrainResult
 
 
-def run_train(parser: ArgumentParser, options: Namespace) -> int:
-    """Train a model or an ensemble. Returns the exit status."""
+def run_train(options: Namespace) -> int:
+    """Train a model or an ensemble."""
     from cnnrnn.data import load_dataset
     from cnnrnn.machine.devices import resolve_device
     from cnnrnn.machine.distributed import join
@@ -45,9 +42,7 @@ def run_train(parser: ArgumentParser, options: Namespace) -> int:
     from cnnrnn.training.run import train
 
     config, model, search = _recipe(options)
-    if not options.out:
-        raise ValueError("--out must name a folder, got an empty name")
-    out = Path(options.out)
+    out = _run_folder(options)
     unsaved = ("config", "preset", "resume")
     resolved = {k: v for k, v in options.as_dict().items() if k not in unsaved}
 
@@ -56,9 +51,6 @@ def run_train(parser: ArgumentParser, options: Namespace) -> int:
             return
         text = yaml_text(resolved)
         write_whole(out / "config.yaml", lambda file: file.write_text(text, encoding="utf-8"))
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
 
     orders = _member_orders(options.members, options.member_orders, config)
     result: TrainResult | EnsembleResult
@@ -88,6 +80,12 @@ def run_train(parser: ArgumentParser, options: Namespace) -> int:
     return 0
 
 
+def _run_folder(options: Namespace) -> Path:
+    if not options.out:
+        raise ValueError("--out must name a folder, got an empty name")
+    return Path(options.out)
+
+
 def _member_orders(members: int, names: str | None, config: TrainConfig) -> list[LabelOrder]:
     """Return the label order of each member of an ensemble; one member alone is no ensemble."""
     if members < 1:
@@ -111,8 +109,8 @@ def _recipe(options: Namespace) -> tuple[TrainConfig, ModelConfig, SearchConfig]
     return config, ModelConfig(**vars(options.model)), SearchConfig(**vars(options.search))
 
 
-def run_compare(parser: ArgumentParser, options: Namespace) -> int:
-    """Train and measure the comparison methods. Returns the exit status."""
+def run_compare(options: Namespace) -> int:
+    """Train and measure the comparison methods."""
     from cnnrnn.comparison import (
         chosen_methods,
         compare,
@@ -133,15 +131,13 @@ def run_compare(parser: ArgumentParser, options: Namespace) -> int:
         seeds = tuple(int(seed) for seed in options.seeds.split(","))
     except ValueError:
         raise ValueError(
-            f"--seeds must be whole numbers with commas between, got {options.seeds!r}"
+            f"--seeds must be comma-separated whole numbers, got {options.seeds!r}"
         ) from None
     methods = None if options.methods is None else tuple(options.methods.split(","))
     others = CompareConfig.__dataclass_fields__.keys() - {"seeds", "methods"}
     compared = CompareConfig(seeds, methods, **{name: options[name] for name in others})
     chosen_methods(compared, model, search)  # a wrong name fails before data is read
-    if not options.out:
-        raise ValueError("--out must name a folder, got an empty name")
-    out = Path(options.out)
+    out = _run_folder(options)
     dataset = load_dataset(options.data, images=options.images, on_bad_image=config.on_bad_image)
     if dataset.features is None:
         if not model.freeze_backbone:
@@ -159,7 +155,7 @@ def run_compare(parser: ArgumentParser, options: Namespace) -> int:
         )  # fmt: skip
     rows = compare(
         dataset, out, model, search, config, compared,
-        say=lambda line: print(line, file=sys.stderr, flush=True),
+        say=say,
     )  # fmt: skip
     images = len(dataset.splits[options.test_split])
     count = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
@@ -171,8 +167,8 @@ def run_compare(parser: ArgumentParser, options: Namespace) -> int:
     return 0
 
 
-def run_evaluate(parser: ArgumentParser, options: Namespace) -> int:
-    """Measure a model on labelled data. Returns the exit status."""
+def run_evaluate(options: Namespace) -> int:
+    """Measure a model on labelled data."""
     from cnnrnn.api import resolve_model
     from cnnrnn.data import load_dataset
     from cnnrnn.evaluation import evaluate, write_per_label
@@ -209,13 +205,12 @@ def run_evaluate(parser: ArgumentParser, options: Namespace) -> int:
         values["label_thresholds"]["uncalibrated"] = uncalibrated
         values["NLL"] = without_nan(evaluation.nll)
         values |= without_nan(evaluation.others)
-        text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-        Path(options.json).write_text(text, encoding="utf-8")
+        write_json(options.json, values)
     return 0
 
 
-def run_predict(parser: ArgumentParser, options: Namespace) -> int:
-    """Label images. Returns the exit status."""
+def run_predict(options: Namespace) -> int:
+    """Label images."""
     from cnnrnn.api import predict_iter
     from cnnrnn.machine.progress import no_progress, terminal_progress
 
@@ -225,16 +220,17 @@ def run_predict(parser: ArgumentParser, options: Namespace) -> int:
         for name in ("top_k", "beam_size", "min_labels", "decide", "threshold", "batch_size",
                      "workers", "on_bad_image")
     }  # fmt: skip
+    asked |= {"known": _known_labels(options), "absent": options.absent}
     torch_only = [name for name in ("precision", "compiled") if options[name] != default[name]]
     if options.model is not None and options.model.lower().endswith(".onnx"):
         if torch_only:
             raise ValueError(
-                f"--{torch_only[0]} must be left out for {options.model}, which ONNX Runtime runs; "
+                f"--{torch_only[0]} does not apply to {options.model}, which ONNX Runtime runs; "
                 "`cnnrnn export --precision float16` makes a file in half precision"
             )
         predictions = _onnx_predictor(options).predict_iter(options.images, **asked)
     elif options.search != default["search"]:
-        raise ValueError(f"--search must be left out but for FILE.onnx, got {options.search}")
+        raise ValueError(f"--search is only for FILE.onnx, got {options.search}")
     else:
         predictions = predict_iter(
             options.images, options.model, device=options.device, precision=options.precision,
@@ -250,8 +246,34 @@ def run_predict(parser: ArgumentParser, options: Namespace) -> int:
             bad += prediction.error is not None
             advance(1)
     if bad:
-        print(f"cnnrnn: warning: {bad} pictures could not be read", file=sys.stderr)
+        print(f"cnnrnn: warning: {bad} images could not be read", file=sys.stderr)
     return 0
+
+
+def _known_labels(options: Namespace) -> list[str] | list[list[str]]:
+    """Return the labels that are known of all images, or a list for each where a file has some."""
+    if options.known_from is None:
+        return cast("list[str]", options.known)
+    from cnnrnn.data import load_dataset
+    from cnnrnn.prediction.inputs import single_images
+
+    dataset = load_dataset(options.known_from)
+    if dataset.image_paths is None:
+        raise ValueError(f"--known_from must name images, {options.known_from} holds features")
+    names = dataset.label_names
+    of_path = {
+        path.resolve(): [names[label] for label in dataset.labels(i)]
+        for i, path in enumerate(dataset.image_paths)
+    }
+    paths = [Path(image).resolve() for image in single_images(options.images)]
+    found = [path for path in paths if path in of_path]
+    if not found:
+        raise ValueError(
+            f"--known_from {options.known_from} must name some of the {len(paths)} images, got "
+            f"none of them among its {len(of_path)}"
+        )
+    print(f"{options.known_from} names {len(found)} of {len(paths)} images", file=sys.stderr)
+    return [[*options.known, *of_path.get(path, [])] for path in paths]
 
 
 def _onnx_predictor(options: Namespace) -> OnnxPredictor:
@@ -267,8 +289,8 @@ def _onnx_predictor(options: Namespace) -> OnnxPredictor:
     return OnnxPredictor(options.model, providers=[provider], search=options.search)
 
 
-def run_export(parser: ArgumentParser, options: Namespace) -> int:
-    """Write a model as an ONNX file. Returns the exit status."""
+def run_export(options: Namespace) -> int:
+    """Write a model as an ONNX file."""
     from cnnrnn.api import load
     from cnnrnn.export import export_onnx
 
@@ -285,25 +307,28 @@ def run_export(parser: ArgumentParser, options: Namespace) -> int:
     return 0
 
 
-def run_scenes(parser: ArgumentParser, options: Namespace) -> int:
-    """Write the synthetic scenes. Returns the exit status."""
+def run_scenes(options: Namespace) -> int:
+    """Write the synthetic scenes."""
     from cnnrnn.data.sources.scenes import write_scenes
+    from cnnrnn.machine.progress import terminal_progress
 
     write_scenes(
         options.out, train=options.train, val=options.val, test=options.test, seed=options.seed,
-        image_size=options.image_size,
+        image_size=options.image_size, progress=terminal_progress,
     )  # fmt: skip
-    print(f"{options.train + options.val + options.test} pictures in {options.out}")
+    print(f"{options.train + options.val + options.test} images in {options.out}")
     return 0
 
 
-def run_data(parser: ArgumentParser, options: Namespace) -> int:
-    """Look into a data set. Returns the exit status."""
+def run_data(options: Namespace) -> int:
+    """Inspect a data set."""
     from cnnrnn.data.report import check_source
     from cnnrnn.machine.progress import terminal_progress
 
     options = options.check
-    require_folder("json", options.json)
+    for name in ("json", "suspects"):
+        require_folder(name, options[name])
+    _require_suspect_options(options)
     if options.labels < 0 or options.workers < 0:
         raise ValueError(
             f"--labels and --workers must be at least 0, got {options.labels} and {options.workers}"
@@ -315,18 +340,84 @@ def run_data(parser: ArgumentParser, options: Namespace) -> int:
     with opened(None) as stream:
         print("\n".join(report.lines(options.labels)), file=stream)
     if options.json is not None:
-        text = json.dumps(report.as_dict(), indent=2) + "\n"
-        Path(options.json).write_text(text, encoding="utf-8")
+        write_json(options.json, report.as_dict(), ascii_only=True)
+    if options.suspects is not None:
+        print(_write_suspects(options))
     return 1 if report.problems else 0
 
 
-def run_check(parser: ArgumentParser, options: Namespace) -> int:
-    """Say what this installation has. Returns the exit status."""
+def _require_suspect_options(options: Namespace) -> None:
+    """Fail where options of `data check` that belong together do not come together."""
+    if (options.model is None) != (options.suspects is None):
+        there, lacking = (
+            ("model", "suspects") if options.suspects is None else ("suspects", "model")
+        )
+        raise ValueError(f"--{there} needs --{lacking}, got none")
+    defaults = {"folds": None, "cut": 0.0, "split": None}
+    for name, default in defaults.items():
+        if options.suspects is None and options[name] != default:
+            raise ValueError(f"--{name} needs --suspects and --model, got none")
+    if options.folds is not None and options.folds < 2:
+        raise ValueError(f"--folds must be at least 2, got {options.folds}")
+
+
+def _write_suspects(options: Namespace) -> str:
+    """Judge the labels of a source, write those that look wrong; return a line on them."""
+    import numpy as np
+
+    from cnnrnn.api import resolve_model
+    from cnnrnn.data import load_dataset
+    from cnnrnn.inspection.suspects import cross_fitted_suspects, find_suspects, seen_in_training
+    from cnnrnn.machine.progress import terminal_progress
+    from cnnrnn.model.checkpoint import find_checkpoint
+    from cnnrnn.model.ensemble import Ensemble
+    from cnnrnn.training.resume import stored_recipe
+
+    model = resolve_model(options.model, options.device)
+    # The report has named the pictures that cannot be read.
+    source = load_dataset(options.source, images=options.images, on_bad_image="skip")
+    dataset = source if options.split is None else source.split(options.split)
+    checkpoint = find_checkpoint(options.model)
+    common: dict[str, Any] = {
+        "cut": options.cut, "batch_size": options.batch_size, "on_bad_image": "skip",
+        "cache": checkpoint.parent / "features" if checkpoint.name == "best" else None,
+        "workers": options.workers or None, "progress": terminal_progress,
+    }  # fmt: skip
+    if options.folds is not None:
+        if isinstance(model, Ensemble):
+            raise ValueError(f"--folds needs the run of one model, {options.model} is an ensemble")
+        suspects = cross_fitted_suspects(
+            model, dataset, stored_recipe(Path(options.model)), options.folds,
+            device=options.device, say=lambda line: print(line, file=sys.stderr, flush=True),
+            **common,
+        )  # fmt: skip
+    else:
+        rows = seen_in_training(Path(options.model), source)
+        seen = np.intersect1d(rows, dataset.rows)
+        if len(seen):
+            warnings.warn(
+                f"{options.model} was trained on {len(seen):,} of the {len(dataset):,} records, "
+                "where wrong labels look right; with --folds 5 models judge that did not see them",
+                stacklevel=1,
+            )
+        suspects = find_suspects(model, dataset, **common)
+    suspects.write(Path(options.suspects))
+    return f"{suspects.summary()}; {options.suspects} lists them"
+
+
+def run_check(options: Namespace) -> int:
+    """Report what this installation has."""
     from cnnrnn.cli.installation import report
 
     lines, problems = report()
     print("\n".join(lines))
     for problem in problems:
         print(f"problem: {problem}")
-    print("everything needed is there" if not problems else f"{len(problems)} problems")
+    print("nothing is missing" if not problems else f"{len(problems)} problems")
     return 1 if problems else 0
+
+
+RUN: dict[str, Callable[[Namespace], int]] = {
+    "train": run_train, "compare": run_compare, "evaluate": run_evaluate, "predict": run_predict,
+    "export": run_export, "scenes": run_scenes, "data": run_data, "check": run_check,
+}  # fmt: skip

@@ -1,4 +1,4 @@
-"""What this installation has, and what is wrong with it."""
+"""What an installation has, and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ EXTRAS = {
 
 
 def report() -> tuple[list[str], list[str]]:
-    """Return the lines of the report, and the problems found, each with its cure."""
+    """Return the lines of the report, and the problems found, each with its remedy."""
     from cnnrnn._build_info import TORCH
 
     lines = [
         f"cnnrnn {__version__}, Python {platform.python_version()}, {platform.platform()}",
-        f"torch {torch.__version__}; compiled search built against torch {TORCH}",
-        f"instruction sets of the search here: {_instruction_sets()}",
+        f"torch {torch.__version__}; CPU and CUDA search built against torch {TORCH}",
+        f"instruction sets of the CPU search: {_instruction_sets()}",
         f"CPU threads {torch.get_num_threads()} of {os.cpu_count()}",
         f"GPU: {_gpus()}",
         f"CUDA search: {_cuda_search()}",
@@ -38,7 +38,7 @@ def report() -> tuple[list[str], list[str]]:
         if any(versions.values()) and not all(versions.values()):
             missing = ", ".join(name for name, version in versions.items() if version is None)
             problems.append(
-                f"extra [{extra}] is installed in part, without {missing}: run "
+                f"extra [{extra}] is incomplete, without {missing}: run "
                 f'`pip install "cnnrnn[{extra}]"`'
             )
     problems += _import_problems() + _search_problems()
@@ -58,7 +58,7 @@ def _cuda_search() -> str:
 
     if _C.WITH_CUDA:
         return "in this build; not measured on hardware yet, so only for implementation='native'"
-    return "not in this build; on a GPU the backbone runs there, the search on the CPU"
+    return "not in this build; with a GPU the backbone runs there, the search on the CPU"
 
 
 def _onnx_runtime() -> str:
@@ -93,15 +93,15 @@ def _import_problems() -> list[str]:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError) as error:
         return [
-            f"torchvision {_version('torchvision')} does not import beside torch "
-            f"{torch.__version__} ({error}): install the torchvision made for this torch, from "
+            f"torchvision {_version('torchvision')} cannot be imported with torch "
+            f"{torch.__version__} ({error}): install the torchvision built for this torch, from "
             "the same source"
         ]
     return []
 
 
 def _search_problems() -> list[str]:
-    """Run a small search with both implementations, on each device that the compiled one has."""
+    """Compare a small CPU search, and CUDA search where there is one, with the reference."""
     from cnnrnn import _C
     from cnnrnn.config import SearchConfig
     from cnnrnn.network.head import Head
@@ -119,6 +119,6 @@ def _search_problems() -> list[str]:
         native = beam_search(head, embedding.to(device, torch.float32), config, "native")
         if not torch.equal(native.labels.cpu(), expected.labels):
             problems.append(
-                f"the compiled search on {device} disagrees with the reference: build cnnrnn again"
+                f"the {device.upper()} search disagrees with the reference: build cnnrnn again"
             )
     return problems

@@ -20,7 +20,7 @@ from cnnrnn.config import (
 )
 
 WORKERS = "threads that decode; default: one per core, up to 8"
-MIN_LABELS = "fewest labels of a set and of a path; default: what validation data decided"
+MIN_LABELS = "least number of labels of a set and of a path; default: as chosen in validation"
 
 
 RECIPES = ("train", "compare")
@@ -36,17 +36,17 @@ def make_parser(preset: str) -> ArgumentParser:
     commands = parser.add_subcommands(required=False, dest="command")
     commands.add_subcommand("train", _train_parser(preset), help="train a model")
     commands.add_subcommand(
-        "compare", _compare_parser(preset), help="train and measure the comparison methods too"
+        "compare", _compare_parser(preset), help="train and measure the comparison methods"
     )
     commands.add_subcommand("evaluate", _evaluate_parser(), help="measure a model on labelled data")
-    commands.add_subcommand("predict", _predict_parser(), help="label pictures")
+    commands.add_subcommand("predict", _predict_parser(), help="label images")
     commands.add_subcommand("export", _export_parser(), help="write a model as an ONNX file")
     commands.add_subcommand("scenes", _scenes_parser(), help="write the synthetic scenes data set")
-    data = ArgumentParser(description="Look into a labelled data set.")
-    commands.add_subcommand("data", data, help="look into a labelled data set")
+    data = ArgumentParser(description="Inspect a labelled data set.")
+    commands.add_subcommand("data", data, help="inspect a labelled data set")
     actions = data.add_subcommands(required=True, dest="action")
-    actions.add_subcommand("check", _data_check_parser(), help="count it, and say what is wrong")
-    commands.add_subcommand("check", ArgumentParser(), help="say what this installation has")
+    actions.add_subcommand("check", _data_check_parser(), help="what is in it, and what is wrong")
+    commands.add_subcommand("check", ArgumentParser(), help="report what this installation has")
     return parser
 
 
@@ -67,7 +67,7 @@ def _add_data(parser: ArgumentParser) -> None:
 
 def _add_images(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--images", type=str | None, help="picture folder of a coco: JSON, nuswide: or csv: source"
+        "--images", type=str | None, help="image folder of a coco: JSON, nuswide: or csv: source"
     )
 
 
@@ -77,10 +77,10 @@ def _train_parser(preset: str) -> ArgumentParser:
     parser.add_argument("--out", type=str, required=True, help="folder for the run")
     parser.add_argument(
         "--resume", action="store_true",
-        help="go on with the run in --out after the last epoch that it finished, or start it",
+        help="resume the run in --out after the last epoch that it finished, or start it",
     )  # fmt: skip
     parser.add_argument(
-        "--members", type=int, default=1, help="train an ensemble of so many, with seeds in a row"
+        "--members", type=int, default=1, help="train an ensemble of this size, seeds in a row"
     )
     parser.add_argument(
         "--member_orders", type=str | None,
@@ -109,18 +109,18 @@ def _add_recipe(parser: ArgumentParser, preset: str) -> None:
 def _compare_parser(preset: str) -> ArgumentParser:
     parser = _command_parser(
         "Train the path model and the methods it is compared with on the same features; writes "
-        "results.json and table.md, and goes on where it was stopped."
+        "results.json and table.md, and resumes where it was stopped."
     )
     _add_data(parser)
     defaults = CompareConfig()
     parser.add_argument("--out", type=str, required=True, help="folder for results and weights")
     parser.add_argument(
         "--seeds", type=str, default=",".join(map(str, defaults.seeds)),
-        help="seeds of the trained methods, with commas between; the first one tunes",
+        help="comma-separated seeds of the trained methods; the first one tunes",
     )  # fmt: skip
     parser.add_argument(
         "--methods", type=str | None,
-        help="methods with commas between, as docs/comparison.md names them; default: all",
+        help="comma-separated methods, as docs/comparison.md names them; default: all",
     )  # fmt: skip
     # The two above are lists with commas; jsonargparse would ask for brackets.
     parser.add_class_arguments(CompareConfig, None, skip={"seeds", "methods"})
@@ -147,25 +147,38 @@ def _evaluate_parser() -> ArgumentParser:
 
 
 def _predict_parser() -> ArgumentParser:
-    parser = _command_parser("Label pictures; writes each result as it is ready.")
-    parser.add_argument("images", type=str, nargs="+", help="pictures and folders")
+    parser = _command_parser("Label images; writes each result as it is ready.")
+    parser.add_argument("images", type=str, nargs="+", help="image files and folders")
     parser.add_argument(
         "--model", type=str | None,
         help="checkpoint folder, or FILE.onnx of `cnnrnn export`; default: the demo model",
     )  # fmt: skip
     parser.add_argument(
         "--format", type=Literal["table", "csv", "jsonl"], default="table",
-        help="a line each for people, CSV, or JSON lines",
+        help="readable lines, CSV, or JSON lines",
     )  # fmt: skip
     parser.add_argument("--out", type=str | None, help="file to write; default: standard output")
+    parser.add_argument(
+        "--known", action="append", type=str, default=[], metavar="LABEL",
+        help="a label known to be present in every image; may be given again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--absent", action="append", type=str, default=[], metavar="LABEL",
+        help="a label known to be absent from every image; may be given again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--known_from", type=str | None, metavar="csv:FILE",
+        help="labels known to be present of each image, to be completed: a data set of images, "
+        "such as a CSV",
+    )  # fmt: skip
     parser.add_argument("--top_k", type=int | None, help="keep at most this many labels")
     parser.add_argument("--min_labels", type=int | None, help=MIN_LABELS)
     parser.add_argument(
         "--decide", type=Decide, default="path",
-        help="labels of the best path, those above the calibrated threshold or above each label's "
-        "own, the calibrated number of labels, or the set with the best expected F1",
+        help="labels of the best path, those above the calibrated threshold or each label's own, "
+        "the calibrated number of labels, or the set with the best expected F1",
     )  # fmt: skip
-    parser.add_argument("--threshold", type=float | None, help="another threshold on the scores")
+    parser.add_argument("--threshold", type=float | None, help="instead of the calibrated one")
     parser.add_argument("--workers", type=int | None, help=WORKERS)
     parser.add_argument(
         "--precision", type=Precision, default="fp32",
@@ -176,7 +189,7 @@ def _predict_parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--search", type=Literal["onnx", "compiled"], default="onnx",
-        help="of FILE.onnx: in ONNX Runtime too, or by the compiled search",
+        help="for FILE.onnx: search in ONNX Runtime, or with this package's CPU search",
     )  # fmt: skip
     _add_run_options(parser, batch_size=64)
     return parser
@@ -184,11 +197,11 @@ def _predict_parser() -> ArgumentParser:
 
 def _add_run_options(parser: ArgumentParser, batch_size: int) -> None:
     parser.add_argument("--beam_size", type=int | None, help="N; default: the model's own")
-    parser.add_argument("--batch_size", type=int, default=batch_size, help="pictures per step")
+    parser.add_argument("--batch_size", type=int, default=batch_size, help="images per batch")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
         "--on_bad_image", type=OnBadImage, default="error",
-        help="stop at an unreadable picture, or go on and say so",
+        help="stop at an unreadable image, or report it and continue",
     )  # fmt: skip
 
 
@@ -198,7 +211,7 @@ def _export_parser() -> ArgumentParser:
     parser.add_argument("file", type=str, help="ONNX file to write")
     parser.add_argument(
         "--input", type=Literal["uint8", "float", "features"] | None,
-        help="pictures as they are decoded, normalised pictures, or feature vectors for the head "
+        help="decoded images, normalised images, or feature vectors for the head "
         "alone; default: uint8, and features for a model without a backbone",
     )  # fmt: skip
     parser.add_argument(
@@ -207,7 +220,7 @@ def _export_parser() -> ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--loop", action="store_true", help="the search as an ONNX Loop")
     parser.add_argument(
-        "--dynamic_size", action="store_true", help="pictures of any height and width"
+        "--dynamic_size", action="store_true", help="images of any height and width"
     )
     parser.add_argument("--beam_size", type=int | None, help="N; default: the model's own")
     parser.add_argument("--max_labels", type=int | None, help="longest path; default: the model's")
@@ -216,19 +229,41 @@ def _export_parser() -> ArgumentParser:
 
 def _scenes_parser() -> ArgumentParser:
     parser = _command_parser("Write the synthetic scenes data set in COCO format.")
-    parser.add_argument("--out", type=str, required=True, help="folder to make")
+    parser.add_argument("--out", type=str, required=True, help="folder to create")
     for split, count in (("train", 4000), ("val", 1000), ("test", 1000)):
-        parser.add_argument(f"--{split}", type=int, default=count, help=f"{split} pictures")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other pictures")
+        parser.add_argument(f"--{split}", type=int, default=count, help=f"{split} images")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the images")
     parser.add_argument("--image_size", type=int, default=64, help="side in pixels")
     return parser
 
 
 def _data_check_parser() -> ArgumentParser:
-    parser = _command_parser("Read a source whole: what is in it, and everything wrong with it.")
-    parser.add_argument("source", type=str, help="as --data of train")
+    parser = _command_parser("Read a whole source: what is in it, and what is wrong with it.")
+    parser.add_argument("source", type=str, help="like --data of train")
     _add_images(parser)
-    parser.add_argument("--workers", type=int, default=0, help="processes that decode pictures")
+    parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
     parser.add_argument("--labels", type=int, default=20, help="labels and pairs to show")
     parser.add_argument("--json", type=str | None, help="write the whole report as JSON")
+    parser.add_argument(
+        "--suspects", type=str | None,
+        help="look for wrong labels with --model and write them as CSV, the most suspicious first: "
+        "image, label, given, suggested, log_odds",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model", type=str | None,
+        help="run or checkpoint folder that judges; in records that it was trained on, wrong "
+        "labels look right: see --folds",
+    )  # fmt: skip
+    parser.add_argument(
+        "--folds", type=int | None,
+        help="train so many models by the recipe of --model, a run's folder: each record is judged "
+        "by one that did not see it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cut", type=float, default=0.0,
+        help="suspect a label where the log-odds of the other answer, in nats, are at least this",
+    )  # fmt: skip
+    parser.add_argument("--split", type=str | None, help="judge this split alone; default: all")
+    parser.add_argument("--batch_size", type=int, default=128, help="pictures per step")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
     return parser

@@ -16,9 +16,18 @@ from cnnrnn.prediction.result import Prediction
 
 TABLE_METRICS = ("C-P", "C-R", "C-F1", "O-P", "O-R", "O-F1", "MAP@10", "mAP", "mAP-11pt",
                  "exact-match", "example-F1")  # fmt: skip
-
-
 NAMES_SHOWN = 10
+
+
+def say(line: str) -> None:
+    """Print a line of a run's progress, on standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def write_json(file: str, values: Any, ascii_only: bool = False) -> None:
+    """Write values to a file; names of files may be bytes that are no text, and need escapes."""
+    text = json.dumps(values, indent=2, ensure_ascii=ascii_only) + "\n"
+    Path(file).write_text(text, encoding="utf-8")
 
 
 def yaml_text(values: dict[str, Any]) -> str:

@@ -1,10 +1,11 @@
-"""The one dataset type: label sets of records, with their pictures, features or boxes."""
+"""The one dataset type: label sets of records, with their images, features or boxes."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 MAX_SPLITS = 100
-"""More are refused: something else than splits was taken for them, such as ids."""
+"""More are an error: something else was taken for splits, such as ids."""
 
 Indices = Sequence[int] | npt.NDArray[np.integer[Any]] | torch.Tensor
 
@@ -40,7 +41,7 @@ class Boxes:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Records with label sets; pictures, features and boxes stay aligned with them.
+    """Records with label sets; images, features and boxes stay aligned with them.
 
     Attributes:
         source: the spec it came from, for messages and cache keys.
@@ -51,7 +52,7 @@ class Dataset:
         image_paths: n paths, or None.
         features: [n, F] float32, finite, or None.
         boxes: boxes of the records, or None.
-        rows: [n] int64, each record's number in its source; 0..n-1 unless it was selected.
+        rows: [n] int64, each record's number in its source; 0..n-1 unless records were selected.
         unknown_indptr: [n+1] int64, or None where every label is known; record i owns
             `unknown_indices[unknown_indptr[i]:unknown_indptr[i+1]]`.
         unknown_indices: int32, ascending and unique within a record: labels that are neither
@@ -101,14 +102,8 @@ class Dataset:
     def _check_names(self) -> None:
         seen: dict[str, int] = {}
         for position, name in enumerate(self.label_names):
-            if not isinstance(name, str) or not name.strip():
-                self._fail(f"label {position} must have a non-empty string as name, got {name!r}")
-            if not is_text(name):
-                self._fail(f"label {position} must have a name that is valid text, got {name!a}")
-            if CONTROL.search(name):
-                self._fail(
-                    f"label {position} must have a name without control characters, got {name!a}"
-                )
+            if (expected := expected_name(name)) is not None:
+                self._fail(f"label {position} must have {expected}, got {name!a}")
             if name in seen:
                 self._fail(
                     f"label names must be unique, got {name!r} as labels {seen[name]} "
@@ -120,11 +115,11 @@ class Dataset:
         self, prefix: str, indptr: npt.ArrayLike, indices: npt.ArrayLike
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
         pointers, values = np.asarray(indptr), np.asarray(indices)
-        for name, array in (("indptr", pointers), ("indices", values)):
-            if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        for name, part in (("indptr", pointers), ("indices", values)):
+            if not _is_integers(part):
                 self._fail(
-                    f"{prefix}{name} must be a vector of integers, got {list(array.shape)} "
-                    f"{array.dtype}"
+                    f"{prefix}{name} must be a vector of integers, got {list(part.shape)} "
+                    f"{part.dtype}"
                 )
         if not len(pointers) or pointers[0] != 0 or pointers[-1] != len(values):
             ends = [int(pointers[0]), int(pointers[-1])] if len(pointers) else []
@@ -205,19 +200,17 @@ class Dataset:
             self._fail(f"splits must be at most {MAX_SPLITS}, got {len(self.splits):,}")
         splits: dict[str, npt.NDArray[np.int64]] = {}
         for name, records in self.splits.items():
-            array = np.asarray(records)
-            if not name.strip() or not is_text(name):
-                self._fail(f"a split must have a non-empty name, got {name!a}")
-            if CONTROL.search(name):
-                self._fail(f"a split must have a name without control characters, got {name!a}")
-            if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-                self._fail(f"split {name} must be a vector of record indices, got {array.dtype}")
-            if array.size and (array.min() < 0 or array.max() >= count):
+            members = np.asarray(records)
+            if (expected := expected_name(name)) is not None:
+                self._fail(f"a split must have {expected}, got {name!a}")
+            if not _is_integers(members):
+                self._fail(f"split {name} must be a vector of record indices, got {members.dtype}")
+            if members.size and (members.min() < 0 or members.max() >= count):
                 self._fail(
                     f"split {name} must hold records 0..{count - 1}, got "
-                    f"{array.min()}..{array.max()}"
+                    f"{members.min()}..{members.max()}"
                 )
-            splits[name] = array.astype(np.int64, copy=False)
+            splits[name] = members.astype(np.int64, copy=False)
         self._set("splits", splits)
 
     def __len__(self) -> int:
@@ -230,12 +223,12 @@ class Dataset:
             raise IndexError(f"record must be in 0..{len(self) - 1}, got {index}")
         return self.label_indices[self.label_indptr[index] : self.label_indptr[index + 1]]
 
-    def label_matrix(self, indices: Indices | None = None) -> torch.Tensor:
-        """Return the label sets of `indices` (all records by default) as bool [m, L]."""
-        return self._matrix(*self._label_rows(indices))
+    def label_matrix(self) -> torch.Tensor:
+        """Return the label sets, bool [n, L]."""
+        return self._matrix(self.label_indptr, self.label_indices)
 
     def unknown_matrix(self) -> torch.Tensor:
-        """Return the labels of each record that are neither present nor absent, bool [n, L]."""
+        """Return the labels that are neither present nor absent, bool [n, L]."""
         if self.unknown_indptr is None or self.unknown_indices is None:
             return torch.zeros(len(self), len(self.label_names), dtype=torch.bool)
         return self._matrix(self.unknown_indptr, self.unknown_indices)
@@ -248,30 +241,22 @@ class Dataset:
         matrix[torch.from_numpy(rows), torch.from_numpy(labels.astype(np.int64))] = True
         return matrix
 
-    def label_counts(self, indices: Indices | None = None) -> npt.NDArray[np.int64]:
-        """Return how many of `indices` (all records by default) have each label, int64 [L]."""
-        _, labels = self._label_rows(indices)
-        return np.bincount(labels, minlength=len(self.label_names)).astype(np.int64)
-
-    def _label_rows(
-        self, indices: Indices | None
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
-        if indices is None:
-            return self.label_indptr, self.label_indices
-        pointers, positions = _csr_rows(self.label_indptr, self._checked_indices(indices))
-        return pointers, self.label_indices[positions]
+    def label_counts(self) -> npt.NDArray[np.int64]:
+        """Return how many records have each label, int64 [L]."""
+        counts = np.bincount(self.label_indices, minlength=len(self.label_names))
+        return counts.astype(np.int64)
 
     def _checked_indices(self, indices: Indices) -> npt.NDArray[np.int64]:
-        array = np.asarray(indices)
-        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        rows = np.asarray(indices)
+        if not _is_integers(rows):
             raise TypeError(
-                f"indices must be a vector of integers, got {list(array.shape)} {array.dtype}"
+                f"indices must be a vector of integers, got {list(rows.shape)} {rows.dtype}"
             )
-        if array.size and (array.min() < 0 or array.max() >= len(self)):
+        if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
             raise IndexError(
-                f"indices must be in 0..{len(self) - 1}, got {array.min()}..{array.max()}"
+                f"indices must be in 0..{len(self) - 1}, got {rows.min()}..{rows.max()}"
             )
-        return array.astype(np.int64)
+        return rows.astype(np.int64)
 
     def select(self, indices: Indices) -> Dataset:
         """Return the records `indices`, in that order; splits are dropped.
@@ -293,11 +278,11 @@ class Dataset:
             unknown_indptr, positions = _csr_rows(unknown_indptr, chosen)
             unknown_indices = unknown_indices[positions]
         paths = self.image_paths
-        return Dataset(
-            source=self.source,
-            label_names=self.label_names,
+        return replace(
+            self,
             label_indptr=label_indptr,
             label_indices=self.label_indices[label_positions],
+            splits={},
             image_paths=None if paths is None else tuple(paths[i] for i in chosen),
             features=None if self.features is None else self.features[chosen],
             boxes=boxes,
@@ -328,6 +313,10 @@ class Dataset:
         return f"row {self.rows[index]} of {_location(self.source)}"
 
 
+def _is_integers(values: npt.NDArray[Any]) -> bool:
+    return values.ndim == 1 and (not values.size or values.dtype.kind in "iu")
+
+
 def _csr_rows(
     indptr: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -343,8 +332,17 @@ def _location(source: str) -> str:
     return source.partition(":")[2] or source
 
 
+def expected_name(name: object) -> str | None:
+    """Return what a label or split must have, if its name is wrong; else None."""
+    if not isinstance(name, str) or not name.strip():
+        return "a non-empty string as name"
+    if not is_text(name):
+        return "a name that is valid text"
+    return "a name without control characters" if CONTROL.search(name) else None
+
+
 def is_text(value: str) -> bool:
-    """Tell whether a string can be written as UTF-8 (JSON can smuggle in half a character)."""
+    """Tell whether a string can be encoded as UTF-8 (JSON may hold half a character)."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -352,10 +350,99 @@ def is_text(value: str) -> bool:
     return True
 
 
-def csr(
-    rows: Sequence[Sequence[int]],
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+def csr(rows: Iterable[Iterable[int]]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
     """Return rows of label indices as compressed rows: pointers [n+1] and indices."""
-    pointers = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-    indices = np.fromiter((label for row in rows for label in row), np.int32, int(pointers[-1]))
-    return pointers, indices
+    result = _Rows()
+    for row in rows:
+        result.add(row)
+    return result.arrays()
+
+
+class _Rows:
+    """Compressed rows of label indices that grow."""
+
+    def __init__(self) -> None:
+        self.ends = array("q", [0])
+        self.values = array("i")
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def add(self, row: Iterable[int]) -> None:
+        self.values.extend(row)
+        self.ends.append(len(self.values))
+
+    def arrays(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+        return np.array(self.ends), np.array(self.values)
+
+
+class Records:
+    """Gathers the records that a reader finds, one by one, into a `Dataset`.
+
+    Attributes:
+        splits: split name to record numbers; a record may be put into more than one.
+    """
+
+    def __init__(self) -> None:
+        """Start without records."""
+        self.splits: dict[str, list[int]] = {}
+        self._images: list[Path] = []
+        self._labels, self._unknown, self._box_labels = _Rows(), _Rows(), _Rows()
+        self._xywh = array("f")
+
+    def __len__(self) -> int:
+        """Return how many there are so far."""
+        return len(self._labels)
+
+    def add(
+        self,
+        split: str | None,
+        labels: Iterable[int],
+        image: Path | None = None,
+        *,
+        unknown: Iterable[int] | None = None,
+        boxes: Sequence[tuple[int, Sequence[float]]] = (),
+    ) -> None:
+        """Add a record.
+
+        Args:
+            split: its split; None leaves that to `splits`.
+            labels: in any order, repeats allowed.
+            image: its file; all records have one, or none has.
+            unknown: labels that are neither present nor absent; all records have some, which may be
+                none, or all have None.
+            boxes: label and left, top, width and height of each object.
+        """
+        if split is not None:
+            self.splits.setdefault(split, []).append(len(self))
+        self._labels.add(sorted(set(labels)))
+        if image is not None:
+            self._images.append(image)
+        if unknown is not None:
+            self._unknown.add(sorted(set(unknown)))
+        self._box_labels.add(label for label, _ in boxes)
+        for _, box in boxes:
+            self._xywh.extend(box)
+
+    def dataset(
+        self,
+        source: str,
+        label_names: Iterable[str],
+        features: npt.NDArray[np.float32] | None = None,
+    ) -> Dataset:
+        """Return all records as a dataset; with boxes where any record has one."""
+        label_indptr, label_indices = self._labels.arrays()
+        unknown = self._unknown.arrays() if len(self._unknown) else (None, None)
+        xywh = np.array(self._xywh).reshape(-1, 4)
+        return Dataset(
+            source=source,
+            label_names=tuple(label_names),
+            label_indptr=label_indptr,
+            label_indices=label_indices,
+            splits={name: np.array(members, np.int64) for name, members in self.splits.items()},
+            image_paths=tuple(self._images) if self._images else None,
+            features=features,
+            boxes=Boxes(*self._box_labels.arrays(), xywh) if len(xywh) else None,
+            unknown_indptr=unknown[0],
+            unknown_indices=unknown[1],
+        )

@@ -1,4 +1,4 @@
-"""The files of a source: its text, the names in it, and the files that those names stand for."""
+"""The files of a source: their text, the names in it, and the files that the names refer to."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def read_blocks(file: Path, size: int = 1 << 22) -> Iterator[bytes]:
     """
     try:
         if not stat.S_ISREG(os.stat(file).st_mode):  # opening a pipe would wait for ever
-            raise DataError(f"{file} must be a file, found {_kind_of_path(file)}")
+            raise DataError(f"{file} must be a file, found {kind_of_path(file)}")
         with open(file, "rb") as handle:
             while block := handle.read(size) + handle.readline():
                 yield block
@@ -96,8 +96,13 @@ def read_names(file: Path, what: str, problems: Problems) -> list[str]:
     return list(seen)
 
 
+def read_vocabulary(file: str | None, problems: Problems) -> list[str] | None:
+    """Read the label names of an option `vocabulary=FILE`, as `read_names`; None without one."""
+    return None if file is None else read_names(Path(file).expanduser(), "label", problems)
+
+
 def name_problem(name: object) -> str | None:
-    """Say why a name is no path inside a folder, or None where it is one."""
+    """Return why a name is not a path inside a folder, or None if it is one."""
     if not isinstance(name, str):
         return "not a string"
     if _PLAIN_NAME.fullmatch(name):
@@ -130,33 +135,65 @@ def existing_images(
         file: what names them, for messages.
         folder: the image folder; links may not lead out of it.
         record: names the record of a position, for messages.
-        names: paths inside the folder that `name_problem` has nothing against.
-        on_bad_image: `error` takes a missing file as a problem, `skip` leaves it out with one
+        names: paths inside the folder, checked by `name_problem`.
+        on_bad_image: with `error` a missing file is a problem, `skip` leaves it out with one
             warning.
-        problems: takes links that lead out, and missing files.
+        problems: collects links that lead out of the folder, and missing files.
 
     Raises:
         DataError: with `skip`, every file is missing.
     """
     kept, missing = find_files(file, folder, record, names, problems)
-    if not missing:
-        return kept
+
+    def message(position: int) -> str:
+        place = folder / names[position]
+        shown = _cut(str(place), len(str(folder)) + 200)
+        return f"{file}: {record(position)} must exist as {shown}, found no such file"
+
     if problems.keep:
         for position in missing:
-            problems.add(
-                f"{file}: {record(position)} must exist as {_place(folder, names[position])}, "
-                "found no such file"
-            )
-        return kept
-    first = missing[0]
-    message = (
-        f"{file}: {record(first)} must exist as {_place(folder, names[first])}, found no such "
-        f"file ({len(missing)} of {len(names)} images are missing)"
-    )
-    if on_bad_image == "error" or not kept:
-        raise DataError(message)
-    warnings.warn(message + "; they are left out", stacklevel=4)
+            problems.add(message(position))
+    elif missing:
+        text = f"{message(missing[0])} ({len(missing)} of {len(names)} images are missing)"
+        if on_bad_image == "error" or not kept:
+            raise DataError(text)
+        warnings.warn(f"{text}; they are left out", stacklevel=4)
     return kept
+
+
+def given_folder(source: Path, images: str | Path) -> Path:
+    """Return the image folder that is given for a source.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+    if not Path(images).is_dir():
+        raise DataError(f"{source} must come with an existing image folder, got {images}")
+    return Path(images)
+
+
+def files_by_split(folder: Path, suffixes: Sequence[str], what: str) -> list[Path]:
+    """Return the files `<split><suffix>` of a folder, by name.
+
+    Args:
+        folder: that holds them.
+        suffixes: of the files that count, such as `.csv`, in lower case.
+        what: a file is called in messages.
+
+    Raises:
+        DataError: there is none, or two are of one split.
+    """
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in suffixes)
+    if not files:
+        raise DataError(
+            f"{folder} must hold a {what} per split, such as train{suffixes[0]}, found none"
+        )
+    for first, second in zip(files, files[1:], strict=False):
+        if first.stem == second.stem:
+            raise DataError(
+                f"{folder} must hold one {what} per split, found {first.name} and {second.name}"
+            )
+    return files
 
 
 def find_files(
@@ -197,7 +234,7 @@ def find_files(
 def _list_files(
     file: Path, folder: Path, root: str, parent: str, record: str, name: str
 ) -> dict[str, str]:
-    """Return the regular files of a folder: name to where a link leads, "" for no link."""
+    """Return the regular files of a folder: name to the target of a link, "" for no link."""
     path = os.path.join(root, parent)
     real = os.path.realpath(path)
     if not _is_inside(real, root):
@@ -220,8 +257,8 @@ def _list_files(
         ) from error
 
 
-def _kind_of_path(path: Path) -> str:
-    """Say what stands at a path, for messages."""
+def kind_of_path(path: Path) -> str:
+    """Return what is at a path, for messages."""
     if path.is_dir():
         return "a folder"
     return "something that is not a file" if path.exists() else "no such file"
@@ -232,15 +269,11 @@ def _is_inside(path: str, root: str) -> bool:
 
 
 def short(value: object) -> str:
-    """Return a value for a message, cut to one readable line."""
+    """Return a value for a message, cut to one short line."""
     if isinstance(value, int) and abs(value) >= 10**60:
         return "a number of more than 60 digits"
     text = ascii(value) if isinstance(value, str) and not is_text(value) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _place(folder: Path, name: str) -> str:
-    return _cut(str(folder / name), len(str(folder)) + 200)
 
 
 def _cut(text: str, most: int = 200) -> str:
@@ -248,21 +281,21 @@ def _cut(text: str, most: int = 200) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Return what a library says of broken data, cut to one readable line."""
+    """Return what a library says about broken data, cut to one short line."""
     return _cut(" ".join(str(error).split()) or type(error).__name__)
 
 
 class EmptySourceError(DataError):
-    """Nothing is left of a source; beside other problems this follows from them."""
+    """Nothing is left of a source; if there are other problems, this follows from them."""
 
 
 class Problems:
-    """Takes what is wrong with a source, one sentence each: raises the first, or keeps them all.
+    """Collects what is wrong with a source, one sentence each: raises the first, or keeps them all.
 
-    A reader that goes on after `add` leaves the record out.
+    A reader that continues after `add` leaves the record out.
 
     Args:
-        keep: go on and keep every message.
+        keep: continue and keep every message.
 
     Attributes:
         messages: what was kept.
@@ -281,7 +314,7 @@ class Problems:
 
     @contextmanager
     def part(self) -> Iterator[None]:
-        """Where problems are kept, a part that cannot be read at all does not end the others."""
+        """If problems are kept, a part that cannot be read at all does not stop the others."""
         try:
             yield
         except DataError as error:

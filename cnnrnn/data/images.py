@@ -1,4 +1,4 @@
-"""Pictures: decoding, the one preprocessing, and batches of them."""
+"""Images: decoding, the one preprocessing, and batches of them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from cnnrnn.config import OnBadImage, Preprocessing
 from cnnrnn.data.dataset import DataError, Dataset
+from cnnrnn.machine.extras import from_extra
 
 MAX_PIXELS = 178_956_970
-"""Largest picture that is decoded, in pixels (Pillow's own limit for decompression bombs)."""
+"""Largest image that is decoded, in pixels (Pillow's own limit for decompression bombs)."""
 
-# Raster formats that Pillow decodes by itself, and not when they are cut short: EPS would start
-# Ghostscript, and half a JPEG 2000 file gives a picture.
+# Raster formats that Pillow decodes itself and refuses when truncated: EPS would start
+# Ghostscript, and half a JPEG 2000 file gives an image.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 
-# EXIF's orientation to what turns the picture upright.
+# EXIF's orientation to what turns the image upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -73,8 +74,7 @@ def decode_image(path: str | Path, record: str | None = None) -> Image.Image:
         The first frame as RGB, upright by its EXIF orientation; see `to_rgb` for colours.
 
     Raises:
-        BadImageError: the file is missing, is no image, is cut short, or is larger than
-            `MAX_PIXELS`.
+        BadImageError: the file is missing, not an image, truncated, or larger than `MAX_PIXELS`.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
@@ -137,8 +137,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     """Return EXIF's orientation, 1 where there is none or it cannot be read.
 
-    `ImageOps.exif_transpose` would also write the EXIF block anew, and fail where any tag of it is
-    odd, although the pixels are good.
+    `ImageOps.exif_transpose` would also rewrite the EXIF block, and fail on any odd tag although
+    the pixels are good.
     """
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -157,10 +157,10 @@ def _grey_to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def to_tensor(image: Image.Image, preprocessing: Preprocessing) -> torch.Tensor:
-    """Resize the whole picture to the square input.
+    """Resize the whole image to the square input.
 
     Args:
-        image: an RGB picture.
+        image: an RGB image.
         preprocessing: gives the side S and the filter, applied with antialiasing.
 
     Returns:
@@ -198,14 +198,14 @@ def normalize(batch: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor
 
 
 class BadImageWarning(UserWarning):
-    """Pictures were left out because they cannot be read."""
+    """Images were left out because they cannot be read."""
 
 
 class ImageBatch(NamedTuple):
-    """Pictures of some records.
+    """Images of some records.
 
     Attributes:
-        indices: [m] int64, the records that the pictures belong to.
+        indices: [m] int64, the records that the images belong to.
         images: [m, 3, S, S] uint8.
         bad: the errors of records that were left out.
     """
@@ -216,11 +216,11 @@ class ImageBatch(NamedTuple):
 
 
 Record = tuple[int, "torch.Tensor | BadImageError"]
-"""A record's number with its picture, uint8 [3, S, S], or with what is wrong with it."""
+"""A record's number with its image, uint8 [3, S, S], or with what is wrong with it."""
 
 
 class ImageRecords(torch.utils.data.Dataset[tuple[int, "torch.Tensor | BadImageError"]]):
-    """The pictures of a dataset, decoded and resized on access.
+    """The images of a dataset, decoded and resized on access.
 
     Item i is (i, uint8 [3, S, S]), or (i, BadImageError) where `on_bad_image` is `skip`.
 
@@ -261,7 +261,7 @@ class ImageRecords(torch.utils.data.Dataset[tuple[int, "torch.Tensor | BadImageE
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[int, torch.Tensor | BadImageError]:
-        """Return the record index with its picture, or with what is wrong with it."""
+        """Return the record index with its image, or with what is wrong with it."""
         record = f"record {self.dataset.rows[index]} of {self.dataset.source}"
         try:
             image = to_tensor(decode_image(self.paths[index], record), self.preprocessing)
@@ -277,7 +277,7 @@ class ImageRecords(torch.utils.data.Dataset[tuple[int, "torch.Tensor | BadImageE
     ) -> torch.Tensor:
         if self.augment_seed is None:
             return augment(image)
-        # torchvision draws from torch's generator only: it is lent, and put back as it was.
+        # torchvision draws from torch's generator only: it is seeded, and restored afterwards.
         generator = torch.default_generator
         state = generator.get_state()
         generator.manual_seed((self.augment_seed + index) % 2**63)
@@ -287,7 +287,7 @@ class ImageRecords(torch.utils.data.Dataset[tuple[int, "torch.Tensor | BadImageE
             generator.set_state(state)
 
     def collate(self, items: Sequence[tuple[int, torch.Tensor | BadImageError]]) -> ImageBatch:
-        """Put items into a batch in their order, bad ones aside."""
+        """Put items into a batch in their order, bad ones apart."""
         side = self.preprocessing.image_size
         good = [(index, image) for index, image in items if isinstance(image, torch.Tensor)]
         return ImageBatch(
@@ -300,12 +300,8 @@ class ImageRecords(torch.utils.data.Dataset[tuple[int, "torch.Tensor | BadImageE
 
 
 def _augmentation(side: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    try:
+    with from_extra("torchvision", "augmentation"):
         from torchvision.transforms import v2
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'augmentation needs torchvision: pip install "cnnrnn[vision]"'
-        ) from error
     augment: Callable[[torch.Tensor], torch.Tensor] = v2.Compose(
         [
             v2.RandomHorizontalFlip(),
@@ -315,57 +311,12 @@ def _augmentation(side: int) -> Callable[[torch.Tensor], torch.Tensor]:
     return augment
 
 
-class ImageBatches(Iterator[ImageBatch]):
-    """One pass over the pictures of a dataset, made by `image_batches`.
-
-    Attributes:
-        bad: the errors of the records left out so far.
-    """
-
-    def __init__(
-        self,
-        records: ImageRecords,
-        loader: Iterator[ImageBatch],
-        on_bad_image: OnBadImage,
-        count: int,
-        keep_empty: bool = False,
-    ) -> None:
-        """Start before the first batch."""
-        self.bad: list[BadImageError] = []
-        self._count = count
-        self._keep_empty = keep_empty
-        self._records = records
-        self._loader = loader
-        self._on_bad_image = on_bad_image
-        self._reported = False
-
-    @property
-    def bad_count(self) -> int:
-        """How many records were left out so far."""
-        return len(self.bad)
-
-    def __next__(self) -> ImageBatch:
-        """Return the next batch that has a picture, or with `keep_empty` the next one."""
-        while (batch := next(self._loader, None)) is not None:
-            if batch.bad and self._on_bad_image == "error":
-                # End the workers now: left to the garbage collector, each would take 5 seconds.
-                self._loader = iter(())
-                raise batch.bad[0]
-            self.bad += batch.bad
-            if len(batch.indices) or self._keep_empty:
-                return batch
-        if not self._reported:
-            self._reported = True
-            report_bad_images(self.bad, self._count, len(self._records))
-        raise StopIteration
-
-
 def report_bad_images(bad: Sequence[BadImageError], count: int, total: int) -> None:
     """Warn of images that were left out.
 
     Args:
         bad: what is wrong with them.
-        count: images that were read, those among them.
+        count: images that were read, including those.
         total: images of the dataset.
 
     Raises:
@@ -390,26 +341,26 @@ def image_batches(
     on_bad_image: OnBadImage = "error",
     keep_empty: bool = False,
     pick: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]] = lambda batches: batches,
-) -> ImageBatches:
-    """Return an iterator over the pictures of a dataset, once.
+) -> Iterator[ImageBatch]:
+    """Read the images of a dataset once, in batches.
 
     Args:
         dataset: must have image paths.
         preprocessing: side and filter of the square input.
-        batch_size: pictures per batch; the last batch may be smaller, and so is one with pictures
-            left out. A batch in which every picture is bad is not returned.
+        batch_size: images per batch; the last batch may be smaller, and so is one with images
+            left out. A batch in which every image is bad is not returned.
         workers: processes that decode; 0 decodes in this one.
-        augment: flip and shift at random, each picture by a seed of its own, which does not depend
-            on `workers` and is drawn from `shuffle_generator`, or torch's generator without one.
+        augment: flip and shift at random, each image with its own seed, which does not depend on
+            `workers` and is drawn from `shuffle_generator`, or torch's generator without one.
         shuffle_generator: draws the order; None keeps the order of the dataset.
-        on_bad_image: `error` raises at the first unreadable picture; `skip` leaves it out, and
-            warns once at the end of the pass with the count, which is also in `.bad_count`.
-        keep_empty: also return a batch in which every picture is bad, or that `pick` left empty.
-        pick: turns the batches, as record numbers, into those that this process reads.
+        on_bad_image: `error` raises at the first unreadable image; `skip` leaves it out, and
+            warns once at the end of the pass with the count.
+        keep_empty: also return a batch in which every image is bad, or that `pick` left empty.
+        pick: selects from the batches of record numbers what this process reads.
 
     Raises:
-        DataError: the dataset has no image paths, or with `skip` no picture at all can be read.
-        BadImageError: a picture cannot be read and `on_bad_image` is `error`.
+        DataError: the dataset has no image paths, or with `skip` no image at all can be read.
+        BadImageError: an image cannot be read and `on_bad_image` is `error`.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -430,7 +381,27 @@ def image_batches(
         generator=torch.Generator(),  # keeps the loader from drawing from torch's own
     )
     count = sum(map(len, batches))
-    return ImageBatches(records, iter(loader), on_bad_image, count, keep_empty)
+    return _checked(iter(loader), on_bad_image, count, len(records), keep_empty)
+
+
+def _checked(
+    batches: Iterator[ImageBatch],
+    on_bad_image: OnBadImage,
+    count: int,
+    total: int,
+    keep_empty: bool,
+) -> Iterator[ImageBatch]:
+    """Yield the batches, and raise or warn of unreadable images; see `image_batches`."""
+    bad: list[BadImageError] = []
+    while (batch := next(batches, None)) is not None:
+        if batch.bad and on_bad_image == "error":
+            # End the workers now: left to the garbage collector, each would take 5 seconds.
+            batches = iter(())
+            raise batch.bad[0]
+        bad += batch.bad
+        if len(batch.indices) or keep_empty:
+            yield batch
+    report_bad_images(bad, count, total)
 
 
 def _draw_seed(generator: torch.Generator | None) -> int:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from cnnrnn.config import NusWideOptions, OnBadImage, SvmlightOptions, TableOptions
 from cnnrnn.data.dataset import DataError, Dataset
@@ -18,25 +18,13 @@ _KINDS = (
     "coco:ROOT, coco:FILE.json (with images=FOLDER), voc:ROOT, nuswide:ROOT, csv:FILE, "
     "scenes:ROOT, features:FILE"
 )
-
-
-_OPTIONS = {
-    "coco": (),
-    "voc": (),
-    "nuswide": tuple(field.name for field in dataclasses.fields(NusWideOptions)),
-    "csv": tuple(field.name for field in dataclasses.fields(TableOptions)),
-    "scenes": (),
-    "features": tuple(field.name for field in dataclasses.fields(SvmlightOptions)),
-}
-
-
+_OPTIONS: dict[str, Any] = {
+    "coco": None, "voc": None, "nuswide": NusWideOptions, "csv": TableOptions, "scenes": None,
+    "features": SvmlightOptions,
+}  # fmt: skip
 _WITH_IMAGE_FOLDER = ("coco", "nuswide", "csv")
 
-
 _log = logging.getLogger(__name__)
-
-
-T = TypeVar("T")
 
 
 def load_dataset(
@@ -50,14 +38,14 @@ def load_dataset(
 
     Args:
         spec: `coco:ROOT`, `coco:FILE.json`, `voc:ROOT`, `nuswide:ROOT`, `csv:FILE`, `csv:FOLDER`,
-            `scenes:ROOT`, `features:FILE` or `features:FOLDER`. A scenes folder that does not
-            exist is generated first. Options follow a comma, as in
+            `scenes:ROOT`, `features:FILE` or `features:FOLDER`. A missing scenes folder is
+            generated first. Options follow a comma, as in
             `csv:FILE,labels=tags,delimiter=space` (`TableOptions`),
             `nuswide:ROOT,labels=tags` (`NusWideOptions`) and
             `features:FILE.svm,vocabulary=FILE,features=500,first=1` (`SvmlightOptions`).
         images: image folder of a `coco:`, `nuswide:` or `csv:` source.
         on_bad_image: `error` stops at a missing image, `skip` leaves it out with a warning.
-        problems: takes what is wrong with the source; without it the first problem is raised.
+        problems: collects what is wrong with the source; without it the first problem is raised.
 
     Returns:
         The dataset with all its splits.
@@ -76,18 +64,15 @@ def load_dataset(
             f"images is only for {', '.join(_WITH_IMAGE_FOLDER)} sources, got {spec!r} and "
             f"images={str(images)!r}"
         )
-    location, options = _split_options(kind, location)
+    location, words = _split_options(kind, location)
+    options = _options(kind, spec, words)
     path = Path(location).expanduser()
     images = None if images is None else Path(images).expanduser()
-    common: dict[str, Any] = {"on_bad_image": on_bad_image, "problems": problems}
     if kind == "features":
         from cnnrnn.data.sources.npz import load_features
 
-        values: dict[str, str | int] = {**options}
-        for name in ("features", "first"):
-            if name in options:
-                values[name] = _whole_number(spec, name, options[name])
-        return load_features(path, _made(SvmlightOptions, spec, values), problems=problems)
+        return load_features(path, options, problems=problems)
+    common: dict[str, Any] = {"on_bad_image": on_bad_image, "problems": problems}
     if kind == "voc":
         from cnnrnn.data.sources.voc import load_voc
 
@@ -95,26 +80,26 @@ def load_dataset(
     if kind == "nuswide":
         from cnnrnn.data.sources.nuswide import load_nuswide
 
-        return load_nuswide(path, images, _made(NusWideOptions, spec, options), **common)
+        return load_nuswide(path, images, options, **common)
     if kind == "csv":
         from cnnrnn.data.sources.table import load_table
 
-        return load_table(path, images, _made(TableOptions, spec, options), **common)
+        return load_table(path, images, options, **common)
 
     from cnnrnn.data.sources.coco import load_coco
 
-    if kind == "scenes":
-        if not path.exists():
-            _generate_scenes(path)
-        return replace(load_coco(path, **common), source=f"scenes:{path}")
-    return load_coco(path, images, **common)
+    if kind == "coco":
+        return load_coco(path, images, **common)
+    if not path.exists():
+        _generate_scenes(path)
+    return replace(load_coco(path, **common), source=f"scenes:{path}")
 
 
 def _split_options(kind: str, location: str) -> tuple[str, dict[str, str]]:
-    """Split `PATH,name=value,...` at the commas that stand before a name."""
-    known = _OPTIONS[kind]
-    if not known:
+    """Split `PATH,name=value,...` at the commas before a name."""
+    if _OPTIONS[kind] is None:
         return location, {}
+    known = [field.name for field in dataclasses.fields(_OPTIONS[kind])]
     path, *words = re.split(r",(?=[a-z_]+=)", location)
     options: dict[str, str] = {}
     for word in words:
@@ -127,15 +112,17 @@ def _split_options(kind: str, location: str) -> tuple[str, dict[str, str]]:
     return path, options
 
 
-def _whole_number(spec: str, name: str, text: str) -> int:
-    if not re.fullmatch("[0-9]{1,18}", text):
-        raise DataError(f"{spec}: {name} must be a whole number, got {text!r}")
-    return int(text)
-
-
-def _made(options: type[T], spec: str, values: Mapping[str, str | int]) -> T:
+def _options(kind: str, spec: str, words: Mapping[str, str]) -> Any:
+    """Return the options of a kind of source; None where it has none."""
+    if _OPTIONS[kind] is None:
+        return None
+    values: dict[str, str | int] = {**words}
+    for name in [name for name in ("features", "first") if name in words]:
+        if not re.fullmatch("[0-9]{1,18}", words[name]):
+            raise DataError(f"{spec}: {name} must be a whole number, got {words[name]!r}")
+        values[name] = int(words[name])
     try:
-        return options(**values)
+        return _OPTIONS[kind](**values)
     except ValueError as error:
         raise DataError(f"{spec}: {error}") from error
 

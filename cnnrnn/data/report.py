@@ -1,11 +1,10 @@
-"""Reads a source whole, pictures included: what is in it, and everything wrong with it."""
+"""Reads a whole source, images included: what is in it, and everything that is wrong with it."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -76,7 +75,7 @@ class SourceReport:
         source: the spec.
         problems: one sentence each, naming file and record.
         warnings: what was left out by rule.
-        records: read without a problem so far as labels go; unreadable pictures are among them.
+        records: read without a problem so far as labels go; unreadable images are among them.
         splits: name to counts.
         label_counts: name to records that have it, most frequent first.
         unknown_labels: (record, label) pairs that are neither present nor absent.
@@ -87,7 +86,7 @@ class SourceReport:
         duplicates_across_splits: groups that have a record in one split only and a copy of it
             in another split only.
         duplicates_with_other_labels: groups whose records differ in labels.
-        unreadable: pictures that cannot be read.
+        unreadable: images that cannot be read.
     """
 
     source: str
@@ -175,7 +174,7 @@ class SourceReport:
                   for group in self.duplicates[:SHOWN_DUPLICATES]]  # fmt: skip
         if len(self.duplicates) > SHOWN_DUPLICATES:
             lines.append(f"  and {len(self.duplicates) - SHOWN_DUPLICATES:,} more groups")
-        return [*lines, f"unreadable pictures: {self.unreadable:,}"]
+        return [*lines, f"unreadable images: {self.unreadable:,}"]
 
 
 def check_source(
@@ -186,14 +185,14 @@ def check_source(
     pairs: int = 20,
     progress: Progress = no_progress,
 ) -> SourceReport:
-    """Read a source whole and report on it.
+    """Read a whole source and report on it.
 
     Args:
         spec: as for `load_dataset`.
         images: image folder, as for `load_dataset`.
-        workers: processes that decode pictures; 0 decodes in this one.
+        workers: processes that decode images; 0 decodes in this one.
         pairs: how many pairs of labels to report.
-        progress: told how many pictures are done.
+        progress: told how many images are done.
 
     Returns:
         The report; what is wrong with the source is in it and not raised.
@@ -212,8 +211,8 @@ def check_source(
         return SourceReport(spec, problems.messages, notes)
     digests = _read_contents(dataset, workers, problems, progress)
     groups = _groups(digests)
-    masks = _split_masks(dataset)
-    _check_overlap(dataset, masks, problems)
+    member = _memberships(dataset)
+    _check_overlap(dataset, member, problems)
     order = np.argsort(-dataset.label_counts(), kind="stable")
     counts = dataset.label_counts()
     sizes = np.bincount(np.diff(dataset.label_indptr))
@@ -230,9 +229,7 @@ def check_source(
         pairs=_frequent_pairs(dataset, order[:CO_OCCURRENCE_LABELS], pairs),
         prefixes=prefix_sharing(dataset, order),
         duplicates=[[dataset.record_name(i) for i in group] for group in groups],
-        duplicates_across_splits=sum(
-            _is_across_splits([masks[i] for i in group]) for group in groups
-        ),
+        duplicates_across_splits=sum(_is_across_splits(member[group]) for group in groups),
         duplicates_with_other_labels=sum(
             len({dataset.labels(i).tobytes() for i in group}) > 1 for group in groups
         ),
@@ -299,13 +296,13 @@ def prefix_sharing(dataset: Dataset, order: npt.NDArray[np.int64]) -> PrefixShar
 def _read_contents(
     dataset: Dataset, workers: int, problems: Problems, progress: Progress
 ) -> list[bytes | None]:
-    """Return a digest of each record's content, None where its picture cannot be read."""
+    """Return a digest of each record's content, None where its image cannot be read."""
     if dataset.image_paths is None:
         if dataset.features is None:
             return []
         return [hashlib.blake2b(row.data, digest_size=16).digest() for row in dataset.features]
     digests: list[bytes | None] = []
-    with progress("pictures", len(dataset)) as advance:
+    with progress("images", len(dataset)) as advance:
         for digest, reason in _inspect_all(dataset.image_paths, workers):
             if reason is not None:
                 record = f"record {dataset.rows[len(digests)]} of {dataset.source}"
@@ -328,7 +325,7 @@ def _inspect_all(paths: Sequence[Path], workers: int) -> Iterator[Content]:
 
 
 def _inspect(path: Path) -> Content:
-    """Decode a picture; return the digest of its file, or what is wrong with it."""
+    """Decode an image; return the digest of its file, or what is wrong with it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, about odd EXIF blocks
@@ -354,50 +351,32 @@ def _groups(digests: Sequence[bytes | None]) -> list[list[int]]:
     return [group for group in records.values() if len(group) > 1]
 
 
-def _split_masks(dataset: Dataset) -> list[int]:
-    """Return the splits of each record as bits, bit i for the split i."""
-    masks = [0] * len(dataset)
-    for position, records in enumerate(dataset.splits.values()):
-        for record in records.tolist():
-            masks[record] |= 1 << position
-    return masks
+def _memberships(dataset: Dataset) -> npt.NDArray[np.bool_]:
+    """Return which splits each record is in, bool [n, S]."""
+    member = np.zeros((len(dataset), len(dataset.splits)), dtype=bool)
+    for split, records in enumerate(dataset.splits.values()):
+        member[records, split] = True
+    return member
 
 
-def _check_overlap(dataset: Dataset, masks: list[int], problems: Problems) -> None:
-    """Name two splits that share records, where neither holds the other as trainval does train."""
-    names = list(dataset.splits)
-    sizes = [0] * len(names)
-    shared: Counter[tuple[int, int]] = Counter()
-    examples: dict[tuple[int, int], int] = {}
-    firsts = {mask: record for record, mask in reversed(list(enumerate(masks)))}
-    for mask, count in Counter(masks).items():  # in the order of their first records
-        members = _bits(mask)
-        for split in members:
-            sizes[split] += count
-        for pair in itertools.combinations(members, 2):
-            shared[pair] += count
-            examples.setdefault(pair, firsts[mask])
-    for (first, second), count in sorted(shared.items()):
-        if count == min(sizes[first], sizes[second]):
-            continue
-        problems.add(
-            f"{dataset.source}: splits {names[first]} and {names[second]} must not share records "
-            f"unless one holds the other, got {count:,} in both, the first of them "
-            f"{dataset.record_name(examples[first, second])}"
-        )
+def _check_overlap(dataset: Dataset, member: npt.NDArray[np.bool_], problems: Problems) -> None:
+    """Name two splits that share records, unless one holds the other as trainval does train."""
+    sizes = member.sum(0)
+    for (i, first), (j, second) in itertools.combinations(enumerate(dataset.splits), 2):
+        shared = np.flatnonzero(member[:, i] & member[:, j])
+        if len(shared) and len(shared) != min(sizes[i], sizes[j]):
+            problems.add(
+                f"{dataset.source}: splits {first} and {second} must not share records unless one "
+                f"holds the other, got {len(shared):,} in both, the first of them "
+                f"{dataset.record_name(int(shared[0]))}"
+            )
 
 
-def _is_across_splits(masks: list[int]) -> bool:
-    """Tell whether one record is in a split without another, and that in a split without it."""
-    outside: dict[int, int] = {}  # split to the splits that some record of it is not in
-    for mask in set(masks):
-        for split in _bits(mask):
-            outside[split] = outside.get(split, 0) | ~mask
-    return any(
-        outside[first] >> second & 1 and outside[second] >> first & 1
-        for first, second in itertools.combinations(outside, 2)
-    )
+def _is_across_splits(member: npt.NDArray[np.bool_]) -> bool:
+    """Tell whether one record is in a split without another, and that in a split without it.
 
-
-def _bits(mask: int) -> list[int]:
-    return [position for position in range(mask.bit_length()) if mask >> position & 1]
+    Args:
+        member: [m, S] of records with the same content.
+    """
+    without = member.T.astype(np.float32) @ ~member > 0  # [S, S] in one split, not in the other
+    return bool((without & without.T).any())

@@ -1,4 +1,4 @@
-"""Splits a dataset's records in two parts with about the same share of every label."""
+"""The training and validation records, and stratified splits and folds."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def stratified_split(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Hold records out by iterative stratification (Sechidis et al., ECML PKDD 2011).
 
-    The rarest label goes first: each of its records goes to the part that lacks more of that label,
-    and counts there for its other labels too. To have no label is one label more. Beyond the paper,
-    a label of two records or more asks for at least one in each part, and both sizes are exact.
+    The rarest label comes first: each of its records goes to the part that lacks more of that
+    label, and counts there for its other labels too. Having no label counts as a label. Beyond the
+    paper, a label of two records or more wants at least one in each part, and both sizes are exact.
 
     Args:
         dataset: n records.
@@ -72,10 +72,37 @@ def stratified_split(
     return (part == REST).nonzero()[0], (part == HELD_OUT).nonzero()[0]
 
 
-def training_splits(dataset: Dataset, config: TrainConfig) -> tuple[Dataset, Dataset]:
-    """Return the training and validation records, a share held out where no split is left for it.
+def stratified_folds(dataset: Dataset, folds: int, seed: int) -> list[npt.NDArray[np.int64]]:
+    """Deal the records to folds of one size, with about the same share of every label in each.
 
-    The share is stratified: of every label about the same share is held out, as the seed decides.
+    One fold after another is held out from the records that are left, by `stratified_split`.
+
+    Args:
+        dataset: n records.
+        folds: K, 2 to n.
+        seed: decides the order in which records are looked at.
+
+    Returns:
+        K arrays of record numbers, ascending; each record is in one.
+
+    Raises:
+        ValueError: `folds` is below 2 or above n.
+    """
+    n = len(dataset)
+    if not 2 <= folds <= n:
+        raise ValueError(f"folds must be in 2..{n} for {n} records, got {folds}")
+    left, parts = np.arange(n), []
+    for still in range(folds, 1, -1):
+        rest, held = stratified_split(dataset.select(left), len(left) // still, seed)
+        parts.append(left[held])
+        left = left[rest]
+    return [*parts, left]
+
+
+def training_splits(dataset: Dataset, config: TrainConfig) -> tuple[Dataset, Dataset]:
+    """Return the training and validation records; without a validation split, a share is held out.
+
+    The share is stratified: it holds about the same share of every label; the seed decides which.
 
     Raises:
         DataError: a split is missing or empty, or training and validation share records.
@@ -119,8 +146,8 @@ def training_splits(dataset: Dataset, config: TrainConfig) -> tuple[Dataset, Dat
 def with_fixed_splits(dataset: Dataset, config: TrainConfig) -> Dataset:
     """Return a dataset whose splits `train` and `val` are those of `training_splits`.
 
-    The images that a training holds out follow its seed; so that several trainings hold out the
-    same ones, they are named once. Other splits but `all` stay.
+    The held-out images depend on the seed; with fixed splits several trainings hold out the same
+    ones. Other splits except `all` stay.
     """
     numbered = replace(dataset, rows=np.arange(len(dataset)))
     train_part, val_part = training_splits(numbered, config)

@@ -15,7 +15,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device that `--device` names; `auto` is a GPU where there is one.
+    """Return the device that `--device` names; `auto` is a GPU if there is one.
 
     Raises:
         ValueError: the device does not exist here.
@@ -27,19 +27,19 @@ def resolve_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"device {name!r} was asked for, torch sees {torch.cuda.device_count()} CUDA devices"
+            f"device must exist, got {name!r}, torch sees {torch.cuda.device_count()} CUDA devices"
         )
     return device
 
 
 def use_one_thread_if_forked() -> None:
-    """Keep torch from waiting for its parent's threads, which are not in a forked process."""
+    """Keep torch from waiting for its parent's threads, which a forked process does not have."""
     if _forked:
         torch.set_num_threads(1)
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 by instructions of its own."""
+    """Whether a device has bfloat16 instructions."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
@@ -51,7 +51,7 @@ def usable_cores() -> int:
 
 
 def autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
-    """Return the mixed-precision context: bf16 where asked for, or on a GPU that has it."""
+    """Return the mixed-precision context: bf16 if requested, or on a GPU that supports it."""
     wanted = config.precision == "bf16" or (
         config.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
     )

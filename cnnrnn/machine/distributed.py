@@ -1,8 +1,8 @@
-"""Several processes that train one model: what they tell one another, all in one place.
+"""All communication between processes that train one model.
 
-`torchrun` starts them and says through the environment which is which; nothing else here reads it.
-Every process calls the same functions in the same order. One that ends in an error takes the
-others with it: torchrun stops them, and who waits for it gets a `LostProcessError`.
+`torchrun` starts them and numbers them through the environment; only this module reads it.
+Every process calls the same functions in the same order. If one ends in an error, torchrun stops
+the others, and those that wait for it raise `LostProcessError`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class LostProcessError(RuntimeError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a run, seen from one of them; by default it is alone.
+    """The processes of a run, as seen from one of them; by default it is the only one.
 
     Attributes:
-        rank: number of this process; number 0 alone writes and prints.
+        rank: number of this process; only number 0 writes and prints.
         size: how many there are.
-        device: where this process computes. What travels is on it.
+        device: where this process computes, and where tensors are when they are sent.
     """
 
     rank: int = 0
@@ -43,7 +43,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that writes and prints."""
+        """Whether this process writes and prints."""
         return self.rank == 0
 
     def share(self, batch: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class Ranks:
         return [float(value) for value in total]
 
     def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Add gradients up over processes; one that no process has stays None."""
+        """Add up gradients over processes; a gradient that no process has stays None."""
         if self.size == 1:
             return
         users = self.add([float(parameter.grad is not None) for parameter in parameters])
@@ -78,7 +78,7 @@ class Ranks:
 
     @torch.no_grad()
     def average_running_figures(self, module: nn.Module, weight: float) -> None:
-        """Make batch norm's running figures equal everywhere: their mean by images.
+        """Synchronise batch norm's running statistics: their mean, weighted by images.
 
         Args:
             module: whose batch norms ran in train mode.
@@ -108,7 +108,7 @@ class Ranks:
         """Join the rows of all processes, in their order.
 
         Args:
-            rows: [m, ...], m of each process its own; one without rows may have any width.
+            rows: [m, ...], with a different m in each process; without rows, any width will do.
 
         Returns:
             [M, ...] on the device of `rows`.
@@ -156,6 +156,10 @@ class Ranks:
         """Return process 0's numbers, as many as every process has."""
         return list(map(float, numbers if self.size == 1 else self._object_from_first(numbers)))
 
+    def first_says(self, condition: bool) -> bool:
+        """Return whether a condition holds in process 0."""
+        return self.numbers_from_first([condition]) == [1]
+
     def _object_from_first(self, value: Any) -> Any:
         box = [value]
         with _while_all_are_there():
@@ -173,7 +177,7 @@ class Ranks:
 
     @contextmanager
     def first_goes_ahead(self) -> Iterator[None]:
-        """Let process 0 do something, such as a download, before the others do it."""
+        """Let process 0 run the block, such as a download, before the others do."""
         if not self.first:
             self._wait()
         yield
@@ -215,7 +219,7 @@ def started_by_torchrun() -> bool:
 
 
 def process_prefix() -> str:
-    """Return what sets a message of this process apart; nothing for the first, or one alone."""
+    """Return a prefix for messages of this process; empty for the first, or a single one."""
     if not started_by_torchrun() or os.environ["RANK"] == "0":
         return ""
     return f"process {os.environ['RANK']}: "
@@ -223,11 +227,11 @@ def process_prefix() -> str:
 
 @contextmanager
 def join(device: torch.device) -> Iterator[Ranks]:
-    """Meet the other processes that torchrun started, if it did; part at the end.
+    """Join the process group that torchrun started, if any, and leave it at the end.
 
     Args:
-        device: `cpu` talks through gloo; `cuda`, without a number, takes the GPU of this process's
-            number on its machine and talks through NCCL.
+        device: `cpu` communicates through gloo; `cuda`, without a number, takes the GPU with this
+            process's number on its machine and communicates through NCCL.
 
     Raises:
         ValueError: the device names one GPU for several processes, or the machine has too few.
@@ -254,5 +258,5 @@ def join(device: torch.device) -> Iterator[Ranks]:
         "nccl" if device.type == "cuda" else "gloo", timeout=LONGEST_WAIT
     )
     yield Ranks(distributed.get_rank(), distributed.get_world_size(), device)
-    # Not after an error: leaving in order would wait for the others.
+    # Not after an error: leaving the group would wait for the others.
     distributed.destroy_process_group()

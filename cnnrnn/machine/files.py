@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and what is in them."""
+"""Atomic writing of files, and digests of weights."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 
 def write_whole(file: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file in a folder beside `file`, and move it there.
+    """Write a file atomically: `write` makes it in a temporary folder, from where it is moved.
 
-    A folder, because safetensors writes a temporary file of its own beside the one it is told.
+    A folder, because safetensors writes a temporary file of its own beside its target.
     """
     folder = file.with_name(f".{file.name}.partial-{os.getpid()}")
     folder.mkdir(exist_ok=True)

@@ -36,21 +36,21 @@ def batches_in_order(
 ) -> Iterator[tuple[list[Out], Callable[[], Result]]]:
     """Read items in threads, and begin batches of them ahead of the one that is asked for.
 
-    On a CPU as many batches are computed at once as torch has threads: a batch on one thread wastes
-    nothing on waiting; one batch on all of them would. It is computed in the threads that read:
-    more threads than cores cost a tenth.
+    On a CPU as many batches are computed at once as torch has threads: a batch on one thread never
+    waits, a batch on all of them would. They are computed in the reading threads: more threads than
+    cores cost a tenth.
 
     Args:
-        items: advanced in the caller's thread. What it raises comes after the batches before it.
+        items: advanced in the caller's thread. Batches before an error in it are still returned.
         read: called in a thread.
-        begin: starts on a batch, and returns what ends it.
+        begin: starts a batch, and returns the function that finishes it.
         batch_size: items per batch.
-        workers: threads; 0 does all in the caller's thread, one batch after the other.
-        torch_threads: how many threads of torch several batches may share, asked in this thread at
-            the start; 0 to begin one after the other, as on a GPU.
+        workers: threads; 0 does everything in the caller's thread, one batch after another.
+        torch_threads: how many torch threads the batches may share, called in this thread at
+            the start; 0 to begin them one after another, as on a GPU.
 
     Returns:
-        Each batch with what ends it.
+        Each batch with the function that finishes it.
     """
     use_one_thread_if_forked()
     if not workers:
@@ -89,7 +89,7 @@ def mapped_in_order(
         function: called in a thread.
         items: advanced in the caller's thread.
         pool: the threads.
-        ahead: at most so many items are taken before their turn.
+        ahead: at most this many items are taken before their turn.
     """
     pending: deque[Future[Out]] = deque()
     source = iter(items)
@@ -121,7 +121,7 @@ def _begun_ahead(
     batch_size: int,
     ahead: int,
 ) -> Iterator[tuple[list[Out], Callable[[], Result]]]:
-    """Begin so many batches ahead of the one that is yielded."""
+    """Begin up to `ahead` batches before the one that is yielded."""
     begun: deque[tuple[list[Out], Callable[[], Result]]] = deque()
     failure: Exception | None = None
     while failure is None:

@@ -12,16 +12,16 @@ from cnnrnn.config import ModelConfig, Preprocessing
 SMALL_IMAGE_SIZE = 64
 SMALLEST_IMAGE_SIZE = 16  # four stages halve it
 SMALL_WIDTHS = (16, 32, 64, 128)
-SMALL_RESIDUAL_FROM = 64  # narrower stages work at a resolution that makes a block dear
+SMALL_RESIDUAL_FROM = 64  # in narrower stages the resolution makes a block expensive
 
 
 class Backbone(nn.Module):
-    """A network from normalised pictures to feature vectors.
+    """A network from normalised images to feature vectors.
 
     Attributes:
         name: `small` or timm's name.
         feature_dim: F, found by a trial forward pass.
-        preprocessing: what turns a decoded picture into its input.
+        preprocessing: what turns a decoded image into its input.
     """
 
     def __init__(self, name: str, network: nn.Module, preprocessing: Preprocessing) -> None:
@@ -70,7 +70,7 @@ class _AverageAndMax(nn.Module):
 
 
 def small_network() -> nn.Sequential:
-    """Return the network of the model that ships: four pooled stages, 0.5 million weights.
+    """Return the network of the demo model: four pooled stages, 0.5 million weights.
 
     The first layers keep full resolution and pooling takes the maximum, because what matters may
     be a few pixels wide.
@@ -95,7 +95,7 @@ def make_backbone(config: ModelConfig, *, load_pretrained: bool = True) -> Backb
 
     Args:
         config: `backbone`, `pretrained` and `image_size` are read.
-        load_pretrained: False leaves pretrained weights out because a checkpoint's follow.
+        load_pretrained: False loads no pretrained weights, because a checkpoint's follow.
 
     Raises:
         ModuleNotFoundError: a timm backbone without the `vision` extra.

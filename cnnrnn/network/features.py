@@ -1,8 +1,8 @@
-"""Features of a frozen backbone, computed once and kept on disk.
+"""Features of a frozen backbone, computed once and cached on disk.
 
-A cache file is named by everything its values depend on: the backbone's weights, the
-preprocessing, and each picture's path, size and time of change. A changed picture or weight gives
-another name; a torn file fails its checksum and is computed again.
+A cache file is named after everything its values depend on: the backbone's weights, the
+preprocessing, and each image's path, size and modification time. A changed image or weight gives
+another name; a damaged file fails its checksum and is computed again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 
 class Features(NamedTuple):
-    """Features of the pictures that could be read.
+    """Features of the images that could be read.
 
     Attributes:
         values: [m, F] float32 on the CPU.
@@ -86,23 +86,23 @@ def compute_features(
     progress: Progress = no_progress,
     ranks: Ranks = ALONE,
 ) -> Features:
-    """Run a backbone, in eval mode, over every picture of a dataset, as `predict` does.
+    """Run a backbone, in eval mode, over every image of a dataset, as `predict` does.
 
     Args:
         backbone: moved to `device`.
         dataset: must have image paths.
         device: where the backbone runs.
-        batch_size: pictures per step.
+        batch_size: images per step.
         workers: threads that decode, while on a CPU as many batches are computed at once; 0 does
-            all in the calling thread. None has one per core, up to 8.
-        on_bad_image: `error` stops at an unreadable picture, `skip` leaves it out, and warns at the
+            everything in the calling thread. None takes one per core, up to 8.
+        on_bad_image: `error` stops at an unreadable image, `skip` leaves it out, and warns at the
             end with the count.
-        progress: told how many pictures are done.
-        ranks: the processes that share the batches; each returns all features.
+        progress: told how many images are done.
+        ranks: the processes that divide the batches; each returns all features.
 
     Raises:
-        BadImageError: a picture cannot be read and `on_bad_image` is `error`.
-        DataError: the dataset has no image paths, or no picture at all can be read.
+        BadImageError: an image cannot be read and `on_bad_image` is `error`.
+        DataError: the dataset has no image paths, or no image at all can be read.
     """
     backbone = backbone.to(device).eval()
     reader = ImageRecords(dataset, backbone.preprocessing, on_bad_image=on_bad_image)
@@ -156,18 +156,10 @@ def cached_features(
     progress: Progress = no_progress,
     ranks: Ranks = ALONE,
 ) -> Features:
-    """Return `compute_features`, from `folder` where they are there already.
+    """Return `compute_features`, from `folder` if they are there already.
 
-    Args:
-        backbone: moved to `device`.
-        dataset: must have image paths.
-        folder: holds the cache; made when missing.
-        device: where the backbone runs.
-        batch_size: pictures per step.
-        workers: threads that decode.
-        on_bad_image: `error` stops at an unreadable picture, `skip` leaves it out.
-        progress: told how many pictures are done.
-        ranks: the processes that share the work; the first reads and writes the cache.
+    Args, besides those of `compute_features`:
+        folder: holds the cache; created if missing. Only the first process reads and writes it.
     """
     cached: Features | None = None
     if ranks.first:
@@ -176,7 +168,7 @@ def cached_features(
         cached = _read(file, key, backbone.feature_dim, len(dataset))
         if cached is not None and on_bad_image == "error" and len(cached.kept) < len(dataset):
             cached = None
-    if ranks.numbers_from_first([cached is not None]) == [1]:
+    if ranks.first_says(cached is not None):
         if ranks.size > 1:
             stored = ranks.from_first(None if cached is None else cached.values)
             kept = ranks.from_first(None if cached is None else torch.from_numpy(cached.kept))
@@ -193,15 +185,9 @@ def cached_features(
             )
         return cached
     computed = compute_features(
-        backbone,
-        dataset,
-        device=device,
-        batch_size=batch_size,
-        workers=workers,
-        on_bad_image=on_bad_image,
-        progress=progress,
-        ranks=ranks,
-    )
+        backbone, dataset, device=device, batch_size=batch_size, workers=workers,
+        on_bad_image=on_bad_image, progress=progress, ranks=ranks,
+    )  # fmt: skip
     if ranks.first:
         _write(file, key, computed)
     return computed

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cnnrnn.config import Activation, Cell, ModelConfig
-from cnnrnn.labels import prefix_trie
+from cnnrnn.config import Activation, Cell, ModelConfig, Order
+from cnnrnn.labels import PAD, prefix_trie
 from cnnrnn.network.recurrence import LSTMRecurrence, PaperRecurrence, prefix_outputs
+from cnnrnn.network.sampling import Samples, sample_sets
 
 UNTRAINED_MAX_LABELS = 20
 PREFIX_BYTES = 512 << 20
@@ -84,12 +85,12 @@ class Dropout(nn.Dropout):
 
 
 class Trunk(nn.Sequential):
-    """What stands between image feature and head: scaling, dropout and, with `trunk_dim`, a layer.
+    """The layers between image feature and head: scaling, dropout and, with `trunk_dim`, a layer.
 
-    With `skip`, the image feature goes on beside the hidden layer: [hidden, feature].
+    With `skip`, the output is [hidden, feature].
 
     Attributes:
-        feature_scale: [] features are multiplied with it; 1 in a new trunk.
+        feature_scale: [] factor on the features; 1 in a new trunk.
     """
 
     feature_scale: Tensor
@@ -123,12 +124,12 @@ class Trunk(nn.Sequential):
 
     @torch.no_grad()
     def fit_scale(self, features: Tensor, rms: float) -> None:
-        """Give features a common size, so that a learning rate means the same for all.
+        """Scale features to a common size, so that a learning rate means the same for all.
 
         Args:
             features: [n, F] of the training images.
-            rms: root of the mean square over all images and features that they get; 0 leaves them
-                as they are.
+            rms: root mean square over all images and features that they get; 0 leaves them
+                unscaled.
         """
         if rms == 0:
             return
@@ -157,20 +158,7 @@ class Head(nn.Module):
     Args:
         num_labels: L, END not counted.
         feature_dim: F, width of the image feature.
-        joint_dim: D.
-        hidden_dim: H.
-        cell: `lstm` or `paper`.
-        activation: h of equation 4.
-        chain_term: add an independent classifier's next-label logits.
-        tied_embedding: the recurrence reads labels by the rows that score them, as in the paper;
-            False gives it an embedding of its own.
-        trunk_dim: width of a hidden layer on the image feature; 0 for none.
-        trunk_skip: read the image feature itself beside the hidden layer.
-        score_bias: learn one bias per label and END.
-        projection_bias: learn a bias in U_I.
-        input_dropout: dropout on the image feature.
-        hidden_dropout: dropout on the hidden layer.
-        joint_dropout: dropout on the outputs of U_o and U_I.
+        joint_dim: D. This and all others are as in `ModelConfig`.
 
     Attributes:
         label_embedding: [L+2, D] U_l, which scores labels; row L is END, row L+1 START.
@@ -182,8 +170,9 @@ class Head(nn.Module):
         recurrence: weight_ih [4H, D], weight_hh [4H, H] and, for `lstm`, two biases.
         label_classifier: the chain term's independent classifier, or None.
         max_labels: longest path of a search that names none: the largest training set.
-        prefix_bytes: memory that kept prefix states may take, 512 MB by default; the least recently
-            used go. What one image needs is made in any case. The packed weights come on top.
+        prefix_bytes: memory for kept prefix states, 512 MB by default; when full, the least
+            recently used are evicted. States that one image needs are computed in any case. The
+            packed weights are not counted.
         cache_generation: counts calls of `clear_cache`.
     """
 
@@ -229,7 +218,7 @@ class Head(nn.Module):
         self.label_embedding = nn.Parameter(
             torch.empty(num_labels + 2, joint_dim).uniform_(-bound, bound)
         )
-        # As large as nn.Embedding's: the gates tell labels apart from the first step on.
+        # As large as nn.Embedding's: the gates distinguish labels from the first step on.
         self.input_embedding = (
             None if tied_embedding else nn.Parameter(torch.randn(num_labels + 2, joint_dim))
         )
@@ -262,15 +251,15 @@ class Head(nn.Module):
         return self.label_embedding if self.input_embedding is None else self.input_embedding
 
     def clear_cache(self) -> None:
-        """Make searches read the weights anew and forget kept prefix states.
+        """Make searches pack the weights again and drop kept prefix states.
 
-        Needed after edits that torch does not count, through `.data` or by a replayed CUDA graph;
-        all others are seen. Going from train to eval mode does it too.
+        Needed after changes that torch does not count, through `.data` or by a replayed CUDA graph;
+        all others are detected. Switching from train to eval mode does it too.
         """
         self.cache_generation += 1
 
     def train(self, mode: bool = True) -> Head:
-        """Change the mode; weights may have changed unseen where training ends."""
+        """Change the mode; weights may have changed undetected when training ends."""
         if self.training and not mode:
             self.clear_cache()
         return super().train(mode)
@@ -312,7 +301,7 @@ class Head(nn.Module):
         return embedding
 
     def embed_with_label_scores(self, features: Tensor) -> tuple[ImageEmbedding, Tensor | None]:
-        """Like `embed`, with the independent classifier's own scores v [B, L] or None besides."""
+        """Like `embed`, and also return the independent classifier's scores v [B, L], or None."""
         if features.dim() != 2 or features.shape[1] != self.feature_dim:
             raise ValueError(
                 f"features must be [B, {self.feature_dim}], got {list(features.shape)}"
@@ -360,6 +349,22 @@ class Head(nn.Module):
             total, self.label_embedding[: self.num_labels + 1], self.score_bias
         )
 
+    def sample(
+        self,
+        embedding: ImageEmbedding,
+        count: int,
+        evidence: Tensor | None = None,
+        *,
+        seed: int = 0,
+        max_labels: int | None = None,
+        order: Order = "increasing",
+    ) -> Samples:
+        """Draw label sets of embedded images, given evidence; see `sample_sets`."""
+        return sample_sets(
+            self, embedding, count,
+            evidence=evidence, seed=seed, max_labels=max_labels, order=order,
+        )  # fmt: skip
+
     def forward(self, features: Tensor, paths: Tensor) -> tuple[Tensor, Tensor | None]:
         """Score every step of given paths (teacher forcing).
 
@@ -379,13 +384,35 @@ class Head(nn.Module):
 
     def score_paths(self, embedding: ImageEmbedding, paths: Tensor) -> Tensor:
         """Score every step of given paths of embedded images; see `forward`: [B, T+1, L+1]."""
+        positions = torch.arange(paths.shape[1] + 1, device=paths.device)
+        steps = positions <= (paths != PAD).sum(1, keepdim=True)
+        rows = self.score_steps(embedding, paths, steps)
+        scores = rows.new_zeros(*steps.shape, self.num_labels + 1)
+        return scores.index_put(steps.nonzero(as_tuple=True), rows)
+
+    def score_steps(
+        self,
+        embedding: ImageEmbedding,
+        paths: Tensor,
+        steps: Tensor,
+        images: Tensor | None = None,
+    ) -> Tensor:
+        """Score chosen steps of given paths.
+
+        Args:
+            embedding: of B images.
+            paths: [P, T] int64 label indices padded with -1.
+            steps: [P, T+1] bool, M of them: step t is what follows the path's first t labels.
+            images: [P] int64, the image of each path; None where path i is that of image i.
+
+        Returns:
+            [M, L+1] scores, chain term included, END last; rows go path by path, step by step.
+        """
         trie = prefix_trie(paths)
-        steps = (trie.nodes >= 0).nonzero(as_tuple=True)  # image and step of M rows
         outputs = prefix_outputs(self.recurrence, self.input_rows, self.start, trie)
         projected = self.output_projection(outputs)  # [prefixes, D]
-        rows = self._score_projected(projected[trie.nodes[steps]], embedding.joint[steps[0]])
+        own = steps.nonzero(as_tuple=True)[0]
+        own = own if images is None else images[own]
+        rows = self._score_projected(projected[trie.nodes[steps]], embedding.joint[own])
         rows = rows if rows.dtype == torch.float64 else rows.float()
-        if embedding.label_logits is not None:
-            rows = rows + embedding.label_logits[steps[0]]
-        scores = rows.new_zeros(*trie.nodes.shape, self.num_labels + 1)
-        return scores.index_put(steps, rows)
+        return rows if embedding.label_logits is None else rows + embedding.label_logits[own]

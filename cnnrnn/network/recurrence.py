@@ -1,6 +1,6 @@
 """The recurrent cells, and their run over the prefixes that a batch's label paths share.
 
-Letters as in model.py: M rows, H recurrent width, D joint width. K distinct labels and N prefixes,
+Letters as in head.py: M rows, H recurrent width, D joint width. K distinct labels and N prefixes,
 the empty one included, of a batch.
 """
 

@@ -9,11 +9,11 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cnnrnn.config import DECISIONS, Calibration, Decide, SearchConfig
+from cnnrnn.known import metrics_of_others, reveal
 from cnnrnn.labels import PAD, path_sets
 from cnnrnn.metrics import (
     at_least,
@@ -102,7 +102,7 @@ def calibrate_known(
     """Choose on validation data what holds where labels are known, and for `candidates`.
 
     One true label of each image with two or more is revealed; the weight of the chain term is that
-    with the best ranking of the others (LRAP + mAP).
+    with the best ranking of the others (example-AP + label-mAP).
 
     Args:
         head: in eval mode.
@@ -119,36 +119,18 @@ def calibrate_known(
     if search.order == "increasing":
         nll = set_nll(head, features, targets, search.order)
     calibration = replace(calibration, set_nll=nll_levels(nll))
-    several = (targets.sum(1) >= 2).nonzero()[:, 0][:MOST_REVEALED]
-    if head.label_classifier is None or not len(several):
+    images, evidence = reveal(targets, 1, seed)
+    images, evidence = images[:MOST_REVEALED], evidence[:MOST_REVEALED]
+    if head.label_classifier is None or not len(images):
         return calibration
-    evidence = reveal(targets[several], 1, seed)
-    inference = infer(head, features[several.to(features.device)], search, evidence)
-    unknown = evidence != 0
-    others = targets[several].cpu() & ~unknown
+    inference = infer(head, features[images.to(features.device)], search, evidence)
 
     def merit(weight: float) -> float:
         scores = inference.mixed(weight).nan_to_num(0)
-        metrics = multilabel_metrics(scores, others, unknown=unknown)
-        return metrics["LRAP"] + metrics["mAP"]
+        found = metrics_of_others(scores, targets.cpu()[images], evidence)
+        return found["example-AP"] + found["label-mAP"]
 
     return replace(calibration, known_mix_weight=max(MIX_WEIGHTS, key=merit))
-
-
-def reveal(targets: Tensor, count: int, seed: int = 0) -> Tensor:
-    """Return evidence that reveals `count` true labels of each image, chosen at random.
-
-    Args:
-        targets: [n, L] bool; an image with no more true labels than that reveals all of them.
-        count: labels of an image.
-        seed: of the choice.
-
-    Returns:
-        [n, L] int8 on the CPU: 1 for a revealed label, else 0.
-    """
-    order = np.random.default_rng(seed).random(tuple(targets.shape))
-    ranks = torch.from_numpy(order).masked_fill(~targets.cpu(), 2).argsort(1).argsort(1)
-    return ((ranks < count) & targets.cpu()).to(torch.int8)
 
 
 def nll_levels(nll: Tensor) -> tuple[float, ...]:

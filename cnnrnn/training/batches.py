@@ -20,7 +20,7 @@ from cnnrnn.machine.distributed import ALONE, Ranks
 class Batch(NamedTuple):
     """Inputs [B, F] or normalised images [B, 3, S, S], targets [B, L] bool, records [B].
 
-    `size` is that of the whole batch, of which this may be one process's share.
+    `size` is that of the whole batch; this may be one process's share of it.
     """
 
     inputs: Tensor
@@ -34,11 +34,11 @@ class Split:
     """The images or features of one split with their label sets in path order.
 
     Attributes:
-        dataset: names records, and reads pictures where `features` is None.
+        dataset: names records, and reads images where `features` is None.
         targets: [n, L] bool, columns in path order.
-        features: [n, F] float32, or None to read pictures.
-        preprocessing: of the pictures.
-        ranks: the processes that share it.
+        features: [n, F] float32, or None to read images.
+        preprocessing: of the images.
+        ranks: the processes that divide it.
     """
 
     dataset: Dataset
@@ -57,10 +57,10 @@ class Split:
         generator: torch.Generator | None,
         augment: bool = False,
     ) -> Iterator[Batch]:
-        """Iterate over the split once, shuffled by `generator` or in order without one.
+        """Iterate over the split once, shuffled by `generator`, or in order without one.
 
-        Processes share each shuffled batch, and such a share may be empty; of those in order each
-        takes whole ones, so that they are the same batches whoever computes them.
+        A shuffled batch is divided among the processes, and a share may be empty. In order, each
+        process takes whole batches, so they are the same with any number of processes.
         """
         if generator is not None and self.ranks.size > 1:  # they may have drawn differently before
             generator.set_state(self.ranks.from_first(generator.get_state()))
@@ -101,7 +101,7 @@ class Split:
     def over_batches(
         self, compute: Callable[[Batch], Tensor], config: TrainConfig, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """Compute rows [n, ...] for all images that can be read, shared by processes.
+        """Compute rows [n, ...] for all readable images, divided among the processes.
 
         Returns:
             The rows and the records [n] that they belong to, ascending, in every process.

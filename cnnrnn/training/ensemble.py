@@ -1,4 +1,4 @@
-"""Training an ensemble: its members one after the other, in one folder."""
+"""Training an ensemble: its members one after another, in one folder."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import torch
 
 from cnnrnn.config import LabelOrder, ModelConfig, SearchConfig, TrainConfig
 from cnnrnn.data import Dataset
+from cnnrnn.data.splits import training_splits, with_fixed_splits
 from cnnrnn.machine.progress import Progress, no_progress
 from cnnrnn.model.classifier import CNNRNN
 from cnnrnn.model.ensemble import Ensemble
 from cnnrnn.network.features import cached_features
 from cnnrnn.prediction.decisions import decision_metrics
 from cnnrnn.training.resume import STATE_FILE, ResumeError
+from cnnrnn.training.run import train
 
 
 @dataclass(frozen=True)
@@ -46,32 +48,24 @@ def train_ensemble(
 ) -> EnsembleResult:
     """Train members one after another on one feature cache and write the ensemble as `out/best`.
 
-    Each member is a training run of its own in `out/members/N`. All train and validate on the same
+    Each member is its own training run in `out/members/N`. All train and validate on the same
     images, and the ensemble's threshold is chosen on the validation split.
 
-    Args:
-        dataset: as in `train`.
-        out: folder for the run; made when missing.
+    Args, besides those that are as in `train`:
         model_config: the architecture; a backbone must be frozen.
         search_config: the search, of order `increasing`.
         config: the recipe; member i trains with its seed plus i.
         label_orders: one per member, in place of the recipe's.
-        resume: as in `train`, for every member.
-        on_start: as in `train`.
-        say: as in `train`.
-        progress: as in `train`.
+        resume: resumes every member.
 
     Raises:
         ValueError: the options cannot make an ensemble, or as in `train`.
     """
-    from cnnrnn.data.splits import training_splits, with_fixed_splits
-    from cnnrnn.training.run import train
-
     if not label_orders:
         raise ValueError("an ensemble must have at least 1 member, got 0 label orders")
     if search_config.order != "increasing" or "shuffled" in label_orders:
         raise ValueError(
-            "an ensemble needs paths that only go up: search.order must be increasing and no "
+            "an ensemble needs increasing paths: search.order must be increasing and no "
             f"label order shuffled, got {search_config.order} and {', '.join(label_orders)}"
         )
     if dataset.features is None and not model_config.freeze_backbone:
@@ -88,7 +82,7 @@ def train_ensemble(
     models: list[CNNRNN] = []
     for i, order in enumerate(label_orders):
         member = replace(config, seed=config.seed + i, label_order=order, feature_cache=cache)
-        if i and dataset.features is None:  # also where the first one's was drawn at random
+        if i and dataset.features is None:  # also if the first one's weights are random
             member = replace(member, init_backbone=str(out / "members" / "0"))
         say(f"member {i + 1} of {len(label_orders)}: label order {order}, seed {member.seed}")
         result = train(

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cnnrnn.machine.extras import from_extra
 from cnnrnn.machine.words import without_nan
 
 if TYPE_CHECKING:
@@ -18,9 +19,9 @@ class Log:
     """A JSONL file, one record per line, flushed at every line; None writes nothing.
 
     Args:
-        file: begun anew, or cut to its first `position` bytes.
-        tensorboard: folder that gets the figures of each epoch as well, a run per stage.
-        position: where a resumed run goes on; None begins anew.
+        file: emptied, or truncated to its first `position` bytes.
+        tensorboard: folder that also gets the figures of each epoch, one run per stage.
+        position: where a resumed run continues; None starts over.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Log:
             os.truncate(file, position)
 
     def position(self) -> int:
-        """Bring the file to disk and return its length in bytes."""
+        """Flush the file to disk and return its length in bytes."""
         if self.file is None:
             return 0
         with open(self.file, "ab") as handle:
@@ -69,14 +70,6 @@ class Log:
 
 
 def require_tensorboard() -> None:
-    """Fail where TensorBoard's writer cannot be had.
-
-    Raises:
-        ModuleNotFoundError: it is not installed.
-    """
-    try:
+    """Raise `ModuleNotFoundError` if TensorBoard is not installed."""
+    with from_extra("TensorBoard", "tensorboard: true", "tensorboard"):
         import torch.utils.tensorboard  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'tensorboard: true needs TensorBoard: pip install "cnnrnn[tensorboard]"'
-        ) from error

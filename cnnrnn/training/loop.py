@@ -1,4 +1,4 @@
-"""One training stage: batches, optimiser steps, validation, early stopping. Knows no model."""
+"""One training stage of any model: batches, optimiser steps, validation, early stopping."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,6 @@ from cnnrnn.training.batches import Batch, Split
 from cnnrnn.training.log import Log
 from cnnrnn.training.optimizers import WeightAverage, copy_values, make_optimizer, make_scheduler
 from cnnrnn.training.resume import State
-
-if TYPE_CHECKING:
-    pass
 
 
 class NonFiniteLossError(RuntimeError):
@@ -65,9 +62,9 @@ class Stage:
         loss: [B] losses of a batch.
         validate: measures the module, in eval mode.
         on_epoch: called after each epoch with its validation and whether it is the best so far.
-        between_epochs: called with the epochs done, where another follows, and the optimiser; may
-            change the module. Returns True if the module changed: the best epoch, patience and the
-            average of the weights then begin anew.
+        between_epochs: called between two epochs with the number done and the optimiser; may change
+            the module. Returns True if the module changed: the best epoch, patience and the average
+            of the weights are then reset.
     """
 
     name: str
@@ -105,7 +102,7 @@ def run_stage(
     start: State | None = None,
     keep: Callable[[State], None] = lambda state: None,
 ) -> Validation:
-    """Train until the epochs are over or patience is, and restore the best epoch.
+    """Train until epochs or patience run out, then restore the best epoch.
 
     Args:
         stage: what to train.
@@ -116,9 +113,9 @@ def run_stage(
         log: gets one record per epoch.
         say: gets one line per epoch.
         progress: shows images/s and time left.
-        best: of the module as it is, which an epoch must beat; None where the first epoch will do.
-        start: goes on after this state of the same stage.
-        keep: called after each epoch with the state to go on from, whose tensors will change.
+        best: validation of the module as it is, which an epoch must beat; None for no such bar.
+        start: state of the same stage to resume from.
+        keep: called after each epoch with the state to resume from, whose tensors will change.
 
     Returns:
         The best epoch's validation.
@@ -186,7 +183,7 @@ class _Parts:
 
     @classmethod
     def of(cls, stage: Stage, split: Split, config: TrainConfig) -> _Parts:
-        """Make those of a stage that begins."""
+        """Make the parts of a new stage."""
         optimizer = make_optimizer(stage.groups, config)
         steps_per_epoch = math.ceil(math.ceil(len(split) / config.batch_size) / config.accumulate)
         scheduler = make_scheduler(optimizer, config, stage.epochs, steps_per_epoch)
@@ -195,14 +192,14 @@ class _Parts:
         return cls(changing, optimizer, scheduler, average)
 
     def after_step(self) -> None:
-        """Advance what goes on with each step of the optimiser."""
+        """Advance schedule and average after a step of the optimiser."""
         if self.scheduler is not None:
             self.scheduler.step()
         if self.average is not None:
             self.average.update()
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Put the averages where the tensors are, for a while."""
+        """Hold the averages in the tensors within a `with` block."""
         return nullcontext() if self.average is None else self.average.in_place()
 
     def copied(self) -> list[Tensor]:
@@ -267,7 +264,7 @@ def _state(standing: _Standing, parts: _Parts) -> State:
 
 
 def _restored(state: State, parts: _Parts) -> _Standing:
-    """Put everything where `_state` found it."""
+    """Restore what `_state` returned."""
     values, tensors = state
     changing, average = parts.changing, parts.average
     copy_values(changing, [tensors[f"model.{i}"] for i in range(len(changing))])
@@ -299,7 +296,7 @@ def _agreed(validation: Validation, ranks: Ranks) -> Validation:
 
 
 def _changing(stage: Stage, split: Split) -> list[Tensor]:
-    """Return what a stage changes: its parameters, and buffers where it trains on pictures."""
+    """Return what a stage changes: its parameters, and buffers where it trains on images."""
     trained = {id(parameter) for group in stage.groups for parameter in group["params"]}
     tensors: list[Tensor] = [p for p in stage.module.parameters() if id(p) in trained]
     return tensors + (list(stage.module.buffers()) if split.features is None else [])

@@ -13,7 +13,7 @@ from cnnrnn.config import TrainConfig
 
 
 class WeightAverage:
-    """An exponential moving average of tensors that change, with no bias to their first values.
+    """An exponential moving average of changing tensors, not biased towards their first values.
 
     After step t the weight of step i's value is (1 - decay) decay^(t - i), divided by the sum of
     these weights over i = 1..t; so the first average is the first value.
@@ -24,7 +24,7 @@ class WeightAverage:
 
     Attributes:
         values: the averages, in the order of `tensors`.
-        updates: how many there have been.
+        updates: how many there were.
     """
 
     def __init__(self, tensors: list[Tensor], decay: float) -> None:
@@ -34,7 +34,7 @@ class WeightAverage:
         self._decay = decay
 
     def update(self) -> None:
-        """Take in the tensors as they are."""
+        """Add the tensors' current values."""
         self.updates += 1
         weight = (1 - self._decay) / (1 - self._decay**self.updates)
         for average, tensor in zip(self.values, self._tensors, strict=True):
@@ -45,7 +45,7 @@ class WeightAverage:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Put the averages where the tensors are, and these back at the end."""
+        """Hold the averages in the tensors within a `with` block."""
         own = [tensor.clone() for tensor in self._tensors]
         copy_values(self._tensors, self.values)
         try:
@@ -57,7 +57,7 @@ class WeightAverage:
 def make_scheduler(
     optimizer: torch.optim.Optimizer, config: TrainConfig, epochs: int, steps_per_epoch: int
 ) -> torch.optim.lr_scheduler.LRScheduler | None:
-    """Return the schedule of a stage, which is advanced at each step; None for a constant one."""
+    """Return the schedule of a stage, advanced at each step; None for a constant one."""
     steps = epochs * steps_per_epoch
     if config.schedule == "one_cycle":
         return torch.optim.lr_scheduler.OneCycleLR(
@@ -80,9 +80,9 @@ def decoupled_rmsprop(
 ) -> torch.optim.RMSprop:
     """Return RMSprop with AdamW's weight decay: before a step w becomes (1 - rate * decay) w.
 
-    As a part of the gradient, decay is divided by the gradient's running size. The gradients of the
-    paper's literal cell are products of three small gates: decay would be all that moves its
-    weights, at the full learning rate, until they are 0.
+    As part of the gradient, decay is divided by the gradient's running size. The gradients of the
+    paper's literal cell are products of three small gates: decay alone would move its weights, at
+    the full learning rate, until they are 0.
 
     Args:
         groups: parameter groups with their learning rates.

@@ -1,4 +1,4 @@
-"""Label orders of training: the fixed ones, the one that is learned, and losses without one.
+"""Label orders of training: fixed ones, the learned one, and losses without an order.
 
 Letters: B images, T the most labels of an image, L labels (END not counted).
 """
@@ -13,16 +13,17 @@ from torch import Tensor
 
 from cnnrnn.config import PathLoss, SearchConfig, TrainConfig
 from cnnrnn.labels import PAD, forbidden_labels, increasing_paths
+from cnnrnn.machine.extras import from_extra
 from cnnrnn.network.head import Head
 
 _SMALLEST = 1e-7
 
 
 def require_search_order(config: TrainConfig, search: SearchConfig) -> None:
-    """Refuse a search order that cannot follow the training paths.
+    """Refuse a search order that does not allow the training paths.
 
     Raises:
-        ValueError: the paths go down in label index, and the search allows only those that go up.
+        ValueError: the paths do not increase in label index, as the search requires.
     """
     if config.loss != "sequence" and search.order != "unique":
         raise ValueError(
@@ -37,14 +38,14 @@ def require_search_order(config: TrainConfig, search: SearchConfig) -> None:
 
 
 def label_ease(marginals: Tensor, targets: Tensor) -> Tensor:
-    """Say how easily a model finds each label: the mean log marginal where it is present.
+    """Return how easily a model finds each label: its mean log marginal where it is present.
 
     Args:
         marginals: [n, L] probability of each label, summed over paths.
         targets: [n, L] bool.
 
     Returns:
-        [L] at most 0; -inf for a label that no image carries.
+        [L] at most 0; -inf for a label that no image has.
     """
     logs = marginals.double().clamp(min=_SMALLEST).log() * targets
     counts = targets.sum(0)
@@ -55,11 +56,11 @@ def label_ease(marginals: Tensor, targets: Tensor) -> Tensor:
 def permute_labels(
     head: Head, order: Tensor, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
-    """Number a head's labels anew, in place: label i becomes what label `order[i]` was.
+    """Renumber a head's labels in place: label i becomes what label `order[i]` was.
 
-    The rows of label and input embedding, score bias and independent classifier move, and with them
-    what the optimiser keeps of each. Scores of a named label after named labels stay the same, but
-    for the chain term, whose formula knows the order.
+    The rows of both embeddings, the score bias and the independent classifier move, and with them
+    the optimiser's state of each. Scores of a label after given labels stay the same, except for
+    the chain term, whose formula depends on the order.
 
     Args:
         head: END and START keep their rows.
@@ -99,7 +100,7 @@ class OwnSteps(NamedTuple):
 def own_steps(head: Head, features: Tensor, lengths: Tensor) -> OwnSteps:
     """Run a head greedily on its own predictions, a given number of labels long.
 
-    Each step's input is the label that the step before scored best, in the same pass and under the
+    Each step's input is the label that the previous step scored best, in the same pass with the
     same dropout, among those not yet predicted; END is left out. Images that have predicted the
     same labels so far share one recurrent state.
 
@@ -144,8 +145,8 @@ def aligned_paths(scores: Tensor, prefixes: Tensor, targets: Tensor, loss: PathL
     """Order each image's labels by the steps that predict them best.
 
     Yazici et al., "Orderless Recurrent Models for Multi-label Classification", CVPR 2020. Of all
-    orders `mla` takes the one of least cross-entropy; `pla` first leaves a label that was predicted
-    and is present at the step that predicted it, and orders the others so.
+    orders `mla` takes the one of least cross-entropy; `pla` first keeps every label that was
+    predicted and is present at the step that predicted it, and orders the others likewise.
 
     From the paper: the recurrence reads the model's own predictions, there are as many steps as the
     image has labels, and END comes after them. Ours: a label that was predicted may not be
@@ -161,12 +162,8 @@ def aligned_paths(scores: Tensor, prefixes: Tensor, targets: Tensor, loss: PathL
     Returns:
         [B, T] int64 the labels present in aligned order, padded with -1.
     """
-    try:
+    with from_extra("scipy", f"loss {loss}"):
         from scipy.optimize import linear_sum_assignment
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            f'loss {loss} needs scipy: pip install "cnnrnn[vision]"'
-        ) from error
 
     paths = increasing_paths(targets)
     B, T = paths.shape
@@ -183,7 +180,7 @@ def aligned_paths(scores: Tensor, prefixes: Tensor, targets: Tensor, loss: PathL
         costs = costs.masked_fill(present[:, :, None] & other, torch.inf)
     matrices = costs.cpu().numpy()
     order = np.tile(np.arange(T), (B, 1))
-    # A score that is not finite is the loss's to report.
+    # The loss reports scores that are not finite.
     broken = (~scores.isfinite()).flatten(1).any(1).tolist()
     for image, length in enumerate(steps.sum(1).tolist()):
         if length > 1 and not broken[image]:

@@ -1,4 +1,4 @@
-"""The stages of a training: what each trains, its loss, and what its best epoch is chosen by."""
+"""The stages of a training: what each trains, its loss, and how its best epoch is chosen."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NLL_WEIGHT = 0.1
 def start_at_frequencies(classifier: nn.Linear, targets: Tensor) -> None:
     """Let a label's probability start at its share of the training images.
 
-    From one half it would take whole epochs to come down, and its gradient would drown the rest.
+    From one half it would take whole epochs to fall, and its gradient would dominate.
 
     Args:
         classifier: one output per label, to be read through a sigmoid.
@@ -44,7 +44,7 @@ def start_at_frequencies(classifier: nn.Linear, targets: Tensor) -> None:
 
 
 def _features(model: CNNRNN, inputs: Tensor) -> Tensor:
-    """Features of a batch: the inputs themselves, or the backbone's of pictures."""
+    """Features of a batch: the inputs themselves, or the backbone's of images."""
     return inputs if inputs.dim() == 2 else model.features(inputs).float()
 
 
@@ -150,7 +150,7 @@ def path_stage(
 
 
 def finishing_stage(path: Stage, config: TrainConfig) -> Stage:
-    """Return the stage that goes on from the best epoch of the paths' at lower learning rates."""
+    """Return the stage that continues from the path stage's best epoch at lower learning rates."""
     groups = [{**group, "lr": group["lr"] * config.finish_scale} for group in path.groups]
     return Stage(
         FINISH, config.finish_epochs, path.module, groups, path.loss, path.validate, path.on_epoch
@@ -160,7 +160,7 @@ def finishing_stage(path: Stage, config: TrainConfig) -> Stage:
 def _reorder(
     model: CNNRNN, order: Tensor, optimizer: torch.optim.Optimizer, *splits: Split
 ) -> bool:
-    """Put a model and the targets of its splits into another label order [L]; False for its own."""
+    """Bring a model and its splits' targets into label order [L]; False if they are in it."""
     if torch.equal(order, torch.arange(len(order))):
         return False
     permute_labels(model.head, order, optimizer)
@@ -169,7 +169,7 @@ def _reorder(
 
 
 def reorder_labels(model: CNNRNN, order: Tensor, *splits: Split) -> None:
-    """Put the names of a model and the targets of its splits into another label order [L]."""
+    """Bring a model's label names and its splits' targets into another label order [L]."""
     model.label_space = model.label_space.permuted(order.tolist())
     for split in splits:
         split.targets.copy_(split.targets[:, order])
@@ -184,7 +184,7 @@ def path_validation(
         inference: of the validation images.
         targets: [n, L] bool.
         nll: mean -log P(true set) of those images.
-        config: names what the merit is. O-F1 and mAP are of the half-and-half mixture.
+        config: `best_by` names the merit. O-F1 and mAP are of the half-and-half mixture.
     """
     scores = inference.mixed(0.5)
     _, of1 = best_threshold(scores, targets)
@@ -206,7 +206,7 @@ def path_validation(
 
 @torch.no_grad()
 def search_split(model: CNNRNN, split: Split, config: TrainConfig) -> tuple[Inference, Tensor]:
-    """Search a split; returns the targets of the images that could be read besides."""
+    """Search a split; also return the targets of the images that could be read."""
     features, targets = split_features(model, split, config)
     return infer(model.head, features, model.search), targets
 

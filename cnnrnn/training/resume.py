@@ -1,7 +1,7 @@
-"""The training state: everything that a killed run needs to go on as if it had not been killed.
+"""The training state: everything that a killed run needs to resume bit-identically.
 
-One file of safetensors whose header carries the rest as JSON; nothing is pickled. It is written
-beside its place and moved there, so that a reader finds the former file or the new one.
+One safetensors file with the rest as JSON in its header; nothing is pickled. It is replaced
+atomically, so a reader finds the old file or the new one.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from cnnrnn.config import ModelConfig, SearchConfig, TrainConfig
 from cnnrnn.data import Dataset
 from cnnrnn.machine.files import weights_digest, write_whole
+from cnnrnn.model.checkpoint import read_options
 from cnnrnn.network.backbones import Backbone
 
 STATE_FILE = "state.safetensors"
@@ -32,7 +33,23 @@ _NOTHING = "nothing"
 
 
 class ResumeError(ValueError):
-    """A run cannot go on from the state that its folder holds."""
+    """A run cannot resume from the state in its folder."""
+
+
+class Recipe(NamedTuple):
+    """What a run was started with; options that came later have their defaults.
+
+    Attributes:
+        model: the architecture.
+        search: the search, whose order training paths have.
+        train: the recipe; options that a resumed run may change have their defaults.
+        training_data: digest of its training records, see `data_digest`.
+    """
+
+    model: ModelConfig
+    search: SearchConfig
+    train: TrainConfig
+    training_data: str
 
 
 class State(NamedTuple):
@@ -48,7 +65,7 @@ class State(NamedTuple):
 
 
 def save_state(file: Path, state: State) -> None:
-    """Write a state, whole or not at all."""
+    """Write a state atomically."""
     from safetensors.torch import save_file
 
     tensors = {name: value.detach().contiguous() for name, value in state.tensors.items()}
@@ -64,7 +81,7 @@ def read_state(data: bytes, name: str) -> State:
         name: of the file, for messages.
 
     Raises:
-        ResumeError: they are not a state of this release.
+        ResumeError: they are not a state that this release reads.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -74,14 +91,14 @@ def read_state(data: bytes, name: str) -> State:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         found, values = header["format"], json.loads(header["state"])
     except (SafetensorError, ValueError, KeyError) as error:
-        raise ResumeError(f"{name} must hold a training state, it does not: {error}") from error
+        raise ResumeError(f"{name} must hold a training state, but does not: {error}") from error
     if found != str(FORMAT):
         raise ResumeError(f"{name} has format {found}, this release reads {FORMAT}")
     return State(values, tensors)
 
 
 def remove_partial_files(out: Path) -> None:
-    """Remove what killed processes left half written in a run's folder."""
+    """Remove partly written files that killed processes left in a run's folder."""
     for path in out.glob(".*.partial-*"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -94,9 +111,9 @@ def run_identity(
     search_config: SearchConfig,
     config: TrainConfig,
 ) -> dict[str, Any]:
-    """Return what a run that goes on must have in common with the one that was killed, as JSON.
+    """Return what a resumed run must have in common with the one that was killed, as JSON.
 
-    Pictures are known by name and size, feature vectors by their values.
+    Images are compared by name and size, feature vectors by their values.
     """
     options = {k: v for k, v in asdict(config).items() if k not in FREE_OPTIONS}
     if frozen_backbone is not None:
@@ -105,8 +122,8 @@ def run_identity(
         options |= {f"{prefix}.{name}": value for name, value in asdict(part).items()}
     identity = {
         "options": options,
-        "training data": _data_digest(train_data),
-        "validation data": _data_digest(val_data),
+        "training data": data_digest(train_data),
+        "validation data": data_digest(val_data),
         "frozen backbone": None
         if frozen_backbone is None
         else weights_digest(frozen_backbone.state_dict().items()),
@@ -115,19 +132,53 @@ def run_identity(
     return result
 
 
-def require_same_run(stored: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
-    """Refuse to go on with other options or other data than a run was started with.
+def stored_recipe(folder: Path) -> Recipe:
+    """Return what the run in a folder was started with, from its training state.
 
-    The epochs of the last stage, `finish_epochs` or where there are none `epochs`, may grow where
-    the learning rate does not depend on their number: under `schedule` constant or step; but not
-    where a learned label order would still have changed.
+    Args:
+        folder: of `train`, or its `best` or `last` folder.
+
+    Raises:
+        ResumeError: there is no training state, or it is not one of this release.
+    """
+    found = next((f for f in (folder, folder.parent) if (f / STATE_FILE).is_file()), None)
+    if found is None:
+        raise ResumeError(
+            f"{folder} must be the folder of a run of one model, with its {STATE_FILE}, to read "
+            "the recipe from; there is none"
+        )
+    file = found / STATE_FILE
+    try:
+        identity = read_state(file.read_bytes(), str(file)).values["identity"]
+        options: dict[str, dict[str, Any]] = {"": {}, "model": {}, "search": {}}
+        for name, value in identity["options"].items():
+            prefix, _, field = name.rpartition(".")
+            options[prefix][field] = value
+        return Recipe(
+            read_options(ModelConfig, "model", asdict(ModelConfig()) | options["model"]),
+            read_options(SearchConfig, "search", asdict(SearchConfig()) | options["search"]),
+            read_options(TrainConfig, "options", asdict(TrainConfig()) | options[""]),
+            identity["training data"],
+        )
+    except ResumeError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ResumeError(f"{file} does not say what its run was started with: {error}") from error
+
+
+def require_same_run(stored: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
+    """Refuse to resume with other options or other data than a run was started with.
+
+    The epochs of the last stage, `finish_epochs` or without these `epochs`, may grow if the
+    learning rate does not depend on their number (`schedule` constant or step), unless a learned
+    label order would still have changed.
 
     Raises:
         ResumeError: names every option that differs, with both values.
     """
     before, after = stored["options"], now["options"]
     last = "finish_epochs" if after["finish_epochs"] else "epochs"
-    # A longer run would have learned another order where this one's last epoch was.
+    # A longer run would have learned another order after this one's last epoch.
     reorders_later = (
         after["label_order"] == "easiest"
         and last == "epochs"
@@ -147,15 +198,16 @@ def require_same_run(stored: Mapping[str, Any], now: Mapping[str, Any], out: Pat
             differing.append(f"{name} must be {json.dumps(old)}, got {json.dumps(new)}")
     for name in ("training data", "validation data", "frozen backbone"):
         if stored[name] != now[name]:
-            differing.append(f"{name} must be the same, got others")
+            differing.append(f"{name} must be the same, got different ones")
     if differing:
         raise ResumeError(
-            f"the run in {out} can go on only as it was started: {'; '.join(differing)}. Leave "
-            "--resume out to start anew"
+            f"the run in {out} can resume only as it was started: {'; '.join(differing)}. Leave "
+            "--resume out to start over"
         )
 
 
-def _data_digest(data: Dataset) -> str:
+def data_digest(data: Dataset) -> str:
+    """Return a SHA-256 of records: labels, numbers, and features or names and sizes of pictures."""
     digest = hashlib.sha256(json.dumps(data.label_names).encode())
     for array in (data.label_indptr, data.label_indices, data.rows, data.features):
         if array is not None:

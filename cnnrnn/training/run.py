@@ -1,6 +1,6 @@
 """Training: the sequence loss over label paths, beside the chain term's binary cross-entropy.
 
-Stage `path` trains everything at once, stage `finish` goes on from its best epoch at a lower
+Stage `path` trains everything at once, stage `finish` continues from its best epoch at a lower
 learning rate. With `warm_epochs` a stage `warm` comes first and trains backbone (unless frozen),
 trunk and chain term with binary cross-entropy alone.
 """
@@ -42,9 +42,7 @@ from cnnrnn.search.inference import Inference, infer
 from cnnrnn.training.batches import Split
 from cnnrnn.training.log import Log, require_tensorboard
 from cnnrnn.training.loop import Stage, run_stage
-from cnnrnn.training.orders import (
-    require_search_order,
-)
+from cnnrnn.training.orders import require_search_order
 from cnnrnn.training.recipe import (
     FINISH,
     finishing_stage,
@@ -68,7 +66,7 @@ from cnnrnn.training.resume import (
 )
 
 VANISHED = 1e-6
-"""Recurrent weights that are all smaller say nothing of a path."""
+"""If all recurrent weights are smaller, the state carries nothing from label to label."""
 
 
 @dataclass(frozen=True)
@@ -104,20 +102,20 @@ def train(
     to `out`.
 
     Args:
-        dataset: pictures or feature vectors with label sets. Without a split to validate on a
+        dataset: images or feature vectors with label sets. Without a split to validate on a
             share of the training images is held out.
-        out: folder for the run; made when missing.
+        out: folder for the run; created if missing.
         model_config: the architecture; backbone options do not matter for feature vectors.
         search_config: the search, whose order is also the order of training paths.
         config: the recipe.
         prepare_head: called with the new head, whose weights it may set and freeze; a resumed run
             must be given the same.
-        resume: go on after the last epoch that the run in `out` finished; start where there is
+        resume: resume after the last epoch that the run in `out` finished, or start if there is
             none. The result is that of a run that was never stopped.
-        on_start: called once data and options have proved to fit, before anything is written.
+        on_start: called once data and options are checked, before anything is written.
         say: gets a line per epoch and per notable fact.
         progress: shows progress within an epoch.
-        ranks: the processes that train together, each of which calls this; the first alone writes,
+        ranks: the processes that train together, each of which calls this; only the first writes
             and calls `on_start`, `say` and `progress`.
 
     Raises:
@@ -185,7 +183,7 @@ def train(
 def _require_options(
     model_config: ModelConfig, search_config: SearchConfig, config: TrainConfig
 ) -> None:
-    """Fail where the options leave nothing to train, or need what is not installed."""
+    """Fail if the options leave nothing to train, or need what is not installed."""
     if config.tensorboard:
         require_tensorboard()
     if not config.epochs and not _warms_up(model_config, config):
@@ -229,21 +227,21 @@ def _new_model(
 def _identity(
     model: CNNRNN, train_data: Dataset, val_data: Dataset, config: TrainConfig, ranks: Ranks
 ) -> dict[str, Any]:
-    """Return what a run to resume must have in common, which all processes have."""
+    """Return what a run to resume must have in common, after checking it is so in all processes."""
     frozen = model.backbone if model.config.freeze_backbone else None
     identity = run_identity(train_data, val_data, frozen, model.config, model.search, config)
     if ranks.bytes_from_first(text := json.dumps(identity).encode()) != text:
         raise ValueError(
-            f"process {ranks.rank} must have the data and options of process 0, got others"
+            f"process {ranks.rank} must have the data and options of process 0, got different ones"
         )
     return identity
 
 
 def _former_state(out: Path, identity: dict[str, Any], ranks: Ranks) -> State | None:
-    """Return where the run in `out` was left; None where there is none."""
+    """Return the state that the run in `out` left, None if there is none."""
     if (out / "members").is_dir():
         raise ResumeError(
-            f"{out} holds an ensemble's run: --members must be as it was started, got none"
+            f"{out} holds an ensemble's run: --members must be as at its start, got none"
         )
     state = _stored_state(out / STATE_FILE, ranks)
     if state is not None:
@@ -252,7 +250,7 @@ def _former_state(out: Path, identity: dict[str, Any], ranks: Ranks) -> State | 
 
 
 def _fit_to_data(model: CNNRNN, training: Split, config: TrainConfig) -> None:
-    """Set what the model takes from training data before the first step."""
+    """Set what the model derives from training data before the first step."""
     head = model.head
     if training.features is not None:
         head.trunk.fit_scale(training.features, config.feature_rms)
@@ -274,12 +272,12 @@ def _facts(model: CNNRNN, training: Split, val: Split) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """A training under way.
+    """A training in progress.
 
     Attributes:
         model: what is trained.
         training: its images.
-        val: those that the best epoch is chosen on.
+        val: the images that the best epoch is chosen on.
         config: the recipe.
         out: the run's folder.
         ranks: the processes that share it.
@@ -311,7 +309,7 @@ class _Run:
         return stages
 
     def restore(self, state: State, stages: list[Stage]) -> list[Stage]:
-        """Put all but the weights where a state has them; return the stages that are left."""
+        """Restore everything but the weights from a state; return the stages that remain."""
         model = self.model
         calibration = state.values["calibration"]
         model.calibration = read_options(Calibration, "calibration", calibration)
@@ -342,13 +340,13 @@ class _Run:
             self.model.save(self.out / "last")
 
     def save_without_paths(self, resumed: bool) -> None:
-        """Write the checkpoints of a run that was the warm stage alone."""
+        """Write the checkpoints of a run with the warm stage alone."""
         saved = resumed and self.ranks.first and _is_saved(self.model, self.out / "last")
-        if self.ranks.numbers_from_first([saved]) == [0]:
+        if not self.ranks.first_says(saved):
             self.save(*search_split(self.model, self.val, self.config), best=True)
 
     def result(self) -> TrainResult:
-        """Calibrate and measure the best epoch, and warn where nothing was learned."""
+        """Calibrate and measure the best epoch, and warn if nothing was learned."""
         model = self.model
         trained = model.head.recurrence.weight_hh.requires_grad  # `prepare_head` may freeze it
         if self.ranks.first:
@@ -375,7 +373,7 @@ class _Run:
 
 
 def warn_if_not_learned(sets: Tensor, targets: Tensor, recurrent: Tensor | None) -> None:
-    """Warn where training has ended in a model that names nothing, or whose recurrence is gone.
+    """Warn if training ended in a model that predicts nothing, or whose recurrence vanished.
 
     Args:
         sets: [n, L] bool of the best paths of the validation images.
@@ -408,9 +406,8 @@ def _is_saved(model: CNNRNN, folder: Path) -> bool:
 
 
 def _stored_state(file: Path, ranks: Ranks) -> State | None:
-    """Read the state that process 0 finds, everywhere; None where there is none."""
-    there = ranks.first and file.exists()
-    if ranks.numbers_from_first([there]) == [0]:
+    """Return the state that process 0 finds, in every process; None if there is none."""
+    if not ranks.first_says(file.exists()):
         return None
     return read_state(ranks.bytes_from_first(file.read_bytes() if ranks.first else b""), str(file))
 
@@ -480,14 +477,8 @@ def _read_split(
         return Split(data, targets, None, model.backbone.preprocessing, ranks)
     folder = Path(config.feature_cache) if config.feature_cache else out / "features"
     features = cached_features(
-        model.backbone,
-        data,
-        folder,
-        device=device,
-        batch_size=config.batch_size,
-        workers=config.workers or None,
-        on_bad_image=config.on_bad_image,
-        progress=progress,
+        model.backbone, data, folder, device=device, batch_size=config.batch_size,
+        workers=config.workers or None, on_bad_image=config.on_bad_image, progress=progress,
         ranks=ranks,
-    )
+    )  # fmt: skip
     return Split(data.select(features.kept), targets[features.kept], features.values, ranks=ranks)

@@ -281,6 +281,30 @@ def test_predict_for_programs(run, scenes, tmp_path, capsys, form):
     assert found == [(p.source, p.labels) for p in expected]
 
 
+def test_predict_with_known_labels(run, scenes, tmp_path, capsys):
+    first, second = pictures(scenes)[:2]
+    tags = first.parent / "tags.csv"  # a tag list to be completed
+    tags.write_text(f"image,labels\n{second.name},boat;sun\n", encoding="utf-8")
+    words = [first, second, "--known=sky", "--absent", "sea", "--format=jsonl"]
+    try:
+        assert predict(run, *words, "--known-from", f"csv:{tags}") == 0
+        out, err = capsys.readouterr()
+        assert err == f"csv:{tags} names 1 of 2 images\n"
+        assert predict(run, first, "--known=sky", f"--known-from=csv:{tags}") == 1
+        assert "must name some of the 1 images, got none of" in capsys.readouterr().err
+    finally:
+        tags.unlink()
+    found = [set(json.loads(line)["labels"]) for line in out.splitlines()]
+    assert {"sky"} <= found[0] and {"sky", "boat", "sun"} <= found[1]
+    assert not any("sea" in labels for labels in found)
+    expected = load_checkpoint(run).predict(
+        [first, second], known=[["sky"], ["sky", "boat", "sun"]], absent=["sea"]
+    )
+    assert found == [set(prediction.labels) for prediction in expected]
+    assert predict(run, first, "--known=yeti") == 1
+    assert "known must hold labels of the model, got 'yeti'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("form", ["table", "csv", "jsonl"])
 def test_predict_goes_on_past_bad_pictures(run, scenes, tmp_path, capsys, form):
     (tmp_path / "bad.png").write_bytes(b"no picture")
@@ -289,7 +313,7 @@ def test_predict_goes_on_past_bad_pictures(run, scenes, tmp_path, capsys, form):
     out, err = capsys.readouterr()
     assert out.count("no image in a known format") == 1
     assert out.count("000001.png") == out.count("000002.png") == 1
-    assert err == "cnnrnn: warning: 1 pictures could not be read\n"
+    assert err == "cnnrnn: warning: 1 images could not be read\n"
     assert predict(run, *words) == 1
     assert capsys.readouterr().err.startswith(f"cnnrnn: error: {tmp_path / 'bad.png'} must be a r")
 
@@ -322,7 +346,7 @@ def test_scenes_and_data_it_makes(tmp_path, capsys):
     pytest.importorskip("pycocotools")
     arguments = ["--train=3", "--val=2", "--test=0", "--image-size=32", "--seed=7"]
     assert main(["scenes", "--out", str(tmp_path / "new"), *arguments]) == 0
-    assert capsys.readouterr().out == f"5 pictures in {tmp_path / 'new'}\n"
+    assert capsys.readouterr().out == f"5 images in {tmp_path / 'new'}\n"
     assert len(list((tmp_path / "new").rglob("*.png"))) == 5
     assert main(["scenes", "--out", str(tmp_path / "new"), *arguments]) == 1
     assert "must be a new or empty folder" in capsys.readouterr().err
@@ -338,10 +362,8 @@ def test_check(capsys, monkeypatch):
     state = torch.get_rng_state()
     monkeypatch.setattr(check, "_version", lambda p: None if p == "torchvision" else "1")
     assert main(["check"]) == 1
-    assert (
-        "problem: extra [vision] is installed in part, without torchvision: run `pip install"
-        in (capsys.readouterr().out)
-    )
+    problem = "problem: extra [vision] is incomplete, without torchvision: run `pip install"
+    assert problem in capsys.readouterr().out
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -362,7 +384,7 @@ def test_help_and_version(capsys):
         (["evaluate", "--data=features:nothing.npz", "--model=nothing"], "is not a checkpoint"),
         (["train", "--data=features:nothing.npz"], "nothing.npz must be an .npz file, found no"),
         (["train", "--data=pictures"], "data must be one of coco:ROOT"),
-        (["train", "--data={features}", "--device=cuda:99"], "device 'cuda:99' was asked for"),
+        (["train", "--data={features}", "--device=cuda:99"], "device must exist, got 'cuda:99'"),
         (["train", "--data={features}", "--learning_rate=-1"], "learning_rate must be > 0, got -1"),
         (["train", "--data={features}", "--search.beam-size=17"], "beam_size must be in 1..16"),
         (["predict", "nothing.png", "--model={run}"], "nothing.png must be a readable image"),

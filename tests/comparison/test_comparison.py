@@ -519,7 +519,7 @@ def test_the_command_prints_the_table_and_goes_on(tmp_path, capsys):
     assert main([*words, "--methods=bcee"]) == 1
     assert "got 'bcee'" in capsys.readouterr().err
     assert main([*words, "--seeds=0;1"]) == 1
-    assert "--seeds must be whole numbers with commas between, got '0;1'" in capsys.readouterr().err
+    assert "--seeds must be comma-separated whole numbers, got '0;1'" in capsys.readouterr().err
 
 
 def test_the_command_on_pictures_caches_their_features(tmp_path, capsys):
@@ -558,7 +558,7 @@ def test_unreadable_pictures_are_left_out_of_the_features(tmp_path):
         name: len(rows) - (name == "val") for name, rows in dataset.splits.items()
     }
     kept = [i for i in range(len(dataset)) if i != bad]
-    assert torch.equal(features.label_matrix(), dataset.label_matrix(kept))
+    assert torch.equal(features.label_matrix(), dataset.select(kept).label_matrix())
     test = [features.record_name(i) for i in features.splits["test"]]
     assert len(test) == len(set(test)) == 3
     assert torch.equal(features.split("test").label_matrix(), dataset.split("test").label_matrix())

@@ -249,7 +249,7 @@ def test_on_the_command_line(
     out = capsys.readouterr().out
     for part in ("4 records, 4 labels", "train           2               1   1.00     2",
                  "0: 1, 1: 1, 2: 1, 3: 1", "sea", "and 1 more", "sea + sky: 2, 100.0 % of the",
-                 "4 different ones for 6 steps", "unreadable pictures: 0", "no problems",
+                 "4 different ones for 6 steps", "unreadable images: 0", "no problems",
                  ):  # fmt: skip
         assert part in out, part
     report = json.loads(file.read_text())

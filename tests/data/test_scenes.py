@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -160,16 +162,21 @@ def test_same_seed_writes_the_same_bytes_whatever_the_counts(tmp_path: Path) -> 
 @pytest.mark.parametrize("image_size", [64, 48])
 def test_written_files_are_valid_coco(tmp_path: Path, image_size: int) -> None:
     coco = pytest.importorskip("pycocotools.coco")
-    calls: list[tuple[int, int]] = []
+    calls: list[tuple[int, int | None]] = []
+
+    @contextmanager
+    def told(_: str, total: int | None) -> Iterator[Callable[[int], None]]:
+        yield lambda count: calls.append((count, total))
+
     write_scenes(
         tmp_path / "scenes",
         train=11,
         val=5,
         test=0,
         image_size=image_size,
-        progress=lambda done, total: calls.append((done, total)),
+        progress=told,
     )
-    assert calls == [(done, 16) for done in range(1, 17)]
+    assert calls == [(1, 16)] * 16
     for number, (split, count) in enumerate({"train": 11, "val": 5, "test": 0}.items()):
         path = tmp_path / "scenes" / "annotations" / f"instances_{split}.json"
         dataset = coco.COCO(str(path))
@@ -212,9 +219,15 @@ def test_empty_folder_is_filled(tmp_path: Path) -> None:
 
 
 def test_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
-    def interrupt(done: int, total: int) -> None:
-        if done == 3:
+    written: list[int] = []
+
+    def advance(count: int) -> None:
+        written.append(count)
+        if sum(written) == 3:
             raise KeyboardInterrupt
+
+    def interrupt(_: str, total: int | None) -> AbstractContextManager[Callable[[int], None]]:
+        return nullcontext(advance)
 
     with pytest.raises(KeyboardInterrupt):
         write_scenes(tmp_path / "scenes", train=5, val=0, test=0, progress=interrupt)

@@ -407,7 +407,7 @@ def test_members_of_every_seed_hold_out_the_same_images(tmp_path, file, monkeypa
         held_out.append([part.rows.tolist() for part in training_splits(dataset, config)])
         return train(dataset, out, model, search, config, **options)
 
-    monkeypatch.setattr("cnnrnn.training.run.train", watched)
+    monkeypatch.setattr("cnnrnn.training.ensemble.train", watched)
     result = train_ensemble(data, tmp_path, MODEL, SEARCH, QUICK, ["frequency"] * 2)
     assert held_out[0] == held_out[1]
     assert held_out[0] == [part.rows.tolist() for part in training_splits(data, QUICK)]
@@ -445,7 +445,7 @@ def test_options_that_make_no_ensemble(tmp_path, file, capsys):
         (["--members=3", "--member_orders=rare,random"], "must name 3 label orders for --members "
                                                          "3, got 2: rare,random"),
         (["--members=1", "--member_orders=sideways"], "label_order must be one of"),
-        (["--members=2", "--search.order=unique"], "paths that only go up: search.order must be "
+        (["--members=2", "--search.order=unique"], "needs increasing paths: search.order must be "
                                                    "increasing and no label order shuffled, got "
                                                    "unique and frequency, frequency"),
         (["--members=2", "--member_orders=rare,shuffled"], "got increasing and rare, shuffled"),

@@ -12,7 +12,7 @@ import torch
 import cnnrnn
 from cnnrnn.config import DECISIONS, Calibration, SearchConfig
 from cnnrnn.model.ensemble import Ensemble
-from cnnrnn.prediction.decisions import calibrate_known, nll_levels, reveal
+from cnnrnn.prediction.decisions import calibrate_known, nll_levels
 from cnnrnn.prediction.known import Known
 from cnnrnn.search.inference import set_nll
 from tests.prediction.test_decisions import NAMES, L, feature_model, features
@@ -148,17 +148,6 @@ def test_evidence_rows():
     rows = known.evidence([0], ["x.jpg"])
     assert rows is not None and rows.tolist() == [[1, 0, -1]]
     assert Known(("a",), 1).evidence([0], ["x"]) is None
-
-
-def test_reveal_takes_true_labels_at_random():
-    targets = torch.rand(2000, 7, generator=torch.Generator().manual_seed(0)) < 0.5
-    evidence = reveal(targets, 2, seed=1)
-    assert torch.equal(evidence.sum(1), targets.sum(1).clamp(max=2))
-    assert not (evidence.bool() & ~targets).any()
-    assert torch.equal(evidence, reveal(targets, 2, seed=1))
-    assert not torch.equal(evidence, reveal(targets, 2, seed=2))
-    share = evidence.sum(0) / targets.sum(0)
-    assert (share - share.mean()).abs().max() < 0.06  # no label is preferred
 
 
 def test_levels_of_set_nll_cover_as_they_say():

@@ -169,9 +169,9 @@ def test_other_options_are_named(tmp_path, data):
         train(data, out, replace(MODEL, joint_dim=8), replace(SEARCH, beam_size=2),
               replace(QUICK, learning_rate=0.5, epochs=2), resume=True)  # fmt: skip
     assert str(error.value) == (
-        f"the run in {out} can go on only as it was started: epochs must be 3, got 2; "
+        f"the run in {out} can resume only as it was started: epochs must be 3, got 2; "
         "learning_rate must be 0.01, got 0.5; model.joint_dim must be 16, got 8; "
-        "search.beam_size must be 4, got 2. Leave --resume out to start anew"
+        "search.beam_size must be 4, got 2. Leave --resume out to start over"
     )
     assert modified(out) == before
     free = replace(QUICK, workers=1, feature_cache=str(tmp_path / "cache"), device="auto")
@@ -187,7 +187,7 @@ def test_other_data_is_refused(tmp_path, data):
     with pytest.raises(ResumeError, match="as it was started: validation data must be the same"):
         train(replace(data, features=features), out, MODEL, SEARCH, QUICK, resume=True)
     fewer = replace(data, splits=data.splits | {"train": data.splits["train"][1:]})
-    with pytest.raises(ResumeError, match="started: training data must be the same, got others"):
+    with pytest.raises(ResumeError, match="training data must be the same, got different ones"):
         train(fewer, out, MODEL, SEARCH, QUICK, resume=True)
 
 

@@ -531,7 +531,7 @@ def test_devices():
         with pytest.raises(ValueError) as error:
             resolve_device(name)
         assert str(error.value) == f"device must be auto, cpu, cuda or cuda:N, got {name!r}"
-    with pytest.raises(ValueError, match=r"device 'cuda:99' was asked for, torch sees \d+ CUDA"):
+    with pytest.raises(ValueError, match=r"device must exist, got 'cuda:99', torch sees \d+ CUDA"):
         resolve_device("cuda:99")
 
 

@@ -16,21 +16,23 @@ from typing import Any
 import numpy as np
 
 from cnnrnn.config import OnBadImage
-from cnnrnn.data.dataset import CONTROL, Boxes, DataError, Dataset, csr, is_text
+from cnnrnn.data.dataset import DataError, Dataset, Records, expected_name
 from cnnrnn.data.files import (
     EmptySourceError,
     Problems,
     existing_images,
+    given_folder,
     name_problem,
     read_bytes,
     reason,
     short,
 )
+from cnnrnn.machine.extras import from_extra
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
-Categories = list[tuple[int, str]]
-Records = list[dict[str, Any]]
+Categories = dict[int, str]
+Objects = list[dict[str, Any]]  # of JSON
 
 
 def load_coco(
@@ -52,9 +54,8 @@ def load_coco(
         root_or_json: the folder, or one annotation file.
         images: the image folder of a single file; for a folder, where the `<suffix>/` folders are
             if not in it.
-        on_bad_image: `error` stops at an image file that does not exist, `skip` leaves such images
-            out with one warning per annotation file.
-        problems: takes what is wrong; without it the first problem is raised.
+        on_bad_image: as for `load_dataset`; one warning per annotation file.
+        problems: as for `load_dataset`.
 
     Returns:
         The dataset with image paths, and with boxes where the annotations have any.
@@ -71,24 +72,34 @@ def load_coco(
         raise DataError(f"{path} must be a COCO folder or annotation file, found no such file")
     elif images is None:
         raise DataError(f"{path} needs its image folder as well (images=FOLDER), got none")
-    elif not Path(images).is_dir():
-        raise DataError(f"{path} must come with an existing image folder, got {images}")
     else:
-        sources = [_Source("all", path, Path(images))]
+        sources = [_Source("all", path, given_folder(path, images))]
 
-    parts: list[tuple[_Source, _Part]] = []
+    records = Records()
+    first: tuple[Path, Categories] | None = None
     for source in sources:
         with problems.part():
-            part = _read_part(source, on_bad_image, problems)
-            if parts:
-                _require_same_categories(parts[0][0].file, parts[0][1].categories, source.file,
-                                         part.categories)  # fmt: skip
-            parts.append((source, part))
-    if not any(part.paths for _, part in parts):
+            coco = _read_annotations(source.file, problems)
+            ids, names = list(coco.imgs), [image["file_name"] for image in coco.imgs.values()]
+            kept = _existing(source, ids, names, on_bad_image, problems)
+            categories = {key: category["name"] for key, category in coco.cats.items()}
+            first = first or (source.file, categories)
+            _require_same_categories(*first, source.file, categories)
+            index = {category: label for label, category in enumerate(first[1])}
+            records.splits[source.split] = []
+            for i in kept:
+                objects = [(index[a["category_id"]], a.get("bbox")) for a in coco.imgToAnns[ids[i]]]
+                records.add(
+                    source.split,
+                    [label for label, _ in objects],
+                    source.image_folder / names[i],
+                    boxes=[(label, box) for label, box in objects if box is not None],
+                )
+    if first is None or not len(records):
         raise EmptySourceError(
             f"{path} must hold at least one image, got empty images in every file"
         )
-    return _join(f"coco:{path}", parts)
+    return records.dataset(f"coco:{path}", first[1].values())
 
 
 @dataclass(frozen=True)
@@ -96,15 +107,6 @@ class _Source:
     split: str
     file: Path
     image_folder: Path
-
-
-@dataclass(frozen=True)
-class _Part:
-    categories: Categories
-    paths: list[Path]
-    labels: list[list[int]]  # category ids of each image
-    box_labels: list[list[int]]
-    boxes: list[list[list[float]]]
 
 
 def _standard_layout(root: Path, images: Path | None) -> list[_Source]:
@@ -140,35 +142,24 @@ def _standard_layout(root: Path, images: Path | None) -> list[_Source]:
     return sources
 
 
-def _read_part(source: _Source, on_bad_image: OnBadImage, problems: Problems) -> _Part:
-    try:
-        from pycocotools.coco import COCO  # type: ignore[import-untyped, unused-ignore]
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'reading COCO annotations needs pycocotools: pip install "cnnrnn[vision]"'
-        ) from error
+def _existing(
+    source: _Source, ids: list[int], names: list[str], on_bad_image: OnBadImage, problems: Problems
+) -> list[int]:
+    return existing_images(
+        source.file, source.image_folder, lambda i: f"image {short(ids[i])}", names, on_bad_image,
+        problems,
+    )  # fmt: skip
+
+
+def _read_annotations(file: Path, problems: Problems) -> Any:
+    """Return pycocotools' index of what is right in a file."""
+    with from_extra("pycocotools", "reading COCO annotations"):
+        from pycocotools.coco import COCO
     coco = COCO()
-    coco.dataset = _checked(source.file, _read_json(source.file), problems)
+    coco.dataset = _checked(file, _read_json(file), problems)
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
-
-    image_ids = coco.getImgIds()
-    names = [str(image["file_name"]) for image in coco.loadImgs(image_ids)]
-    part = _Part(
-        categories=[(cat["id"], cat["name"]) for cat in coco.loadCats(coco.getCatIds())],
-        paths=[], labels=[], box_labels=[], boxes=[],
-    )  # fmt: skip
-    for position in existing_images(
-        source.file, source.image_folder, lambda i: f"image {short(image_ids[i])}", names,
-        on_bad_image, problems,
-    ):  # fmt: skip
-        annotations = coco.loadAnns(coco.getAnnIds(imgIds=[image_ids[position]]))
-        boxed = [annotation for annotation in annotations if "bbox" in annotation]
-        part.paths.append(source.image_folder / names[position])
-        part.labels.append([annotation["category_id"] for annotation in annotations])
-        part.box_labels.append([annotation["category_id"] for annotation in boxed])
-        part.boxes.append([annotation["bbox"] for annotation in boxed])
-    return part
+    return coco
 
 
 class _KeyTwiceError(ValueError):
@@ -207,7 +198,7 @@ def _without_segmentation(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def _checked(file: Path, data: Any, problems: Problems) -> dict[str, Records]:
+def _checked(file: Path, data: Any, problems: Problems) -> dict[str, Objects]:
     """Check what pycocotools takes on trust; return what is right."""
     if not isinstance(data, dict):
         raise DataError(f"{file} must hold a JSON object, got {_kind(data)}")
@@ -224,31 +215,27 @@ def _checked(file: Path, data: Any, problems: Problems) -> dict[str, Records]:
     annotations, _ = _with_ids(file, "annotations", data["annotations"], problems)
     images = _with_file_names(file, images, problems)
     categories = _with_names(file, categories, problems)
+    kept_images = {image["id"] for image in images}
+    kept_categories = {category["id"] for category in categories}
     annotations = [
         annotation
         for annotation in annotations
         if _refers(file, annotation, "image_id", image_ids, "images", problems)
         and _refers(file, annotation, "category_id", category_ids, "categories", problems)
         and _has_box_or_none(file, annotation, problems)
+        # What refers to a record that was left out is left out too.
+        and annotation["image_id"] in kept_images
+        and annotation["category_id"] in kept_categories
     ]
-    if problems.messages:  # what refers to a record that was left out goes as well
-        kept_images = {image["id"] for image in images}
-        kept_categories = {category["id"] for category in categories}
-        annotations = [
-            annotation
-            for annotation in annotations
-            if annotation["image_id"] in kept_images
-            and annotation["category_id"] in kept_categories
-        ]
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def _with_ids(
     file: Path, key: str, records: list[Any], problems: Problems
-) -> tuple[Records, set[int]]:
+) -> tuple[Objects, set[int]]:
     """Return the records that are objects with an integer id of their own, and the ids."""
     ids: set[int] = set()
-    kept: Records = []
+    kept: Objects = []
     for position, record in enumerate(records):
         if not isinstance(record, dict):
             problems.add(f"{file}: {key}[{position}] must be an object, got {_kind(record)}")
@@ -269,22 +256,16 @@ def _with_ids(
     return kept, ids
 
 
-def _with_names(file: Path, categories: Records, problems: Problems) -> Records:
+def _with_names(file: Path, categories: Objects, problems: Problems) -> Objects:
     """Return the categories that have a name of their own."""
     names: dict[str, int] = {}
-    kept: Records = []
+    kept: Objects = []
     for category in categories:
-        name, category_id = category.get("name"), category["id"]
-        if not isinstance(name, str) or not name.strip() or not is_text(name):
-            problems.add(
-                f"{file}: category {short(category_id)} must have a non-empty name, got "
-                f"{short(name)}"
-            )
-        elif CONTROL.search(name):
-            problems.add(
-                f"{file}: category {short(category_id)} must have a name without control "
-                f"characters, got {short(name)}"
-            )
+        name: Any = category.get("name")
+        category_id = category["id"]
+        if (expected := expected_name(name)) is not None:
+            problems.add(f"{file}: category {short(category_id)} must have {expected}, got "
+                         f"{short(name)}")  # fmt: skip
         elif name in names:
             problems.add(
                 f"{file}: category names must be unique, got {short(name)} for categories "
@@ -310,10 +291,10 @@ def _refers(
     return False
 
 
-def _with_file_names(file: Path, images: Records, problems: Problems) -> Records:
+def _with_file_names(file: Path, images: Objects, problems: Problems) -> Objects:
     """Return the images that have a file of their own inside the image folder."""
     seen: dict[str, int] = {}
-    kept: Records = []
+    kept: Objects = []
     for image in images:
         name, image_id = image.get("file_name"), image["id"]
         problem = name_problem(name)
@@ -355,11 +336,8 @@ def _is_box(value: object) -> bool:
 
 
 def _require_same_categories(
-    first_file: Path, first: Categories, file: Path, categories: Categories
+    first_file: Path, expected: Categories, file: Path, found: Categories
 ) -> None:
-    if sorted(first) == sorted(categories):
-        return
-    expected, found = dict(first), dict(categories)
     for category_id in sorted(expected.keys() | found.keys()):
         ours, theirs = expected.get(category_id), found.get(category_id)
         if ours != theirs:
@@ -368,32 +346,6 @@ def _require_same_categories(
                 f"{short(theirs) if theirs else 'missing'}, expected "
                 f"{short(ours) if ours else 'none'}"
             )
-
-
-def _join(source: str, parts: list[tuple[_Source, _Part]]) -> Dataset:
-    categories = parts[0][1].categories
-    index = {category_id: position for position, (category_id, _) in enumerate(categories)}
-    paths: list[Path] = []
-    labels: list[list[int]] = []
-    box_labels: list[list[int]] = []
-    boxes: list[list[float]] = []
-    splits = {}
-    for origin, part in parts:
-        splits[origin.split] = np.arange(len(paths), len(paths) + len(part.paths))
-        paths += part.paths
-        labels += [sorted({index[category_id] for category_id in ids}) for ids in part.labels]
-        box_labels += [[index[category_id] for category_id in ids] for ids in part.box_labels]
-        boxes += [box for record in part.boxes for box in record]
-    label_indptr, label_indices = csr(labels)
-    return Dataset(
-        source=source,
-        label_names=tuple(name for _, name in categories),
-        label_indptr=label_indptr,
-        label_indices=label_indices,
-        splits=splits,
-        image_paths=tuple(paths),
-        boxes=Boxes(*csr(box_labels), np.asarray(boxes, dtype=np.float32)) if boxes else None,
-    )
 
 
 def _kind(value: object) -> str:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from cnnrnn.config import SvmlightOptions
 from cnnrnn.data.dataset import MAX_SPLITS, DataError, Dataset
-from cnnrnn.data.files import EmptySourceError, Problems, reason
+from cnnrnn.data.files import EmptySourceError, Problems, kind_of_path, reason
 from cnnrnn.data.sources.svmlight import SVMLIGHT_SUFFIXES, load_svmlight
 
 MAX_UNPACKED_BYTES = 1 << 30
@@ -34,7 +34,7 @@ def load_features(
             record is in one split, `all`. Nothing is unpickled. Or what `load_svmlight` reads: a
             folder, or a file that ends in .svm, .svmlight or .libsvm.
         options: of svmlight text.
-        problems: takes what is wrong; without it the first problem is raised.
+        problems: as for `load_dataset`.
 
     Returns:
         The dataset, its features as float32.
@@ -108,8 +108,7 @@ def _right_rows(
 
 def _read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
     if not path.is_file():
-        found = "a folder" if path.is_dir() else "no such file"
-        raise DataError(f"{path} must be an .npz file, found {found}")
+        raise DataError(f"{path} must be an .npz file, found {kind_of_path(path)}")
     arrays: dict[str, npt.NDArray[Any]] = {}
     with contextlib.ExitStack() as stack:
         try:

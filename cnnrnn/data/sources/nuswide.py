@@ -16,6 +16,7 @@ from cnnrnn.data.files import (
     EmptySourceError,
     Problems,
     existing_images,
+    given_folder,
     name_problem,
     read_blocks,
     read_lines,
@@ -51,9 +52,8 @@ def load_nuswide(
         root: the folder.
         images: the image folder; None takes `Flickr` or `images` in `root`.
         options: labels, and split files: lists of image names as in `Imagelist.txt`.
-        on_bad_image: `error` stops at an image file that does not exist, `skip` leaves such images
-            out with one warning.
-        problems: takes what is wrong; without it the first problem is raised.
+        on_bad_image: as for `load_dataset`.
+        problems: as for `load_dataset`.
 
     Returns:
         The dataset with image paths; its splits are `train` and `test`, or those of the options,
@@ -125,9 +125,7 @@ def _find(root: Path, name: str, *folders: str) -> Path:
 
 def _image_folder(root: Path, images: str | Path | None) -> Path:
     if images is not None:
-        if not Path(images).is_dir():
-            raise DataError(f"{root} must come with an existing image folder, got {images}")
-        return Path(images)
+        return given_folder(root, images)
     for name in ("Flickr", "images"):
         if (root / name).is_dir():
             return root / name

@@ -1,4 +1,4 @@
-"""Small synthetic pictures whose labels depend on one another, written as a COCO dataset.
+"""Small synthetic images whose labels depend on one another, written as a COCO dataset.
 
 A scene is made in two steps. `draw_labels` picks the labels from the tables below, so the
 dependencies are known exactly; `draw_scene` then draws those labels and nothing else. Four
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+
+from cnnrnn.machine.progress import Progress, no_progress
 
 Colour = tuple[float, float, float]  # red, green, blue, 0..255
 Ink = NDArray[np.float64]  # [3], a colour under the light of the scene
@@ -42,7 +43,7 @@ GROUNDS: tuple[tuple[tuple[str, ...], float], ...] = (
 
 
 class Rule(NamedTuple):
-    """The chance of a label where all of `needs` and none of `bans` are in the picture."""
+    """The chance of a label where all of `needs` and none of `bans` are in the image."""
 
     label: str
     chance: float
@@ -106,7 +107,7 @@ def _wheel(x: float, radius: float, hub: str = "grey") -> Strokes:
     return ("black", (x, radius, radius, radius)), (hub, (x, radius, radius * 0.4, radius * 0.4))
 
 
-# Drawings stand on their foot at (0, 0), y up, in units of 1/64 of the picture's side at scale 1.
+# Drawings stand on their foot at (0, 0), y up, in units of 1/64 of the image's side at scale 1.
 DISC: Strokes = (("lamp", (0, 3, 3, 3)),)
 SPARK: Strokes = (
     ("lamp", (-1.2, 0.8, -0.3, 0.5, 0, -0.2, 0.3, 0.5, 1.2, 0.8, 0.3, 1.1, 0, 1.8, -0.3, 1.1)),
@@ -187,16 +188,16 @@ STRIPS: dict[str, tuple[tuple[str, Colour], tuple[str, Colour]]] = {
     "snow": (("snow", (222, 228, 236)), ("snow", (226, 230, 236))),
 }
 FOG: Colour = (165, 168, 170)
-GRID = 64.0  # layouts are made on a 64 x 64 grid, whatever the picture's size
+GRID = 64.0  # layouts are made on a 64 x 64 grid, whatever the image's size
 OVERSAMPLING = 3
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A drawn picture and what is in it.
+    """A drawn image and what is in it.
 
     Attributes:
-        image: RGB picture, image_size x image_size.
+        image: RGB image, image_size x image_size.
         boxes: (index into `SCENE_LABELS`, (x, y, width, height) in pixels); several boxes may share
             a label, and a context such as sky has the box of the region that shows it.
     """
@@ -254,14 +255,14 @@ def draw_labels(rng: np.random.Generator) -> frozenset[str]:
 
 
 def draw_scene(rng: np.random.Generator, image_size: int = 64) -> Scene:
-    """Draw one scene: its labels first, then a picture that shows exactly those.
+    """Draw one scene: its labels first, then an image that shows exactly those.
 
     Args:
         rng: Source of randomness; it is advanced.
-        image_size: Side of the square picture in pixels, 32..512.
+        image_size: Side of the square image in pixels, 32..512.
 
     Returns:
-        The picture and its boxes, all inside the picture and at least 1 x 1 pixel.
+        The image and its boxes, all inside the image and at least 1 x 1 pixel.
 
     Raises:
         ValueError: `image_size` is out of range.
@@ -324,7 +325,7 @@ def _compose(canvas: _Canvas, labels: frozenset[str], light: Ink, rng: np.random
 def _draw_backdrop(
     canvas: _Canvas, ground: str, zones: Zones, light: Ink, rng: np.random.Generator
 ) -> dict[str, Ink]:
-    """Fill the picture with sky and ground; return the ink of each zone."""
+    """Fill the image with sky and ground; return the ink of each zone."""
     blue = rng.random()
     sky = "sky", (150 - 60 * blue, 165 - 20 * blue, 175 + 35 * blue)
     back, front = STRIPS.get(ground, (("", FOG), ("", FOG)))
@@ -356,7 +357,7 @@ def _draw_backdrop(
 
 
 def _box(shown: NDArray[np.bool_]) -> Box:
-    """Smallest box of whole pixels of the final picture around the part that shows."""
+    """Smallest box of whole pixels of the final image around the part that shows."""
     columns = np.flatnonzero(shown.any(axis=0)) // OVERSAMPLING
     rows = np.flatnonzero(shown.any(axis=1)) // OVERSAMPLING
     x, y = int(columns[0]), int(rows[0])
@@ -383,21 +384,21 @@ def write_scenes(
     test: int = 1000,
     seed: int = 0,
     image_size: int = 64,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = no_progress,
 ) -> None:
     """Write three splits of scenes as PNG files with COCO instances annotations.
 
-    A picture depends on `seed`, its split, its index and `image_size` only, so larger counts add
-    pictures and change none. The folder appears complete or not at all.
+    An image depends on `seed`, its split, its index and `image_size` only, so larger counts add
+    images and change none. The folder appears complete or not at all.
 
     Args:
         folder: Gets `annotations/instances_{split}.json` and `{split}/000001.png`, ...
-        train: Number of training pictures.
-        val: Number of validation pictures.
-        test: Number of test pictures.
+        train: Number of training images.
+        val: Number of validation images.
+        test: Number of test images.
         seed: Seed of the dataset, at least 0.
-        image_size: Side of the pictures in pixels, 32..512.
-        progress: Called with (pictures written, pictures in all) after each picture.
+        image_size: Side of the images in pixels, 32..512.
+        progress: Told how many images are written.
 
     Raises:
         FileExistsError: `folder` exists and is not an empty folder.
@@ -410,8 +411,10 @@ def write_scenes(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} must be a new or empty folder: remove it or name another")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    done = 0
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as staging:
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as staging,
+        progress("scenes", sum(counts.values())) as advance,
+    ):
         unfinished = Path(staging) / folder.name
         (unfinished / "annotations").mkdir(parents=True)
         for number, (split, count) in enumerate(counts.items()):
@@ -421,9 +424,7 @@ def write_scenes(
                 scene = draw_scene(np.random.default_rng([seed, number, index]), image_size)
                 scene.image.save(unfinished / split / _file_name(index))
                 boxes.append(scene.boxes)
-                done += 1
-                if progress is not None:
-                    progress(done, sum(counts.values()))
+                advance(1)
             target = unfinished / "annotations" / f"instances_{split}.json"
             target.write_text(json.dumps(_coco_instances(boxes, image_size)), encoding="utf-8")
         if folder.exists():

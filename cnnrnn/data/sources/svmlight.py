@@ -11,8 +11,17 @@ import numpy as np
 import numpy.typing as npt
 
 from cnnrnn.config import SvmlightOptions
-from cnnrnn.data.dataset import DataError, Dataset, csr
-from cnnrnn.data.files import EmptySourceError, Problems, read_bytes, read_names, reason, short
+from cnnrnn.data.dataset import DataError, Dataset, Records
+from cnnrnn.data.files import (
+    EmptySourceError,
+    Problems,
+    files_by_split,
+    read_bytes,
+    read_vocabulary,
+    reason,
+    short,
+)
+from cnnrnn.machine.extras import from_extra
 
 SVMLIGHT_SUFFIXES = (".svm", ".svmlight", ".libsvm")
 MAX_UNPACKED_BYTES = 1 << 28
@@ -35,7 +44,7 @@ def load_svmlight(
         path: the file or the folder.
         options: label names, and the numbers of features; without these the first feature is 0
             where a 0 occurs in any of the files, else 1, and the last the highest that occurs.
-        problems: takes what is wrong; without it the first problem is raised.
+        problems: as for `load_dataset`.
 
     Returns:
         The dataset, its features as float32 [n, F].
@@ -47,42 +56,31 @@ def load_svmlight(
     problems = problems or Problems()
     options = options or SvmlightOptions()
     path = Path(path)
-    names = None
-    if options.vocabulary is not None:
-        names = read_names(Path(options.vocabulary).expanduser(), "label", problems)
+    names = read_vocabulary(options.vocabulary, problems)
     parts: list[_Part] = []
-    for file in _svmlight_files(path):
+    for file in files_by_split(path, SVMLIGHT_SUFFIXES, "file") if path.is_dir() else [path]:
         with problems.part():
             parts.append(_read_part(file, None if names is None else len(names), problems))
     first = options.first
     if first is None:
         first = 0 if any((part.features.indices == 0).any() for part in parts) else 1
     parts = [_within(part, first, options.features, problems) for part in parts]
-    splits: dict[str, npt.NDArray[np.int64]] = {}
-    count = 0
-    for part in parts:
-        name = "all" if part.file == path else part.file.stem
-        splits[name] = np.arange(count, count + len(part.labels))
-        count += len(part.labels)
-    if not count:
+    if not any(part.labels for part in parts):
         raise EmptySourceError(f"{path} must hold at least one record, got none")
-    label_sets = [labels for part in parts for labels in part.labels]
-    if names is None:
-        numbers = sorted({label for labels in label_sets for label in labels})
-        names = [str(number) for number in numbers]
-        position = {number: i for i, number in enumerate(numbers)}
-        label_sets = [[position[label] for label in labels] for labels in label_sets]
-    if not names:
+    numbers = sorted({label for part in parts for labels in part.labels for label in labels})
+    if names is not None:
+        numbers = list(range(len(names)))
+    if not numbers:
         raise EmptySourceError(f"{path} must hold at least one label, got none in any line")
-    label_indptr, label_indices = csr(label_sets)
-    return Dataset(
-        source=f"features:{path}",
-        label_names=tuple(names),
-        label_indptr=label_indptr,
-        label_indices=label_indices,
-        splits=splits,
-        features=_dense(path, parts, first, options.features),
-    )
+    position = {number: i for i, number in enumerate(numbers)}
+    records = Records()
+    for part in parts:
+        split = "all" if part.file == path else part.file.stem
+        records.splits[split] = []
+        for labels in part.labels:
+            records.add(split, [position[label] for label in labels])
+    features = _dense(path, parts, first, options.features)
+    return records.dataset(f"features:{path}", names or map(str, numbers), features)
 
 
 class _Part(NamedTuple):
@@ -90,21 +88,7 @@ class _Part(NamedTuple):
     size: int  # bytes
     lines: list[int]  # number of each record's line
     features: Any  # scipy.sparse [n, F+1], feature numbers as they stand in the file
-    labels: list[list[int]]  # ascending
-
-
-def _svmlight_files(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SVMLIGHT_SUFFIXES)
-    if not files:
-        raise DataError(f"{path} must hold a file per split, such as train.svm, found none")
-    for first, second in zip(files, files[1:], strict=False):
-        if first.stem == second.stem:
-            raise DataError(
-                f"{path} must hold one file per split, found {first.name} and {second.name}"
-            )
-    return files
+    labels: list[list[int]]  # of each record
 
 
 def _read_part(file: Path, label_count: int | None, problems: Problems) -> _Part:
@@ -136,7 +120,7 @@ def _read_part(file: Path, label_count: int | None, problems: Problems) -> _Part
             problems.add(f"{file}, line {number}: {problem}")
             continue
         kept.append(row)
-        sets.append(sorted(int(label) for label in labels[row]))
+        sets.append([int(label) for label in labels[row]])
     if len(kept) < len(lines):
         features = features[kept]
     return _Part(file, len(data), [lines[row][0] for row in kept], features, sets)
@@ -144,12 +128,8 @@ def _read_part(file: Path, label_count: int | None, problems: Problems) -> _Part
 
 def _parse(lines: Sequence[tuple[int, bytes]]) -> tuple[Any, list[tuple[float, ...]]]:
     """Return the features [n, F+1], sparse, and the label numbers of each line."""
-    try:
+    with from_extra("scikit-learn", "reading svmlight text"):
         from sklearn.datasets import load_svmlight_file
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'reading svmlight text needs scikit-learn: pip install "cnnrnn[vision]"'
-        ) from error
     text = io.BytesIO(b"\n".join(line for _, line in lines))
     features, labels = load_svmlight_file(text, dtype=np.float32, multilabel=True, zero_based=True)
     return features, labels

@@ -9,17 +9,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from cnnrnn.config import OnBadImage, TableOptions
-from cnnrnn.data.dataset import CONTROL, MAX_SPLITS, DataError, Dataset, csr
+from cnnrnn.data.dataset import CONTROL, MAX_SPLITS, DataError, Dataset, Records
 from cnnrnn.data.files import (
     EmptySourceError,
     Problems,
     existing_images,
+    files_by_split,
+    given_folder,
     name_problem,
-    read_names,
     read_text,
+    read_vocabulary,
     reason,
     short,
 )
@@ -54,9 +54,8 @@ def load_table(
         images: the folder that image paths start from; None takes the table's own.
         options: columns, delimiter, suffix and vocabulary. Without a delimiter labels are
             separated by `;`, and a table that looks as if they were not is an error.
-        on_bad_image: `error` stops at an image file that does not exist, `skip` leaves such images
-            out with one warning per table.
-        problems: takes what is wrong; without it the first problem is raised.
+        on_bad_image: as for `load_dataset`; one warning per table.
+        problems: as for `load_dataset`.
 
     Returns:
         The dataset with image paths. Its labels are the vocabulary, or the labels that occur,
@@ -68,26 +67,42 @@ def load_table(
     problems = problems or Problems()
     options = options or TableOptions()
     path = Path(path)
-    vocabulary = None
-    if options.vocabulary is not None:
-        names = read_names(Path(options.vocabulary).expanduser(), "label", problems)
-        vocabulary = {name: position for position, name in enumerate(names)}
-    if images is not None and not Path(images).is_dir():
-        raise DataError(f"{path} must come with an existing image folder, got {images}")
-    folder = Path(images) if images is not None else path if path.is_dir() else path.parent
+    names = read_vocabulary(options.vocabulary, problems)
+    vocabulary = None if names is None else _numbered(names)
+    if images is not None:
+        folder = given_folder(path, images)
+    else:
+        folder = path if path.is_dir() else path.parent
     rows: list[_Row] = []
     seen: dict[str, str] = {}
     for file in _table_files(path):
         split = "all" if file == path else file.stem
         with problems.part():
             table = _read_table(file, split, options, vocabulary, seen, problems)
-            rows += _existing_rows(file, folder, table, on_bad_image, problems)
+            kept = _existing(file, folder, table, on_bad_image, problems)
+            rows += [table[i] for i in kept]
     if options.delimiter is None and vocabulary is None:
         with problems.part():
             _check_delimiter(rows)
     if not rows:
         raise EmptySourceError(f"{path} must hold at least one image, got none")
-    return _join(path, folder, rows, vocabulary)
+    if vocabulary is None:
+        vocabulary = _numbered(sorted({label for row in rows for label in row.labels}))
+    if not vocabulary:
+        raise EmptySourceError(f"{path} must hold at least one label, got none in any row")
+    splits = {row.split: row.split for row in rows}
+    others = [name for name in splits if name in _NAMES_OF_VAL]
+    if "val" not in splits and len(others) == 1:
+        splits[others[0]] = "val"
+    records = Records()
+    for row in rows:
+        labels = [vocabulary[label] for label in row.labels]
+        records.add(splits[row.split], labels, folder / row.image)
+    return records.dataset(f"csv:{path}", vocabulary)
+
+
+def _numbered(names: list[str]) -> dict[str, int]:
+    return {name: position for position, name in enumerate(names)}
 
 
 class _Row(NamedTuple):
@@ -103,14 +118,7 @@ def _table_files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise DataError(f"{path} must be a table or a folder of tables, found no such file")
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in (".csv", ".tsv"))
-    if not files:
-        raise DataError(f"{path} must hold a table per split, such as train.csv, found none")
-    for first, second in zip(files, files[1:], strict=False):
-        if first.stem == second.stem:
-            raise DataError(f"{path} must hold one table per split, found {first.name} and "
-                            f"{second.name}")  # fmt: skip
-    return files
+    return files_by_split(path, (".csv", ".tsv"), "table")
 
 
 def _read_table(
@@ -255,38 +263,10 @@ def _split_values(column: str) -> str:
     return "true or false" if column.lower() == "is_valid" else "a non-empty name"
 
 
-def _existing_rows(
+def _existing(
     file: Path, folder: Path, rows: list[_Row], on_bad_image: OnBadImage, problems: Problems
-) -> list[_Row]:
-    kept = existing_images(
-        file, folder, lambda i: f"line {rows[i].line}", [row.image for row in rows], on_bad_image,
-        problems,
-    )  # fmt: skip
-    return [rows[i] for i in kept]
-
-
-def _join(
-    path: Path, folder: Path, rows: list[_Row], vocabulary: Mapping[str, int] | None
-) -> Dataset:
-    if vocabulary is None:
-        names = sorted({label for row in rows for label in row.labels})
-        vocabulary = {name: position for position, name in enumerate(names)}
-    if not vocabulary:
-        raise EmptySourceError(f"{path} must hold at least one label, got none in any row")
-    splits: dict[str, list[int]] = {}
-    for position, row in enumerate(rows):
-        splits.setdefault(row.split, []).append(position)
-    others = [name for name in splits if name in _NAMES_OF_VAL]
-    if "val" not in splits and len(others) == 1:
-        splits = {"val" if name in others else name: group for name, group in splits.items()}
-    label_indptr, label_indices = csr(
-        [sorted(vocabulary[label] for label in row.labels) for row in rows]
-    )
-    return Dataset(
-        source=f"csv:{path}",
-        label_names=tuple(vocabulary),
-        label_indptr=label_indptr,
-        label_indices=label_indices,
-        splits={name: np.array(members) for name, members in splits.items()},
-        image_paths=tuple(folder / row.image for row in rows),
+) -> list[int]:
+    names = [row.image for row in rows]
+    return existing_images(
+        file, folder, lambda i: f"line {rows[i].line}", names, on_bad_image, problems
     )

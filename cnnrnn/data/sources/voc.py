@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from cnnrnn.config import OnBadImage
-from cnnrnn.data.dataset import Boxes, DataError, Dataset, csr
+from cnnrnn.data.dataset import DataError, Dataset, Records
 from cnnrnn.data.files import (
     EmptySourceError,
     Problems,
@@ -23,6 +21,7 @@ from cnnrnn.data.files import (
     reason,
     short,
 )
+from cnnrnn.machine.extras import from_extra
 
 VOC_LABELS = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -54,13 +53,12 @@ def load_voc(
 
     Args:
         root: the folder of one year, such as `VOCdevkit/VOC2007`, or a folder that holds just one.
-        on_bad_image: `error` stops at an image file that does not exist, `skip` leaves such images
-            out with one warning.
-        problems: takes what is wrong; without it the first problem is raised.
+        on_bad_image: as for `load_dataset`.
+        problems: as for `load_dataset`.
 
     Returns:
         The dataset with image paths, and the boxes of the objects that are not difficult; a box
-        covers its outermost pixels, and the picture's first pixel is at 0.
+        covers its outermost pixels, and the image's first pixel is at 0.
 
     Raises:
         DataError: files are missing, or their content is not as VOC's format says.
@@ -87,7 +85,20 @@ def load_voc(
         root / "ImageSets" / "Main", folder, lambda i: f"image {image_ids[i]}", names,
         on_bad_image, problems,
     )  # fmt: skip
-    return _join(root, [(image_ids[i], folder / names[i]) for i in kept], objects, splits)
+    if not kept:
+        raise EmptySourceError(f"{root} must hold at least one image, got none in any split")
+    records = Records()
+    position: dict[str, int] = {}
+    for image_id, name in ((image_ids[i], names[i]) for i in kept):
+        position[image_id] = len(records)
+        certain = [o for o in objects[image_id] if not o.difficult]
+        labels = {o.label for o in certain}
+        unknown = {o.label for o in objects[image_id]} - labels
+        boxes = [(o.label, o.xywh) for o in certain]
+        records.add(None, labels, folder / name, unknown=unknown, boxes=boxes)
+    for split in splits:
+        records.splits[split.name] = [position[i] for i in split.lines if i in position]
+    return records.dataset(f"voc:{root}", VOC_LABELS)
 
 
 class _Object(NamedTuple):
@@ -215,12 +226,8 @@ def _read_objects(file: Path, image_id: str, problems: Problems) -> list[_Object
 
 
 def _parse(file: Path) -> Any:
-    try:
+    with from_extra("defusedxml", "reading VOC annotations"):
         from defusedxml import DefusedXmlException, ElementTree
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'reading VOC annotations needs defusedxml: pip install "cnnrnn[vision]"'
-        ) from error
     data = read_bytes(file)
     if len(data) > MAX_XML_BYTES:
         raise DataError(
@@ -329,41 +336,3 @@ def _check_label_file(
             f"{file} must have a line for every image of {split.file.name}, found none for "
             f"{missing[0]} ({len(missing)} missing)"
         )
-
-
-def _join(
-    root: Path,
-    images: list[tuple[str, Path]],
-    objects: Mapping[str, list[_Object]],
-    splits: list[_Split],
-) -> Dataset:
-    if not images:
-        raise EmptySourceError(f"{root} must hold at least one image, got none in any split")
-    records = [objects[image_id] for image_id, _ in images]
-    certain = [[o for o in record if not o.difficult] for record in records]
-    labels = [sorted({o.label for o in record}) for record in certain]
-    unknown = [
-        sorted({o.label for o in record if o.difficult} - set(known))
-        for record, known in zip(records, labels, strict=True)
-    ]
-    position = {image_id: i for i, (image_id, _) in enumerate(images)}
-    xywh = [o.xywh for record in certain for o in record]
-    label_indptr, label_indices = csr(labels)
-    unknown_indptr, unknown_indices = csr(unknown)
-    return Dataset(
-        source=f"voc:{root}",
-        label_names=VOC_LABELS,
-        label_indptr=label_indptr,
-        label_indices=label_indices,
-        splits={
-            split.name: np.array([position[i] for i in split.lines if i in position], np.int64)
-            for split in splits
-        },
-        image_paths=tuple(path for _, path in images),
-        boxes=Boxes(
-            *csr([[o.label for o in record] for record in certain]),
-            np.array(xywh, np.float32).reshape(-1, 4),
-        ),
-        unknown_indptr=unknown_indptr,
-        unknown_indices=unknown_indices,
-    )
