@@ -117,19 +117,20 @@ def evaluate(
     is_bound = model.search.order != "increasing"
     others = {}
     if revealed is not None:
-        draw = reveal(targets, revealed)
+        draw = reveal(targets[:, columns], revealed)  # the same whatever order the model has
         if not len(draw.images):
             raise DataError(
                 f"{dataset.source} must have images with more than {revealed} labels to reveal "
                 f"{revealed}, got {int(targets.sum(1).max())} at most"
             )
+        evidence = in_columns(draw.evidence, columns, len(model.labels))
         scores = inference.mixed(calibration)[draw.images]
-        given = model.infer(features[draw.images].to(model.device), search, draw.evidence)
+        given = model.infer(features[draw.images].to(model.device), search, evidence)
         told = given.mixed(calibration)
         told = torch.where(told.isnan(), scores, told)  # where no path was found
         others = {
             name: metrics_of_others(
-                found, targets[draw.images], draw.evidence,
+                found, targets[draw.images], evidence,
                 unknown=None if unknown is None else unknown[draw.images],
             )
             for name, found in (("none known", scores), (f"{revealed} known", told))
@@ -239,7 +240,7 @@ def model_columns(model: CNNRNN | Ensemble, dataset: Dataset) -> list[int]:
 
 
 def in_columns(matrix: Tensor, columns: list[int], num_labels: int) -> Tensor:
-    """Spread a matrix over the model's labels: [n, M] bool to [n, L], False in the others."""
+    """Spread a matrix over the model's labels: [n, M] to [n, L], False or 0 in the others."""
     result = matrix.new_zeros(len(matrix), num_labels)
     result[:, columns] = matrix
     return result
