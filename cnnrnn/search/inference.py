@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from cnnrnn.config import Calibration, Order, SearchConfig
+from cnnrnn.config import MAX_PLACES, Calibration, Order, SearchConfig
 from cnnrnn.labels import increasing_paths
 from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.network.losses import sequence_loss
@@ -99,7 +99,8 @@ def infer(
     Args:
         head: in eval mode.
         features: [n, F] on the head's device.
-        search: the search options.
+        search: the search options. Where labels are known and it names no `marginal_places`, banks
+            have the most there can be: what fits the evidence is spread over more sets.
         evidence: what is known of labels, [1 or n, L] int8; see `beam_search`.
 
     Returns:
@@ -110,7 +111,10 @@ def infer(
         ValueError: for evidence that does not fit.
     """
     results, scores, embeddings = [], [], []
-    if evidence is not None:  # whole, so that errors name the image
+    if evidence is not None:
+        if search.marginal_places is None:
+            search = replace(search, marginal_places=MAX_PLACES)
+        # Whole, so that errors name the image.
         check_evidence(head, evidence, len(features), resolve_max_labels(head, search))
     for slice_, part in enumerate(features.split(SEARCH_BATCH) if len(features) else [features]):
         embedding, label_scores = head.embed_with_label_scores(part)
