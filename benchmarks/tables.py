@@ -26,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.known_labels import table as known_table
 from benchmarks.quality.planted_errors import table as planted_table
 from benchmarks.quality.questions import table as questions_table
 from benchmarks.quality.recipe import OF_ORDERS
@@ -39,6 +40,7 @@ PAGES = (
         ROOT / "docs" / name
         for name in (
             "data.md",
+            "known_labels.md",
             "questions.md",
             "performance.md",
             "comparison.md",
@@ -428,6 +430,42 @@ def questions(data_set: str) -> str:
     return questions_table(results, data_set, (0, 1, 2, 3, 5, 10)) + "\n"
 
 
+def known() -> str:
+    """What one known label is worth, to each method that can use it."""
+    names = {"cocoweak": "COCO, weak", "corel16k": "Corel-16k"}
+    folder = ROOT / "benchmarks" / "results" / "comparison"
+    return known_table({name: read_rows(folder / f"known-{d}.json") for d, name in names.items()})
+
+
+def exact() -> str:
+    """What the exact search proves, how right conditional marginals are, what candidates cover."""
+    file = ROOT / "benchmarks" / "results" / "exact.json"
+    results = json.loads(file.read_text(encoding="utf-8"))
+    names = {"scene": "scenes", "cocoweak": "COCO, weak", "corel16k": "Corel-16k",
+             "corel5k": "Corel-5k"}  # fmt: skip
+
+    def row(label: str, cell: Callable[[dict[str, Any]], str]) -> list[str]:
+        return [label, *(cell(result) for result in results)]
+
+    rows = [
+        row("labels", lambda r: f"{r['exact']['labels']}"),
+        row("best set proved within 200 prefixes", lambda r: f"{r['exact']['certified']:.2%}"),
+        row("prefixes scored, median / most", lambda r: f"{r['exact']['expansions, median']:.0f} "
+            f"/ {r['exact']['expansions, most']:.0f}"),
+        row("its time over a beam of 8", lambda r: "{:.2f}".format(
+            r["exact"]["time of the best set over a beam of 8"])),
+        *(row(f"best set missed by a beam of {n}", lambda r, n=n: "{:.2%}".format(
+            r["exact"][f"best set missed by a beam of {n}"])) for n in (1, 4, 8)),
+        *(row(f"error of marginals, {n} places, mean", lambda r, n=n: "{:.4f}".format(
+            r["marginals"]["places"][n]["mean"])) for n in ("8", "16", "64")),
+        *(row(f"true set among candidates of {c}", lambda r, c=c: "{:.3f}".format(
+            r["candidates"][c]["covered"])) for c in ("0.5", "0.8", "0.9")),
+        *(row(f"candidates of {c}, median", lambda r, c=c: "{:,.0f}".format(
+            r["candidates"][c]["sets, median"])) for c in ("0.5", "0.9")),
+    ]  # fmt: skip
+    return _table(["", *(names[result["source"]] for result in results)], rows)
+
+
 # Of an H200: multiprocessors, schedulers of each, and their clock in GHz.
 H200_ISSUES = 132 * 4 * 1.98e9
 
@@ -541,6 +579,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "orders-animals": lambda results: recipe("animals", OF_ORDERS),
     "orders-camvid": lambda results: recipe("camvid", OF_ORDERS, former=True),
     "planted-errors": lambda results: planted(),
+    "known-labels": lambda results: known(),
+    "exact": lambda results: exact(),
     "questions-cocoweak": lambda results: questions("cocoweak"),
     "questions-corel16k": lambda results: questions("corel16k"),
     "instructions": lambda results: instructions(),

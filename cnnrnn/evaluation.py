@@ -17,7 +17,6 @@ from torch import Tensor
 
 from cnnrnn.config import Calibration, OnBadImage, SearchConfig
 from cnnrnn.data import DataError, Dataset
-from cnnrnn.known import metrics_of_others, reveal
 from cnnrnn.machine.files import write_whole
 from cnnrnn.machine.progress import Progress, no_progress
 from cnnrnn.metrics import per_label_metrics
@@ -25,6 +24,7 @@ from cnnrnn.model.classifier import CNNRNN
 from cnnrnn.model.ensemble import Ensemble
 from cnnrnn.network.features import Features, cached_features, compute_features
 from cnnrnn.prediction.decisions import decided_sets, decision_metrics
+from cnnrnn.reveal import metrics_of_others, reveal
 from cnnrnn.search.inference import Inference
 
 
@@ -41,7 +41,7 @@ class Evaluation:
             labels; NaN where there is none.
         nll_is_bound: it is an upper bound, since a set has further paths in the search's order.
         unknown: [n, L] bool, labels that are neither present nor absent, or None.
-        others: `known.metrics_of_others` of the images in which labels were revealed, by what the
+        others: `reveal.metrics_of_others` of the images in which labels were revealed, by what the
             model was told: `none known`, and `K known`. Empty where none were.
     """
 

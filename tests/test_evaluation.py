@@ -14,13 +14,13 @@ from cnnrnn import Ensemble, set_log_probs
 from cnnrnn.config import ModelConfig, SearchConfig
 from cnnrnn.data import Boxes, DataError, Dataset, load_dataset
 from cnnrnn.evaluation import evaluate, object_recall, write_per_label, write_per_label_csv
-from cnnrnn.known import metrics_of_others, reveal
 from cnnrnn.labels import LabelSpace
 from cnnrnn.metrics import multilabel_metrics
 from cnnrnn.model.checkpoint import FEATURES_ONLY
 from cnnrnn.model.classifier import CNNRNN
 from cnnrnn.network.head import Head
 from cnnrnn.network.losses import sequence_loss
+from cnnrnn.reveal import metrics_of_others, reveal
 
 NAMES = ("a", "b", "c")
 

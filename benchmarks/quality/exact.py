@@ -22,8 +22,8 @@ import torch
 
 from cnnrnn import CNNRNN, SearchConfig, load, load_dataset
 from cnnrnn.data import Dataset
-from cnnrnn.known import reveal
 from cnnrnn.machine.files import write_whole
+from cnnrnn.reveal import reveal
 from cnnrnn.search import beam_search, best_sets
 
 BEAM = SearchConfig(beam_size=8)

@@ -162,7 +162,7 @@ class ProbabilisticChain(LabelsGiven):
 
         Args:
             features: [n, F].
-            evidence: [n, L] int8, see `cnnrnn.known`.
+            evidence: [n, L] int8, see `cnnrnn.reveal`.
             samples: S, sets drawn for each image.
             seed: of the draws.
 

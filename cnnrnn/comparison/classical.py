@@ -223,7 +223,7 @@ class LowRankCompletion:
 
         Args:
             features: [n, F].
-            evidence: [n, L] int8, see `cnnrnn.known`.
+            evidence: [n, L] int8, see `cnnrnn.reveal`.
 
         Returns:
             [n, L]; 1 and 0 of the known labels.

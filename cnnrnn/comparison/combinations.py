@@ -79,7 +79,7 @@ class LabelCombinations(nn.Module):
 
         Args:
             features: [n, F].
-            evidence: [n, L] int8, see `cnnrnn.known`; None where nothing is known.
+            evidence: [n, L] int8, see `cnnrnn.reveal`; None where nothing is known.
 
         Returns:
             [n, L] on the CPU; 1 and 0 of the known labels.

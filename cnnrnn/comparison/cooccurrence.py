@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cnnrnn.known import metrics_of_others, reveal
+from cnnrnn.reveal import metrics_of_others, reveal
 
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 SMOOTHINGS = (0.3, 1.0, 3.0, 10.0, 30.0)
@@ -64,7 +64,7 @@ class CoOccurrence:
 
         Args:
             logits: [n, L] log-odds by an independent classifier.
-            evidence: [n, L] int8, see `cnnrnn.known`.
+            evidence: [n, L] int8, see `cnnrnn.reveal`.
 
         Returns:
             [n, L] float32.

@@ -68,7 +68,7 @@ class DependencyNetwork(LabelsGiven):
 
         Args:
             features: [n, F].
-            evidence: [n, L] int8, see `cnnrnn.known`; None where nothing is known.
+            evidence: [n, L] int8, see `cnnrnn.reveal`; None where nothing is known.
             chains: C, for each image.
             sweeps: through all labels, after `BURN_IN`.
             seed: of the draws.

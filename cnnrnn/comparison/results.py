@@ -43,8 +43,8 @@ class Row:
         nll: mean of -log P(the whole true set) in nats, of the method; NaN where sets have none.
         nll_is_bound: the NLL is at most `nll`.
         seconds: of tuning, training and measuring, less what was trained before.
-        others: `known.metrics_of_others` of the images with two labels or more, of all but one true
-            label that was drawn and not told; empty where there is no such image.
+        others: `reveal.metrics_of_others` of the images with two labels or more, of all but one
+            true label that was drawn and not told; empty where there is no such image.
         others_given: the same of the method told of that label; empty where it cannot be.
     """
 

@@ -32,13 +32,13 @@ from cnnrnn.comparison.results import Results, Row, markdown_table
 from cnnrnn.config import CompareConfig, ModelConfig, OnBadImage, SearchConfig, TrainConfig
 from cnnrnn.data import DataError, Dataset
 from cnnrnn.data.splits import with_fixed_splits
-from cnnrnn.known import metrics_of_others, reveal
 from cnnrnn.machine.files import write_whole
 from cnnrnn.machine.progress import Progress, no_progress
 from cnnrnn.metrics import multilabel_metrics
 from cnnrnn.model.ensemble import mixture_log_probs
 from cnnrnn.network.backbones import Backbone
 from cnnrnn.network.features import cached_features
+from cnnrnn.reveal import metrics_of_others, reveal
 from cnnrnn.search import NonFiniteError
 from cnnrnn.training.batches import Split
 from cnnrnn.training.loop import NonFiniteLossError

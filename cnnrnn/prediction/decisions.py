@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from cnnrnn.config import DECISIONS, Calibration, Decide, SearchConfig
-from cnnrnn.known import metrics_of_others, reveal
 from cnnrnn.labels import PAD, path_sets
 from cnnrnn.metrics import (
     at_least,
@@ -27,6 +26,7 @@ from cnnrnn.metrics import (
     top_k_sets,
 )
 from cnnrnn.network.head import Head
+from cnnrnn.reveal import metrics_of_others, reveal
 from cnnrnn.search import SearchResult
 from cnnrnn.search.inference import _SMALLEST, Inference, infer, set_nll
 

@@ -28,9 +28,9 @@ from cnnrnn.comparison.results import Results, table_cells
 from cnnrnn.comparison.run import _judge, _test_nll, ensemble_seeds
 from cnnrnn.config import CompareConfig, ModelConfig, SearchConfig, TrainConfig
 from cnnrnn.data import DataError, Dataset, load_dataset
-from cnnrnn.known import reveal
 from cnnrnn.metrics import best_threshold, multilabel_metrics
 from cnnrnn.model.ensemble import mixture_log_probs
+from cnnrnn.reveal import reveal
 from cnnrnn.training.loop import NonFiniteLossError
 
 HEAD = ModelConfig(trunk_dim=0, hidden_dim=16, joint_dim=16, input_dropout=0.0, joint_dropout=0.0)

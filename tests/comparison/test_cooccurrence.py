@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cnnrnn.comparison.cooccurrence import CoOccurrence, fit_cooccurrence
-from cnnrnn.known import metrics_of_others, reveal
+from cnnrnn.reveal import metrics_of_others, reveal
 
 
 def logit(p):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from cnnrnn.known import best_threshold_of_others, metrics_of_others, reveal
+from cnnrnn.reveal import best_threshold_of_others, metrics_of_others, reveal
 
 average_precision_score = pytest.importorskip("sklearn.metrics").average_precision_score
 
