@@ -8,7 +8,9 @@ Those of methods are made from `benchmarks/results/comparison/` (results.json of
 one per data set) and `benchmarks/results/likelihood/` (the same with `--settings 1`, of the methods
 that give probabilities to label sets), those of the recipe from `benchmarks/results/recipe.json`
 (of benchmarks/quality/recipe.py), that of instructions from `benchmarks/results/instructions.json`
-(of benchmarks/search/instructions.py).
+(of benchmarks/search/instructions.py), that of wrong labels from
+`benchmarks/results/planted_errors.json` (of benchmarks/quality/planted_errors.py), those of
+questions from `benchmarks/results/questions.json` (of benchmarks/quality/questions.py).
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`.
 """
@@ -24,6 +26,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.planted_errors import table as planted_table
+from benchmarks.quality.questions import table as questions_table
 from benchmarks.quality.recipe import OF_ORDERS
 from benchmarks.quality.recipe import table as recipe_table
 from cnnrnn.comparison import COLUMNS, Row, markdown_table, read_rows, table_cells
@@ -34,6 +38,8 @@ PAGES = (
     *(
         ROOT / "docs" / name
         for name in (
+            "data.md",
+            "questions.md",
             "performance.md",
             "comparison.md",
             "training.md",
@@ -408,6 +414,20 @@ def recipe(data_set: str, rows: dict[str, str] | None = None, former: bool = Fal
     return recipe_table(json.loads(file.read_text(encoding="utf-8")), data_set, rows) + "\n"
 
 
+def planted() -> str:
+    """How well planted errors are found among the labels of three data sets."""
+    file = ROOT / "benchmarks" / "results" / "planted_errors.json"
+    sources = {"cocoweak": "COCO, weak", "corel16k": "Corel-16k", "coco": "COCO"}
+    return planted_table(json.loads(file.read_text(encoding="utf-8")), sources) + "\n"
+
+
+def questions(data_set: str) -> str:
+    """How fast the label sets of a data set become certain as questions are answered."""
+    file = ROOT / "benchmarks" / "results" / "questions.json"
+    results = json.loads(file.read_text(encoding="utf-8"))
+    return questions_table(results, data_set, (0, 1, 2, 3, 5, 10)) + "\n"
+
+
 # Of an H200: multiprocessors, schedulers of each, and their clock in GHz.
 H200_ISSUES = 132 * 4 * 1.98e9
 
@@ -520,6 +540,9 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "orders-scene": lambda results: recipe("scene", OF_ORDERS),
     "orders-animals": lambda results: recipe("animals", OF_ORDERS),
     "orders-camvid": lambda results: recipe("camvid", OF_ORDERS, former=True),
+    "planted-errors": lambda results: planted(),
+    "questions-cocoweak": lambda results: questions("cocoweak"),
+    "questions-corel16k": lambda results: questions("corel16k"),
     "instructions": lambda results: instructions(),
     "deployment": lambda results: deployment(),
     "deployment-summary": lambda results: deployment_summary(),

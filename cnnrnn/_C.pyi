@@ -38,12 +38,35 @@ class CpuHead:
         trace: bool = False,
         precision: str = "exact",  # of label scores on a GPU
         rounds: int = -1,  # of making states, of a captured search: -1 as many as it can need
+        evidence: Tensor | None = None,  # [1 or B, L] int8: 1 present, -1 absent, 0 unknown
+        marginal_places: int = 0,  # live paths of a bank in a search for marginals; 0: beam_size
     ) -> tuple[
         Tensor,  # labels [B, N, T]
         Tensor,  # lengths [B, N]
         Tensor,  # log_probs [B, N]
         Tensor | None,  # marginals [B, L]
-        Tensor | None,  # trace [B, T+1, N, 2]: parent rank and label of each step's live paths
+        Tensor | None,  # trace [B, T+1, W, 2]: parent rank and label of each step's live paths
+        tuple[int, int, int, int, int],  # the fields of SearchStats
+        int,  # images that were marked
+        Tensor | None,  # log_evidence [B], with marginals
+    ]: ...
+    def best_sets(
+        self,
+        joint: Tensor,  # [B, D]
+        label_logits: Tensor | None,  # [B, L+1]
+        count: int,  # K
+        max_labels: int,  # T
+        min_labels: int,
+        least: float,  # sets of a lower log-probability are not wanted
+        max_expansions: int,
+        evidence: Tensor | None = None,  # [1 or B, L] int8
+    ) -> tuple[
+        Tensor,  # labels [B, K, T]
+        Tensor,  # lengths [B, K]
+        Tensor,  # log_probs [B, K]
+        Tensor,  # proved [B]: the first so many are the most probable sets
+        Tensor,  # ended [B] bool: no other set that is wanted is left
+        Tensor,  # expansions [B]
         tuple[int, int, int, int, int],  # the fields of SearchStats
         int,  # images that were marked
     ]: ...
@@ -80,14 +103,17 @@ class CudaHead:
         trace: bool = False,
         precision: str = "exact",  # of label scores on a GPU
         rounds: int = -1,  # of making states, of a captured search: -1 as many as it can need
+        evidence: Tensor | None = None,  # [1 or B, L] int8: 1 present, -1 absent, 0 unknown
+        marginal_places: int = 0,  # live paths of a bank in a search for marginals; 0: beam_size
     ) -> tuple[
         Tensor,  # labels [B, N, T]
         Tensor,  # lengths [B, N]
         Tensor,  # log_probs [B, N]
         Tensor | None,  # marginals [B, L]
-        Tensor | None,  # trace [B, T+1, N, 2]: parent rank and label of each step's live paths
+        Tensor | None,  # trace [B, T+1, W, 2]: parent rank and label of each step's live paths
         tuple[int, int, int, int, int],  # the fields of SearchStats
         int,  # images that were marked
+        Tensor | None,  # log_evidence [B], with marginals
     ]: ...
 
 def instruction_sets() -> list[str]: ...

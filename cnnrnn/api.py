@@ -15,6 +15,7 @@ from cnnrnn.config import Decide, OnBadImage, Precision
 from cnnrnn.machine.devices import resolve_device
 from cnnrnn.model.classifier import CNNRNN, load_checkpoint
 from cnnrnn.model.ensemble import Ensemble, load_model
+from cnnrnn.prediction.known import Names
 from cnnrnn.prediction.result import Prediction
 
 DEMO_MODEL = Path(__file__).parent / "scenes_model"
@@ -24,6 +25,8 @@ def predict(
     images: Any,
     model: CNNRNN | Ensemble | str | Path | None = None,
     *,
+    known: Names = (),
+    absent: Names = (),
     top_k: int | None = None,
     beam_size: int | None = None,
     min_labels: int | None = None,
@@ -46,6 +49,8 @@ def predict(
         predict_iter(
             images,
             model,
+            known=known,
+            absent=absent,
             top_k=top_k,
             beam_size=beam_size,
             min_labels=min_labels,
@@ -65,6 +70,8 @@ def predict_iter(
     images: Any,
     model: CNNRNN | Ensemble | str | Path | None = None,
     *,
+    known: Names = (),
+    absent: Names = (),
     top_k: int | None = None,
     beam_size: int | None = None,
     min_labels: int | None = None,
@@ -80,6 +87,8 @@ def predict_iter(
     """Predict image after image, holding a few batches at a time; see `Predictor.predict_iter`."""
     return resolve_model(model, device).predict_iter(
         images,
+        known=known,
+        absent=absent,
         top_k=top_k,
         beam_size=beam_size,
         min_labels=min_labels,
@@ -97,6 +106,8 @@ def predict_features(
     features: Tensor | np.ndarray[Any, Any],
     model: CNNRNN | Ensemble | str | Path,
     *,
+    known: Names = (),
+    absent: Names = (),
     top_k: int | None = None,
     beam_size: int | None = None,
     min_labels: int | None = None,
@@ -107,6 +118,8 @@ def predict_features(
     """Predict label sets of feature vectors [B, F]; see `Predictor.predict_features`."""
     return resolve_model(model, device).predict_features(
         features,
+        known=known,
+        absent=absent,
         top_k=top_k,
         beam_size=beam_size,
         min_labels=min_labels,

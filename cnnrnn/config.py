@@ -12,6 +12,7 @@ from typing import Literal, get_args
 Cell = Literal["lstm", "paper"]
 Activation = Literal["relu", "tanh", "identity"]
 Order = Literal["increasing", "unique", "free"]
+Algorithm = Literal["beam", "exact"]
 Stop = Literal["n_best", "literal"]
 Decide = Literal["path", "threshold", "label_thresholds", "k", "f1"]
 DECISIONS: tuple[Decide, ...] = get_args(Decide)
@@ -27,6 +28,7 @@ FilePrecision = Literal["float32", "float16"]
 """The type of an exported backbone's weights."""
 
 MAX_BEAM_SIZE = 16
+MAX_PLACES = 64
 MAX_WIDTH = 65_536
 
 
@@ -167,6 +169,12 @@ class SearchConfig:
         end_takes_slot: END competes for one of the N places of a step.
         stop: `n_best` ends when no live path can enter the N best; `literal` ends when the best
             live path is below every finished one, as the paper says.
+        marginal_places: live paths of each bank (docs/search.md) in a search for marginals, up to
+            64; at least `beam_size`, which it is by default. More find more of the probability
+            where it is spread over many label sets.
+        algorithm: `beam`; or `exact`, which returns the most probable label sets with a proof, for
+            `increasing` order. Marginals come from a beam in either case.
+        max_expansions: prefixes of an image that the exact search scores at most.
     """
 
     beam_size: int = 8
@@ -175,6 +183,9 @@ class SearchConfig:
     order: Order = "increasing"
     end_takes_slot: bool = False
     stop: Stop = "n_best"
+    marginal_places: int | None = None
+    algorithm: Algorithm = "beam"
+    max_expansions: int = 200
 
     def __post_init__(self) -> None:
         """Check ranges and choices."""
@@ -185,12 +196,30 @@ class SearchConfig:
         _require(self.min_labels >= 0, f"min_labels must be at least 0, got {self.min_labels}")
         _require_choice("order", self.order, ("increasing", "unique", "free"))
         _require_choice("stop", self.stop, ("n_best", "literal"))
+        _require_choice("algorithm", self.algorithm, ("beam", "exact"))
+        _require(
+            self.algorithm == "beam" or self.order == "increasing",
+            f"algorithm exact needs order increasing, got {self.order}",
+        )
+        _require(
+            self.max_expansions >= 1,
+            f"max_expansions must be at least 1, got {self.max_expansions}",
+        )
+        if self.marginal_places is not None:
+            _require(
+                1 <= self.marginal_places <= MAX_PLACES,
+                f"marginal_places must be in 1..{MAX_PLACES}, got {self.marginal_places}",
+            )
         if self.max_labels is not None:
             _require(self.max_labels >= 0, f"max_labels must be at least 0, got {self.max_labels}")
             _require(
                 self.min_labels <= self.max_labels,
                 f"min_labels ({self.min_labels}) must not exceed max_labels ({self.max_labels})",
             )
+
+    def places(self, marginals: bool) -> int:
+        """Return how many live paths of a bank are kept, in a search for marginals or without."""
+        return max(self.beam_size, self.marginal_places or 0) if marginals else self.beam_size
 
     @classmethod
     def paper(cls, k: int = 0) -> SearchConfig:
@@ -214,6 +243,9 @@ class Calibration:
             without labels.
         uncalibrated: labels, in path order, with too few positives for a threshold of their own;
             they use `threshold`.
+        known_mix_weight: as `mix_weight`, where some labels are known.
+        set_nll: -log P(set) in nats that the true sets of 1, 2, ... percent of further images do
+            not exceed, as far as validation data tells; empty where it was not calibrated.
     """
 
     threshold: float = 0.5
@@ -222,10 +254,18 @@ class Calibration:
     k: int = 1
     min_labels: int = 0
     uncalibrated: tuple[int, ...] = ()
+    known_mix_weight: float = 0.0
+    set_nll: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        _require(0 <= self.mix_weight <= 1, f"mix_weight must be in [0, 1], got {self.mix_weight}")
+        for name in ("mix_weight", "known_mix_weight"):
+            weight = getattr(self, name)
+            _require(0 <= weight <= 1, f"{name} must be in [0, 1], got {weight}")
+        _require(
+            len(self.set_nll) <= 99 and list(self.set_nll) == sorted(self.set_nll),
+            "set_nll must be at most 99 ascending numbers",
+        )
         _require(self.k >= 1, f"k must be at least 1, got {self.k}")
         _require(self.min_labels >= 0, f"min_labels must be at least 0, got {self.min_labels}")
 

@@ -6,7 +6,8 @@ import csv
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,12 +17,13 @@ from torch import Tensor
 
 from cnnrnn.config import Calibration, OnBadImage, SearchConfig
 from cnnrnn.data import DataError, Dataset
+from cnnrnn.known import metrics_of_others, reveal
 from cnnrnn.machine.files import write_whole
 from cnnrnn.machine.progress import Progress, no_progress
 from cnnrnn.metrics import per_label_metrics
 from cnnrnn.model.classifier import CNNRNN
 from cnnrnn.model.ensemble import Ensemble
-from cnnrnn.network.features import compute_features
+from cnnrnn.network.features import Features, cached_features, compute_features
 from cnnrnn.prediction.decisions import decided_sets, decision_metrics
 from cnnrnn.search.inference import Inference
 
@@ -39,6 +41,8 @@ class Evaluation:
             labels; NaN where there is none.
         nll_is_bound: it is an upper bound, since a set has further paths in the search's order.
         unknown: [n, L] bool, labels that are neither present nor absent, or None.
+        others: `known.metrics_of_others` of the images in which labels were revealed, by what the
+            model was told: `none known`, and `K known`. Empty where none were.
     """
 
     metrics: dict[str, dict[str, float]]
@@ -48,6 +52,7 @@ class Evaluation:
     nll: float
     nll_is_bound: bool
     unknown: Tensor | None = None
+    others: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def evaluate(
@@ -57,6 +62,7 @@ def evaluate(
     k: int | None = 3,
     search: SearchConfig | None = None,
     min_labels: int | None = None,
+    revealed: int | None = None,
     batch_size: int = 128,
     workers: int | None = None,
     on_bad_image: OnBadImage = "error",
@@ -72,6 +78,8 @@ def evaluate(
         search: the model's own by default.
         min_labels: every set and every path has at least so many labels; 0 allows empty sets. None
             for what validation data decided, and the search's own.
+        revealed: also draw so many true labels of each image that has more, and measure the other
+            labels, with the drawn ones known and without.
         batch_size: pictures per step.
         workers: threads that decode; one per core by default, up to 8.
         on_bad_image: `skip` leaves unreadable pictures out and warns with their count.
@@ -79,39 +87,24 @@ def evaluate(
 
     Raises:
         DataError: the dataset is empty, or has features of another kind or number than the model
-            reads, or labels that the model lacks.
+            reads, or labels that the model lacks, or no image has more labels than are revealed.
+        ValueError: `revealed` is below 1.
     """
+    if revealed is not None and revealed < 1:
+        raise ValueError(f"revealed must be at least 1, got {revealed}")
     if not len(dataset):
         raise DataError(f"{dataset.source} has no images to evaluate on")
-    columns = _model_columns(model, dataset)
-    targets = _in_columns(dataset.label_matrix(), columns, len(model.labels))
+    columns = model_columns(model, dataset)
+    targets = in_columns(dataset.label_matrix(), columns, len(model.labels))
     unknown = None
     if dataset.unknown_indices is not None:
-        unknown = _in_columns(dataset.unknown_matrix(), columns, len(model.labels))
-    if dataset.features is not None:
-        if model.backbone is not None:
-            raise DataError(f"{dataset.source} holds feature vectors, but the model reads pictures")
-        features = torch.from_numpy(dataset.features)
-        if features.shape[1] != model.feature_dim:
-            raise DataError(
-                f"{dataset.source} must hold vectors of {model.feature_dim} features like "
-                f"those that the model was trained on, got {features.shape[1]}: for svmlight text "
-                f"say features={model.feature_dim}, and first=0 or first=1"
-            )
-    elif model.backbone is None:
-        raise DataError(f"{dataset.source} holds pictures, but the model reads feature vectors")
-    else:
-        computed = compute_features(
-            model.backbone,
-            dataset,
-            device=model.device,
-            batch_size=batch_size,
-            workers=workers,
-            on_bad_image=on_bad_image,
-            progress=progress,
-        )
-        features, targets = computed.values, targets[computed.kept]
-        unknown = None if unknown is None else unknown[computed.kept]
+        unknown = in_columns(dataset.unknown_matrix(), columns, len(model.labels))
+    computed = model_features(
+        model, dataset, batch_size=batch_size, workers=workers, on_bad_image=on_bad_image,
+        progress=progress,
+    )  # fmt: skip
+    features, targets = computed.values, targets[computed.kept]
+    unknown = None if unknown is None else unknown[computed.kept]
     model.eval()
     calibration = model.calibration
     if min_labels is not None:
@@ -122,7 +115,71 @@ def evaluate(
     known = slice(None) if unknown is None else ~unknown.any(1)
     nll = float(model.set_nll(features[known], targets[known]).mean())
     is_bound = model.search.order != "increasing"
-    return Evaluation(metrics, inference, targets, calibration, nll, is_bound, unknown)
+    others = {}
+    if revealed is not None:
+        draw = reveal(targets[:, columns], revealed)  # the same whatever order the model has
+        if not len(draw.images):
+            raise DataError(
+                f"{dataset.source} must have images with more than {revealed} labels to reveal "
+                f"{revealed}, got {int(targets.sum(1).max())} at most"
+            )
+        evidence = in_columns(draw.evidence, columns, len(model.labels))
+        scores = inference.mixed(calibration)[draw.images]
+        given = model.infer(features[draw.images].to(model.device), search, evidence)
+        told = given.mixed(calibration)
+        told = torch.where(told.isnan(), scores, told)  # where no path was found
+        others = {
+            name: metrics_of_others(
+                found, targets[draw.images], evidence,
+                unknown=None if unknown is None else unknown[draw.images],
+            )
+            for name, found in (("none known", scores), (f"{revealed} known", told))
+        }  # fmt: skip
+    return Evaluation(metrics, inference, targets, calibration, nll, is_bound, unknown, others)
+
+
+def model_features(
+    model: CNNRNN | Ensemble,
+    dataset: Dataset,
+    *,
+    cache: Path | None = None,
+    batch_size: int = 128,
+    workers: int | None = None,
+    on_bad_image: OnBadImage = "error",
+    progress: Progress = no_progress,
+) -> Features:
+    """Return what a model's head reads of the records of a dataset.
+
+    Args:
+        model: where its weights are decides the device.
+        dataset: pictures, or feature vectors for a model without a backbone.
+        cache: folder that keeps features of pictures; None for none.
+        batch_size: pictures per step.
+        workers: threads that decode; one per core by default, up to 8.
+        on_bad_image: `skip` leaves unreadable pictures out and warns with their count.
+        progress: told how many pictures are done.
+
+    Raises:
+        DataError: the dataset has features of another kind or number than the model reads.
+    """
+    if dataset.features is not None:
+        if model.backbone is not None:
+            raise DataError(f"{dataset.source} holds feature vectors, but the model reads pictures")
+        features = torch.from_numpy(dataset.features)
+        if features.shape[1] != model.feature_dim:
+            raise DataError(
+                f"{dataset.source} must hold vectors of {model.feature_dim} features like "
+                f"those that the model was trained on, got {features.shape[1]}: for svmlight text "
+                f"say features={model.feature_dim}, and first=0 or first=1"
+            )
+        return Features(features, np.arange(len(dataset)))
+    if model.backbone is None:
+        raise DataError(f"{dataset.source} holds pictures, but the model reads feature vectors")
+    compute = compute_features if cache is None else partial(cached_features, folder=cache)
+    return compute(
+        model.backbone, dataset, device=model.device, batch_size=batch_size, workers=workers,
+        on_bad_image=on_bad_image, progress=progress,
+    )  # fmt: skip
 
 
 class ObjectRecall(NamedTuple):
@@ -169,7 +226,7 @@ def object_recall(sets: Tensor, dataset: Dataset) -> ObjectRecall:
     return ObjectRecall(images, labels, areas, sets.cpu()[images, labels])
 
 
-def _model_columns(model: CNNRNN | Ensemble, dataset: Dataset) -> list[int]:
+def model_columns(model: CNNRNN | Ensemble, dataset: Dataset) -> list[int]:
     """Return which of the model's labels each of the dataset's is."""
     position = {name: column for column, name in enumerate(model.labels)}
     others = [name for name in dataset.label_names if name not in position]
@@ -182,8 +239,8 @@ def _model_columns(model: CNNRNN | Ensemble, dataset: Dataset) -> list[int]:
     return [position[name] for name in dataset.label_names]
 
 
-def _in_columns(matrix: Tensor, columns: list[int], num_labels: int) -> Tensor:
-    """Spread a matrix over the model's labels: [n, M] bool to [n, L], False in the others."""
+def in_columns(matrix: Tensor, columns: list[int], num_labels: int) -> Tensor:
+    """Spread a matrix over the model's labels: [n, M] to [n, L], False or 0 in the others."""
     result = matrix.new_zeros(len(matrix), num_labels)
     result[:, columns] = matrix
     return result
@@ -195,7 +252,7 @@ def write_per_label(path: Path, model: CNNRNN | Ensemble, evaluation: Evaluation
     The last column, `calibrated`, is 0 for labels without a threshold of their own.
     """
     calibration = evaluation.calibration
-    scores = evaluation.inference.mixed(calibration.mix_weight)
+    scores = evaluation.inference.mixed(calibration)
     sets = decided_sets("path", evaluation.inference, scores, calibration)
     rows = per_label_metrics(sets, evaluation.targets, scores=scores, unknown=evaluation.unknown)
     rows["calibrated"] = torch.ones(len(model.labels), dtype=torch.int64)

@@ -13,6 +13,8 @@
 #include <pthread.h>
 #endif
 
+#include <algorithm>
+#include <cmath>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -144,7 +146,7 @@ struct Outputs {
   Tensor labels;     // [B, N, T]
   Tensor lengths;    // [B, N]
   Tensor log_probs;  // [B, N]
-  optional<Tensor> marginals, trace;
+  optional<Tensor> marginals, log_evidence, trace;
   cnnrnn::SearchStats stats;
 };
 
@@ -153,16 +155,22 @@ struct Query {
   cnnrnn::SearchOptions options;
   Tensor joint;                   // [B, D]
   optional<Tensor> label_logits;  // [B, L+1]
+  optional<Tensor> evidence;      // [1 or B, L]
   Outputs out;
 
   cnnrnn::ImageEmbeddings images() const {
-    return {joint.size(0), joint.const_data_ptr<float>(), data_or_null(label_logits)};
+    return {joint.size(0), joint.const_data_ptr<float>(), data_or_null(label_logits),
+            evidence ? evidence->const_data_ptr<int8_t>() : nullptr,
+            evidence && evidence->size(0) == joint.size(0) ? evidence->size(1) : 0};
   }
   cnnrnn::SearchOutput output() const {
-    return {out.labels.data_ptr<int64_t>(), out.lengths.data_ptr<int64_t>(),
+    return {out.labels.data_ptr<int64_t>(),
+            out.lengths.data_ptr<int64_t>(),
             out.log_probs.data_ptr<float>(),
             out.marginals ? out.marginals->data_ptr<float>() : nullptr,
-            out.trace ? out.trace->data_ptr<int32_t>() : nullptr};
+            out.log_evidence ? out.log_evidence->data_ptr<float>() : nullptr,
+            out.trace ? out.trace->data_ptr<int32_t>() : nullptr,
+            out.trace ? out.trace->size(2) : 0};
   }
 };
 
@@ -177,7 +185,39 @@ struct Request {
   bool marginals, trace;
   std::string_view precision;
   int64_t rounds;  // of a captured search, see CudaHead::search
+  const optional<Tensor>& evidence;
+  int64_t marginal_places;
 };
+
+// What is known of labels, dense on the CPU, [1 or B, L]; and the most present labels of an image.
+struct CheckedEvidence {
+  optional<Tensor> rows;
+  int64_t most_present = 0;
+};
+
+CheckedEvidence check_evidence(const optional<Tensor>& evidence, int64_t B, int64_t L, int64_t T) {
+  if (!evidence) return {};
+  TORCH_CHECK_VALUE(evidence->dim() == 2 && evidence->size(1) == L &&
+                        (evidence->size(0) == B || evidence->size(0) == 1),
+                    "evidence must be [1 or ", B, ", ", L, "], got ", evidence->sizes());
+  TORCH_CHECK_VALUE(evidence->scalar_type() == at::kChar, "evidence must be int8, got ",
+                    evidence->scalar_type());
+  CheckedEvidence checked{evidence->to(at::kCPU).contiguous()};
+  const int8_t* values = checked.rows->const_data_ptr<int8_t>();
+  for (int64_t image = 0; image < checked.rows->size(0); ++image) {
+    int64_t present = 0;
+    for (int64_t l = 0; l < L; ++l, ++values) {
+      TORCH_CHECK_VALUE(-1 <= *values && *values <= 1,
+                        "evidence must be 1 (present), -1 (absent) or 0 (unknown), got ",
+                        static_cast<int>(*values), " for label ", l, " of image ", image);
+      present += *values == 1;
+    }
+    TORCH_CHECK_VALUE(present <= T, "image ", image, " has ", present,
+                      " labels known to be present, more than max_labels (", T, ")");
+    checked.most_present = std::max(checked.most_present, present);
+  }
+  return checked;
+}
 
 Query check_request(const Request& r, int64_t L, int64_t D, at::Device device) {
   TORCH_CHECK_VALUE(r.joint.dim() == 2, "joint must be [B, D], got ", r.joint.sizes());
@@ -185,7 +225,12 @@ Query check_request(const Request& r, int64_t L, int64_t D, at::Device device) {
                     "beam_size must be in 1..", cnnrnn::kMaxBeamSize, ", got ", r.beam_size);
   TORCH_CHECK_VALUE(0 <= r.min_labels && r.min_labels <= r.max_labels, "min_labels (", r.min_labels,
                     ") must be in 0..max_labels (", r.max_labels, ")");
+  TORCH_CHECK_VALUE(0 <= r.marginal_places && r.marginal_places <= cnnrnn::kMaxPlaces,
+                    "marginal_places must be in 0..", cnnrnn::kMaxPlaces, ", got ",
+                    r.marginal_places);
   const int64_t B = r.joint.size(0), N = r.beam_size, T = r.max_labels;
+  const int64_t places = r.marginals ? std::max(N, r.marginal_places) : N;
+  const CheckedEvidence evidence = check_evidence(r.evidence, B, L, T);
   const auto on_device = at::TensorOptions().device(device);
   Query query{
       .options =
@@ -204,18 +249,27 @@ Query check_request(const Request& r, int64_t L, int64_t D, at::Device device) {
               .precision = parse<cnnrnn::Precision>(
                   "precision", r.precision,
                   {{"exact", cnnrnn::Precision::kExact}, {"fast", cnnrnn::Precision::kFast}}),
+              .places = static_cast<int>(places),
           },
       .joint = checked("joint", r.joint, {B, D}, device),
       .label_logits = checked("label_logits", r.label_logits, {B, L + 1}, device),
+      .evidence = evidence.rows,
       .out = {.labels = at::empty({B, N, T}, on_device.dtype(at::kLong)),
               .lengths = at::empty({B, N}, on_device.dtype(at::kLong)),
               .log_probs = at::empty({B, N}, on_device.dtype(at::kFloat)),
               .marginals = {},
+              .log_evidence = {},
               .trace = {},
               .stats = {}},
   };
-  if (r.marginals) query.out.marginals = at::empty({B, L}, on_device.dtype(at::kFloat));
-  if (r.trace) query.out.trace = at::empty({B, T + 1, N, 2}, on_device.dtype(at::kInt));
+  if (r.marginals) {
+    query.out.marginals = at::empty({B, L}, on_device.dtype(at::kFloat));
+    query.out.log_evidence = at::empty({B}, on_device.dtype(at::kFloat));
+  }
+  if (r.trace) {
+    const int64_t width = places * (evidence.most_present + 1);
+    query.out.trace = at::empty({B, T + 1, width, 2}, on_device.dtype(at::kInt));
+  }
   return query;
 }
 
@@ -224,6 +278,43 @@ Outputs search(CpuHead* head, const Request& request) {
   query.out.stats =
       cnnrnn::beam_search_cpu(head, query.options, query.images(), query.output(), parallel_for);
   return query.out;
+}
+
+// What `CpuHead.best_sets` returns to Python.
+struct BestSets {
+  Tensor labels, lengths, log_probs, proved, ended, expansions;
+  cnnrnn::SearchStats stats;
+};
+
+BestSets best_sets(CpuHead* head, const Tensor& joint, const optional<Tensor>& label_logits,
+                   int64_t count, int64_t max_labels, int64_t min_labels, double least,
+                   int64_t max_expansions, const optional<Tensor>& evidence) {
+  const int64_t B = joint.size(0), L = head->num_labels();
+  TORCH_CHECK_VALUE(count >= 1, "count must be at least 1, got ", count);
+  TORCH_CHECK_VALUE(max_expansions >= 1, "max_expansions must be at least 1, got ", max_expansions);
+  TORCH_CHECK_VALUE(0 <= min_labels && min_labels <= max_labels && max_labels <= L, "min_labels (",
+                    min_labels, ") and max_labels (", max_labels, ") must be in 0..", L,
+                    ", in this order");
+  const Tensor x = checked("joint", joint, {B, head->joint_dim()}, at::kCPU);
+  const optional<Tensor> logits = checked("label_logits", label_logits, {B, L + 1}, at::kCPU);
+  const CheckedEvidence known = check_evidence(evidence, B, L, max_labels);
+  BestSets out{at::empty({B, count, max_labels}, at::kLong),
+               at::empty({B, count}, at::kLong),
+               at::empty({B, count}, at::kFloat),
+               at::empty({B}, at::kLong),
+               at::empty({B}, at::kBool),
+               at::empty({B}, at::kLong),
+               {}};
+  out.stats = cnnrnn::best_sets_cpu(
+      head, {count, max_labels, min_labels, static_cast<float>(least), max_expansions},
+      {B, x.const_data_ptr<float>(), data_or_null(logits),
+       known.rows ? known.rows->const_data_ptr<int8_t>() : nullptr,
+       known.rows && known.rows->size(0) == B ? L : 0},
+      {out.labels.data_ptr<int64_t>(), out.lengths.data_ptr<int64_t>(),
+       out.log_probs.data_ptr<float>(), out.proved.data_ptr<int64_t>(), out.ended.data_ptr<bool>(),
+       out.expansions.data_ptr<int64_t>()},
+      parallel_for);
+  return out;
 }
 
 #if defined(CNNRNN_WITH_CUDA)
@@ -282,6 +373,10 @@ class TorchCudaHead : public std::enable_shared_from_this<TorchCudaHead> {
     TorchMemory scratch(device_);
     try {
       Query query = check_request(request, head_->num_labels(), head_->joint_dim(), device_);
+      TORCH_CHECK_VALUE(!query.evidence && query.options.places == query.options.beam_size,
+                        "the CUDA search takes neither evidence nor marginal_places");
+      // Not counted there.
+      if (query.out.log_evidence) query.out.log_evidence->fill_(std::nan(""));
       query.out.stats = head_->search(query.options, query.images(), query.output(), &scratch,
                                       handle(stream), request.rounds);
       if (head_->was_captured()) {
@@ -328,25 +423,31 @@ void after_fork_in_child() {
 #endif
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> op_result(const Outputs& out) {
-  return {
-      out.labels, out.lengths, out.log_probs,
-      out.marginals ? *out.marginals : at::empty({out.labels.size(0), 0}, out.log_probs.options())};
+// labels, lengths, log_probs, marginals, log_evidence
+using OpResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+OpResult op_result(const Outputs& out) {
+  const auto floats = out.log_probs.options();
+  return {out.labels, out.lengths, out.log_probs,
+          out.marginals ? *out.marginals : at::empty({out.labels.size(0), 0}, floats),
+          out.log_evidence ? *out.log_evidence : at::empty({0}, floats)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> beam_search_op(
-    const Tensor& joint, const optional<Tensor>& label_logits, const Tensor& label_embedding,
-    const optional<Tensor>& input_embedding, const optional<Tensor>& score_bias,
-    const Tensor& input_weight, const Tensor& hidden_weight, const optional<Tensor>& input_bias,
-    const optional<Tensor>& hidden_bias, const Tensor& output_projection, c10::string_view cell,
-    c10::string_view activation, int64_t beam_size, int64_t max_labels, int64_t min_labels,
-    c10::string_view order, bool end_takes_slot, c10::string_view stop, bool marginals,
-    int64_t cache_generation, int64_t prefix_bytes, c10::string_view precision) {
+OpResult beam_search_op(const Tensor& joint, const optional<Tensor>& label_logits,
+                        const Tensor& label_embedding, const optional<Tensor>& input_embedding,
+                        const optional<Tensor>& score_bias, const Tensor& input_weight,
+                        const Tensor& hidden_weight, const optional<Tensor>& input_bias,
+                        const optional<Tensor>& hidden_bias, const Tensor& output_projection,
+                        c10::string_view cell, c10::string_view activation, int64_t beam_size,
+                        int64_t max_labels, int64_t min_labels, c10::string_view order,
+                        bool end_takes_slot, c10::string_view stop, bool marginals,
+                        int64_t cache_generation, int64_t prefix_bytes, c10::string_view precision,
+                        const optional<Tensor>& evidence, int64_t marginal_places) {
   const Parameters parameters{label_embedding, input_embedding, score_bias,  input_weight,
                               hidden_weight,   input_bias,      hidden_bias, output_projection};
-  const Request request{joint,      label_logits,    beam_size,      max_labels,
-                        min_labels, order,           end_takes_slot, stop,
-                        marginals,  /*trace=*/false, precision,      cnnrnn::kAllRounds};
+  const Request request{joint,     label_logits,       beam_size, max_labels,     min_labels,
+                        order,     end_takes_slot,     stop,      marginals,      /*trace=*/false,
+                        precision, cnnrnn::kAllRounds, evidence,  marginal_places};
 #if defined(CNNRNN_WITH_CUDA)
   if (label_embedding.is_cuda()) {
     const auto head = cuda_registry->find_or_make(
@@ -363,18 +464,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_search_op(
 }
 
 // Shapes alone, for fake tensors: torch.compile, torch.export.
-std::tuple<Tensor, Tensor, Tensor, Tensor> beam_search_meta(
-    const Tensor& joint, const optional<Tensor>&, const Tensor& label_embedding,
-    const optional<Tensor>&, const optional<Tensor>&, const Tensor&, const Tensor&,
-    const optional<Tensor>&, const optional<Tensor>&, const Tensor&, c10::string_view,
-    c10::string_view, int64_t beam_size, int64_t max_labels, int64_t, c10::string_view, bool,
-    c10::string_view, bool marginals, int64_t, int64_t, c10::string_view) {
+OpResult beam_search_meta(const Tensor& joint, const optional<Tensor>&,
+                          const Tensor& label_embedding, const optional<Tensor>&,
+                          const optional<Tensor>&, const Tensor&, const Tensor&,
+                          const optional<Tensor>&, const optional<Tensor>&, const Tensor&,
+                          c10::string_view, c10::string_view, int64_t beam_size, int64_t max_labels,
+                          int64_t, c10::string_view, bool, c10::string_view, bool marginals,
+                          int64_t, int64_t, c10::string_view, const optional<Tensor>&, int64_t) {
   const c10::SymInt B = joint.sym_size(0);
   const c10::SymInt L = label_embedding.sym_size(0) - 2;
   return {at::empty_symint({B, beam_size, max_labels}, joint.options().dtype(at::kLong)),
           at::empty_symint({B, beam_size}, joint.options().dtype(at::kLong)),
           at::empty_symint({B, beam_size}, joint.options()),
-          at::empty_symint({B, marginals ? L : c10::SymInt(0)}, joint.options())};
+          at::empty_symint({B, marginals ? L : c10::SymInt(0)}, joint.options()),
+          at::empty_symint({marginals ? B : c10::SymInt(0)}, joint.options())};
 }
 
 }  // namespace
@@ -387,8 +490,8 @@ TORCH_LIBRARY(cnnrnn, m) {
       "Tensor? hidden_bias, Tensor output_projection, str cell, str activation, int beam_size, "
       "int max_labels, int min_labels, str order, bool end_takes_slot, str stop, bool marginals, "
       "int cache_generation=0, int prefix_bytes=536870912, "
-      "str precision='exact') "
-      "-> (Tensor labels, Tensor lengths, Tensor log_probs, Tensor marginals)",
+      "str precision='exact', Tensor? evidence=None, int marginal_places=0) "
+      "-> (Tensor labels, Tensor lengths, Tensor log_probs, Tensor marginals, Tensor log_evidence)",
       {at::Tag::pt2_compliant_tag, at::Tag::cudagraph_unsafe});
 }
 TORCH_LIBRARY_IMPL(cnnrnn, CPU, m) { m.impl("beam_search", &beam_search_op); }
@@ -410,25 +513,28 @@ void define_search(Class* head_class, const Search& search) {
                const optional<Tensor>& label_logits, int64_t beam_size, int64_t max_labels,
                int64_t min_labels, const std::string& order, bool end_takes_slot,
                const std::string& stop, bool marginals, bool trace, const std::string& precision,
-               int64_t rounds) {
+               int64_t rounds, const optional<Tensor>& evidence, int64_t marginal_places) {
         Outputs out;
         {
           const py::gil_scoped_release release;
-          out = search(&head, {joint, label_logits, beam_size, max_labels, min_labels, order,
-                               end_takes_slot, stop, marginals, trace, precision, rounds});
+          out = search(
+              &head, {joint, label_logits, beam_size, max_labels, min_labels, order, end_takes_slot,
+                      stop, marginals, trace, precision, rounds, evidence, marginal_places});
         }
         const cnnrnn::SearchStats& s = out.stats;
         return py::make_tuple(out.labels, out.lengths, out.log_probs, out.marginals, out.trace,
                               py::make_tuple(s.prefix_lookups, s.prefix_hits, s.prefix_nodes,
                                              s.prefix_parents, s.prefix_bytes),
-                              s.nonfinite_images);
+                              s.nonfinite_images, out.log_evidence);
       },
       py::arg("joint"), py::arg("label_logits"), py::arg("beam_size"), py::arg("max_labels"),
       py::arg("min_labels"), py::arg("order"), py::arg("end_takes_slot"), py::arg("stop"),
       py::arg("marginals"), py::arg("trace") = false, py::arg("precision") = "exact",
-      py::arg("rounds") = cnnrnn::kAllRounds,
+      py::arg("rounds") = cnnrnn::kAllRounds, py::arg("evidence") = py::none(),
+      py::arg("marginal_places") = 0,
       "Search B images; returns labels, lengths, log_probs, marginals or None, every step's "
-      "decisions or None, the figures of SearchStats, and how many images were marked.");
+      "decisions or None, the figures of SearchStats, how many images were marked, and "
+      "log_evidence or None.");
 }
 
 constexpr int64_t kPrefixBytes = int64_t{512} << 20;
@@ -460,6 +566,30 @@ PYBIND11_MODULE(_C, m) {
                py::arg("instruction_set") = "auto", py::call_guard<py::gil_scoped_release>());
   define_search(&cpu_head,
                 [](CpuHead* head, const Request& request) { return search(head, request); });
+  cpu_head.def(
+      "best_sets",
+      [](CpuHead& head, const Tensor& joint, const optional<Tensor>& label_logits, int64_t count,
+         int64_t max_labels, int64_t min_labels, double least, int64_t max_expansions,
+         const optional<Tensor>& evidence) {
+        BestSets out;
+        {
+          const py::gil_scoped_release release;
+          out = best_sets(&head, joint, label_logits, count, max_labels, min_labels, least,
+                          max_expansions, evidence);
+        }
+        const cnnrnn::SearchStats& s = out.stats;
+        return py::make_tuple(out.labels, out.lengths, out.log_probs, out.proved, out.ended,
+                              out.expansions,
+                              py::make_tuple(s.prefix_lookups, s.prefix_hits, s.prefix_nodes,
+                                             s.prefix_parents, s.prefix_bytes),
+                              s.nonfinite_images);
+      },
+      py::arg("joint"), py::arg("label_logits"), py::arg("count"), py::arg("max_labels"),
+      py::arg("min_labels"), py::arg("least"), py::arg("max_expansions"),
+      py::arg("evidence") = py::none(),
+      "Find the most probable label sets along increasing paths; returns labels, lengths, "
+      "log_probs, how many are proved, whether no other is left, expansions, the figures of "
+      "SearchStats, and how many images were marked.");
 #if defined(CNNRNN_WITH_CUDA)
   m.attr("WITH_CUDA") = true;
   py::class_<TorchCudaHead, std::shared_ptr<TorchCudaHead>> cuda_head(

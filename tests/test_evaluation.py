@@ -14,6 +14,7 @@ from cnnrnn import Ensemble, set_log_probs
 from cnnrnn.config import ModelConfig, SearchConfig
 from cnnrnn.data import Boxes, DataError, Dataset, load_dataset
 from cnnrnn.evaluation import evaluate, object_recall, write_per_label, write_per_label_csv
+from cnnrnn.known import metrics_of_others, reveal
 from cnnrnn.labels import LabelSpace
 from cnnrnn.metrics import multilabel_metrics
 from cnnrnn.model.checkpoint import FEATURES_ONLY
@@ -176,3 +177,40 @@ def test_write_per_label_csv_leaves_the_old_file_when_it_fails(tmp_path: Path) -
         write_per_label_csv(path, ["a", "\ud800"], {"recall": torch.zeros(2)})
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_known_labels_are_told_and_the_others_measured() -> None:
+    """The figures are those of the model's searches with evidence in the model's own columns."""
+    generator = np.random.default_rng(0)
+    labels = generator.random((60, 3)) < 0.6
+    rows, columns = np.nonzero(labels)
+    dataset = Dataset(
+        "features:here", NAMES,
+        np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=60))]),
+        columns.astype(np.int32),
+        features=generator.standard_normal((60, 4)).astype(np.float32),
+    )  # fmt: skip
+    models = feature_model(), Ensemble([feature_model(), feature_model(1, (1, 2, 0))]).eval()
+    for model in models:
+        evaluation = evaluate(model, dataset, revealed=1)
+        order = [NAMES.index(name) for name in model.labels]
+        targets = torch.from_numpy(labels[:, order])
+        images, evidence = reveal(torch.from_numpy(labels), 1)  # drawn in the order of the data
+        evidence = evidence[:, order]
+        assert len(images) == (labels.sum(1) > 1).sum() > 0
+        features = torch.from_numpy(dataset.features)[images]
+        assert list(evaluation.others) == ["none known", "1 known"]
+        found_given = {
+            "none known": model.infer(features),
+            "1 known": model.infer(features, None, evidence),
+        }
+        for name, found in found_given.items():
+            scores = found.mixed(model.calibration)
+            expected = metrics_of_others(scores, targets[images], evidence)
+            assert evaluation.others[name] == expected
+        assert evaluation.others["none known"] != evaluation.others["1 known"]
+    with pytest.raises(DataError, match="more than 3 labels to reveal 3, got 3 at most"):
+        evaluate(models[0], dataset, revealed=3)
+    with pytest.raises(ValueError, match="revealed must be at least 1, got 0"):
+        evaluate(models[0], dataset, revealed=0)
+    assert evaluate(models[0], dataset).others == {}

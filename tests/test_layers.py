@@ -13,9 +13,10 @@ ROOT = Path(cnnrnn.__file__).parent
 
 # From the ground up. What stands in one line is a folder or a module beside it.
 LAYERS = (
-    "_build_info", "_build_check", "config", "machine", "labels", "metrics", "data", "network",
-    "search", "prediction", "model", "training", "export", "evaluation", "api", "comparison", "cli",
-    "__main__",
+    "_build_info", "_build_check", "config", "machine", "labels", "metrics", "known", "data",
+    "network", "search", "prediction", "model", "training", "export", "evaluation", "api",
+    "inspection",
+    "comparison", "cli", "__main__",
 )  # fmt: skip
 
 

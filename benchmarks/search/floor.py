@@ -27,7 +27,7 @@ import torch
 from cnnrnn import _C
 from cnnrnn.config import SearchConfig
 from cnnrnn.network.head import Head, ImageEmbedding
-from cnnrnn.search.engine import packed_head
+from cnnrnn.search.packed import packed_head
 
 LANES = {"avx512": 16, "avx2": 8, "portable": 4}
 FLAGS = {

@@ -31,7 +31,7 @@ from benchmarks.search.opponents import PathStates, PrefixStates
 from cnnrnn.config import SearchConfig
 from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.search import beam_search as public_search
-from cnnrnn.search.engine import packed_head
+from cnnrnn.search.packed import packed_head
 
 CONFIG = SearchConfig(beam_size=4, max_labels=5)
 N, T = 4, 5

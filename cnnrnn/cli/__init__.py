@@ -1,4 +1,4 @@
-"""The `cnnrnn` command: train, compare, evaluate, predict, export, scenes, data check, check.
+"""The `cnnrnn` command: train, compare, evaluate, predict, suggest, export, data check and others.
 
 Options are made from the config dataclasses. Every command takes `--config FILE.yaml` with
 overrides on the command line; dashes and underscores in option names mean the same.

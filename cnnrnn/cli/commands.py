@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import TYPE_CHECKING, Any, cast
 from cnnrnn.cli.output import (
     metrics_table,
     opened,
+    others_table,
     prediction_writer,
+    question_writer,
     require_folder,
     say,
     uncalibrated_line,
@@ -174,6 +177,8 @@ def run_evaluate(options: Namespace) -> int:
 
     for name in ("per_label", "json"):
         require_folder(name, options[name])
+    if options.reveal is not None and options.reveal < 1:
+        raise ValueError(f"--reveal must be at least 1, got {options.reveal}")
     model = resolve_model(options.model, options.device)
     dataset = load_dataset(options.data, images=options.images, on_bad_image=options.on_bad_image)
     if options.split != "all" or "all" in dataset.splits:
@@ -183,12 +188,14 @@ def run_evaluate(options: Namespace) -> int:
         search = replace(model.search, beam_size=options.beam_size)
     evaluation = evaluate(
         model, dataset, k=options.k, search=search, min_labels=options.min_labels,
-        batch_size=options.batch_size, workers=options.workers,
+        revealed=options.reveal, batch_size=options.batch_size, workers=options.workers,
         on_bad_image=options.on_bad_image, progress=terminal_progress,
     )  # fmt: skip
     print(metrics_table(evaluation.metrics, f"{options.data}, {options.split}"))
     bound = "at most " if evaluation.nll_is_bound else ""
     print(f"NLL of the whole true set: {bound}{evaluation.nll:.3f} nats per image")
+    if evaluation.others:
+        print(others_table(evaluation.others))
     uncalibrated = [model.labels[i] for i in evaluation.calibration.uncalibrated]
     if uncalibrated:
         print(uncalibrated_line(uncalibrated, len(model.labels)))
@@ -198,6 +205,7 @@ def run_evaluate(options: Namespace) -> int:
         values: dict[str, Any] = without_nan(evaluation.metrics)
         values["label_thresholds"]["uncalibrated"] = uncalibrated
         values["NLL"] = without_nan(evaluation.nll)
+        values |= without_nan(evaluation.others)
         write_json(options.json, values)
     return 0
 
@@ -213,6 +221,7 @@ def run_predict(options: Namespace) -> int:
         for name in ("top_k", "beam_size", "min_labels", "decide", "threshold", "batch_size",
                      "workers", "on_bad_image")
     }  # fmt: skip
+    asked |= {"known": _known_labels(options), "absent": options.absent}
     torch_only = [name for name in ("precision", "compiled") if options[name] != default[name]]
     if options.model is not None and options.model.lower().endswith(".onnx"):
         if torch_only:
@@ -242,6 +251,32 @@ def run_predict(options: Namespace) -> int:
     return 0
 
 
+def _known_labels(options: Namespace) -> list[str] | list[list[str]]:
+    """Return the labels that are known of all images, or a list for each where a file has some."""
+    if options.known_from is None:
+        return cast("list[str]", options.known)
+    from cnnrnn.data import load_dataset
+    from cnnrnn.prediction.inputs import single_images
+
+    dataset = load_dataset(options.known_from)
+    if dataset.image_paths is None:
+        raise ValueError(f"--known_from must name images, {options.known_from} holds features")
+    names = dataset.label_names
+    of_path = {
+        path.resolve(): [names[label] for label in dataset.labels(i)]
+        for i, path in enumerate(dataset.image_paths)
+    }
+    paths = [Path(image).resolve() for image in single_images(options.images)]
+    found = [path for path in paths if path in of_path]
+    if not found:
+        raise ValueError(
+            f"--known_from {options.known_from} must name some of the {len(paths)} images, got "
+            f"none of them among its {len(of_path)}"
+        )
+    print(f"{options.known_from} names {len(found)} of {len(paths)} images", file=sys.stderr)
+    return [[*options.known, *of_path.get(path, [])] for path in paths]
+
+
 def _onnx_predictor(options: Namespace) -> OnnxPredictor:
     from cnnrnn.export import OnnxPredictor
     from cnnrnn.export.session import has_cuda
@@ -253,6 +288,29 @@ def _onnx_predictor(options: Namespace) -> OnnxPredictor:
         raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {options.device!r}")
     provider = (device, {"device_id": number}) if number else device
     return OnnxPredictor(options.model, providers=[provider], search=options.search)
+
+
+def run_suggest(options: Namespace) -> int:
+    """Name the labels to ask of images next."""
+    from cnnrnn.api import predict_iter
+
+    if options.questions < 1:
+        raise ValueError(f"--questions must be at least 1, got {options.questions}")
+    predictions = predict_iter(
+        options.images, options.model, known=_known_labels(options), absent=options.absent,
+        beam_size=options.beam_size, batch_size=options.batch_size, device=options.device,
+        workers=options.workers, on_bad_image=options.on_bad_image,
+    )  # fmt: skip
+    bad = 0
+    with opened(options.out) as stream:
+        write = question_writer(options.format, options.questions, stream)
+        for prediction in predictions:
+            write(prediction)
+            stream.flush()
+            bad += prediction.error is not None
+    if bad:
+        print(f"cnnrnn: warning: {bad} images could not be read", file=sys.stderr)
+    return 0
 
 
 def run_export(options: Namespace) -> int:
@@ -292,7 +350,9 @@ def run_data(options: Namespace) -> int:
     from cnnrnn.machine.progress import terminal_progress
 
     options = options.check
-    require_folder("json", options.json)
+    for name in ("json", "suspects"):
+        require_folder(name, options[name])
+    _require_suspect_options(options)
     if options.labels < 0 or options.workers < 0:
         raise ValueError(
             f"--labels and --workers must be at least 0, got {options.labels} and {options.workers}"
@@ -305,7 +365,68 @@ def run_data(options: Namespace) -> int:
         print("\n".join(report.lines(options.labels)), file=stream)
     if options.json is not None:
         write_json(options.json, report.as_dict(), ascii_only=True)
+    if options.suspects is not None:
+        print(_write_suspects(options))
     return 1 if report.problems else 0
+
+
+def _require_suspect_options(options: Namespace) -> None:
+    """Fail where options of `data check` that belong together do not come together."""
+    if (options.model is None) != (options.suspects is None):
+        there, lacking = (
+            ("model", "suspects") if options.suspects is None else ("suspects", "model")
+        )
+        raise ValueError(f"--{there} needs --{lacking}, got none")
+    defaults = {"folds": None, "cut": 0.0, "split": None}
+    for name, default in defaults.items():
+        if options.suspects is None and options[name] != default:
+            raise ValueError(f"--{name} needs --suspects and --model, got none")
+    if options.folds is not None and options.folds < 2:
+        raise ValueError(f"--folds must be at least 2, got {options.folds}")
+
+
+def _write_suspects(options: Namespace) -> str:
+    """Judge the labels of a source, write those that look wrong; return a line on them."""
+    import numpy as np
+
+    from cnnrnn.api import resolve_model
+    from cnnrnn.data import load_dataset
+    from cnnrnn.inspection.suspects import cross_fitted_suspects, find_suspects, seen_in_training
+    from cnnrnn.machine.progress import terminal_progress
+    from cnnrnn.model.checkpoint import find_checkpoint
+    from cnnrnn.model.ensemble import Ensemble
+    from cnnrnn.training.resume import stored_recipe
+
+    model = resolve_model(options.model, options.device)
+    # The report has named the images that cannot be read.
+    source = load_dataset(options.source, images=options.images, on_bad_image="skip")
+    dataset = source if options.split is None else source.split(options.split)
+    checkpoint = find_checkpoint(options.model)
+    common: dict[str, Any] = {
+        "cut": options.cut, "batch_size": options.batch_size, "on_bad_image": "skip",
+        "cache": checkpoint.parent / "features" if checkpoint.name == "best" else None,
+        "workers": options.workers or None, "progress": terminal_progress,
+    }  # fmt: skip
+    if options.folds is not None:
+        if isinstance(model, Ensemble):
+            raise ValueError(f"--folds needs the run of one model, {options.model} is an ensemble")
+        suspects = cross_fitted_suspects(
+            model, dataset, stored_recipe(Path(options.model)), options.folds,
+            device=options.device, say=lambda line: print(line, file=sys.stderr, flush=True),
+            **common,
+        )  # fmt: skip
+    else:
+        rows = seen_in_training(Path(options.model), source)
+        seen = np.intersect1d(rows, dataset.rows)
+        if len(seen):
+            warnings.warn(
+                f"{options.model} was trained on {len(seen):,} of the {len(dataset):,} records, "
+                "where wrong labels look right; with --folds 5 models judge that did not see them",
+                stacklevel=1,
+            )
+        suspects = find_suspects(model, dataset, **common)
+    suspects.write(Path(options.suspects))
+    return f"{suspects.summary()}; {options.suspects} lists them"
 
 
 def run_check(options: Namespace) -> int:
@@ -322,5 +443,6 @@ def run_check(options: Namespace) -> int:
 
 RUN: dict[str, Callable[[Namespace], int]] = {
     "train": run_train, "compare": run_compare, "evaluate": run_evaluate, "predict": run_predict,
-    "export": run_export, "scenes": run_scenes, "data": run_data, "check": run_check,
+    "suggest": run_suggest, "export": run_export, "scenes": run_scenes, "data": run_data,
+    "check": run_check,
 }  # fmt: skip

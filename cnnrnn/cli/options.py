@@ -40,6 +40,9 @@ def make_parser(preset: str) -> ArgumentParser:
     )
     commands.add_subcommand("evaluate", _evaluate_parser(), help="measure a model on labelled data")
     commands.add_subcommand("predict", _predict_parser(), help="label images")
+    commands.add_subcommand(
+        "suggest", _suggest_parser(), help="name the labels that are worth asking about"
+    )
     commands.add_subcommand("export", _export_parser(), help="write a model as an ONNX file")
     commands.add_subcommand("scenes", _scenes_parser(), help="write the synthetic scenes data set")
     data = ArgumentParser(description="Inspect a labelled data set.")
@@ -134,6 +137,10 @@ def _evaluate_parser() -> ArgumentParser:
     parser.add_argument("--model", type=str, required=True, help="checkpoint folder")
     parser.add_argument("--split", type=str, default="test", help="split of the data, or `all`")
     parser.add_argument("--k", type=int, default=3, help="also measure sets cut to k labels")
+    parser.add_argument(
+        "--reveal", type=int | None,
+        help="also measure the other labels with so many true ones known of each image",
+    )  # fmt: skip
     parser.add_argument("--per_label", type=str | None, help="write each label's figures as CSV")
     parser.add_argument("--json", type=str | None, help="write all metrics as JSON")
     parser.add_argument("--min_labels", type=int | None, help=MIN_LABELS)
@@ -154,6 +161,7 @@ def _predict_parser() -> ArgumentParser:
         help="readable lines, CSV, or JSON lines",
     )  # fmt: skip
     parser.add_argument("--out", type=str | None, help="file to write; default: standard output")
+    _add_known(parser)
     parser.add_argument("--top_k", type=int | None, help="keep at most this many labels")
     parser.add_argument("--min_labels", type=int | None, help=MIN_LABELS)
     parser.add_argument(
@@ -178,6 +186,22 @@ def _predict_parser() -> ArgumentParser:
     )  # fmt: skip
     _add_run_options(parser, batch_size=64)
     return parser
+
+
+def _add_known(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--known", action="append", type=str, default=[], metavar="LABEL",
+        help="a label known to be present in every image; may be given again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--absent", action="append", type=str, default=[], metavar="LABEL",
+        help="a label known to be absent from every image; may be given again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--known_from", type=str | None, metavar="csv:FILE",
+        help="labels known to be present of each image, to be completed: a data set of images, "
+        "such as a CSV",
+    )  # fmt: skip
 
 
 def _add_run_options(parser: ArgumentParser, batch_size: int) -> None:
@@ -222,6 +246,27 @@ def _scenes_parser() -> ArgumentParser:
     return parser
 
 
+def _suggest_parser() -> ArgumentParser:
+    parser = _command_parser(
+        "Label images of which something is known, and name the labels to ask about next: those "
+        "whose answer is expected to tell most about the label set."
+    )
+    parser.add_argument("images", type=str, nargs="+", help="image files and folders")
+    parser.add_argument(
+        "--model", type=str | None, help="checkpoint folder; default: the demo model"
+    )
+    _add_known(parser)
+    parser.add_argument("--questions", type=int, default=3, help="labels to name, the best first")
+    parser.add_argument(
+        "--format", type=Literal["table", "jsonl"], default="table",
+        help="readable lines, or JSON lines",
+    )  # fmt: skip
+    parser.add_argument("--out", type=str | None, help="file to write; default: standard output")
+    parser.add_argument("--workers", type=int | None, help=WORKERS)
+    _add_run_options(parser, batch_size=64)
+    return parser
+
+
 def _data_check_parser() -> ArgumentParser:
     parser = _command_parser("Read a whole source: what is in it, and what is wrong with it.")
     parser.add_argument("source", type=str, help="like --data of train")
@@ -229,4 +274,26 @@ def _data_check_parser() -> ArgumentParser:
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
     parser.add_argument("--labels", type=int, default=20, help="labels and pairs to show")
     parser.add_argument("--json", type=str | None, help="write the whole report as JSON")
+    parser.add_argument(
+        "--suspects", type=str | None,
+        help="look for wrong labels with --model and write them as CSV, the most suspicious first: "
+        "image, label, given, suggested, log_odds",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model", type=str | None,
+        help="run or checkpoint folder that judges; in records that it was trained on, wrong "
+        "labels look right: see --folds",
+    )  # fmt: skip
+    parser.add_argument(
+        "--folds", type=int | None,
+        help="train so many models by the recipe of --model, a run's folder: each record is judged "
+        "by one that did not see it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cut", type=float, default=0.0,
+        help="suspect a label where the log-odds of the other answer, in nats, are at least this",
+    )  # fmt: skip
+    parser.add_argument("--split", type=str | None, help="judge this split alone; default: all")
+    parser.add_argument("--batch_size", type=int, default=128, help="images per batch")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
     return parser

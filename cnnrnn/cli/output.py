@@ -60,6 +60,23 @@ def metrics_table(metrics: dict[str, dict[str, float]], title: str) -> str:
     return "\n".join(lines)
 
 
+def others_table(others: dict[str, dict[str, float]]) -> str:
+    """Lay out the measures of labels that were not revealed, in per cent: a row by what is known.
+
+    Args:
+        others: as `Evaluation.others`.
+    """
+    first = next(iter(others.values()))
+    names = ("example-AP", "label-mAP", "O-F1")
+    lines = [
+        f"labels that are not known, of {first['images']:,.0f} images (O-F1 at its best cut here):",
+        " " * 16 + "".join(f"{name:>12}" for name in names),
+    ]
+    for known, values in others.items():
+        lines.append(f"{known:<16}" + "".join(f"{100 * values[name]:12.1f}" for name in names))
+    return "\n".join(lines)
+
+
 @contextmanager
 def opened(path: str | None) -> Iterator[IO[str]]:
     """Open a file to write, or standard output for None."""
@@ -90,6 +107,25 @@ def prediction_writer(form: str, stream: IO[str]) -> Callable[[Prediction], None
         print(f"{p.source:<40}  {p.error or shown or '(no labels)'}", file=stream)
 
     return line
+
+
+def question_writer(form: str, count: int, stream: IO[str]) -> Callable[[Prediction], None]:
+    """Return what writes a prediction and its next questions in a form: table or jsonl."""
+    from cnnrnn.inspection.questions import next_questions
+
+    def write(p: Prediction) -> None:
+        questions = next_questions(p, count)
+        if form == "jsonl":
+            record = _record(p)
+            if p.error is None:
+                record["questions"] = [question._asdict() for question in questions]
+            print(json.dumps(record, ensure_ascii=False), file=stream)
+            return
+        labels = ", ".join(p.labels) or "(no labels)"
+        asked = ", ".join(f"{q.label} {q.score:.2f}" for q in questions) or "nothing"
+        print(f"{p.source:<40}  {p.error or f'{labels}; ask: {asked}'}", file=stream)
+
+    return write
 
 
 def _record(p: Prediction) -> dict[str, Any]:

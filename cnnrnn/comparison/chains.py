@@ -26,7 +26,40 @@ SAMPLES = 64
 SETS_AT_ONCE = 1 << 22  # values of label sets held while a chain is followed: 16 MB
 
 
-class ProbabilisticChain(nn.Module):
+class LabelsGiven(nn.Module):
+    """A trunk whose label scores are linear in other labels of the image.
+
+    Args:
+        config: trunk and dropout.
+        num_labels: L.
+        feature_dim: F.
+    """
+
+    def __init__(self, config: ModelConfig, num_labels: int, feature_dim: int) -> None:
+        super().__init__()
+        self.trunk = Trunk.from_config(config, feature_dim)
+        self.classifier = nn.Linear(self.trunk.output_dim, num_labels)
+        self.given = nn.Parameter(torch.zeros(num_labels, num_labels))
+
+    def influence(self) -> Tensor:
+        """Return A [L, L]: what label j, present, adds to the score of label l."""
+        raise NotImplementedError
+
+    def forward(self, features: Tensor, targets: Tensor) -> Tensor:
+        """Return the logit of each label given those that it reads.
+
+        Args:
+            features: [B, F].
+            targets: [B, L] bool.
+
+        Returns:
+            [B, L], columns as in `targets`.
+        """
+        scores: Tensor = self.classifier(self.trunk(features))
+        return scores + functional.linear(targets.to(scores.dtype), self.influence())
+
+
+class ProbabilisticChain(LabelsGiven):
     """A trunk whose label scores are linear in the labels that come earlier in the chain.
 
     Dembczynski et al. (ICML 2010): P(set | x) is the product over labels l of
@@ -39,10 +72,7 @@ class ProbabilisticChain(nn.Module):
     """
 
     def __init__(self, config: ModelConfig, order: Tensor, feature_dim: int) -> None:
-        super().__init__()
-        self.trunk = Trunk.from_config(config, feature_dim)
-        self.classifier = nn.Linear(self.trunk.output_dim, len(order))
-        self.given = nn.Parameter(torch.zeros(len(order), len(order)))
+        super().__init__(config, len(order), feature_dim)
         self.order: Tensor
         self.register_buffer("order", order)
 
@@ -51,19 +81,6 @@ class ProbabilisticChain(nn.Module):
         place = self.order.argsort()
         return self.given * (place < place[:, None])
 
-    def forward(self, features: Tensor, targets: Tensor) -> Tensor:
-        """Return the logit of each label given the true ones before it.
-
-        Args:
-            features: [B, F].
-            targets: [B, L] bool.
-
-        Returns:
-            [B, L], columns as in `targets`.
-        """
-        scores: Tensor = self.classifier(self.trunk(features))
-        return scores + functional.linear(targets.to(scores.dtype), self.influence())
-
     def set_log_probs(self, features: Tensor, targets: Tensor) -> Tensor:
         """Return log P(the whole set | features), exactly: [n] float64 on the CPU.
 
@@ -71,13 +88,7 @@ class ProbabilisticChain(nn.Module):
             features: [n, F].
             targets: [n, L] bool.
         """
-        device = self.given.device
-        with torch.no_grad():
-            parts = [
-                product_log_probs(self(some.to(device), present.to(device)), present.to(device))
-                for some, present in zip(features.split(4096), targets.split(4096), strict=True)
-            ]
-        return torch.cat(parts).cpu()
+        return given_log_probs(self, features, targets)
 
     @torch.no_grad()
     def best_sets(self, features: Tensor, beam: int = BEAM) -> Tensor:
@@ -92,7 +103,7 @@ class ProbabilisticChain(nn.Module):
         """
         influence = self.influence()
         parts = []
-        for scores in self._sliced(features, beam):
+        for scores in self._scores(features, beam):
             B, L = scores.shape
             sets = scores.new_zeros(B, beam, L)
             log_probs = scores.new_full((B, beam), -torch.inf)
@@ -126,7 +137,7 @@ class ProbabilisticChain(nn.Module):
         influence = self.influence()
         generator = torch.Generator(influence.device).manual_seed(seed)
         parts = []
-        for scores in self._sliced(features, samples):
+        for scores in self._scores(features, samples):
             B, L = scores.shape
             sets = scores.new_zeros(B, samples, L)
             found = torch.zeros_like(scores)
@@ -137,7 +148,64 @@ class ProbabilisticChain(nn.Module):
             parts.append(found.cpu())
         return torch.cat(parts)
 
-    def _sliced(self, features: Tensor, sets: int) -> list[Tensor]:
+    @torch.no_grad()
+    def marginals_given(
+        self, features: Tensor, evidence: Tensor, samples: int = SAMPLES, seed: int = 0
+    ) -> Tensor:
+        """Estimate each label's probability given the known ones, by likelihood weighting.
+
+        Sets are drawn along the chain with the known labels as they are; a set's weight is the
+        probability that the chain gives those. The estimate is the weighted mean over the sets of
+        the label's probability given all other labels of the set, so that the label itself is
+        summed out and not drawn. It is biased by the weights' being normalised, and consistent: for
+        many samples, and for any number of them where one label alone is not known, it is exact.
+
+        Args:
+            features: [n, F].
+            evidence: [n, L] int8, see `cnnrnn.known`.
+            samples: S, sets drawn for each image.
+            seed: of the draws.
+
+        Returns:
+            [n, L] on the CPU; 1 and 0 of the known labels.
+        """
+        order = self.order
+        influence = self.influence()[order][:, order]  # below: labels in the order of the chain
+        generator = torch.Generator(influence.device).manual_seed(seed)
+        found = torch.empty(evidence.shape)
+        done = 0
+        for scores in self._scores(features, samples):
+            B, L = scores.shape
+            known = evidence[done : done + B].to(scores.device)[:, order, None]
+            sets = scores.new_zeros(B, samples, L)
+            logits = torch.zeros_like(sets)
+            log_weights = scores.new_zeros(B, samples)
+            for i in range(L):
+                given = scores[:, order[i], None] + sets @ influence[i]
+                drawn = torch.bernoulli(given.sigmoid(), generator=generator)
+                told = known[:, i] != 0
+                sets[:, :, i] = torch.where(told, (known[:, i] > 0).to(drawn.dtype), drawn)
+                signed = torch.where(known[:, i] > 0, given, -given)
+                log_weights += functional.logsigmoid(signed).masked_fill(~told, 0)
+                logits[:, :, i] = given
+            weights, given_before = log_weights.softmax(1), logits.sigmoid()
+            p = torch.empty(B, L, device=scores.device)
+            for i in range(L):
+                # What label i does, being there and not absent, to the probability of those after
+                # it: log of (1 + (exp(A) - 1) q) for each absent one, q its probability without i.
+                added, has = influence[i + 1 :, i], sets[:, :, i, None]
+                factor = torch.where(has > 0, (-added).expm1(), added.expm1())
+                rise = (1 - 2 * has[:, :, 0]) * (given_before[:, :, i + 1 :] * factor).log1p().sum(
+                    2
+                )
+                odds = logits[:, :, i] + sets[:, :, i + 1 :] @ added - rise
+                p[:, i] = (weights * odds.sigmoid()).sum(1)
+            p = torch.where(known[:, :, 0] == 0, p, (known[:, :, 0] > 0).to(p.dtype))
+            found[done : done + B, order.cpu()] = p.cpu()
+            done += B
+        return found
+
+    def _scores(self, features: Tensor, sets: int) -> list[Tensor]:
         """Return scores without other labels [B, L], in slices that bound memory."""
         device, L = self.given.device, len(self.order)
         step = max(1, SETS_AT_ONCE // (sets * L))
@@ -170,26 +238,80 @@ def train_chain(
         NonFiniteLossError: the loss stopped being finite.
         DivergedError: the loss on validation data did.
     """
-    assert train_split.features is not None and val_split.features is not None
-    features, targets = val_split.features, val_split.targets
+    assert train_split.features is not None
     torch.manual_seed(config.seed)
     order = train_split.targets.sum(0).argsort(descending=True, stable=True)
     model = ProbabilisticChain(model_config, order, train_split.features.shape[1])
+    train_given_labels("chain", model, train_split, val_split, config, "NLL", log=log, say=say)
+    return model
+
+
+def train_given_labels(
+    name: str,
+    model: LabelsGiven,
+    train_split: Split,
+    val_split: Split,
+    config: TrainConfig,
+    measure: str,
+    *,
+    log: Log | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Train a model that scores each label given true ones; it starts at the labels' log-odds.
+
+    The loss is binary cross-entropy, summed over labels. The best epoch is the one with the least
+    on validation data.
+
+    Args:
+        name: for messages and the log.
+        model: trained in place.
+        train_split: training features.
+        val_split: validation features.
+        config: the recipe.
+        measure: what the loss is called in the log.
+        log: gets one record per epoch.
+        say: gets one line per epoch.
+
+    Raises:
+        NonFiniteLossError: the loss stopped being finite.
+        DivergedError: the loss on validation data did.
+    """
+    assert train_split.features is not None and val_split.features is not None
+    features, targets = val_split.features, val_split.targets
     model.trunk.fit_scale(train_split.features, config.feature_rms)
     start_at_frequencies(model.classifier, train_split.targets)
     model.to(resolve_device(config.device))
 
     def validate() -> Validation:
-        nll = -float(model.set_log_probs(features, targets).mean())
-        if not nll < float("inf"):
+        loss = -float(given_log_probs(model, features, targets).mean())
+        if not loss < float("inf"):
             raise DivergedError(
-                "the chain's probabilities of the validation sets are no longer finite; lower "
-                "learning_rate"
+                f"the probabilities that the {name} gives the validation labels are no longer "
+                "finite; lower learning_rate"
             )
-        return Validation(-nll, {"NLL": nll})
+        return Validation(-loss, {measure: loss})
 
     def batch_loss(batch: Batch) -> Tensor:
         return binary_cross_entropy(model(batch.inputs, batch.targets), batch.targets)
 
-    train_in_two_stages("chain", model, batch_loss, validate, train_split, config, log=log, say=say)
-    return model
+    train_in_two_stages(name, model, batch_loss, validate, train_split, config, log=log, say=say)
+
+
+@torch.no_grad()
+def given_log_probs(model: LabelsGiven, features: Tensor, targets: Tensor) -> Tensor:
+    """Return the sum over labels of the log-probability of each given the others it reads.
+
+    Args:
+        model: in eval mode.
+        features: [n, F].
+        targets: [n, L] bool.
+
+    Returns:
+        [n] float64 on the CPU.
+    """
+    device = next(model.parameters()).device
+    parts = [
+        product_log_probs(model(some.to(device), present.to(device)), present.to(device)).cpu()
+        for some, present in zip(features.split(4096), targets.split(4096), strict=True)
+    ]
+    return torch.cat(parts)

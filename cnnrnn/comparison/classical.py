@@ -1,8 +1,8 @@
-"""scikit-learn's methods: nearest neighbours, linear SVM, classifier chain."""
+"""Methods that are not networks: scikit-learn's, canonical correlations, low-rank completion."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,10 @@ from torch import Tensor
 
 from cnnrnn.comparison.baselines import Scorer, product_log_probs
 from cnnrnn.training.batches import Split
+
+CCA_NEIGHBOURS = 50
+LABEL_WEIGHT = 3.0
+"""Root of the labels' variance beside the features', in low-rank completion."""
 
 
 def fit_nearest_neighbours(train_split: Split, neighbours: int) -> Scorer:
@@ -147,6 +151,126 @@ def fit_classifier_chain(train_split: Split, C: float) -> FittedChain:
 
     shares = (targets.sum(0).double() + 0.5) / (len(targets) + 1)
     return FittedChain(chain, learnable, scale, shares, constant)
+
+
+def fit_cca(train_split: Split, ridge: float) -> Scorer:
+    """Find neighbours where features and labels correlate most, and score labels by their shares.
+
+    Canonical correlation analysis (Hotelling 1936) of features and label indicators, both centred:
+    directions of features are kept with their correlations as weights, and neighbours are those
+    with the largest cosine.
+
+    Args:
+        train_split: features and targets.
+        ridge: added to the variance of every direction, in means of the features' variances; of the
+            labels likewise.
+    """
+    assert train_split.features is not None
+    features = train_split.features.double()
+    targets = train_split.targets.double()
+    mean = features.mean(0)
+    centred = features - mean, targets - targets.mean(0)
+    roots = [
+        torch.linalg.cholesky(_with_ridge(part.T @ part / len(part), ridge)) for part in centred
+    ]
+    across = centred[0].T @ centred[1] / len(features)
+    half = torch.linalg.solve_triangular(roots[0], across, upper=False)
+    whitened = torch.linalg.solve_triangular(roots[1], half.T, upper=False).T
+    directions, correlations, _ = torch.linalg.svd(whitened, full_matrices=False)
+    directions = torch.linalg.solve_triangular(roots[0].T, directions, upper=True) * correlations
+
+    def projected(some: Tensor) -> Tensor:
+        joint = (some.double() - mean) @ directions
+        return torch.nn.functional.normalize(joint).float()
+
+    score = fit_nearest_neighbours(
+        replace(train_split, features=projected(train_split.features)), CCA_NEIGHBOURS
+    )
+    return lambda some: score(projected(some))
+
+
+def _with_ridge(covariance: Tensor, ridge: float) -> Tensor:
+    """Return a covariance with a ridge in means of its variances, or 1 where all are 0."""
+    variance = float(covariance.diag().mean()) or 1.0
+    return covariance + ridge * variance * torch.eye(len(covariance), dtype=covariance.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankCompletion:
+    """The label matrix completed beside the features, at low rank.
+
+    Attributes:
+        feature_mean: [F] float64.
+        label_mean: [L] float64.
+        weights: [F, L] float64, of the labels on the features.
+        covariance: [L, L] float64, of the labels where the features are known.
+    """
+
+    feature_mean: Tensor
+    label_mean: Tensor
+    weights: Tensor
+    covariance: Tensor
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Complete the label rows of images: [n, F] to [n, L]."""
+        return (
+            self.label_mean.float()
+            + ((features.double() - self.feature_mean) @ self.weights).float()
+        )
+
+    def given(self, features: Tensor, evidence: Tensor) -> Tensor:
+        """Complete label rows of which some entries are known too.
+
+        Args:
+            features: [n, F].
+            evidence: [n, L] int8, see `cnnrnn.known`.
+
+        Returns:
+            [n, L]; 1 and 0 of the known labels.
+        """
+        completed = self(features).double()
+        for row, told in zip(completed, evidence, strict=True):
+            known = told.nonzero()[:, 0]
+            if len(known):
+                surprise = (told[known] > 0).double() - row[known]
+                among = self.covariance[known][:, known]
+                row += self.covariance[:, known] @ torch.linalg.solve(among, surprise)
+                row[known] = (told[known] > 0).double()
+        return completed.float()
+
+
+def fit_low_rank_completion(train_split: Split, rank: float) -> LowRankCompletion:
+    """Fit a matrix of low rank to the labels and features of the training images, side by side.
+
+    What a new image lacks of its row is completed from what it has: matrix completion for labels
+    (Goldberg et al., NIPS 2010; Cabral et al., NIPS 2011) at a fixed rank, by probabilistic
+    principal components (Tipping and Bishop 1999), which need no iteration: noise of the mean
+    variance that is left over takes the place of their penalty.
+
+    Args:
+        train_split: features and targets.
+        rank: of the matrix without the means; as large as there are columns less one at most.
+    """
+    assert train_split.features is not None
+    features, targets = train_split.features.double(), train_split.targets.double()
+    L = targets.shape[1]
+    means = targets.mean(0), features.mean(0)
+    blocks = [targets - means[0], features - means[1]]
+    sizes = [max(float(block.square().sum(1).mean()), 1e-12) ** 0.5 for block in blocks]
+    scales = sizes[0] / LABEL_WEIGHT, sizes[1]
+    rows = torch.cat([block / scale for block, scale in zip(blocks, scales, strict=True)], 1)
+    variances, directions = torch.linalg.eigh(rows.T @ rows / len(rows))
+    r = min(int(rank), len(variances) - 1)
+    noise = max(float(variances[:-r].mean()), 1e-8)
+    loadings = directions[:, -r:] * (variances[-r:] - noise).clamp(min=0).sqrt()
+    of_labels, of_features = loadings[:L], loadings[L:]
+    precision = of_features.T @ of_features + noise * torch.eye(r, dtype=torch.float64)
+    weights = torch.linalg.solve(precision, of_features.T).T @ of_labels.T
+    spread = of_labels @ torch.linalg.solve(precision, of_labels.T) * noise
+    covariance = spread + noise * torch.eye(L, dtype=torch.float64)
+    return LowRankCompletion(
+        means[1], means[0], weights * scales[0] / scales[1], covariance * scales[0] ** 2
+    )
 
 
 def _scaled(split: Split) -> tuple[npt.NDArray[np.float32], np.float32]:

@@ -12,7 +12,7 @@ from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +35,22 @@ from cnnrnn.comparison.baselines import (
 from cnnrnn.comparison.chains import ProbabilisticChain, train_chain
 from cnnrnn.comparison.classical import (
     FittedChain,
+    LowRankCompletion,
+    fit_cca,
     fit_classifier_chain,
     fit_linear_svm,
+    fit_low_rank_completion,
     fit_nearest_neighbours,
 )
+from cnnrnn.comparison.combinations import (
+    MOST_COMBINATIONS,
+    LabelCombinations,
+    common_combinations,
+    train_combinations,
+)
+from cnnrnn.comparison.cooccurrence import fit_cooccurrence
+from cnnrnn.comparison.dependencies import DependencyNetwork, train_dependencies
+from cnnrnn.comparison.metric import NeighbourMetric, train_metric
 from cnnrnn.config import CompareConfig, ModelConfig, SearchConfig, TrainConfig
 from cnnrnn.data import Dataset
 from cnnrnn.machine.devices import resolve_device
@@ -50,6 +62,9 @@ from cnnrnn.search.inference import Inference
 from cnnrnn.training.batches import Split
 from cnnrnn.training.recipe import path_validation
 from cnnrnn.training.run import train
+
+BY_SCIKIT_LEARN = ("knn", "cca", "svm", "chains")
+"""Methods that need scikit-learn."""
 
 RATES = (1.0, 3.0, 10.0, 0.3, 30.0)
 """Learning rates that are tried, over the recipe's. As of every grid, the first ones are."""
@@ -75,12 +90,15 @@ class Fitted:
         set_log_probs: a split to log P(the whole true set) of its images, [n] float64; None of a
             method that gives sets no probability.
         is_bound: `set_log_probs` are at most as high as the true ones.
+        scores_given: a split and evidence [n, L] int8 about its images to scores [n, L] of the
+            labels that are not known; None of a method that cannot be told of any.
     """
 
     merit: float
     predict: Callable[[Split], list[Scored]]
     set_log_probs: Callable[[Split], Tensor] | None = None
     is_bound: bool = False
+    scores_given: Callable[[Split, Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -222,6 +240,7 @@ def _path_model(
             ),
             lambda split: _path_log_probs(comparison, model, split),
             is_bound=model.search.order != "increasing",
+            scores_given=_path_scores_given(comparison, model),
         )
 
     return fit
@@ -252,6 +271,27 @@ def _read_paths(
     return [Scored(scores, found.sets[:, columns]), Scored(scores)]
 
 
+def _path_scores_given(
+    comparison: Comparison, model: CNNRNN | Ensemble
+) -> Callable[[Split, Tensor], Tensor]:
+    """Return what a path model says given evidence; where no path was found, given none."""
+    names = comparison.dataset.label_names
+    to_model = [names.index(name) for name in model.labels]
+    to_source = [model.labels.index(name) for name in names]
+
+    def scores_given(split: Split, evidence: Tensor) -> Tensor:
+        assert split.features is not None
+        features = split.features.to(model.device)
+        found = model.infer(features, None, evidence[:, to_model])
+        scores = found.mixed(model.calibration)
+        lost = scores.isnan().any(1)
+        if lost.any():
+            scores[lost] = model.infer(features[lost.to(features.device)]).mixed(model.calibration)
+        return scores[:, to_source]
+
+    return scores_given
+
+
 def path_ensemble(comparison: Comparison, folders: Sequence[Path]) -> Fitted:
     """Return the ensemble of the path models whose weights are in `folders`."""
     ensemble = Ensemble([_loaded(comparison, folder) for folder in folders]).eval()
@@ -264,7 +304,9 @@ def path_ensemble(comparison: Comparison, folders: Sequence[Path]) -> Fitted:
     def set_log_probs(split: Split) -> Tensor:
         return _path_log_probs(comparison, ensemble, split)
 
-    return Fitted(0.0, predict, set_log_probs)
+    return Fitted(
+        0.0, predict, set_log_probs, scores_given=_path_scores_given(comparison, ensemble)
+    )
 
 
 def _independent(
@@ -326,7 +368,95 @@ def _probabilistic_chain(comparison: Comparison, rate: float, seed: int, folder:
         assert split.features is not None
         return model.set_log_probs(split.features, split.targets)
 
-    return Fitted(float(set_log_probs(val).mean()), predict, set_log_probs)
+    def scores_given(split: Split, evidence: Tensor) -> Tensor:
+        assert split.features is not None
+        return model.marginals_given(split.features, evidence)
+
+    return Fitted(
+        float(set_log_probs(val).mean()), predict, set_log_probs, scores_given=scores_given
+    )
+
+
+def _dependencies(
+    kind: Literal["network", "crf"],
+) -> Callable[[Comparison, float, int, Path], Fitted]:
+    """Return how a dependency network or a pairwise CRF is fitted."""
+
+    def fit(comparison: Comparison, rate: float, seed: int, folder: Path) -> Fitted:
+        config = replace(comparison.config, seed=seed, learning_rate=rate)
+        val, model_config = comparison.val, comparison.model_config
+        assert val.features is not None
+        F, L = val.features.shape[1], val.targets.shape[1]
+        model = DependencyNetwork(model_config, L, F, symmetric=kind == "crf")
+        _train_or_load(comparison, folder, model, lambda: train_dependencies(
+            comparison.train, val, kind, model_config, config
+        ))  # fmt: skip
+        return _by_marginals(comparison, model)
+
+    return fit
+
+
+def _combinations(comparison: Comparison, rate: float, seed: int, folder: Path) -> Fitted:
+    """Fit the label combinations; the most probable one, then marginals."""
+    config = replace(comparison.config, seed=seed, learning_rate=rate)
+    train_split, model_config = comparison.train, comparison.model_config
+    assert train_split.features is not None
+    sets, _ = common_combinations(train_split.targets, MOST_COMBINATIONS)
+    model = LabelCombinations(model_config, sets, train_split.features.shape[1])
+    _train_or_load(comparison, folder, model, lambda: train_combinations(
+        train_split, comparison.val, model_config, config
+    ))  # fmt: skip
+    fitted = _by_marginals(comparison, model)
+
+    def predict(split: Split) -> list[Scored]:
+        assert split.features is not None
+        (cut,) = fitted.predict(split)
+        return [Scored(cut.scores, model.best_sets(split.features)), cut]
+
+    return replace(fitted, predict=predict)
+
+
+def _by_marginals(comparison: Comparison, model: DependencyNetwork | LabelCombinations) -> Fitted:
+    """Return a method that cuts its marginals, and has them given known labels too."""
+
+    def scores_given(split: Split, evidence: Tensor | None) -> Tensor:
+        assert split.features is not None
+        return model.marginals(split.features, evidence)
+
+    cut = cut_scores(comparison, lambda split: scores_given(split, None))
+    return replace(cut, scores_given=scores_given)
+
+
+def _with_cooccurrence(comparison: Comparison, rate: float, seed: int, folder: Path) -> Fitted:
+    """Return the independent classifier `bce`, whose weights it shares, told of known labels."""
+    independent = _independent("bce")(comparison, rate, seed, comparison.weights("bce", seed, rate))
+
+    def log_odds(split: Split) -> Tensor:
+        (found,) = independent.predict(split)
+        return found.scores.double().logit()
+
+    counted = fit_cooccurrence(
+        comparison.train.targets, log_odds(comparison.val), comparison.val.targets
+    )
+    return replace(
+        independent,
+        scores_given=lambda split, evidence: counted.scores(log_odds(split), evidence),
+    )
+
+
+def _metric(comparison: Comparison, rate: float, seed: int, folder: Path) -> Fitted:
+    """Fit the learned metric; its votes are scores."""
+    config = replace(comparison.config, seed=seed, learning_rate=rate)
+    model = NeighbourMetric(comparison.model_config, comparison.train)
+    _train_or_load(comparison, folder, model, lambda: train_metric(
+        comparison.train, comparison.val, comparison.model_config, config
+    ))  # fmt: skip
+
+    def scores(split: Split) -> Tensor:
+        assert split.features is not None
+        return network_outputs(model, split.features)
+
+    return cut_scores(comparison, scores)
 
 
 def _train_or_load(
@@ -352,7 +482,7 @@ def _classical(
     values: tuple[float, ...],
     fit_scorer: Callable[[Split, Any], Scorer],
 ) -> Method:
-    """One of scikit-learn's methods."""
+    """A method that is no network, and needs no seed."""
 
     def fit(comparison: Comparison, value: float, seed: int, folder: Path) -> Fitted:
         score = fit_scorer(comparison.train, value)
@@ -366,7 +496,16 @@ def _classical(
             return score.set_log_probs(split.features, split.targets)
 
         is_chain = isinstance(score, FittedChain)
-        return cut_scores(comparison, scores, set_log_probs=chain_log_probs if is_chain else None)
+        cut = cut_scores(comparison, scores, set_log_probs=chain_log_probs if is_chain else None)
+        if not isinstance(score, LowRankCompletion):
+            return cut
+        completion = score
+
+        def completed(split: Split, evidence: Tensor) -> Tensor:
+            assert split.features is not None
+            return completion.given(split.features, evidence)
+
+        return replace(cut, scores_given=completed)
 
     return Method(name, (title,), setting, values, fit, seeded=False)
 
@@ -449,8 +588,41 @@ METHODS: dict[str, Method] = {
             RATES,
             _probabilistic_chain,
         ),
+        Method(
+            "cooccurrence",
+            ("binary cross-entropy and co-occurrence",),
+            "learning_rate",
+            RATES,
+            _with_cooccurrence,
+        ),
+        Method(
+            "dependency-network",
+            ("conditional dependency network",),
+            "learning_rate",
+            RATES,
+            _dependencies("network"),
+        ),
+        Method("crf", ("pairwise CRF",), "learning_rate", RATES, _dependencies("crf")),
+        Method(
+            "combinations",
+            ("label combinations, best set", "label combinations, thresholded"),
+            "learning_rate",
+            RATES,
+            _combinations,
+        ),
         _classical(
             "knn", "nearest neighbours", "neighbours", (30, 100, 10, 300, 3), fit_nearest_neighbours
+        ),
+        Method("metric", ("metric learning",), "learning_rate", RATES, _metric),
+        _classical(
+            "cca", "CCA, nearest neighbours", "ridge", (1.0, 0.1, 10.0, 0.01, 100.0), fit_cca
+        ),
+        _classical(
+            "completion",
+            "low-rank completion",
+            "rank",
+            (64, 128, 32, 256, 16),
+            fit_low_rank_completion,
         ),
         _classical("svm", "linear SVM", "C", (1.0, 0.1, 10.0, 0.01, 100.0), fit_linear_svm),
         _classical(
@@ -501,7 +673,7 @@ def chosen_methods(
                 f"{', '.join(wanted)}"
             )
     methods = [method for name, method in METHODS.items() if name in wanted]
-    classical = [method.name for method in methods if not method.seeded]
+    classical = [method.name for method in methods if method.name in BY_SCIKIT_LEARN]
     if classical and find_spec("sklearn") is None:
         raise ModuleNotFoundError(
             f"{', '.join(classical)} come from scikit-learn, which is not installed: run "

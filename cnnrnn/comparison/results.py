@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from cnnrnn.machine.words import without_nan
 FORMAT = 3
 COLUMNS = ("O-F1", "C-F1", "C-F1 own", "macro-F1", "mAP", "MAP@10", "LRAP", "exact match",
            "exact own", "NLL", "example-F1", "Jaccard", "Hamming", "O-F1 @3",
-           "C-F1 @3")  # fmt: skip
+           "C-F1 @3", "AP, none known", "AP, 1 known")  # fmt: skip
 LOWER_IS_BETTER = ("NLL", "Hamming")
 NATS = ("NLL",)
 """Columns in nats; all others are in per cent."""
@@ -43,6 +43,9 @@ class Row:
         nll: mean of -log P(the whole true set) in nats, of the method; NaN where sets have none.
         nll_is_bound: the NLL is at most `nll`.
         seconds: of tuning, training and measuring, less what was trained before.
+        others: `known.metrics_of_others` of the images with two labels or more, of all but one true
+            label that was drawn and not told; empty where there is no such image.
+        others_given: the same of the method told of that label; empty where it cannot be.
     """
 
     method: str
@@ -57,6 +60,8 @@ class Row:
     nll: float
     nll_is_bound: bool
     seconds: float
+    others: dict[str, float] = field(default_factory=dict)
+    others_given: dict[str, float] = field(default_factory=dict)
 
     def figures(self) -> tuple[float, ...]:
         """Return the figures of `COLUMNS`: the NLL in nats, the others as fractions of 1.
@@ -71,6 +76,7 @@ class Row:
             own["O-F1"], own["C-F1"], self.own_c_f1, own["macro-F1"], own["mAP"], own["MAP@10"],
             own["LRAP"], own["exact-match"], self.own_exact, self.nll, own["example-F1"],
             own["Jaccard"], own["Hamming"], self.at_3["O-F1"], self.at_3["C-F1"],
+            *(known.get("example-AP", math.nan) for known in (self.others, self.others_given)),
         )  # fmt: skip
 
 
@@ -152,8 +158,8 @@ def _rows(content: dict[str, Any]) -> list[Row]:
     rows = []
     for record in content["results"]:
         measures = {
-            name: {key: _number(value) for key, value in record[name].items()}
-            for name in ("own", "at_3")
+            name: {key: _number(value) for key, value in record.get(name, {}).items()}
+            for name in ("own", "at_3", "others", "others_given")
         }
         chosen = {name: _number(record.get(name)) for name in ("own_c_f1", "own_exact", "nll")}
         is_bound = {"nll_is_bound": bool(record.get("nll_is_bound"))}

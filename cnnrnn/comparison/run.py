@@ -32,6 +32,7 @@ from cnnrnn.comparison.results import Results, Row, markdown_table
 from cnnrnn.config import CompareConfig, ModelConfig, OnBadImage, SearchConfig, TrainConfig
 from cnnrnn.data import DataError, Dataset
 from cnnrnn.data.splits import with_fixed_splits
+from cnnrnn.known import metrics_of_others, reveal
 from cnnrnn.machine.files import write_whole
 from cnnrnn.machine.progress import Progress, no_progress
 from cnnrnn.metrics import multilabel_metrics
@@ -41,6 +42,9 @@ from cnnrnn.network.features import cached_features
 from cnnrnn.search import NonFiniteError
 from cnnrnn.training.batches import Split
 from cnnrnn.training.loop import NonFiniteLossError
+
+REVEALED = 1
+"""True labels of an image that are known, in the column of known labels."""
 
 
 def frozen_features(
@@ -135,20 +139,21 @@ def compare(
             setting, fitted = _tuned(comparison, method, seed, results, say)
         else:
             setting, fitted = members, _ensemble(comparison, method, seed, results)
+        on_test = fitted.predict(comparison.test)
         judged = [
             _judge(comparison, method.by_k, val, test)
-            for val, test in zip(
-                fitted.predict(comparison.val), fitted.predict(comparison.test), strict=True
-            )
+            for val, test in zip(fitted.predict(comparison.val), on_test, strict=True)
         ]
+        known = _judge_others(comparison, fitted, on_test[0].scores)  # all its rows rank alike
         nll = _test_nll(comparison, fitted)
         seconds = round(time.perf_counter() - began, 2)
-        results.add(
-            [
-                Row(method.name, title, seed, setting, *figures, nll, fitted.is_bound, seconds)
-                for title, figures in zip(method.rows, judged, strict=True)
-            ]
-        )
+        rows = [
+            Row(
+                method.name, title, seed, setting, *figures, nll, fitted.is_bound, seconds, *known,
+            )
+            for title, figures in zip(method.rows, judged, strict=True)
+        ]  # fmt: skip
+        results.add(rows)
         chosen = "".join(f", {name} {value:g}" for name, value in setting.items())
         own = judged[0].own
         say(
@@ -337,6 +342,34 @@ def _unknown(comparison: Comparison) -> Tensor | None:
     """Return the unknown labels of the test images [n, L], None where the data knows all."""
     dataset = comparison.test.dataset
     return None if dataset.unknown_indptr is None else dataset.unknown_matrix()
+
+
+def _judge_others(
+    comparison: Comparison, fitted: Fitted, scores: Tensor
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Measure the labels other than one true label of each test image that has two or more.
+
+    Args:
+        comparison: test images and labels; the draw is the same for all methods and seeds.
+        fitted: the method.
+        scores: [n, L] of the test images, with nothing known.
+
+    Returns:
+        Metrics with nothing known, and with that label known; empty where there are none.
+    """
+    test = comparison.test
+    images, evidence = reveal(test.targets, REVEALED)
+    if not len(images):
+        return {}, {}
+    assert test.features is not None
+    some = replace(test, targets=test.targets[images], features=test.features[images])
+    unknown = _unknown(comparison)
+    unknown = None if unknown is None else unknown[images]
+    others = metrics_of_others(scores[images], some.targets, evidence, unknown=unknown)
+    if fitted.scores_given is None:
+        return others, {}
+    given = fitted.scores_given(some, evidence)
+    return others, metrics_of_others(given, some.targets, evidence, unknown=unknown)
 
 
 class _Judged(NamedTuple):

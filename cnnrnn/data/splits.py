@@ -1,4 +1,4 @@
-"""The training and validation records, and a stratified split where none is given."""
+"""The training and validation records, and stratified splits and folds."""
 
 from __future__ import annotations
 
@@ -70,6 +70,33 @@ def stratified_split(
             left[own] -= 1
         left[left == 0] = np.inf
     return (part == REST).nonzero()[0], (part == HELD_OUT).nonzero()[0]
+
+
+def stratified_folds(dataset: Dataset, folds: int, seed: int) -> list[npt.NDArray[np.int64]]:
+    """Deal the records to folds of one size, with about the same share of every label in each.
+
+    One fold after another is held out from the records that are left, by `stratified_split`.
+
+    Args:
+        dataset: n records.
+        folds: K, 2 to n.
+        seed: decides the order in which records are looked at.
+
+    Returns:
+        K arrays of record numbers, ascending; each record is in one.
+
+    Raises:
+        ValueError: `folds` is below 2 or above n.
+    """
+    n = len(dataset)
+    if not 2 <= folds <= n:
+        raise ValueError(f"folds must be in 2..{n} for {n} records, got {folds}")
+    left, parts = np.arange(n), []
+    for still in range(folds, 1, -1):
+        rest, held = stratified_split(dataset.select(left), len(left) // still, seed)
+        parts.append(left[held])
+        left = left[rest]
+    return [*parts, left]
 
 
 def training_splits(dataset: Dataset, config: TrainConfig) -> tuple[Dataset, Dataset]:

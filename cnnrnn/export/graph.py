@@ -21,7 +21,7 @@ from cnnrnn.labels import PAD
 from cnnrnn.model.classifier import CNNRNN
 from cnnrnn.network.head import Head, activated, chain_logits
 from cnnrnn.network.recurrence import lstm_state, paper_state
-from cnnrnn.search.engine import resolve_max_labels
+from cnnrnn.search.checks import resolve_max_labels
 from cnnrnn.search.inference import mixed_scores
 from cnnrnn.search.reference import LIVE_MASS_FLOOR
 

@@ -24,13 +24,14 @@ from cnnrnn.export.graph import (
 from cnnrnn.machine.files import weights_digest, write_whole
 from cnnrnn.model.classifier import CNNRNN
 from cnnrnn.model.ensemble import Ensemble, load_model
-from cnnrnn.search.engine import head_parameters, resolve_max_labels
+from cnnrnn.search.checks import resolve_max_labels
+from cnnrnn.search.packed import head_parameters
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
 OPSET = 20
-FORMAT = 2
+FORMAT = 3
 ONE_FILE_BYTES = 2**31 - 2**20
 """An ONNX file cannot be larger than 2 GB; a larger model's weights lie beside it."""
 
@@ -74,7 +75,9 @@ def export_onnx(
         raise ValueError(f"path must be a file that ends in .onnx, got {path}")
     model = _single_model(model)
     search = search or model.search
-    search = replace(search, max_labels=resolve_max_labels(model.head, search))
+    search = replace(
+        search, max_labels=resolve_max_labels(model.head, search), marginal_places=None
+    )
     input_kind = input_kind or ("features" if model.backbone is None else "uint8")
     _check_options(model, input_kind, precision, dynamic_size, search)
     exported = ExportedModel(model, input_kind, search, loop, precision == "float16").eval()
@@ -139,6 +142,10 @@ def _check_options(
         )
     if dynamic_size and input_kind == "features":
         raise ValueError("dynamic_size is of pictures; the input is feature vectors")
+    if search.algorithm != "beam":
+        raise ValueError(
+            f"search.algorithm must be beam to be exported, got {search.algorithm}: pass search="
+        )
     if not search.max_labels:
         raise ValueError("max_labels must be at least 1 to export, got 0")
 

@@ -21,12 +21,12 @@ from cnnrnn.export.graph import INPUT_NAMES, LABEL_SCORES, OUTPUT_NAMES, Input
 from cnnrnn.export.onnx import FORMAT
 from cnnrnn.export.session import COMPILED, PROVIDERS, OnnxModelError, Search, open_session
 from cnnrnn.machine.devices import use_one_thread_if_forked
-from cnnrnn.model.checkpoint import read_calibration, read_options, typed
+from cnnrnn.model.checkpoint import read_calibration, read_options, read_search, typed
 from cnnrnn.network.head import Head, ImageEmbedding, chain_logits
 from cnnrnn.prediction.pipeline import ImageModel
 from cnnrnn.prediction.predictor import Predictor, Running
 from cnnrnn.search import NonFiniteError, SearchResult, beam_search
-from cnnrnn.search.inference import SEARCH_BATCH, Inference
+from cnnrnn.search.inference import SEARCH_BATCH, Inference, of_all
 
 NO_MASK = 'forbidden labels need the search in the file: search="onnx" (--search onnx)'
 
@@ -92,7 +92,7 @@ class OnnxPredictor(Predictor):
                 )
             self._labels = tuple(values["labels"])
             self.calibration = read_calibration(values["calibration"], form)
-            self.search_config = read_options(SearchConfig, "search", values["search"])
+            self.search_config = read_search(values["search"], form)
             self.max_labels: int = typed("search.max_labels", values["search"]["max_labels"], int)
             self.input_kind: Input = typed("input", values["input"], Input)
             self.content_hash: str = values["content_hash"]
@@ -129,16 +129,26 @@ class OnnxPredictor(Predictor):
         search, forbidden = self._searched_by(running)
         return _OnnxModel(self, search, forbidden)
 
-    def infer_features(self, features: Tensor, running: Running) -> Inference:
+    def longest_path_of(self, running: Running) -> int:
+        """Return how many labels a path can hold: T of the file."""
+        return self.max_labels
+
+    def infer_features(
+        self, features: Tensor, running: Running, evidence: Tensor | None
+    ) -> Inference:
         """Search feature vectors as the options say; see `Predictor.infer_features`."""
         if self.input_kind != "features":
             raise ValueError(
                 f"{self.path} takes images, no feature vectors; export with input_kind features"
             )
-        return self.infer(features, *self._searched_by(running))
+        return self.infer(features, *self._searched_by(running), evidence)
 
     def infer(
-        self, inputs: Tensor, search: SearchConfig | None = None, forbidden: Tensor | None = None
+        self,
+        inputs: Tensor,
+        search: SearchConfig | None = None,
+        forbidden: Tensor | None = None,
+        evidence: Tensor | None = None,
     ) -> Inference:
         """Run the model on its own kind of input.
 
@@ -148,6 +158,8 @@ class OnnxPredictor(Predictor):
             search: another `min_labels`, and for the compiled search any other options.
             forbidden: [1 or B, L] bool, labels that no path may have; only for the search in ONNX
                 Runtime.
+            evidence: what is known of labels, [1 or B, L] int8, see `beam_search`; only for the
+                compiled search.
 
         Returns:
             Sets and scores on the CPU.
@@ -166,23 +178,33 @@ class OnnxPredictor(Predictor):
                 f"search must be that of {self.path} but for min_labels, {self.search_config}, got "
                 f"{search}; export again, or open the file with {COMPILED}"
             )
+        if evidence is not None and self.search == "onnx":
+            raise ValueError(f"known and absent labels need the compiled search: {COMPILED}")
         inputs = self._checked(inputs)
         forbidden = None if forbidden is None else self._checked_mask(forbidden, len(inputs))
         parts = inputs.split(SEARCH_BATCH) if len(inputs) else (inputs,)
         masks: Sequence[Tensor | None] = [forbidden] * len(parts)
         if forbidden is not None and len(forbidden) > 1:
             masks = forbidden.split(SEARCH_BATCH)
-        runs = [self._searched(part, search, mask) for part, mask in zip(parts, masks, strict=True)]
+        rows: Sequence[Tensor | None] = [evidence] * len(parts)
+        if evidence is not None and len(evidence) > 1:
+            rows = evidence.split(SEARCH_BATCH)
+        runs = [
+            self._searched(part, search, mask, known)
+            for part, mask, known in zip(parts, masks, rows, strict=True)
+        ]
         results = [result for result, _ in runs]
         label_scores = [scores.cpu() for _, scores in runs if scores is not None]
         marked = torch.cat([result.log_probs[:, 0].isnan() for result in results])
         if marked.any():
             raise NonFiniteError(marked.nonzero()[:, 0].tolist(), len(inputs))
+        sets = torch.cat([result.best_sets() for result in results])
         return Inference(
-            sets=torch.cat([result.best_sets() for result in results]),
+            sets=sets,
             marginals=torch.cat([result.marginals() for result in results]),
             label_scores=torch.cat(label_scores) if label_scores else None,
             search=tuple(results),
+            evidence=of_all(evidence, sets),
         )
 
     def run(
@@ -287,7 +309,11 @@ class OnnxPredictor(Predictor):
         return int(joint.shape[1])
 
     def _searched(
-        self, inputs: Tensor, search: SearchConfig, forbidden: Tensor | None
+        self,
+        inputs: Tensor,
+        search: SearchConfig,
+        forbidden: Tensor | None,
+        evidence: Tensor | None,
     ) -> tuple[SearchResult, Tensor | None]:
         """Return the result, on the CPU, and the chain term's own scores or None."""
         if self._head is not None:
@@ -295,12 +321,11 @@ class OnnxPredictor(Predictor):
             label_scores = found.get(LABEL_SCORES)
             logits = None if label_scores is None else chain_logits(label_scores)
             embedding = ImageEmbedding(found["joint"], logits)
-            result = beam_search(self._head, embedding, search, marginals=True, on_nonfinite="mark")
-            result = replace(
-                result, labels=result.labels.cpu(), lengths=result.lengths.cpu(),
-                log_probs=result.log_probs.cpu(), requested_marginals=result.marginals().cpu(),
+            result = beam_search(
+                self._head, embedding, search,
+                marginals=True, on_nonfinite="mark", evidence=evidence,
             )  # fmt: skip
-            return result, label_scores
+            return result.cpu(), label_scores
         found = self.run(
             inputs,
             min_labels=search.min_labels,
@@ -362,7 +387,7 @@ class _OnnxModel:
         self._search = search
         self._forbidden = forbidden
 
-    def begin(self, images: list[Tensor]) -> Callable[[], Inference]:
+    def begin(self, images: list[Tensor], evidence: Tensor | None) -> Callable[[], Inference]:
         """Put images together; ONNX Runtime runs when the search is due."""
         if self._predictor.input_kind == "uint8":
             if any(image.dtype != torch.uint8 for image in images):
@@ -373,7 +398,7 @@ class _OnnxModel:
             batch = torch.stack([image.permute(1, 2, 0) for image in images])
         else:
             batch = torch.cat([normalize(image[None], self.preprocessing) for image in images])
-        return lambda: self._predictor.infer(batch, self._search, self._forbidden)
+        return lambda: self._predictor.infer(batch, self._search, self._forbidden, evidence)
 
 
 def _place(tensor: Tensor) -> tuple[str, int, Any, list[int], int]:

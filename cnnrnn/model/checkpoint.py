@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cnnrnn.config import Calibration
+from cnnrnn.config import Calibration, SearchConfig
 
 T = TypeVar("T")
 
 
-FORMAT = 2
+FORMAT = 3
 
 
 WEIGHTS_FILE = "model.safetensors"
@@ -116,10 +116,20 @@ def read_options(kind: type[T], name: str, values: Any) -> T:
 
 
 def read_calibration(values: Any, form: Any) -> Calibration:
-    """Build a calibration from the JSON values of a file of a format; format 1 lacks two."""
+    """Build a calibration from the JSON values of a file of a format; earlier ones lack some."""
     if form == 1 and isinstance(values, dict):
         values = {"min_labels": 0, "uncalibrated": []} | values
+    if form in (1, 2) and isinstance(values, dict):
+        values = {"known_mix_weight": 0.0, "set_nll": []} | values
     return read_options(Calibration, "calibration", values)
+
+
+def read_search(values: Any, form: Any) -> SearchConfig:
+    """Build search options from the JSON values of a file of a format; earlier ones lack some."""
+    if form in (1, 2) and isinstance(values, dict):
+        added = {"marginal_places": None, "algorithm": "beam", "max_expansions": 200}
+        values = added | values
+    return read_options(SearchConfig, "search", values)
 
 
 def require_one_per_label(calibration: Calibration, num_labels: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from cnnrnn.model.checkpoint import (
     read_calibration,
     read_description,
     read_options,
+    read_search,
     replace_folder,
     require_format,
     require_one_per_label,
@@ -30,10 +31,8 @@ from cnnrnn.model.checkpoint import (
 from cnnrnn.network.backbones import Backbone, make_backbone
 from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.prediction.predictor import TorchPredictor
+from cnnrnn.search.checks import resolve_max_labels
 from cnnrnn.search.inference import Inference, infer, set_nll
-
-if TYPE_CHECKING:
-    from cnnrnn.search.inference import Inference
 
 
 class CNNRNN(nn.Module, TorchPredictor):
@@ -84,9 +83,15 @@ class CNNRNN(nn.Module, TorchPredictor):
         """Embed normalised images [B, 3, S, S] for the search."""
         return self.head.embed(self.features(images))
 
-    def infer(self, features: Tensor, search: SearchConfig | None = None) -> Inference:
-        """Search feature vectors [n, F]; the model's own search by default."""
-        return infer(self.head, features, search or self.search)
+    def infer(
+        self, features: Tensor, search: SearchConfig | None = None, evidence: Tensor | None = None
+    ) -> Inference:
+        """Search feature vectors [n, F]; see `TorchPredictor.infer`."""
+        return infer(self.head, features, search or self.search, evidence)
+
+    def longest_path(self, search: SearchConfig) -> int:
+        """Return how many labels a path of a search can hold."""
+        return resolve_max_labels(self.head, search)
 
     def set_nll(self, features: Tensor, targets: Tensor) -> Tensor:
         """Return -log P(the whole true set | image) in nats, see `search.inference.set_nll`.
@@ -173,7 +178,7 @@ def _build(folder: Path, description: dict[str, Any]) -> CNNRNN:
             tuple(typed("labels", description["labels"], list[str])),
             tuple(typed("source_index", description["source_index"], list[int])),
         )
-        search = read_options(SearchConfig, "search", description["search"])
+        search = read_search(description["search"], description["format"])
         calibration = read_calibration(description["calibration"], description["format"])
         require_one_per_label(calibration, len(labels))
         feature_dim = typed("feature_dim", description["feature_dim"], int)

@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +36,8 @@ from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.prediction.decisions import calibrate
 from cnnrnn.prediction.predictor import TorchPredictor
 from cnnrnn.search import SearchResult
-from cnnrnn.search.engine import resolve_max_labels
-from cnnrnn.search.inference import SEARCH_BATCH, Inference
-
-if TYPE_CHECKING:
-    pass
+from cnnrnn.search.checks import resolve_max_labels
+from cnnrnn.search.inference import SEARCH_BATCH, Inference, of_all
 
 SCORES_AT_ONCE = 1 << 24  # label scores held while sets are scored: 64 MB
 
@@ -156,8 +152,15 @@ class Ensemble(nn.Module, TorchPredictor):
         return self.models[0].feature_dim
 
     @torch.no_grad()
-    def infer(self, features: Tensor, search: SearchConfig | None = None) -> Inference:
+    def infer(
+        self, features: Tensor, search: SearchConfig | None = None, evidence: Tensor | None = None
+    ) -> Inference:
         """Search feature vectors [n, F] with every member; the ensemble's own search by default.
+
+        Args:
+            features: [n, F].
+            search: the options of the members' searches.
+            evidence: [1 or n, L] int8, columns in the order of `labels`; see `beam_search`.
 
         Returns:
             Sets, mean scores (as marginals, with nothing left to mix in) and paths, on the CPU, in
@@ -167,9 +170,16 @@ class Ensemble(nn.Module, TorchPredictor):
             NonFiniteError: for feature vectors that give values that are not finite.
         """
         search = search or self.search
-        found = [model.infer(features, search) for model in self.models]
+        found = [
+            model.infer(
+                features,
+                search,
+                None if evidence is None else evidence[:, self._columns(model).argsort()],
+            )
+            for model in self.models
+        ]
         scores = [
-            inference.mixed(model.calibration.mix_weight)[:, self._columns(model)]
+            inference.mixed(model.calibration)[:, self._columns(model)]
             for model, inference in zip(self.models, found, strict=True)
         ]
         results = tuple(
@@ -178,7 +188,11 @@ class Ensemble(nn.Module, TorchPredictor):
         )
         no_sets = torch.zeros(0, len(self.labels), dtype=torch.bool)
         sets = torch.cat([no_sets, *(result.best_sets().cpu() for result in results)])
-        return Inference(sets, torch.stack(scores).mean(0), None, results)
+        return Inference(sets, torch.stack(scores).mean(0), None, results, of_all(evidence, sets))
+
+    def longest_path(self, search: SearchConfig) -> int:
+        """Return how many labels a path of a search can hold: in every member."""
+        return min(model.longest_path(search) for model in self.models)
 
     def calibrate(self, features: Tensor, targets: Tensor, trained: Tensor | None = None) -> None:
         """Choose thresholds and k on validation data.

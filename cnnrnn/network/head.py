@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cnnrnn.config import Activation, Cell, ModelConfig
-from cnnrnn.labels import prefix_trie
+from cnnrnn.config import Activation, Cell, ModelConfig, Order
+from cnnrnn.labels import PAD, prefix_trie
 from cnnrnn.network.recurrence import LSTMRecurrence, PaperRecurrence, prefix_outputs
+from cnnrnn.network.sampling import Samples, sample_sets
 
 UNTRAINED_MAX_LABELS = 20
 PREFIX_BYTES = 512 << 20
@@ -348,6 +349,22 @@ class Head(nn.Module):
             total, self.label_embedding[: self.num_labels + 1], self.score_bias
         )
 
+    def sample(
+        self,
+        embedding: ImageEmbedding,
+        count: int,
+        evidence: Tensor | None = None,
+        *,
+        seed: int = 0,
+        max_labels: int | None = None,
+        order: Order = "increasing",
+    ) -> Samples:
+        """Draw label sets of embedded images, given evidence; see `sample_sets`."""
+        return sample_sets(
+            self, embedding, count,
+            evidence=evidence, seed=seed, max_labels=max_labels, order=order,
+        )  # fmt: skip
+
     def forward(self, features: Tensor, paths: Tensor) -> tuple[Tensor, Tensor | None]:
         """Score every step of given paths (teacher forcing).
 
@@ -367,13 +384,35 @@ class Head(nn.Module):
 
     def score_paths(self, embedding: ImageEmbedding, paths: Tensor) -> Tensor:
         """Score every step of given paths of embedded images; see `forward`: [B, T+1, L+1]."""
+        positions = torch.arange(paths.shape[1] + 1, device=paths.device)
+        steps = positions <= (paths != PAD).sum(1, keepdim=True)
+        rows = self.score_steps(embedding, paths, steps)
+        scores = rows.new_zeros(*steps.shape, self.num_labels + 1)
+        return scores.index_put(steps.nonzero(as_tuple=True), rows)
+
+    def score_steps(
+        self,
+        embedding: ImageEmbedding,
+        paths: Tensor,
+        steps: Tensor,
+        images: Tensor | None = None,
+    ) -> Tensor:
+        """Score chosen steps of given paths.
+
+        Args:
+            embedding: of B images.
+            paths: [P, T] int64 label indices padded with -1.
+            steps: [P, T+1] bool, M of them: step t is what follows the path's first t labels.
+            images: [P] int64, the image of each path; None where path i is that of image i.
+
+        Returns:
+            [M, L+1] scores, chain term included, END last; rows go path by path, step by step.
+        """
         trie = prefix_trie(paths)
-        steps = (trie.nodes >= 0).nonzero(as_tuple=True)  # image and step of M rows
         outputs = prefix_outputs(self.recurrence, self.input_rows, self.start, trie)
         projected = self.output_projection(outputs)  # [prefixes, D]
-        rows = self._score_projected(projected[trie.nodes[steps]], embedding.joint[steps[0]])
+        own = steps.nonzero(as_tuple=True)[0]
+        own = own if images is None else images[own]
+        rows = self._score_projected(projected[trie.nodes[steps]], embedding.joint[own])
         rows = rows if rows.dtype == torch.float64 else rows.float()
-        if embedding.label_logits is not None:
-            rows = rows + embedding.label_logits[steps[0]]
-        scores = rows.new_zeros(*trie.nodes.shape, self.num_labels + 1)
-        return scores.index_put(steps, rows)
+        return rows if embedding.label_logits is None else rows + embedding.label_logits[own]

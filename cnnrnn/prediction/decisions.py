@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cnnrnn.config import DECISIONS, Calibration, Decide
+from cnnrnn.config import DECISIONS, Calibration, Decide, SearchConfig
+from cnnrnn.known import metrics_of_others, reveal
 from cnnrnn.labels import PAD, path_sets
 from cnnrnn.metrics import (
     at_least,
@@ -25,8 +26,9 @@ from cnnrnn.metrics import (
     threshold_sets,
     top_k_sets,
 )
+from cnnrnn.network.head import Head
 from cnnrnn.search import SearchResult
-from cnnrnn.search.inference import _SMALLEST, Inference
+from cnnrnn.search.inference import _SMALLEST, Inference, infer, set_nll
 
 MIX_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 FEW_POSITIVES = 5
@@ -35,6 +37,8 @@ SHRINKAGES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 USUAL_SHRINKAGE = 30.0
 """Taken while training goes on, where choosing one would take longer than the rest."""
 FOLDS = 5
+MOST_REVEALED = 2000
+"""Validation images of which a label is revealed."""
 
 
 F1_AT_ONCE = 1 << 21  # label weights held while sets of best F1 are found: 16 MB
@@ -84,6 +88,64 @@ def calibrate(
         min_labels,
         tuple((~fitted.has_own).nonzero()[:, 0].tolist()),
     )
+
+
+@torch.no_grad()
+def calibrate_known(
+    head: Head,
+    features: Tensor,
+    targets: Tensor,
+    search: SearchConfig,
+    calibration: Calibration,
+    seed: int = 0,
+) -> Calibration:
+    """Choose on validation data what holds where labels are known, and for `candidates`.
+
+    One true label of each image with two or more is revealed; the weight of the chain term is that
+    with the best ranking of the others (example-AP + label-mAP).
+
+    Args:
+        head: in eval mode.
+        features: [n, F] on the head's device.
+        targets: [n, L] bool, columns in path order.
+        search: the options of the search.
+        calibration: what else was chosen.
+        seed: of the labels that are revealed.
+
+    Returns:
+        The calibration with its `known_mix_weight` and, under the order `increasing`, `set_nll`.
+    """
+    nll = torch.zeros(0, dtype=torch.float64)
+    if search.order == "increasing":
+        nll = set_nll(head, features, targets, search.order)
+    calibration = replace(calibration, set_nll=nll_levels(nll))
+    images, evidence = reveal(targets, 1, seed)
+    images, evidence = images[:MOST_REVEALED], evidence[:MOST_REVEALED]
+    if head.label_classifier is None or not len(images):
+        return calibration
+    inference = infer(head, features[images.to(features.device)], search, evidence)
+
+    def merit(weight: float) -> float:
+        scores = inference.mixed(weight).nan_to_num(0)
+        found = metrics_of_others(scores, targets.cpu()[images], evidence)
+        return found["example-AP"] + found["label-mAP"]
+
+    return replace(calibration, known_mix_weight=max(MIX_WEIGHTS, key=merit))
+
+
+def nll_levels(nll: Tensor) -> tuple[float, ...]:
+    """Return what 1, 2, ... percent of further values do not exceed: at most 99 levels.
+
+    Split-conformal: of n + 1 exchangeable values the last is at most the k-th smallest of the
+    others with a probability of at least k / (n + 1). Levels that n values cannot give are left
+    out.
+
+    Args:
+        nll: [n] of images that training did not see.
+    """
+    ascending = nll.double().sort().values
+    ranks = (math.ceil((len(nll) + 1) * percent / 100) for percent in range(1, 100))
+    return tuple(float(ascending[rank - 1]) for rank in ranks if rank <= len(nll))
 
 
 class _Cuts(NamedTuple):
@@ -157,7 +219,8 @@ def decided_sets(
     """Return the label sets of a decision: [n, L] bool.
 
     Each has at least `calibration.min_labels` labels. A path that is shorter gives way to the best
-    one found that is not; what is too small still takes its best-scored labels.
+    one found that is not; what is too small still takes its best-scored labels. Every set holds the
+    labels known to be present and none known to be absent.
 
     Args:
         decide: `path` takes the best path's set, `f1` the set with the best expected F1 over the
@@ -181,7 +244,21 @@ def decided_sets(
         sets = threshold_sets(scores, torch.tensor(cuts) if cuts else calibration.threshold)
     else:
         raise ValueError(f"decide must be one of {', '.join(DECISIONS)}, got {decide!r}")
-    return _filled(sets, scores, least)
+    evidence = inference.evidence
+    if evidence is not None:
+        scores = scores.masked_fill(evidence == -1, -torch.inf)  # no set is filled up with these
+    return with_known(_filled(sets, scores, least), inference)
+
+
+def with_known(sets: Tensor, inference: Inference) -> Tensor:
+    """Give sets [n, L] all labels known to be present and none of the absent ones.
+
+    Where no path fits what is known, a set holds the labels known to be present alone.
+    """
+    evidence = inference.evidence
+    if evidence is None:
+        return sets
+    return (sets & (evidence == 0) & ~inference.found_none()[:, None]) | (evidence == 1)
 
 
 def _best_sets(inference: Inference, min_labels: int) -> Tensor:
@@ -302,7 +379,7 @@ def decision_metrics(
     Returns:
         Metrics by decision (`DECISIONS`), and of the two at k.
     """
-    scores = inference.mixed(calibration.mix_weight)
+    scores = inference.mixed(calibration)
     decided = {decide: decided_sets(decide, inference, scores, calibration) for decide in DECISIONS}
     rows: dict[str, dict[str, float]] = {
         decide: multilabel_metrics(sets, targets, scores=scores, unknown=unknown)
@@ -324,11 +401,13 @@ class Decided:
         inference: paths, marginals and label scores.
         sets: [m, L] bool, the decided label sets.
         scores: [m, L], each label's score in 0..1.
+        set_nll: of the calibration.
     """
 
     inference: Inference
     sets: Tensor
     scores: Tensor
+    set_nll: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -351,12 +430,12 @@ class Options:
 
 def decide(inference: Inference, calibration: Calibration, options: Options) -> Decided:
     """Decide label sets as the options say."""
-    scores = inference.mixed(calibration.mix_weight)
+    scores = inference.mixed(calibration)
     if options.threshold is not None:
         calibration = replace(calibration, threshold=options.threshold)
     if options.min_labels is not None:
         calibration = replace(calibration, min_labels=options.min_labels)
     sets = decided_sets(options.decide, inference, scores, calibration)
     if options.top_k is not None:
-        sets = cut_to_k(sets, scores, options.top_k)
-    return Decided(inference, sets, scores)
+        sets = with_known(cut_to_k(sets, scores, options.top_k), inference)
+    return Decided(inference, sets, scores, calibration.set_nll)

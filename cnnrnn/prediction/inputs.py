@@ -28,6 +28,7 @@ _pil_lock = threading.Lock()  # Pillow loads an image lazily, and one image may 
 class Item:
     """One image on its way: a uint8 or float tensor [3, S, S], or why there is none."""
 
+    position: int  # among all images
     source: str
     image: Tensor | None
     error: str | None = None
@@ -45,15 +46,15 @@ def read_image(
                 if isinstance(image, Image.Image)
                 else decode_image(image)
             )
-            return Item(source, to_tensor(rgb, preprocessing))
+            return Item(position, source, to_tensor(rgb, preprocessing))
         except BadImageError as error:
             if on_bad_image == "error":
                 raise
-            return Item(source, None, str(error))
+            return Item(position, source, None, str(error))
     if isinstance(image, np.ndarray):
-        return Item(source, to_tensor(_from_array(image, position), preprocessing))
+        return Item(position, source, to_tensor(_from_array(image, position), preprocessing))
     if isinstance(image, Tensor):
-        return Item(source, _from_tensor(image, position, preprocessing))
+        return Item(position, source, _from_tensor(image, position, preprocessing))
     raise TypeError(
         f"image {position} must be a path, PIL image, array or tensor, got {type(image).__name__}"
     )

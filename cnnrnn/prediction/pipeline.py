@@ -12,6 +12,7 @@ from cnnrnn.machine.threads import batches_in_order, default_workers
 from cnnrnn.machine.words import listed
 from cnnrnn.prediction.decisions import Options, decide
 from cnnrnn.prediction.inputs import Item, are_images, read_image, single_images
+from cnnrnn.prediction.known import Known
 from cnnrnn.prediction.result import Prediction
 from cnnrnn.search import NonFiniteError
 from cnnrnn.search.inference import Inference
@@ -36,8 +37,12 @@ class ImageModel(Protocol):
     def torch_threads(self) -> int:
         """Threads of torch that several batches may share; 0 to begin one after the other."""
 
-    def begin(self, images: list[Tensor]) -> Callable[[], Inference]:
+    def begin(self, images: list[Tensor], evidence: Tensor | None) -> Callable[[], Inference]:
         """Start on images, each uint8 or float in 0..1 of [3, S, S], on the CPU or a GPU.
+
+        Args:
+            images: n of them.
+            evidence: what is known of their labels, [n, L] int8.
 
         Returns:
             What ends it; raises NonFiniteError for images whose values are not finite.
@@ -48,6 +53,7 @@ def predict_images(
     images: Any,
     model: ImageModel,
     options: Options,
+    known: Known,
     *,
     batch_size: int,
     workers: int | None,
@@ -68,11 +74,16 @@ def predict_images(
         return read_image(*item, model.preprocessing, on_bad_image)
 
     def begin(group: list[Item]) -> Callable[[], Inference | None]:
-        found = [item.image for item in group if item.image is not None]
-        return model.begin(found) if found else lambda: None
+        found = [item for item in group if item.image is not None]
+        if not found:
+            return lambda: None
+        evidence = known.evidence(
+            [item.position for item in found], [item.source for item in found]
+        )
+        return model.begin([item.image for item in found if item.image is not None], evidence)
 
     batches = batches_in_order(
-        enumerate(single_images(images)),
+        _numbered(single_images(images), known),
         read,
         begin,
         batch_size=batch_size,
@@ -84,6 +95,14 @@ def predict_images(
         for group, finish in batches
         for prediction in _decided_group(group, finish, model, options)
     )
+
+
+def _numbered(images: Iterator[Any], known: Known) -> Iterator[tuple[int, Any]]:
+    count = 0
+    for image in images:
+        yield count, image
+        count += 1
+    known.require_all_used(count)
 
 
 def _decided_group(

@@ -17,6 +17,7 @@ from cnnrnn.machine.devices import has_bf16, resolve_device, use_one_thread_if_f
 from cnnrnn.network.backbones import Backbone
 from cnnrnn.network.features import features_of
 from cnnrnn.prediction.decisions import Options
+from cnnrnn.prediction.known import Known, Names
 from cnnrnn.prediction.pipeline import ImageModel, predict_images
 from cnnrnn.prediction.result import Prediction, decided_predictions
 from cnnrnn.search.inference import Inference
@@ -57,8 +58,14 @@ class Predictor(ABC):
         """
 
     @abstractmethod
-    def infer_features(self, features: Tensor, running: Running) -> Inference:
-        """Search feature vectors [n, F] float32 as the options say.
+    def longest_path_of(self, running: Running) -> int:
+        """Return how many labels a path can hold under these options."""
+
+    @abstractmethod
+    def infer_features(
+        self, features: Tensor, running: Running, evidence: Tensor | None
+    ) -> Inference:
+        """Search feature vectors [n, F] float32 as the options say, given evidence [n, L] int8.
 
         Raises:
             ValueError: the model reads no feature vectors, or an option does not fit it.
@@ -68,6 +75,8 @@ class Predictor(ABC):
         self,
         images: Any,
         *,
+        known: Names = (),
+        absent: Names = (),
         top_k: int | None = None,
         beam_size: int | None = None,
         min_labels: int | None = None,
@@ -88,7 +97,11 @@ class Predictor(ABC):
                 a tensor [3, H, W] or [B, 3, H, W] of uint8 or of float in 0..1, or a list of these.
                 A folder stands for the pictures in it and below, sorted by path. A file for ONNX
                 Runtime that takes uint8 pictures takes no float tensors.
-            top_k: keep at most this many labels, those with the best scores.
+            known: names of labels that are known to be present: a list for all images, or a list
+                of lists, one per image. Every set holds them, and scores are those of the other
+                labels given them.
+            absent: likewise, labels known to be absent.
+            top_k: keep at most this many labels, those with the best scores; known ones count.
             beam_size: N, 1 to 16; the model's own by default. A search in ONNX Runtime has no
                 other.
             min_labels: every set has at least so many labels, and shorter label paths are
@@ -118,13 +131,16 @@ class Predictor(ABC):
             One `Prediction` per image.
 
         Raises:
-            TypeError: `images` holds something else.
-            ValueError: an array or tensor has another shape or type, or options do not fit.
+            TypeError: `images` holds something else, or `known` no names.
+            ValueError: an array or tensor has another shape or type, or options do not fit; a known
+                label is none of the model's, or both present and absent.
             BadImageError: an image cannot be read.
         """
         return list(
             self.predict_iter(
                 images,
+                known=known,
+                absent=absent,
                 top_k=top_k,
                 beam_size=beam_size,
                 min_labels=min_labels,
@@ -144,6 +160,8 @@ class Predictor(ABC):
         self,
         images: Any,
         *,
+        known: Names = (),
+        absent: Names = (),
         top_k: int | None = None,
         beam_size: int | None = None,
         min_labels: int | None = None,
@@ -171,10 +189,12 @@ class Predictor(ABC):
             top_k, decide if threshold is None else "threshold", threshold, min_labels
         )
         running = Running(beam_size, min_labels, forbidden_labels, device, precision, compiled)
+        model = self.image_model(running)
         return predict_images(
             images,
-            self.image_model(running),
+            model,
             options,
+            Known(self.labels, self.longest_path_of(running), known, absent),
             batch_size=batch_size,
             workers=workers,
             on_bad_image=on_bad_image,
@@ -184,6 +204,8 @@ class Predictor(ABC):
         self,
         features: Tensor | np.ndarray[Any, Any],
         *,
+        known: Names = (),
+        absent: Names = (),
         top_k: int | None = None,
         beam_size: int | None = None,
         min_labels: int | None = None,
@@ -199,7 +221,11 @@ class Predictor(ABC):
         use_one_thread_if_forked()
         batch = torch.as_tensor(features).to(torch.float32)
         running = Running(beam_size, min_labels, forbidden_labels, device)
-        inference = self.infer_features(batch, running)
+        of_all = Known(self.labels, self.longest_path_of(running), known, absent)
+        of_all.require_all_used(len(batch))
+        rows = range(len(batch))
+        evidence = of_all.evidence(rows, [str(row) for row in rows])
+        inference = self.infer_features(batch, running, evidence)
         return decided_predictions(inference, self.labels, self.calibration, options)
 
 
@@ -220,8 +246,20 @@ class TorchPredictor(Predictor):
         """Where the weights are."""
 
     @abstractmethod
-    def infer(self, features: Tensor, search: SearchConfig | None = None) -> Inference:
-        """Search feature vectors [n, F]; the model's own search by default."""
+    def infer(
+        self, features: Tensor, search: SearchConfig | None = None, evidence: Tensor | None = None
+    ) -> Inference:
+        """Search feature vectors [n, F].
+
+        Args:
+            features: [n, F].
+            search: the model's own by default.
+            evidence: what is known of labels, [1 or n, L] int8; see `beam_search`.
+        """
+
+    @abstractmethod
+    def longest_path(self, search: SearchConfig) -> int:
+        """Return how many labels a path of a search can hold."""
 
     def features(self, images: Tensor) -> Tensor:
         """Return the backbone's features [B, F] of normalised images [B, 3, S, S]."""
@@ -242,10 +280,16 @@ class TorchPredictor(Predictor):
         search = self._searched_by(running)
         return TorchModel(self, search, running.precision, running.compiled)
 
-    def infer_features(self, features: Tensor, running: Running) -> Inference:
+    def longest_path_of(self, running: Running) -> int:
+        """Return how many labels a path can hold under these options."""
+        return self.longest_path(self._search(running))
+
+    def infer_features(
+        self, features: Tensor, running: Running, evidence: Tensor | None
+    ) -> Inference:
         """Search feature vectors as the options say; see `Predictor.infer_features`."""
         search = self._searched_by(running)
-        return self.infer(features.to(self.device), search)
+        return self.infer(features.to(self.device), search, evidence)
 
     def _searched_by(self, running: Running) -> SearchConfig:
         """Bring the module to its device, in eval mode, and return the options of its search."""
@@ -258,6 +302,9 @@ class TorchPredictor(Predictor):
         if running.device is not None:
             self.to(resolve_device(running.device))
         self.eval()
+        return self._search(running)
+
+    def _search(self, running: Running) -> SearchConfig:
         options = {"beam_size": running.beam_size, "min_labels": running.min_labels}
         changes: dict[str, Any] = {name: v for name, v in options.items() if v is not None}
         return replace(self.search, **changes)
@@ -297,10 +344,10 @@ class TorchModel:
         return torch.get_num_threads() if self._model.device.type == "cpu" else 0
 
     @torch.no_grad()
-    def begin(self, images: list[Tensor]) -> Callable[[], Inference]:
+    def begin(self, images: list[Tensor], evidence: Tensor | None) -> Callable[[], Inference]:
         """Run the backbone, which a GPU does while the caller goes on."""
         features = self.features(images)
-        return lambda: self._model.infer(features, self._search)
+        return lambda: self._model.infer(features, self._search, evidence)
 
     def features(self, images: list[Tensor]) -> Tensor:
         """Return the backbone's features [n, F] of images, as `ImageModel.begin` takes them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,20 @@ from torch import Tensor
 from cnnrnn.config import Calibration
 from cnnrnn.labels import PAD
 from cnnrnn.prediction.decisions import Decided, Options, decide
+from cnnrnn.search import best_sets
 from cnnrnn.search.inference import Inference
+
+
+class Candidates(list[tuple[frozenset[str], float]]):
+    """Label sets with their probabilities, most probable first; see `Prediction.candidates`.
+
+    Attributes:
+        complete: no set was left out.
+    """
+
+    def __init__(self, sets: list[tuple[frozenset[str], float]], complete: bool) -> None:
+        super().__init__(sets)
+        self.complete = complete
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -52,7 +66,9 @@ class Prediction:
 
         The probability of its paths, summed over those that the search visited and so a lower bound
         of the label's marginal, mixed in logit space with the chain term's probability at the
-        calibrated weight. An ensemble's is the mean of its members'.
+        calibrated weight. An ensemble's is the mean of its members'. Where labels are known they
+        are conditional on that: known labels have 1 and 0, and all others NaN if no label set that
+        the model holds possible fits.
         """
         if self._batch is None:
             return {}
@@ -83,15 +99,78 @@ class Prediction:
 
     @property
     def mass(self) -> float:
-        """Probability of all sets found together, that of `.sets`; NaN for an unreadable image.
+        """Probability of all label sets that the search found, those beyond `.sets` included.
 
-        It is the share of the model's distribution that the search returned: near 1, `.sets` is all
-        there is; where it is small, labels may be more probable than their scores say. For an
-        ensemble it sums the geometric means of its members' probabilities.
+        It is the share of the model's distribution that was seen: near 1, labels are as probable as
+        their scores say; where it is small, they may be more probable. Where labels are known, only
+        sets that fit are counted, so this is a lower bound of the probability of what is known. For
+        an ensemble, and in ONNX Runtime, it is the probability of `.sets`. NaN for an image that
+        could not be read.
         """
         if self._batch is None:
             return float("nan")
+        result, row = self._batch.inference.result_of(self._row)
+        if result.log_evidence is not None:
+            return float(result.log_evidence[row].exp())
         return sum(probability for _, probability in self.sets)
+
+    def candidates(self, coverage: float = 0.9, limit: int = 64) -> Candidates:
+        """Return label sets that hold the true one with a probability of at least `coverage`.
+
+        Split-conformal on log P(set): every set at least as probable as `coverage` of validation
+        images' true sets were. It holds for an image drawn like those, on average over images; with
+        labels that you chose to tell (`known`, `absent`), or images of another kind, it is no
+        promise.
+
+        Args:
+            coverage: above 0 and below 1; validation data of n images can promise n / (n + 1).
+            limit: at most this many sets, the most probable ones.
+
+        Returns:
+            Pairs of label set and probability, most probable first; `.complete` is False where
+            `limit` left sets out.
+
+        Raises:
+            ValueError: the model was not calibrated for it, is an ensemble or an exported file, or
+                has another order than `increasing`; the image could not be read.
+        """
+        if self._batch is None:
+            raise ValueError(f"{self.source} could not be read: {self.error}")
+        if not 0 < coverage < 1:
+            raise ValueError(f"coverage must be above 0 and below 1, got {coverage}")
+        if limit < 1:
+            raise ValueError(f"limit must be at least 1, got {limit}")
+        levels = self._batch.set_nll
+        inference = self._batch.inference
+        if inference.embedded is None or not levels:
+            raise ValueError(
+                "candidates need a single model of order increasing, calibrated by a training of "
+                "this release"
+            )
+        level = math.ceil(100 * coverage - 1e-9)
+        if level > len(levels):
+            raise ValueError(
+                f"coverage must be at most {len(levels) / 100} for what was calibrated on so few "
+                f"validation images, got {coverage}"
+            )
+        head, embedding = inference.embedding_of(self._row)
+        evidence = inference.evidence
+        found = best_sets(
+            head,
+            embedding,
+            count=limit + 1,
+            least=-levels[level - 1] - 1e-4,  # the search's rounding
+            max_expansions=100 * (limit + 1),
+            evidence=None if evidence is None else evidence[self._row : self._row + 1],
+        )
+        sets = [
+            (frozenset(self._names[i] for i in labels if i != PAD), math.exp(log_prob))
+            for labels, log_prob in zip(
+                found.labels[0, :limit].tolist(), found.log_probs[0, :limit].tolist(), strict=True
+            )
+            if log_prob > -math.inf
+        ]
+        return Candidates(sets, complete=bool(found.ended[0]))
 
     def _paths(self) -> tuple[Tensor, Tensor]:
         assert self._batch is not None

@@ -1,6 +1,8 @@
-"""Beam search over label paths: the specification, the compiled search and their result."""
+"""Search over label paths: the reference, the compiled searches and their result."""
 
-from cnnrnn.search.engine import NonFiniteError, beam_search
+from cnnrnn.search.checks import NonFiniteError
+from cnnrnn.search.engine import beam_search
+from cnnrnn.search.exact import BestSets, best_sets
 from cnnrnn.search.result import SearchResult, SearchStats
 
-__all__ = ["NonFiniteError", "SearchResult", "SearchStats", "beam_search"]
+__all__ = ["BestSets", "NonFiniteError", "SearchResult", "SearchStats", "beam_search", "best_sets"]

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cnnrnn.config import Order, SearchConfig
+from cnnrnn.config import Calibration, Order, SearchConfig
 from cnnrnn.labels import increasing_paths
-from cnnrnn.network.head import Head
+from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.network.losses import sequence_loss
 from cnnrnn.search import NonFiniteError, SearchResult, beam_search
+from cnnrnn.search.checks import check_evidence, resolve_max_labels
 
 SEARCH_BATCH = 4096
 
@@ -31,52 +32,107 @@ class Inference:
         marginals: [n, L] probability that a path holds each label, see `SearchResult.marginals`.
         label_scores: [n, L] the chain term's own scores v, or None without it.
         search: the searches' results, one per slice of the images.
+        evidence: [n, L] int8, what was known of labels: 1 present, -1 absent, 0 unknown; None where
+            nothing was of any image.
+        embedded: the head and the images' embeddings, from which further sets are found; None for
+            an ensemble and in ONNX Runtime.
     """
 
     sets: Tensor
     marginals: Tensor
     label_scores: Tensor | None
     search: tuple[SearchResult, ...]
+    evidence: Tensor | None = None
+    embedded: tuple[Head, tuple[ImageEmbedding, ...]] | None = None
 
     def result_of(self, image: int) -> tuple[SearchResult, int]:
         """Return the search result that holds an image, and the image's row in it."""
         return self.search[image // SEARCH_BATCH], image % SEARCH_BATCH
 
-    def mixed(self, weight: float) -> Tensor:
-        """Return marginals mixed with the chain term's own probabilities: [n, L] in 0..1."""
-        return mixed_scores(self.marginals, self.label_scores, weight)
+    def embedding_of(self, image: int) -> tuple[Head, ImageEmbedding]:
+        """Return the head and the embedding of one image, as a batch of one."""
+        assert self.embedded is not None
+        head, embeddings = self.embedded
+        row = torch.tensor([image % SEARCH_BATCH], device=embeddings[0].joint.device)
+        return head, embeddings[image // SEARCH_BATCH].of(row)
+
+    def mixed(self, weights: float | Calibration) -> Tensor:
+        """Return marginals mixed with the chain term's own probabilities: [n, L] in 0..1.
+
+        Labels known to be present have 1, absent ones 0; NaN has what is unknown where no path fits
+        what is known.
+
+        Args:
+            weights: of the chain term's probabilities; a calibration has another one for images of
+                which something is known.
+        """
+        weight, known_weight = (
+            (weights.mix_weight, weights.known_mix_weight)
+            if isinstance(weights, Calibration)
+            else (weights, weights)
+        )
+        scores = mixed_scores(self.marginals, self.label_scores, weight)
+        if self.evidence is None:
+            return scores
+        given = mixed_scores(self.marginals, self.label_scores, known_weight)
+        scores = torch.where(self.evidence.any(1, keepdim=True), given, scores)
+        scores = scores.masked_fill(self.marginals.isnan(), torch.nan)
+        return scores.masked_fill(self.evidence == 1, 1.0).masked_fill(self.evidence == -1, 0.0)
+
+    def found_none(self) -> Tensor:
+        """Return for which images no path was found, because none fits the evidence: [n] bool."""
+        best = [result.log_probs[:, 0].cpu() for result in self.search]
+        return torch.cat(best) == -torch.inf if best else torch.zeros(0, dtype=torch.bool)
+
+
+def of_all(evidence: Tensor | None, like: Tensor) -> Tensor | None:
+    """Return evidence [1 or n, L] as one row for each of n images, on the CPU."""
+    return None if evidence is None else evidence.cpu().expand(len(like), -1)
 
 
 @torch.no_grad()
-def infer(head: Head, features: Tensor, search: SearchConfig) -> Inference:
+def infer(
+    head: Head, features: Tensor, search: SearchConfig, evidence: Tensor | None = None
+) -> Inference:
     """Search feature vectors, in slices that bound memory.
 
     Args:
         head: in eval mode.
         features: [n, F] on the head's device.
         search: the search options.
+        evidence: what is known of labels, [1 or n, L] int8; see `beam_search`.
 
     Returns:
         Sets and scores on the CPU.
 
     Raises:
         NonFiniteError: for feature vectors that give values that are not finite.
+        ValueError: for evidence that does not fit.
     """
-    results, scores = [], []
+    results, scores, embeddings = [], [], []
+    if evidence is not None:  # whole, so that errors name the image
+        check_evidence(head, evidence, len(features), resolve_max_labels(head, search))
     for slice_, part in enumerate(features.split(SEARCH_BATCH) if len(features) else [features]):
         embedding, label_scores = head.embed_with_label_scores(part)
+        known = evidence
+        if evidence is not None and len(evidence) > 1:
+            known = evidence[slice_ * SEARCH_BATCH :][: len(part)]
+        embeddings.append(embedding)
         try:
-            results.append(beam_search(head, embedding, search, marginals=True))
+            results.append(beam_search(head, embedding, search, marginals=True, evidence=known))
         except NonFiniteError as error:
             first = slice_ * SEARCH_BATCH
             raise NonFiniteError([first + i for i in error.images], len(features)) from None
         if label_scores is not None:
             scores.append(label_scores.float().cpu())
+    sets = torch.cat([result.best_sets() for result in results]).cpu()
     return Inference(
-        sets=torch.cat([result.best_sets() for result in results]).cpu(),
+        sets=sets,
         marginals=torch.cat([result.marginals() for result in results]).cpu(),
         label_scores=torch.cat(scores) if scores else None,
         search=tuple(results),
+        evidence=of_all(evidence, sets),
+        embedded=(head, tuple(embeddings)),
     )
 
 

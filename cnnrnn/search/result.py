@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -46,6 +46,12 @@ class SearchResult:
         log_probs: [B, N] log-probability; -inf where a path is absent, NaN for a marked image.
         num_labels: L.
         stats: how much of the recurrence was shared.
+        log_evidence: [B] of a search with marginals: the logarithm of the probability of all
+            complete paths found, those beyond the N best included. A lower bound of log P(evidence
+            | image); without evidence it is near 0 where all were found. -inf where no path fits
+            the evidence. Else None.
+        certified: [B] bool of an exact search: whether the best set is proved to be the most
+            probable one. Else None.
     """
 
     labels: Tensor
@@ -54,14 +60,31 @@ class SearchResult:
     num_labels: int
     stats: SearchStats = SearchStats()
     requested_marginals: Tensor | None = None
+    log_evidence: Tensor | None = None
+    certified: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def cpu(self) -> SearchResult:
+        """Return the same on the CPU."""
+        sums, log_evidence = self.requested_marginals, self.log_evidence
+        return replace(
+            self,
+            labels=self.labels.cpu(),
+            lengths=self.lengths.cpu(),
+            log_probs=self.log_probs.cpu(),
+            requested_marginals=None if sums is None else sums.cpu(),
+            log_evidence=None if log_evidence is None else log_evidence.cpu(),
+            certified=None if self.certified is None else self.certified.cpu(),
+        )
+
     def marginals(self) -> Tensor:
         """Return the probability that a path holds each label: [B, L], at most 1 but for rounding.
 
-        Summed over every visited path that does not yet hold the label.
+        Summed over every visited path that does not yet hold the label. Given evidence, the share
+        of the complete paths found, weighted by their probabilities, that hold the label: NaN
+        where no path fits the evidence.
 
         Raises:
             ValueError: when the search was not asked for them.

@@ -116,7 +116,7 @@ def path_stage(
         return losses
 
     def validate() -> Validation:
-        features, targets = _split_features(model, val, config)
+        features, targets = split_features(model, val, config)
         last[:] = [(infer(model.head, features, model.search), targets)]
         nll = float(model.set_nll(features, targets).mean())
         return path_validation(*last[0], nll, config)
@@ -207,12 +207,12 @@ def path_validation(
 @torch.no_grad()
 def search_split(model: CNNRNN, split: Split, config: TrainConfig) -> tuple[Inference, Tensor]:
     """Search a split; also return the targets of the images that could be read."""
-    features, targets = _split_features(model, split, config)
+    features, targets = split_features(model, split, config)
     return infer(model.head, features, model.search), targets
 
 
 @torch.no_grad()
-def _split_features(model: CNNRNN, split: Split, config: TrainConfig) -> tuple[Tensor, Tensor]:
+def split_features(model: CNNRNN, split: Split, config: TrainConfig) -> tuple[Tensor, Tensor]:
     """Return what the head reads of a split [n, F], and the targets of the images read [n, L]."""
     model.eval()
     features, records = split.over_batches(

@@ -20,6 +20,7 @@ from torch import Tensor
 from cnnrnn.config import ModelConfig, SearchConfig, TrainConfig
 from cnnrnn.data import Dataset
 from cnnrnn.machine.files import weights_digest, write_whole
+from cnnrnn.model.checkpoint import read_options
 from cnnrnn.network.backbones import Backbone
 
 STATE_FILE = "state.safetensors"
@@ -33,6 +34,22 @@ _NOTHING = "nothing"
 
 class ResumeError(ValueError):
     """A run cannot resume from the state in its folder."""
+
+
+class Recipe(NamedTuple):
+    """What a run was started with; options that came later have their defaults.
+
+    Attributes:
+        model: the architecture.
+        search: the search, whose order training paths have.
+        train: the recipe; options that a resumed run may change have their defaults.
+        training_data: digest of its training records, see `data_digest`.
+    """
+
+    model: ModelConfig
+    search: SearchConfig
+    train: TrainConfig
+    training_data: str
 
 
 class State(NamedTuple):
@@ -105,14 +122,48 @@ def run_identity(
         options |= {f"{prefix}.{name}": value for name, value in asdict(part).items()}
     identity = {
         "options": options,
-        "training data": _data_digest(train_data),
-        "validation data": _data_digest(val_data),
+        "training data": data_digest(train_data),
+        "validation data": data_digest(val_data),
         "frozen backbone": None
         if frozen_backbone is None
         else weights_digest(frozen_backbone.state_dict().items()),
     }
     result: dict[str, Any] = json.loads(json.dumps(identity))
     return result
+
+
+def stored_recipe(folder: Path) -> Recipe:
+    """Return what the run in a folder was started with, from its training state.
+
+    Args:
+        folder: of `train`, or its `best` or `last` folder.
+
+    Raises:
+        ResumeError: there is no training state, or it is not one of this release.
+    """
+    found = next((f for f in (folder, folder.parent) if (f / STATE_FILE).is_file()), None)
+    if found is None:
+        raise ResumeError(
+            f"{folder} must be the folder of a run of one model, with its {STATE_FILE}, to read "
+            "the recipe from; there is none"
+        )
+    file = found / STATE_FILE
+    try:
+        identity = read_state(file.read_bytes(), str(file)).values["identity"]
+        options: dict[str, dict[str, Any]] = {"": {}, "model": {}, "search": {}}
+        for name, value in identity["options"].items():
+            prefix, _, field = name.rpartition(".")
+            options[prefix][field] = value
+        return Recipe(
+            read_options(ModelConfig, "model", asdict(ModelConfig()) | options["model"]),
+            read_options(SearchConfig, "search", asdict(SearchConfig()) | options["search"]),
+            read_options(TrainConfig, "options", asdict(TrainConfig()) | options[""]),
+            identity["training data"],
+        )
+    except ResumeError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ResumeError(f"{file} does not say what its run was started with: {error}") from error
 
 
 def require_same_run(stored: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
@@ -155,7 +206,8 @@ def require_same_run(stored: Mapping[str, Any], now: Mapping[str, Any], out: Pat
         )
 
 
-def _data_digest(data: Dataset) -> str:
+def data_digest(data: Dataset) -> str:
+    """Return a SHA-256 of records: labels, numbers, and features or names and sizes of pictures."""
     digest = hashlib.sha256(json.dumps(data.label_names).encode())
     for array in (data.label_indptr, data.label_indices, data.rows, data.features):
         if array is not None:

@@ -31,9 +31,14 @@ from cnnrnn.model.classifier import CNNRNN, load_checkpoint
 from cnnrnn.network.backbones import Backbone, make_backbone
 from cnnrnn.network.features import cached_features
 from cnnrnn.network.head import Head
-from cnnrnn.prediction.decisions import USUAL_SHRINKAGE, calibrate, decision_metrics
-from cnnrnn.search.engine import resolve_max_labels
-from cnnrnn.search.inference import Inference
+from cnnrnn.prediction.decisions import (
+    USUAL_SHRINKAGE,
+    calibrate,
+    calibrate_known,
+    decision_metrics,
+)
+from cnnrnn.search.checks import resolve_max_labels
+from cnnrnn.search.inference import Inference, infer
 from cnnrnn.training.batches import Split
 from cnnrnn.training.log import Log, require_tensorboard
 from cnnrnn.training.loop import Stage, run_stage
@@ -44,6 +49,7 @@ from cnnrnn.training.recipe import (
     path_stage,
     reorder_labels,
     search_split,
+    split_features,
     start_at_frequencies,
     starts_trained,
     warm_stage,
@@ -345,9 +351,16 @@ class _Run:
         trained = model.head.recurrence.weight_hh.requires_grad  # `prepare_head` may freeze it
         if self.ranks.first:
             model = load_checkpoint(self.out / "best").to(model.device)
-        inference, targets = search_split(model, self.val, self.config)
+        features, targets = split_features(model, self.val, self.config)
+        inference = infer(model.head, features, model.search)
         kept = model.calibration
-        model.calibration = calibrate(inference, targets, self._in_training())
+        model.calibration = calibrate_known(
+            model.head,
+            features,
+            targets,
+            model.search,
+            calibrate(inference, targets, self._in_training()),
+        )
         if self.ranks.first:
             if model.calibration != kept:  # a run that had ended has this one
                 model.save(self.out / "best")

@@ -47,6 +47,8 @@ struct Beam {
   FinishedPaths<kCapacity> done;
 };
 
+// Below, `Paths` is a Beam or its like.
+
 // What a step finds out about a live path.
 struct PathStep {
   enum class Kind : int8_t { kScored, kOnlyEnds, kMissing, kNotFinite };
@@ -94,9 +96,9 @@ CNNRNN_INLINE float dropped_at(const BeamRules& rules, bool accepting,
 }
 
 // Offers the ends of a step's paths, where END takes no slot of the beam.
-template <int kCapacity>
-CNNRNN_INLINE void offer_ends(const BeamRules& rules, const Beam<kCapacity>& beam,
-                              const PathStep* steps, FinishedPaths<kCapacity>* done) {
+template <typename Paths, int kCapacity>
+CNNRNN_INLINE void offer_ends(const BeamRules& rules, const Paths& beam, const PathStep* steps,
+                              FinishedPaths<kCapacity>* done) {
   if (rules.options.end_takes_slot || !beam.accepting) return;
   for (int j = 0; j < beam.live_count; ++j) {
     if (steps[j].kind != PathStep::Kind::kScored && steps[j].kind != PathStep::Kind::kOnlyEnds) {
@@ -109,9 +111,9 @@ CNNRNN_INLINE void offer_ends(const BeamRules& rules, const Beam<kCapacity>& bea
 }
 
 // Offers the ends among the N best continuations, where END takes a slot.
-template <int kCapacity>
-CNNRNN_INLINE void offer_chosen_ends(const BeamRules& rules, const Beam<kCapacity>& beam,
-                                     const Extensions<kCapacity>& best,
+template <typename Paths, int kPlaces, int kCapacity>
+CNNRNN_INLINE void offer_chosen_ends(const BeamRules& rules, const Paths& beam,
+                                     const Extensions<kPlaces>& best,
                                      FinishedPaths<kCapacity>* done) {
   if (!rules.options.end_takes_slot || !beam.accepting) return;
   for (int i = 0; i < best.size; ++i) {
@@ -151,17 +153,17 @@ CNNRNN_INLINE uint32_t states_needed(const BeamRules& rules, const Beam<kCapacit
 }
 
 // What a continuation must exceed to matter.
-template <int kCapacity>
-CNNRNN_INLINE float selection_floor(const BeamRules& rules, const Beam<kCapacity>& beam,
+template <typename Paths, int kCapacity>
+CNNRNN_INLINE float selection_floor(const BeamRules& rules, const Paths& beam,
                                     const FinishedPaths<kCapacity>& done) {
   if (rules.keep_all) return -INFINITY;
   return dropped_at(rules, beam.accepting, rules.options.end_takes_slot ? beam.done : done);
 }
 
 // Whether a path whose scores are not finite could have changed the result.
-template <int kCapacity>
-CNNRNN_INLINE bool is_nonfinite(const BeamRules& rules, const Beam<kCapacity>& beam,
-                                const PathStep* steps, const FinishedPaths<kCapacity>& done) {
+template <typename Paths, int kCapacity>
+CNNRNN_INLINE bool is_nonfinite(const BeamRules& rules, const Paths& beam, const PathStep* steps,
+                                const FinishedPaths<kCapacity>& done) {
   const float before = dropped_at(rules, beam.accepting, beam.done);
   const float after = dropped_at(rules, beam.accepting, done);
   for (int j = 0; j < beam.live_count; ++j) {

@@ -14,6 +14,7 @@
 namespace cnnrnn {
 
 constexpr int kMaxBeamSize = 16;
+constexpr int kMaxPlaces = 64;
 
 enum class Order { kIncreasing, kUnique, kFree };
 enum class Stop { kNBest, kLiteral };
@@ -49,22 +50,35 @@ struct SearchOptions {
   bool end_takes_slot;
   Stop stop;
   Precision precision = Precision::kExact;
+  int places = 0;  // live paths of a bank, N..kMaxPlaces; 0: N
 };
 
 struct ImageEmbeddings {
   int64_t batch;              // B
   const float* joint;         // [B, D]
   const float* label_logits;  // [B, L+1] or null
+  // What is known of labels: 1 present, -1 absent, 0 unknown; image b's at evidence + b *
+  // evidence_stride [L]. Or null. Present labels are at most T.
+  const int8_t* evidence = nullptr;
+  int64_t evidence_stride = 0;  // L, or 0 where all images share one
 };
+
+// What is known of an image's labels [L]; null where nothing is of any.
+inline const int8_t* evidence_of(const ImageEmbeddings& images, int64_t image) {
+  return images.evidence == nullptr ? nullptr : images.evidence + image * images.evidence_stride;
+}
 
 struct SearchOutput {
   int64_t* labels;   // [B, N, T] padded with -1
   int64_t* lengths;  // [B, N]
   float* log_probs;  // [B, N]    -inf where a path is absent; NaN marks a non-finite image
   float* marginals;  // [B, L]    that a path holds a label; or null
+  // [B] logarithm of the probability of all complete paths found, with marginals; or null
+  float* log_evidence;
   // Decisions of every step, for tests that replay a search: rank j of step t holds the parent's
   // rank and the label of the j-th live path after that step, or -1.
-  int32_t* trace;  // [B, T+1, N, 2] or null
+  int32_t* trace;           // [B, T+1, W, 2] or null
+  int64_t trace_width = 0;  // W, at least the live paths of any image
 };
 
 struct SearchStats {
@@ -85,10 +99,32 @@ using ParallelFor = std::function<void(int64_t n, const Work& work)>;
 
 class CpuHead;  // cpu/head.h
 
+// The most probable label sets, for a search along increasing paths that proves what it finds.
+struct SetsWanted {
+  int64_t count;       // K
+  int64_t max_labels;  // T
+  int64_t min_labels;
+  float least;             // sets of a lower log-probability are not wanted
+  int64_t max_expansions;  // prefixes of an image that are scored, at most
+};
+
+struct SetsFound {
+  int64_t* labels;      // [B, K, T] padded with -1
+  int64_t* lengths;     // [B, K]
+  float* log_probs;     // [B, K] descending; -inf past the last, NaN marks a non-finite image
+  int64_t* proved;      // [B] the first so many are the most probable sets
+  bool* ended;          // [B] no further set is left that is wanted
+  int64_t* expansions;  // [B]
+};
+
 // Finds the N best label paths of every image. Safe to call from several threads with one head;
 // the result depends on neither the number of threads nor what the head has kept.
 SearchStats beam_search_cpu(CpuHead* head, const SearchOptions& options,
                             const ImageEmbeddings& images, const SearchOutput& output,
                             const ParallelFor& parallel_for);
+
+// Finds the K most probable label sets of every image. Safe to call as beam_search_cpu is.
+SearchStats best_sets_cpu(CpuHead* head, const SetsWanted& wanted, const ImageEmbeddings& images,
+                          const SetsFound& found, const ParallelFor& parallel_for);
 
 }  // namespace cnnrnn

@@ -195,6 +195,22 @@ def test_evaluate_writes_table_json_and_csv(run, scenes, tmp_path, capsys):
     assert [row["label"] for row in rows if row["calibrated"] == "0"] == rare
 
 
+def test_evaluate_with_revealed_labels(run, scenes, tmp_path, capsys):
+    arguments = ["evaluate", "--data", f"scenes:{scenes}", "--model", str(run), "--device=cpu"]
+    assert main([*arguments, "--reveal=1", f"--json={tmp_path / 'all.json'}"]) == 0
+    out = capsys.readouterr().out
+    metrics = json.loads((tmp_path / "all.json").read_text())
+    assert f"labels that are not known, of {metrics['1 known']['images']} images" in out
+    for known in ("none known", "1 known"):
+        (row,) = (line for line in out.splitlines() if line.startswith(f"{known} "))
+        shown = [f"{100 * metrics[known][m]:.1f}" for m in ("example-AP", "label-mAP", "O-F1")]
+        assert row.split()[2:] == shown
+    assert main([*arguments, "--reveal=0"]) == 1
+    assert "--reveal" in capsys.readouterr().err
+    assert main([*arguments, "--reveal=99"]) == 1
+    assert "more than 99 labels to reveal 99" in capsys.readouterr().err
+
+
 def test_evaluate_with_min_labels(run, scenes, tmp_path):
     for least in (0, 2):
         file = tmp_path / f"{least}.json"
@@ -263,6 +279,30 @@ def test_predict_for_programs(run, scenes, tmp_path, capsys, form):
         found = [(r["image"], r["labels"]) for r in rows]
         assert all(r["scores"].keys() == set(r["labels"]) for r in rows)
     assert found == [(p.source, p.labels) for p in expected]
+
+
+def test_predict_with_known_labels(run, scenes, tmp_path, capsys):
+    first, second = pictures(scenes)[:2]
+    tags = first.parent / "tags.csv"  # a tag list to be completed
+    tags.write_text(f"image,labels\n{second.name},boat;sun\n", encoding="utf-8")
+    words = [first, second, "--known=sky", "--absent", "sea", "--format=jsonl"]
+    try:
+        assert predict(run, *words, "--known-from", f"csv:{tags}") == 0
+        out, err = capsys.readouterr()
+        assert err == f"csv:{tags} names 1 of 2 images\n"
+        assert predict(run, first, "--known=sky", f"--known-from=csv:{tags}") == 1
+        assert "must name some of the 1 images, got none of" in capsys.readouterr().err
+    finally:
+        tags.unlink()
+    found = [set(json.loads(line)["labels"]) for line in out.splitlines()]
+    assert {"sky"} <= found[0] and {"sky", "boat", "sun"} <= found[1]
+    assert not any("sea" in labels for labels in found)
+    expected = load_checkpoint(run).predict(
+        [first, second], known=[["sky"], ["sky", "boat", "sun"]], absent=["sea"]
+    )
+    assert found == [set(prediction.labels) for prediction in expected]
+    assert predict(run, first, "--known=yeti") == 1
+    assert "known must hold labels of the model, got 'yeti'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", ["table", "csv", "jsonl"])

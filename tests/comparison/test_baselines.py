@@ -16,7 +16,14 @@ from cnnrnn.comparison.baselines import (
     remove_recurrence,
     train_independent,
 )
-from cnnrnn.comparison.classical import fit_classifier_chain, fit_linear_svm, fit_nearest_neighbours
+from cnnrnn.comparison.classical import (
+    CCA_NEIGHBOURS,
+    fit_cca,
+    fit_classifier_chain,
+    fit_linear_svm,
+    fit_low_rank_completion,
+    fit_nearest_neighbours,
+)
 from cnnrnn.config import ModelConfig, SearchConfig, TrainConfig
 from cnnrnn.data import Dataset
 from cnnrnn.data.dataset import csr
@@ -342,3 +349,81 @@ def test_a_chain_reads_the_true_labels_before_each():
         expected += p.gather(1, val.targets[:, label, None].long())[:, 0].log()
     found = chain.set_log_probs(val.features, val.targets)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def correlated(count, seed, noise=20):
+    """Three labels by two features, beside larger features that say nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    telling = torch.randn(count, 2, generator=generator)
+    targets = torch.cat([telling > 0, telling.sum(1, keepdim=True) > 1], 1)
+    others = 3 * torch.randn(count, noise, generator=generator)
+    return split_of(torch.cat([telling, others], 1), targets)
+
+
+def test_canonical_correlations_are_scikit_learns():
+    cross_decomposition = pytest.importorskip("sklearn.cross_decomposition")
+    train_split, test = correlated(300, 0, noise=3), correlated(80, 1, noise=3)
+    score = fit_cca(train_split, ridge=1e-9)
+    cca = cross_decomposition.CCA(n_components=3, max_iter=5000, tol=1e-12)
+    x, y = cca.fit_transform(
+        train_split.features.numpy(), train_split.targets.numpy().astype(float)
+    )
+    weights = [np.corrcoef(x[:, i], y[:, i])[0, 1] / x[:, i].std() for i in range(3)]
+    joint, asked = x * weights, cca.transform(test.features.numpy()) * weights
+    cosines = (asked / np.linalg.norm(asked, axis=1, keepdims=True)) @ (
+        joint / np.linalg.norm(joint, axis=1, keepdims=True)
+    ).T
+    nearest = torch.from_numpy(cosines).topk(CCA_NEIGHBOURS, dim=1).indices
+    expected = train_split.targets[nearest].float().mean(1)
+    torch.testing.assert_close(score(test.features), expected, rtol=0, atol=1e-5)
+
+
+def test_neighbours_by_correlation_do_not_look_at_features_that_say_nothing():
+    train_split, test = correlated(600, 0), correlated(200, 1)
+    plain = fit_nearest_neighbours(train_split, CCA_NEIGHBOURS)
+    found, before = (
+        choose_cut(score(test.features), test.targets).value
+        for score in (fit_cca(train_split, ridge=0.1), plain)
+    )
+    assert found > before + 0.1 and found > 0.9
+    constant = with_constant_labels(train_split)
+    assert fit_cca(constant, ridge=0.1)(test.features)[:, 0].eq(0).all()
+
+
+def test_completion_is_the_mean_of_a_normal_distribution_given_what_is_known():
+    """Of the covariance that probabilistic principal components give features and labels."""
+    train_split, test = correlated(200, 0, noise=4), correlated(27, 1, noise=4)
+    rank, L = 3, 3
+    fitted = fit_low_rank_completion(train_split, rank)
+    x, y = train_split.features.double(), train_split.targets.double()
+    scale = [((b - b.mean(0)).square().sum() / len(b)).sqrt() for b in (y, x)]
+    scale[0] = scale[0] / 3
+    rows = torch.cat([(b - b.mean(0)) / s for b, s in zip((y, x), scale, strict=True)], 1)
+    _, singular, directions = torch.linalg.svd(rows / len(rows) ** 0.5, full_matrices=False)
+    noise = singular[rank:].square().mean()
+    kept = singular.square() - noise
+    covariance = (directions[:rank].T * kept[:rank]) @ directions[:rank]
+    covariance = covariance + noise * torch.eye(L + x.shape[1]).double()
+    evidence = torch.cartesian_prod(*[torch.tensor([-1, 0, 1], dtype=torch.int8)] * L)
+    asked = (test.features.double() - x.mean(0)) / scale[1]
+    for image, told in enumerate(evidence):
+        known = torch.cat([told != 0, torch.ones(x.shape[1], dtype=torch.bool)])
+        values = torch.cat([((told > 0).double() - y.mean(0)) / scale[0], asked[image]])[known]
+        mean = covariance[:L][:, known] @ torch.linalg.solve(covariance[known][:, known], values)
+        expected = (y.mean(0) + mean * scale[0]).float()
+        found = fitted.given(test.features[image : image + 1], told[None])[0]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(found[told != 0], (told[told != 0] > 0).float())
+        if not told.any():
+            torch.testing.assert_close(fitted(test.features)[image], expected)
+
+
+def test_completion_of_any_data():
+    train_split = with_constant_labels(separable(60, 0))
+    for rank in (1.0, 4.0, 500.0):
+        fitted = fit_low_rank_completion(train_split, rank)
+        scores = fitted(train_split.features)
+        assert scores.isfinite().all() and fitted.covariance.isfinite().all()
+    assert choose_cut(scores, train_split.targets).value > 0.9
+    few = split_of(torch.ones(3, 6), torch.ones(3, 4, dtype=torch.bool))
+    assert torch.equal(fit_low_rank_completion(few, 2.0)(few.features), torch.ones(3, 4))

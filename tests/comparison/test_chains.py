@@ -117,3 +117,44 @@ def test_a_new_chain_takes_labels_for_independent():
     assert torch.equal(chain(features, torch.rand(4, 5) < 0.5), alone)
     torch.testing.assert_close(chain.marginals(features), alone.sigmoid())
     assert torch.equal(chain.best_sets(features), alone > 0)
+
+
+def all_evidence(labels):
+    """Every evidence of -1, 0 and 1: [3^L, L] int8."""
+    return torch.cartesian_prod(*[torch.tensor([-1, 0, 1], dtype=torch.int8)] * labels)
+
+
+def conditional(p, evidence):
+    """Marginals of label sets with probabilities p [n, 2^L], given evidence [n, L], by summing."""
+    sets = all_sets(evidence.shape[1]).double()
+    agrees = ((evidence[:, None] == 0) | (evidence[:, None] == 2 * sets - 1)).all(2)
+    kept = p * agrees
+    return kept @ sets / kept.sum(1, keepdim=True)
+
+
+def test_marginals_given_known_labels_are_those_of_the_sets_that_agree():
+    chain = random_chain()
+    evidence = all_evidence(5)
+    features = torch.randn(len(evidence), 3)
+    expected = conditional(probabilities(chain, features), evidence)
+    found = chain.marginals_given(features, evidence, samples=2000)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=0.06)
+    assert (found.double() - expected).abs().mean() < 0.003
+    assert torch.equal(found, chain.marginals_given(features, evidence, samples=2000))
+    told = evidence != 0
+    assert torch.equal(found[told], (evidence[told] > 0).float())
+    # One label that is not known is summed out, whatever is drawn.
+    one = (evidence == 0).sum(1) <= 1
+    few = chain.marginals_given(features[one], evidence[one], samples=1, seed=1)
+    torch.testing.assert_close(few.double(), expected[one], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [1, 100])
+def test_slices_keep_evidence_with_its_image(monkeypatch, at_once):
+    chain, features = random_chain(), torch.randn(11, 3)
+    evidence = all_evidence(5)[100:111]
+    monkeypatch.setattr("cnnrnn.comparison.chains.SETS_AT_ONCE", at_once)
+    found = chain.marginals_given(features, evidence, samples=4000)
+    expected = conditional(probabilities(chain, features), evidence)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=0.05)
+    assert chain.marginals_given(features[:0], evidence[:0]).shape == (0, 5)

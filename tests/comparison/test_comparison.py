@@ -28,6 +28,7 @@ from cnnrnn.comparison.results import Results, table_cells
 from cnnrnn.comparison.run import _judge, _test_nll, ensemble_seeds
 from cnnrnn.config import CompareConfig, ModelConfig, SearchConfig, TrainConfig
 from cnnrnn.data import DataError, Dataset, load_dataset
+from cnnrnn.known import reveal
 from cnnrnn.metrics import best_threshold, multilabel_metrics
 from cnnrnn.model.ensemble import mixture_log_probs
 from cnnrnn.training.loop import NonFiniteLossError
@@ -40,7 +41,9 @@ HASTY = replace(QUICK, epochs=1, finish_epochs=0)
 
 
 SET_PROBABILITIES = {"cnn-rnn", "cnn-rnn-plain", "no-rnn", "bce", "bce-linear", "pcc", "chains",
-                     "ensemble-bce", "ensemble-cnn-rnn"}  # fmt: skip
+                     "cooccurrence", "ensemble-bce", "ensemble-cnn-rnn"}  # fmt: skip
+KNOW_LABELS = {"cnn-rnn", "cnn-rnn-plain", "no-rnn", "pcc", "cooccurrence", "dependency-network",
+               "crf", "combinations", "completion", "ensemble-cnn-rnn"}  # fmt: skip
 
 
 def write_separable(file, splits=(("train", 400), ("val", 100), ("test", 100))):
@@ -97,6 +100,8 @@ def test_the_whole_table_once(separable, tmp_path):
         measures = dict(zip(COLUMNS, row.figures(), strict=True))
         probable = row.method in SET_PROBABILITIES
         assert 0 < measures.pop("NLL") < math.inf if probable else math.isnan(measures.pop("NLL"))
+        assert math.isnan(measures["AP, 1 known"]) == (row.method not in KNOW_LABELS)
+        assert not math.isnan(measures["AP, none known"])
         assert all(0 <= f <= 1 or math.isnan(f) for f in measures.values())
         assert math.isnan(row.own_c_f1) == math.isnan(row.own_exact) == path
         decisions = [["path"]] if path else [["k"], ["threshold", "min_labels"]]
@@ -181,6 +186,45 @@ def test_the_nll_of_an_ensemble_is_that_of_the_mixture(separable, tmp_path):
     torch.testing.assert_close(
         mixture_log_probs(log_probs).exp(), torch.tensor([0.3, 0.3]).double()
     )
+
+
+def test_methods_are_told_of_one_label(tmp_path):
+    """Labels 0 and 1 go together and so do 2 and 3, by coins that no feature knows."""
+    rng = np.random.default_rng(0)
+    coins = rng.random((500, 2)) < 0.4
+    labels = np.concatenate([coins[:, [0, 0, 1, 1]], rng.random((500, 4)) < 0.3], axis=1)
+    file = tmp_path / "features.npz"
+    np.savez(file, features=rng.normal(size=(500, 5)).astype(np.float32), labels=labels,
+             label_names=list("abcdefgh"),
+             split=np.array(["train"] * 300 + ["val"] * 100 + ["test"] * 100))  # fmt: skip
+    methods = ("bce", *sorted(KNOW_LABELS - {"cnn-rnn-plain", "no-rnn", "ensemble-cnn-rnn"}))
+    config = CompareConfig(seeds=(0,), methods=methods, settings=1)
+    rows = compare(load_dataset(f"features:{file}"), tmp_path / "out", HEAD, SEARCH,
+                   replace(QUICK, learning_rate=3e-2), config)  # fmt: skip
+    targets = torch.from_numpy(labels[400:])
+    images, evidence = reveal(targets, 1)
+    for row in rows:
+        assert row.others["images"] == len(images) and row.others["images-without-others"] == 0
+        if row.method == "bce":
+            assert row.others_given == {}
+        else:
+            assert row.others_given["example-AP"] > row.others["example-AP"] + 0.05, row.method
+    (independent,) = (row for row in rows if row.method == "bce")
+    told = next(row for row in rows if row.method == "cooccurrence")
+    assert told.own == independent.own and told.others == independent.others
+    again = comparison.read_rows(tmp_path / "out" / "results.json")
+    assert [row.others_given for row in again] == [row.others_given for row in rows]
+
+
+def test_no_image_with_two_labels_leaves_the_columns_empty(tmp_path):
+    labels = np.eye(3, dtype=bool)[np.arange(60) % 3]
+    file = tmp_path / "features.npz"
+    np.savez(file, features=labels.astype(np.float32), labels=labels, label_names=list("abc"),
+             split=np.array(["train"] * 30 + ["val"] * 15 + ["test"] * 15))  # fmt: skip
+    config = CompareConfig(seeds=(0,), methods=("completion", "cooccurrence"), settings=1)
+    rows = compare(load_dataset(f"features:{file}"), tmp_path / "out", HEAD, SEARCH, HASTY, config)
+    assert [(row.others, row.others_given) for row in rows] == [({}, {})] * 2
+    assert "known" not in comparison.markdown_table(rows)
 
 
 def test_another_order_gives_a_bound(separable, tmp_path):
@@ -347,7 +391,7 @@ def test_which_methods_there_are():
 def test_what_scikit_learn_is_needed_for_is_said_before_anything_runs(monkeypatch):
     monkeypatch.setattr("cnnrnn.comparison.methods.find_spec", lambda name: None)
     with pytest.raises(
-        ModuleNotFoundError, match=r"^knn, svm, chains come from .*cnnrnn\[vision\]"
+        ModuleNotFoundError, match=r"^knn, cca, svm, chains come from .*cnnrnn\[vision\]"
     ):
         chosen_methods(CompareConfig(), HEAD, SEARCH)
     assert len(chosen_methods(CompareConfig(methods=("bce",)), HEAD, SEARCH)) == 1

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cnnrnn.data import Dataset
-from cnnrnn.data.splits import stratified_split
+from cnnrnn.data.splits import stratified_folds, stratified_split
 
 
 def dataset_of(targets: np.ndarray) -> Dataset:
@@ -91,3 +91,24 @@ def test_a_large_set_takes_seconds():
     start = time.perf_counter()
     stratified_split(data, 10_000, 0)
     assert time.perf_counter() - start < 30
+
+
+@pytest.mark.parametrize("folds", [2, 3, 7])
+def test_folds_hold_each_record_once_and_every_label_alike(folds):
+    targets = long_tailed(601, 40)
+    parts = stratified_folds(dataset_of(targets), folds, 0)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(601))
+    sizes = [len(part) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+    assert all(list(part) == sorted(part) for part in parts)
+    frequent = targets.sum(0) >= 40
+    shares = np.array([targets[part].sum(0) for part in parts])[:, frequent]
+    assert np.abs(shares / targets.sum(0)[frequent] - 1 / folds).max() < 0.3 / folds
+    again = stratified_folds(dataset_of(targets), folds, 0)
+    assert all(np.array_equal(one, two) for one, two in zip(parts, again, strict=True))
+
+
+@pytest.mark.parametrize("folds", [1, 10])
+def test_folds_that_are_too_few_or_too_many(folds):
+    with pytest.raises(ValueError, match=rf"folds must be in 2..9 for 9 records, got {folds}"):
+        stratified_folds(dataset_of(np.zeros((9, 2), bool)), folds, 0)

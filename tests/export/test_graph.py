@@ -10,7 +10,7 @@ from cnnrnn.export import graph
 from cnnrnn.export.graph import PathSearch
 from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.search import reference
-from cnnrnn.search.engine import resolve_max_labels
+from cnnrnn.search.checks import resolve_max_labels
 from tests.search.replay import MOST, random_case, random_embedding, random_head
 
 

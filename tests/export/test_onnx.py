@@ -20,7 +20,7 @@ from cnnrnn.model.classifier import CNNRNN
 from cnnrnn.network.backbones import make_backbone
 from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.search import reference
-from cnnrnn.search.engine import resolve_max_labels
+from cnnrnn.search.checks import resolve_max_labels
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -222,7 +222,8 @@ def test_a_file_is_checked_complete_and_describes_itself(pictures_file):
     metadata = {prop.key: prop.value for prop in proto.metadata_props}
     assert json.loads(metadata["labels"]) == list(model.labels)
     assert json.loads(metadata["preprocessing"])["image_size"] == 16
-    calibration = asdict(model.calibration) | {"label_thresholds": [], "uncalibrated": []}
+    lists = {"label_thresholds": [], "uncalibrated": [], "set_nll": []}
+    calibration = asdict(model.calibration) | lists
     assert json.loads(metadata["calibration"]) == calibration
     assert json.loads(metadata["search"])["max_labels"] == 3
     assert len(metadata["content_hash"]) == 64
@@ -356,10 +357,10 @@ def test_files_of_other_formats(tmp_path, pictures_file):
     first = with_metadata(pictures_file, tmp_path / "1.onnx", cnnrnn_format=1, calibration=old)
     assert OnnxPredictor(first).calibration == Calibration(0.4, 0.25, k=2)
     second = with_metadata(pictures_file, tmp_path / "2.onnx", calibration=old)
-    with pytest.raises(OnnxModelError, match="missing or unknown: min_labels, uncalibrated"):
+    with pytest.raises(OnnxModelError, match="missing or unknown: known_mix_weight, min_labels"):
         OnnxPredictor(second)
-    later = with_metadata(pictures_file, tmp_path / "3.onnx", cnnrnn_format=3)
-    with pytest.raises(OnnxModelError, match="has format 3, this release reads 1 to 2; upgrade"):
+    later = with_metadata(pictures_file, tmp_path / "4.onnx", cnnrnn_format=4)
+    with pytest.raises(OnnxModelError, match="has format 4, this release reads 1 to 3; upgrade"):
         OnnxPredictor(later)
 
 

@@ -225,7 +225,8 @@ def test_every_value_of_another_type_is_refused(folder):
             good = description[path[0]] if len(path) == 1 else description[path[0]][path[1]]
             wrong = 1.5 if wrong == 1.5j else wrong
             fits = isinstance(good, float) and wrong == 1.5
-            fits = fits or (path == ("calibration", "uncalibrated") and wrong == [1])
+            numbers = (("calibration", "uncalibrated"), ("calibration", "set_nll"))
+            fits = fits or (path in numbers and wrong == [1])
             if fits or (path == ("model", "backbone")):
                 continue
             changed(folder, *path, value=wrong)
@@ -253,6 +254,9 @@ def test_every_value_of_another_type_is_refused(folder):
         (("calibration", "k"), 0),
         (("calibration", "min_labels"), -1),
         (("calibration", "uncalibrated"), [0, 4]),
+        (("calibration", "set_nll"), [2.0, 1.0]),
+        (("calibration", "known_mix_weight"), 1.5),
+        (("search", "marginal_places"), 65),
         (("model", "score_bias"), "no"),
         (("model", "joint_dim"), 4.0),
         (("model", "hidden_dim"), 10**13),
@@ -268,9 +272,9 @@ def test_values_that_describe_no_model(folder, path, value):
 
 
 def test_another_format(folder):
-    for other in (3, 0):
+    for other in (4, 0):
         changed(folder, "format", value=other)
-        assert f"has format {other}, this release reads 1 to 2; upgrade cnnrnn" in refuses(
+        assert f"has format {other}, this release reads 1 to 3; upgrade cnnrnn" in refuses(
             folder, "config.json"
         )
 

@@ -314,12 +314,12 @@ def test_an_ensemble_of_format_1_has_tied_embeddings(tmp_path):
         ("members", ["members/../../elsewhere"], "must be folders below this one, got 'members/.."),
         ("members", ["/members/0"], "must be folders below this one, got '/members/0'"),
         ("members", ["members/7"], "is not a checkpoint"),
-        ("format", 3, "has format 3, this release reads 1 to 2; upgrade cnnrnn"),
+        ("format", 4, "has format 4, this release reads 1 to 3; upgrade cnnrnn"),
         ("calibration", None, "does not describe an ensemble: calibration must be dict"),
         (
             "calibration",
             {"threshold": 0.5},
-            "fields missing or unknown: k, label_thresholds, min_labels, mix_weight, uncalibrated",
+            "fields missing or unknown: k, known_mix_weight, label_thresholds",
         ),
     ],
 )

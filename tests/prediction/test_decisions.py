@@ -349,13 +349,16 @@ def test_models_and_ensembles_decide_by_f1():
 # The mass of what was found
 
 
-def test_mass_is_the_probability_of_the_sets_found():
+def test_mass_is_the_probability_of_all_sets_found():
     for order in ("increasing", "unique"):
         model = feature_model()
         model.search = replace(model.search, order=order)
         for p in model.predict_features(features(20)):
-            assert p.mass == pytest.approx(sum(math.exp(x) for _, x in p.paths))
-            assert 0 < p.mass < 1 + 1e-5
+            assert sum(math.exp(x) for _, x in p.paths) - 1e-5 < p.mass < 1 + 1e-5
+    few = replace(feature_model().search, max_labels=2, beam_size=16)  # holds every path
+    inference = feature_model().infer(features(20), few)
+    everything = inference.search[0].log_evidence
+    torch.testing.assert_close(everything, torch.zeros(20), atol=1e-5, rtol=0)
     narrow, wide = (
         [p.mass for p in feature_model().predict_features(features(20), beam_size=N)]
         for N in (1, 16)

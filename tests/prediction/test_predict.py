@@ -234,11 +234,11 @@ def test_batches_in_several_threads_come_in_order(model, arrays):
     running, at_once = [], []
     own = model.infer
 
-    def watched(features, search):
+    def watched(features, search, evidence):
         running.append(torch.get_num_threads())
         at_once.append(len(running))
         time.sleep(0.02)
-        found = own(features, search)
+        found = own(features, search, evidence)
         assert running.pop() == 1
         return found
 
@@ -545,7 +545,7 @@ def test_calibration_chooses_what_separates():
     sets = inference.mixed(calibration.mix_weight) >= calibration.threshold
     assert torch.equal(sets, targets)
     by_label = decided_sets(
-        "label_thresholds", inference.sets, inference.mixed(calibration.mix_weight), calibration
+        "label_thresholds", inference, inference.mixed(calibration.mix_weight), calibration
     )
     assert torch.equal(by_label, targets)
     assert calibration.k == best_k(inference.mixed(calibration.mix_weight), targets)[0]

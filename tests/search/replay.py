@@ -19,7 +19,8 @@ from torch import Tensor
 from cnnrnn.config import Order, SearchConfig
 from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.search import SearchStats, reference
-from cnnrnn.search.engine import make_cpu_head, resolve_max_labels
+from cnnrnn.search.checks import resolve_max_labels
+from cnnrnn.search.packed import make_cpu_head
 
 TIE = 1e-5
 MOST = 1 + 1e-5  # of a marginal
@@ -99,6 +100,22 @@ def random_case(
     return head, embedding, config
 
 
+def random_evidence(seed: int, head: Head, batch: int, T: int) -> Tensor:
+    """What is known of each image, drawn from the seed: of some nothing, of some every label."""
+    rng = np.random.default_rng(seed)
+    L = head.num_labels
+    evidence = torch.zeros(batch, L, dtype=torch.int8)
+    for row in evidence:
+        if rng.random() < 0.2:
+            continue
+        labels = rng.permutation(L)
+        present = int(rng.integers(0, min(T, L) + 1))
+        absent = int(rng.integers(0, L - present + 1))
+        row[labels[:present]] = 1
+        row[labels[present : present + absent]] = -1
+    return evidence[:1] if batch and rng.random() < 0.2 else evidence
+
+
 def run_compiled(
     head: Head,
     embedding: ImageEmbedding,
@@ -108,9 +125,14 @@ def run_compiled(
     marginals: bool = False,
     trace: bool = False,
     pack: Pack = make_cpu_head,
+    evidence: Tensor | None = None,
 ) -> tuple[Any, ...]:
-    """Search with a freshly packed head: labels, lengths, log_probs, marginals, trace, stats."""
-    return search_with(pack(head), embedding, config, max_labels, marginals=marginals, trace=trace)
+    """Search with a freshly packed head: labels, lengths, log_probs, marginals, trace, stats,
+    log_evidence."""
+    return search_with(
+        pack(head), embedding, config, max_labels,
+        marginals=marginals, trace=trace, evidence=evidence,
+    )  # fmt: skip
 
 
 def search_with(
@@ -122,15 +144,19 @@ def search_with(
     marginals: bool = False,
     trace: bool = False,
     precision: str = "exact",
+    evidence: Tensor | None = None,
 ) -> tuple[Any, ...]:
     """Search with what `Pack` made; see `run_compiled`."""
+    wide = config.places(marginals) > config.beam_size
+    known = {"evidence": evidence} if evidence is not None else {}
+    places = {"marginal_places": config.places(marginals)} if wide else {}
     outputs: tuple[Any, ...] = compiled.beam_search(
         embedding.joint.detach(),
         None if embedding.label_logits is None else embedding.label_logits.detach(),
         config.beam_size, max_labels, config.min_labels, config.order, config.end_takes_slot,
-        config.stop, marginals, trace, precision,
+        config.stop, marginals, trace, precision, **known, **places,
     )  # fmt: skip
-    return (*outputs[:5], SearchStats(*outputs[5]))
+    return (*outputs[:5], SearchStats(*outputs[5]), outputs[7])
 
 
 def assert_search_equal(
@@ -139,15 +165,18 @@ def assert_search_equal(
     config: SearchConfig,
     marginals: bool = False,
     pack: Pack = make_cpu_head,
+    evidence: Tensor | None = None,
 ) -> int:
     """Compare the compiled search with the float64 reference; return how many were excused."""
     T = resolve_max_labels(head, config)
-    labels, lengths, log_probs, sums, _, _ = run_compiled(
-        head, embedding, config, T, marginals=marginals, pack=pack
+    labels, lengths, log_probs, sums, _, _, log_evidence = run_compiled(
+        head, embedding, config, T, marginals=marginals, pack=pack, evidence=evidence
     )
     head64 = copy.deepcopy(head).double()
     embedding64 = embedding.to("cpu", torch.float64)
-    expected = reference.beam_search(head64, embedding64, config, max_labels=T, marginals=marginals)
+    expected = reference.beam_search(
+        head64, embedding64, config, max_labels=T, marginals=marginals, evidence=evidence
+    )
     excused = 0
     for b in range(len(embedding)):
         if torch.equal(labels[b], expected.labels[b]) and torch.equal(
@@ -162,8 +191,15 @@ def assert_search_equal(
                     sums[b].double(), expected.marginals()[b],
                     rtol=1e-5, atol=1e-5, equal_nan=True,
                 )  # fmt: skip
+            if log_evidence is not None:
+                torch.testing.assert_close(
+                    log_evidence[b].double(), expected.log_evidence[b],
+                    rtol=1e-5, atol=1e-5, equal_nan=True,
+                )  # fmt: skip
             continue
-        gap = first_differing_gap(head, head64, embedding, embedding64, config, T, b, pack)
+        gap = first_differing_gap(
+            head, head64, embedding, embedding64, config, T, b, pack, marginals, evidence
+        )
         assert gap < TIE, (
             f"image {b}: paths differ by a decision of gap {gap:.2e} under {config}:\n"
             f"{labels[b].tolist()}\n{expected.labels[b].tolist()}"
@@ -182,74 +218,93 @@ def first_differing_gap(
     T: int,
     image: int,
     pack: Pack,
+    marginals: bool = False,
+    evidence: Tensor | None = None,
 ) -> float:
     """The float64 gap of the first decision in which the compiled search went another way."""
-    labels, lengths, log_probs, _, trace, _ = run_compiled(
-        head, embedding, config, T, trace=True, pack=pack
-    )
+    labels, lengths, log_probs, _, trace, _, _ = run_compiled(
+        head, embedding, config, T,
+        marginals=marginals, trace=True, pack=pack, evidence=evidence,
+    )  # fmt: skip
     joint = embedding64.joint[image]
     logits = None if embedding64.label_logits is None else embedding64.label_logits[image]
     N, L = config.beam_size, head.num_labels
+    places = config.places(marginals)
+    known = torch.zeros(L) if evidence is None else evidence[image if len(evidence) > 1 else 0]
+    present = frozenset((known == 1).nonzero()[:, 0].tolist())
     start = torch.tensor([head.start])
-    live = [reference.Path(joint.new_zeros(()), (), head64.extend(start, head64.initial_state(1)))]
+    state = head64.extend(start, head64.initial_state(1))
+    live = [reference.Path(joint.new_zeros(()), (), state, present)]
     finished_scores: dict[tuple[int, ...], float] = {}
     done: list[reference.Path] = []
     for step in range(T + 1):
-        extended = torch.stack([_extended(head64, joint, logits, config, T, p) for p in live])
+        extended = torch.stack([
+            _extended(head64, joint, logits, config, T, p, known == -1) for p in live
+        ])  # fmt: skip
         finished = []
         if not config.end_takes_slot:
             finished = [
                 p._replace(score=s) for p, s in zip(live, extended[:, L].clone(), strict=True)
             ]
             extended[:, L] = -torch.inf
-        scores, order = extended.flatten().sort(descending=True, stable=True)
-        chosen: list[tuple[int, int]] = []
-        for score, index in zip(scores[:N].tolist(), order[:N].tolist(), strict=True):
-            if score == -torch.inf:
-                break
-            parent, label = index // (L + 1), index % (L + 1)
-            if label == L:
-                finished.append(live[parent]._replace(score=extended[parent, label]))
-            else:
-                chosen.append((parent, label))
+        best = reference._best_of_each_bank(extended, live, places)
+        finished += [live[j]._replace(score=extended[j, c]) for j, c in best if c == L]
+        chosen = [(j, c) for j, c in best if c != L]
         done = reference._merge(done, finished, N)
         finished_scores |= {p.labels: float(p.score) for p in finished}
         full = len(done) == N and config.stop == "n_best"
         floor = float(done[-1].score) if done else -torch.inf
-        kept = [c for c in chosen if not full or float(extended[c]) > floor]
-        if config.stop == "literal" and kept and done and float(extended[kept[0]]) < floor:
-            kept = []
+        scores = {c: float(extended[c]) for c in chosen}
+        kept = [c for c in chosen if marginals or not full or scores[c] > floor]
+        if config.stop == "literal" and kept and done and max(scores.values()) < floor:
+            kept = kept if marginals else []
         taken = [(int(p), int(c)) for p, c in trace[image, step].tolist() if p >= 0]
-        if taken != kept:
-            return _list_gap(extended, kept, taken, [*scores[: N + 1].tolist(), floor])
+        if taken != kept and not (marginals and not taken):
+            banks = {c: len(live[c[0]].lacking - {c[1]}) for c in kept + taken}
+            for bank in range(len(present) + 1):
+                mine, theirs = ([c for c in some if banks[c] == bank] for some in (kept, taken))
+                if mine != theirs:
+                    limits = [
+                        float(extended[j, c]) for j in range(len(live)) for c in range(L + 1)
+                        if len(live[j].lacking - {c}) == bank
+                    ]  # fmt: skip
+                    limits = sorted(limits, reverse=True)[: places + 1]
+                    return _list_gap(extended, mine, theirs, [*limits, floor])
         if not taken:
             break
         live = [
             reference.Path(
                 extended[p, c], (*live[p].labels, c),
-                head64.extend(torch.tensor([c]), live[p].state),
+                head64.extend(torch.tensor([c]), live[p].state), live[p].lacking - {c},
             )
             for p, c in taken
         ]  # fmt: skip
     for n in range(N):
         path = tuple(labels[image, n, : lengths[image, n]].tolist())
-        present = log_probs[image, n] > -torch.inf
-        if n >= len(done) or not present:
-            return 0.0 if n >= len(done) and not present else torch.inf
+        found = log_probs[image, n] > -torch.inf
+        if n >= len(done) or not found:
+            return 0.0 if n >= len(done) and not found else torch.inf
         if path != done[n].labels:
             return abs(finished_scores.get(path, torch.inf) - float(done[n].score))
     return torch.inf
 
 
 def _extended(
-    head: Head, joint: Tensor, logits: Tensor | None, config: SearchConfig, T: int, path: object
+    head: Head,
+    joint: Tensor,
+    logits: Tensor | None,
+    config: SearchConfig,
+    T: int,
+    path: reference.Path,
+    absent: Tensor,
 ) -> Tensor:
-    assert isinstance(path, reference.Path)
     if len(path.labels) == T:
-        end_only = joint.new_full((head.num_labels + 1,), -torch.inf)
-        end_only[head.end] = path.score
-        return end_only
-    return path.score + reference.step_log_probs(head, joint, logits, config, path)
+        log_probs = joint.new_full((head.num_labels + 1,), -torch.inf)
+        log_probs[head.end] = 0.0
+    else:
+        log_probs = reference.step_log_probs(head, joint, logits, config, path)
+    log_probs[~reference.admissible_labels(path, absent, config, T)] = -torch.inf
+    return path.score + log_probs
 
 
 def _list_gap(

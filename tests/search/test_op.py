@@ -11,7 +11,7 @@ from torch import Tensor, library
 from cnnrnn.config import SearchConfig
 from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.search import SearchResult, beam_search
-from cnnrnn.search.engine import head_parameters
+from cnnrnn.search.packed import head_parameters
 from tests.search.replay import random_embedding, random_head, run_compiled
 
 CONFIG = SearchConfig(beam_size=3, max_labels=4)

@@ -11,8 +11,8 @@ import torch
 
 from cnnrnn.config import SearchConfig
 from cnnrnn.network.head import Head, ImageEmbedding
-from cnnrnn.search import SearchResult, beam_search, engine
-from cnnrnn.search.engine import make_cpu_head
+from cnnrnn.search import SearchResult, beam_search, packed
+from cnnrnn.search.packed import make_cpu_head
 from tests.search.replay import (
     assert_search_equal,
     random_embedding,
@@ -139,7 +139,7 @@ def test_a_fused_step_is_seen_by_the_op(head):
 
     def searched():
         return torch.ops.cnnrnn.beam_search(
-            embedding.joint, None, *engine.head_parameters(head), head.cell, head.activation,
+            embedding.joint, None, *packed.head_parameters(head), head.cell, head.activation,
             4, 5, 0, "increasing", False, "n_best", False, 0, head.prefix_bytes, "exact",
         )[2]  # fmt: skip
 
@@ -177,13 +177,13 @@ def test_clear_cache_forgets(head):
 
 def test_states_go_with_their_head(head):
     beam_search(head, images(head, 5, seed=1), CONFIG)
-    held = len(engine._kept)
+    held = len(packed._kept)
     other = random_head(torch.Generator().manual_seed(5), 4, joint_dim=4, hidden_dim=4)
     beam_search(other, images(other, 5, seed=1), CONFIG)
-    assert len(engine._kept) == held + 1
+    assert len(packed._kept) == held + 1
     del other
     gc.collect()
-    assert len(engine._kept) == held
+    assert len(packed._kept) == held
 
 
 def test_threads_share_a_head(head):

@@ -14,8 +14,8 @@ import torch
 from cnnrnn import _C
 from cnnrnn.config import SearchConfig
 from cnnrnn.network.head import Head, ImageEmbedding, chain_logits
-from cnnrnn.search import NonFiniteError, beam_search, engine, reference
-from cnnrnn.search.engine import make_cpu_head
+from cnnrnn.search import NonFiniteError, beam_search, packed, reference
+from cnnrnn.search.packed import make_cpu_head
 from tests.search.replay import (
     assert_search_equal,
     random_case,
@@ -438,7 +438,7 @@ def assert_weights_are_read_anew(head, embedding):
 
 def test_an_edit_while_the_head_is_packed_is_seen(monkeypatch):
     head, embedding = small_case()
-    pack = engine.make_cpu_head
+    pack = packed.make_cpu_head
 
     def pack_and_edit(*arguments, **options):
         packed = pack(*arguments, **options)
@@ -446,7 +446,7 @@ def test_an_edit_while_the_head_is_packed_is_seen(monkeypatch):
             head.recurrence.weight_hh.mul_(-1.0)
         return packed
 
-    monkeypatch.setattr(engine, "make_cpu_head", pack_and_edit)
+    monkeypatch.setattr(packed, "make_cpu_head", pack_and_edit)
     beam_search(head, embedding)
     monkeypatch.undo()
     assert_weights_are_read_anew(head, embedding)

@@ -87,6 +87,8 @@ struct CpuKernels {
   // exceeds `floor`. n - from is a multiple of lanes.
   void (*select)(const float* scores, int64_t from, int64_t n, float path_score, float log_sum_exp,
                  float floor, int32_t rank, Extensions<kMaxBeamSize>* best);
+  void (*select_places)(const float* scores, int64_t from, int64_t n, float path_score,
+                        float log_sum_exp, float floor, int32_t rank, Extensions<kMaxPlaces>* best);
 
   // sums[j] += e^(path_score + log-probability of j).
   void (*add_probabilities)(float* sums, const float* scores, int64_t n, float path_score,

@@ -365,8 +365,9 @@ void finish_scores(const RowScores* rows, int64_t count, float* log_sum_exp) {
   }
 }
 
+template <int kCapacity>
 void select(const float* scores, int64_t from, int64_t n, float path_score, float log_sum_exp,
-            float floor, int32_t rank, Extensions<kMaxBeamSize>* best) {
+            float floor, int32_t rank, Extensions<kCapacity>* best) {
   float bound = best->bound() > floor ? best->bound() : floor;
   if (path_score <= bound) return;  // scores only fall
   for (int64_t j = from; j < n; j += kLanes) {
@@ -394,8 +395,17 @@ void add_probabilities(float* sums, const float* scores, int64_t n, float path_s
 }
 
 constexpr CpuKernels kernels_of(const char* name) {
-  return {name,       kLanes,      product,       activate_sum, multiply_states,
-          step_cells, take_logits, finish_scores, select,       add_probabilities};
+  return {name,
+          kLanes,
+          product,
+          activate_sum,
+          multiply_states,
+          step_cells,
+          take_logits,
+          finish_scores,
+          select<kMaxBeamSize>,
+          select<kMaxPlaces>,
+          add_probabilities};
 }
 
 }  // namespace

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cnnrnn.network.head import Head
-from cnnrnn.search.engine import head_parameters
+from cnnrnn.search.packed import head_parameters
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[2] / "csrc"
@@ -86,6 +86,7 @@ class _SearchOptions(ctypes.Structure):
         ("end_takes_slot", ctypes.c_bool),
         ("stop", ctypes.c_int),
         ("precision", ctypes.c_int),
+        ("places", ctypes.c_int),
     ]
 
 
@@ -94,6 +95,8 @@ class _ImageEmbeddings(ctypes.Structure):
         ("batch", ctypes.c_int64),
         ("joint", ctypes.c_void_p),
         ("label_logits", ctypes.c_void_p),
+        ("evidence", ctypes.c_void_p),
+        ("evidence_stride", ctypes.c_int64),
     ]
 
 
@@ -103,7 +106,9 @@ class _SearchOutput(ctypes.Structure):
         ("lengths", ctypes.c_void_p),
         ("log_probs", ctypes.c_void_p),
         ("marginals", ctypes.c_void_p),
+        ("log_evidence", ctypes.c_void_p),
         ("trace", ctypes.c_void_p),
+        ("trace_width", ctypes.c_int64),
     ]
 
 
@@ -168,7 +173,7 @@ class EmulatedHead:
             PRECISIONS.index(precision),
         )
         images = _ImageEmbeddings(B, _address(joint), _address(logits))
-        output = _SearchOutput(*map(_address, (labels, lengths, log_probs, sums, steps)))
+        output = _SearchOutput(*map(_address, (labels, lengths, log_probs, sums, None, steps)), N)
         stats = (ctypes.c_int64 * 6)()
         self._checked(
             functools.partial(
@@ -182,7 +187,7 @@ class EmulatedHead:
                 stats,
             )  # fmt: skip
         )
-        return labels, lengths, log_probs, sums, steps, tuple(stats[:5]), stats[5]
+        return labels, lengths, log_probs, sums, steps, tuple(stats[:5]), stats[5], None
 
     def _checked(self, call: Any) -> Any:
         """Run a function of the library whose last arguments take an error's message."""

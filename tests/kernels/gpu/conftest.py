@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cnnrnn import _C
 from cnnrnn.network.head import Head
-from cnnrnn.search.engine import PREFIX_BYTES, make_cuda_head
+from cnnrnn.search.packed import PREFIX_BYTES, make_cuda_head
 
 
 @pytest.fixture(autouse=True)

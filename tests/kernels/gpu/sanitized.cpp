@@ -104,7 +104,7 @@ bool run(const Case& c, cudaStream_t stream) {
                       cnnrnn::best_cpu_kernels(), int64_t{1} << 28);
   cnnrnn::beam_search_cpu(&cpu, options, {B, joint.data(), with_logits ? logits.data() : nullptr},
                           {labels.data(), lengths.data(), scores.data(),
-                           with_marginals ? sums.data() : nullptr, nullptr},
+                           with_marginals ? sums.data() : nullptr, nullptr, nullptr},
                           [](int64_t n, const cnnrnn::Work& work) { work(0, n); });
 
   Allocations memory;
@@ -119,8 +119,8 @@ bool run(const Case& c, cudaStream_t stream) {
   Allocations scratch;
   bool right = true;
   for (int again = 0; again < 2; ++again) {  // with an empty table, then with what is kept
-    head.search(options, images, {out_labels, out_lengths, out_scores, out_sums, nullptr}, &scratch,
-                stream);
+    head.search(options, images, {out_labels, out_lengths, out_scores, out_sums, nullptr, nullptr},
+                &scratch, stream);
     fetch(out_labels, &gpu_labels, stream);
     fetch(out_scores, &gpu_scores, stream);
     if (with_marginals) fetch(out_sums, &gpu_sums, stream);

@@ -12,9 +12,9 @@ from torch import library
 
 from cnnrnn.config import SearchConfig
 from cnnrnn.network.head import Head, ImageEmbedding
-from cnnrnn.search import NonFiniteError, engine
+from cnnrnn.search import NonFiniteError, packed
 from cnnrnn.search import beam_search as public_search
-from cnnrnn.search.engine import head_parameters, make_cuda_head
+from cnnrnn.search.packed import head_parameters, make_cuda_head
 from tests.search.replay import (
     assert_search_equal,
     random_case,
@@ -274,4 +274,4 @@ def test_the_reference_runs_on_the_gpu_too(head):
     expected = public_search(head, embedding, CONFIG, "reference")
     found = beam_search(head, embedding, CONFIG)
     torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=1e-4, atol=1e-4)
-    assert engine.search_device(embedding.joint) == GPU
+    assert packed.search_device(embedding.joint) == GPU

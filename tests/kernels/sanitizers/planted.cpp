@@ -140,7 +140,7 @@ void shared_output(const CpuKernels& kernels) {
   const Search search = make_search();
   Result result(search, kLabels);
   cnnrnn::SearchOutput output{result.labels.data(), result.lengths.data(), result.log_probs.data(),
-                              nullptr, nullptr};
+                              nullptr, nullptr, nullptr};
   const auto work = [&] {
     beam_search_cpu(&head, search.options, {search.batch, search.joint.data(), nullptr}, output,
                     on_this_thread);

@@ -1,0 +1,134 @@
+"""Label sets drawn from a head's distribution: for the mean of any function of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cnnrnn.config import Order
+
+if TYPE_CHECKING:
+    from cnnrnn.network.head import Head, ImageEmbedding
+
+
+class Samples(NamedTuple):
+    """Label sets drawn for B images.
+
+    Attributes:
+        sets: [B, n, L] bool.
+        log_weights: [B, n]. The mean of a function f over P(set | image, evidence) is estimated by
+            the mean of f over the draws, weighted by exp(log_weights). All 0 without evidence;
+            -inf for a draw that ended where nothing was admissible. exp of their log-mean-exp is
+            an unbiased estimate of P(evidence | image).
+    """
+
+    sets: Tensor
+    log_weights: Tensor
+
+    def marginals(self) -> Tensor:
+        """Estimate the probability that each label is in the set: [B, L], NaN where no draw is."""
+        weights = (self.log_weights - self.log_weights.amax(1, keepdim=True)).exp()
+        return (weights[:, :, None] * self.sets).sum(1) / weights.sum(1, keepdim=True)
+
+
+@torch.no_grad()
+def sample_sets(
+    head: Head,
+    embedding: ImageEmbedding,
+    count: int,
+    *,
+    evidence: Tensor | None = None,
+    seed: int = 0,
+    max_labels: int | None = None,
+    order: Order = "increasing",
+) -> Samples:
+    """Draw label sets, each label given the ones before it (ancestral sampling).
+
+    Labels known to be present or absent are respected as in the search: a step is drawn among what
+    evidence admits, and the draw's weight is the probability of what was admitted (likelihood
+    weighting; Fung and Chang, UAI 1989).
+
+    Args:
+        head: in eval mode.
+        embedding: of B images.
+        count: n, draws for each image.
+        evidence: [1 or B, L] int8: 1 present, -1 absent, 0 unknown.
+        seed: of the draws; the same for the same arguments on one kind of device.
+        max_labels: T, a path of so many labels ends; the head's own by default.
+        order: of the paths that the head was trained on.
+
+    Raises:
+        ValueError: `count` is below 1, evidence has another shape, or more labels are present than
+            a path holds.
+    """
+    B, L, device = len(embedding), head.num_labels, embedding.joint.device
+    T = head.max_labels if max_labels is None else max_labels
+    T = T if order == "free" else min(T, L)
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
+    if evidence is not None and (evidence.dim() != 2 or evidence.shape[1] != L
+                                 or evidence.shape[0] not in (1, B)):  # fmt: skip
+        raise ValueError(f"evidence must be [1 or {B}, {L}], got {list(evidence.shape)}")
+    known = torch.zeros(1, L, dtype=torch.int8) if evidence is None else evidence
+    known = known.to(device).expand(B, L)
+    present = (known == 1).sum(1)
+    if B and int(present.max()) > T:
+        raise ValueError(
+            f"image {int(present.argmax())} has {int(present.max())} labels known to be present, "
+            f"more than max_labels ({T})"
+        )
+    generator = torch.Generator(device).manual_seed(seed)
+    rows = B * count
+    image = torch.arange(B, device=device).repeat_interleave(count)
+    known = known[image]
+    sets = torch.zeros(rows, L, dtype=torch.bool, device=device)
+    log_weights = embedding.joint.new_zeros(rows)
+    last = torch.full((rows,), -1, device=device)
+    open_ = torch.ones(rows, dtype=torch.bool, device=device)
+    labels = torch.arange(L, device=device)
+    start = torch.full((1,), head.start, device=device)
+    outputs, cells = head.extend(start, head.initial_state(1))
+    prefix = torch.zeros(rows, dtype=torch.int64, device=device)  # a row of the states above
+    for step in range(T):
+        at = open_.nonzero()[:, 0]
+        if not len(at):
+            break
+        scores = head.score(outputs[prefix[at]], embedding.of(image[at]))
+        if embedding.label_logits is not None:
+            scores = scores + embedding.label_logits[image[at]]
+        allowed = torch.ones(len(at), L + 1, dtype=torch.bool, device=device)
+        if order == "increasing":
+            allowed[:, :L] = labels > last[at, None]
+        elif order == "unique":
+            allowed[:, :L] = ~sets[at]
+        probabilities = scores.masked_fill(~allowed, -torch.inf).softmax(1)
+        lacking = (known[at] == 1) & ~sets[at]
+        admitted = torch.ones_like(allowed)
+        admitted[:, :L] = known[at] != -1
+        admitted[:, L] = ~lacking.any(1)
+        if order == "increasing":
+            lowest = lacking.int().argmax(1).masked_fill(~lacking.any(1), L)
+            admitted[:, :L] &= labels <= lowest[:, None]
+        urgent = lacking.any(1) & (lacking.sum(1) == T - step)
+        admitted[:, :L] &= lacking | ~urgent[:, None]
+        probabilities = probabilities * admitted
+        some_refused = (allowed & ~admitted).any(1)
+        mass = torch.where(some_refused, probabilities.sum(1), 1.0)
+        log_weights[at] += mass.log().clamp(max=0)
+        open_[at[mass == 0]] = False
+        at, probabilities = at[mass > 0], probabilities[mass > 0]
+        drawn = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        open_[at[drawn == L]] = False
+        at, drawn = at[drawn < L], drawn[drawn < L]
+        sets[at, drawn] = True
+        last[at] = drawn
+        # Draws of one prefix share its state.
+        pairs, index = torch.unique(prefix[at] * L + drawn, return_inverse=True)
+        parents = pairs // L
+        outputs, cells = head.extend(pairs % L, (outputs[parents], cells[parents]))
+        prefix[at] = index
+    lacking = ((known == 1) & ~sets).any(1)
+    log_weights[lacking] = -torch.inf
+    return Samples(sets.view(B, count, L), log_weights.view(B, count))

@@ -1,0 +1,181 @@
+"""Labels that the caller knows: what `predict` makes of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import cnnrnn
+from cnnrnn.config import DECISIONS, Calibration, SearchConfig
+from cnnrnn.model.ensemble import Ensemble
+from cnnrnn.prediction.decisions import calibrate_known, nll_levels
+from cnnrnn.prediction.known import Known
+from cnnrnn.search.inference import set_nll
+from tests.prediction.test_decisions import NAMES, L, feature_model, features
+
+
+def test_known_labels_are_in_every_decision_and_absent_ones_in_none():
+    model = feature_model()
+    known, absent = [NAMES[L - 1]], [NAMES[0], NAMES[2]]
+    for decide in DECISIONS:
+        for least in (0, 1, L):
+            found = model.predict_features(
+                features(40), known=known, absent=absent, decide=decide, min_labels=min(least, 3)
+            )
+            for prediction in found:
+                assert set(known) <= set(prediction.labels)
+                assert not set(absent) & set(prediction.labels)
+                assert prediction.scores[known[0]] == 1.0
+                assert all(prediction.scores[name] == 0.0 for name in absent)
+    for prediction in model.predict_features(features(40), known=known, decide="k", top_k=1):
+        assert prediction.labels == known
+
+
+def test_a_list_for_each_image():
+    model = feature_model()
+    known = [[NAMES[1]], [], [NAMES[0], NAMES[3]]]
+    absent = [[], [NAMES[1]], [NAMES[2]]]
+    together = model.predict_features(features(3), known=known, absent=absent)
+    for i, prediction in enumerate(together):
+        alone = model.predict_features(features(3)[i : i + 1], known=known[i], absent=absent[i])
+        assert prediction.labels == alone[0].labels
+        assert prediction.scores == pytest.approx(alone[0].scores, abs=1e-5)
+        assert [path for path, _ in prediction.paths] == [path for path, _ in alone[0].paths]
+
+
+def test_nothing_known_changes_nothing():
+    model = feature_model()
+    plain = model.predict_features(features(10))
+    for known in ([], [[]] * 10):
+        for before, after in zip(
+            plain, model.predict_features(features(10), known=known), strict=True
+        ):
+            assert (before.labels, before.scores) == (after.labels, after.scores)
+            assert before.mass == after.mass
+
+
+def test_scores_are_conditional_probabilities():
+    # Every set of at most two labels is found, so Bayes' rule can be applied to them by hand.
+    model = feature_model()
+    model.calibration = Calibration(mix_weight=0.0)
+    model.search = SearchConfig(beam_size=16, max_labels=2)
+    model.search = replace(model.search, marginal_places=64)
+    inference = model.infer(features(5), replace(model.search, marginal_places=None))
+    given = model.predict_features(features(5), known=[NAMES[2]], absent=[NAMES[4]])
+    for row, prediction in enumerate(given):
+        everything = model.infer(features(5)[row : row + 1]).search[0]
+        assert float(everything.log_evidence[0]) == pytest.approx(0, abs=1e-4)
+        fitting = {
+            labels: math.exp(score) for labels, score in prediction.paths
+        }  # all of them: {2} and {2, x}
+        mass = sum(fitting.values())
+        assert prediction.mass == pytest.approx(mass, rel=1e-3)
+        for name in set(NAMES) - {NAMES[2], NAMES[4]}:
+            expected = sum(p for labels, p in fitting.items() if name in labels) / mass
+            assert prediction.scores[name] == pytest.approx(expected, abs=2e-3)
+    assert len(inference.marginals) == 5
+
+
+def test_what_no_set_fits_leaves_the_known_labels_alone():
+    model = feature_model()
+    absent = [name for name in NAMES if name != NAMES[1]]
+    found = model.predict_features(
+        features(4), known=[NAMES[1]], absent=absent, min_labels=2, decide="threshold"
+    )
+    for prediction in found:
+        assert prediction.labels == [NAMES[1]]
+        assert prediction.paths == []
+        assert prediction.mass == 0.0
+        assert prediction.log_prob == -math.inf
+
+
+def test_an_ensemble_takes_known_labels():
+    models = [feature_model(0), feature_model(1, tuple(reversed(NAMES)))]
+    ensemble = Ensemble(models).eval()
+    found = ensemble.predict_features(features(20), known=[NAMES[3]], absent=[NAMES[0]])
+    alone = [m.predict_features(features(20), known=[NAMES[3]], absent=[NAMES[0]]) for m in models]
+    for i, prediction in enumerate(found):
+        assert NAMES[3] in prediction.labels and NAMES[0] not in prediction.labels
+        for name in NAMES:
+            mean = sum(member[i].scores[name] for member in alone) / 2
+            assert prediction.scores[name] == pytest.approx(mean, abs=1e-6)
+
+
+def test_images_take_known_labels(tmp_path):
+    generator = np.random.default_rng(0)
+    images = [generator.integers(0, 256, (40, 40, 3), dtype=np.uint8) for _ in range(5)]
+    model = cnnrnn.load()
+    names = model.labels
+    known = [[names[i]] for i in range(5)]
+    found = cnnrnn.predict(images, model, known=known, batch_size=2)
+    assert all(known[i][0] in prediction.labels for i, prediction in enumerate(found))
+    streamed = list(model.predict_iter(iter(images), known=known, batch_size=2))
+    assert [p.labels for p in streamed] == [p.labels for p in found]
+    with pytest.raises(ValueError, match="known must have one list per image, got 5 lists for 4"):
+        cnnrnn.predict(images[:4], model, known=known)
+    with pytest.raises(ValueError, match="known must have one list per image, got 2 lists"):
+        cnnrnn.predict(images, model, known=known[:2])
+
+
+def test_what_is_wrong_names_label_and_image():
+    model = feature_model()
+
+    def predict(**known: object) -> None:
+        model.predict_features(features(2), **known)  # type: ignore[arg-type]
+
+    with pytest.raises(TypeError, match="known must be a list of label names, or such a list"):
+        predict(known="sky")
+    with pytest.raises(TypeError, match="absent mixes label names and lists of them"):
+        predict(absent=[NAMES[0], [NAMES[1]]])
+    with pytest.raises(ValueError, match="known must hold labels of the model, got 'yeti' for"):
+        predict(known=[[NAMES[0]], ["yeti"]])
+    with pytest.raises(
+        ValueError, match=f"{NAMES[1]!r} is both known to be present and absent for image 1"
+    ):
+        predict(known=[[], [NAMES[1]]], absent=[NAMES[1]])
+    with pytest.raises(ValueError, match="image 1 has 4 labels known to be present, more than"):
+        predict(known=[[], list(NAMES[:4])])
+
+
+def test_evidence_rows():
+    known = Known(("a", "b", "c"), 2, [["a"], ["b", "c"]], ["c"])
+    with pytest.raises(ValueError, match="'c' is both"):
+        known.evidence([1], ["x.jpg"])
+    rows = known.evidence([0], ["x.jpg"])
+    assert rows is not None and rows.tolist() == [[1, 0, -1]]
+    assert Known(("a",), 1).evidence([0], ["x"]) is None
+
+
+def test_levels_of_set_nll_cover_as_they_say():
+    generator = np.random.default_rng(0)
+    covered = []
+    for _ in range(300):
+        values = torch.from_numpy(generator.gamma(2.0, size=220))
+        levels = nll_levels(values[:200])
+        assert len(levels) == 99
+        covered.append([(values[200:] <= levels[p - 1]).float().mean() for p in (50, 90, 95)])
+    assert np.mean(covered, axis=0) == pytest.approx([0.5, 0.9, 0.95], abs=0.02)
+    assert len(nll_levels(torch.arange(9.0))) == 90  # nine values say nothing of the last tenth
+    assert nll_levels(torch.zeros(0)) == ()
+
+
+def test_calibration_with_a_label_revealed():
+    model = feature_model()
+    with torch.no_grad():
+        model.head.label_classifier.weight.mul_(-1)  # the chain term's own scores mislead
+        inference = model.infer(features())
+        targets = torch.rand(300, L, generator=torch.Generator().manual_seed(2))
+        targets = targets < inference.marginals
+    model.head.clear_cache()
+    found = calibrate_known(model.head, features(), targets, model.search, Calibration())
+    assert found.known_mix_weight < 1
+    nll = set_nll(model.head, features(), targets, "increasing")
+    assert sum(nll <= found.set_nll[89]) / 300 == pytest.approx(0.9, abs=0.02)
+    free = calibrate_known(
+        model.head, features(), targets, replace(model.search, order="free"), Calibration()
+    )
+    assert free.set_nll == ()
