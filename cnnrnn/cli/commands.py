@@ -398,7 +398,7 @@ def _write_suspects(options: Namespace) -> str:
     from cnnrnn.training.resume import stored_recipe
 
     model = resolve_model(options.model, options.device)
-    # The report has named the pictures that cannot be read.
+    # The report has named the images that cannot be read.
     source = load_dataset(options.source, images=options.images, on_bad_image="skip")
     dataset = source if options.split is None else source.split(options.split)
     checkpoint = find_checkpoint(options.model)

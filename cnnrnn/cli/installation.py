@@ -23,7 +23,7 @@ def report() -> tuple[list[str], list[str]]:
 
     lines = [
         f"cnnrnn {__version__}, Python {platform.python_version()}, {platform.platform()}",
-        f"torch {torch.__version__}; CPU and CUDA search built against torch {TORCH}",
+        f"torch {torch.__version__}; search built against torch {TORCH}",
         f"instruction sets of the CPU search: {_instruction_sets()}",
         f"CPU threads {torch.get_num_threads()} of {os.cpu_count()}",
         f"GPU: {_gpus()}",

@@ -169,7 +169,9 @@ def _predict_parser() -> ArgumentParser:
         help="labels of the best path, those above the calibrated threshold or each label's own, "
         "the calibrated number of labels, or the set with the best expected F1",
     )  # fmt: skip
-    parser.add_argument("--threshold", type=float | None, help="instead of the calibrated one")
+    parser.add_argument(
+        "--threshold", type=float | None, help="on the scores; default: the calibrated one"
+    )
     parser.add_argument("--workers", type=int | None, help=WORKERS)
     parser.add_argument(
         "--precision", type=Precision, default="fp32",

@@ -225,16 +225,12 @@ class ImageRecords(torch.utils.data.Dataset[tuple[int, "torch.Tensor | BadImageE
     Item i is (i, uint8 [3, S, S]), or (i, BadImageError) where `on_bad_image` is `skip`.
 
     Args:
-        dataset: must have image paths.
+        dataset: must have image paths, else `DataError`.
         preprocessing: side and filter of the square input.
-        augment: flip at random and shift by up to 1/16 of the side.
+        augment: flip at random and shift by up to 1/16 of the side, with torchvision.
         augment_seed: what is drawn for a record depends on this and its number alone; None draws
             from torch's generator.
         on_bad_image: `error` raises `BadImageError`, `skip` returns it as the item.
-
-    Raises:
-        DataError: the dataset has no image paths.
-        ModuleNotFoundError: `augment` needs torchvision, which is not installed.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,8 @@ SHOWN_DUPLICATES = 20
 _BLOCK = 8192  # records whose label matrix is made at once
 
 
-class SplitCounts(NamedTuple):
+@dataclass(frozen=True)
+class SplitCounts:
     """How large a split is.
 
     Attributes:
@@ -44,7 +45,8 @@ class SplitCounts(NamedTuple):
     most_labels: int
 
 
-class Pair(NamedTuple):
+@dataclass(frozen=True)
+class Pair:
     """Two labels and in how many records both occur, the more frequent first."""
 
     first: str
@@ -106,10 +108,7 @@ class SourceReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as values that JSON can hold."""
-        return asdict(self) | {
-            "splits": {name: counts._asdict() for name, counts in self.splits.items()},
-            "pairs": [pair._asdict() for pair in self.pairs],
-        }
+        return asdict(self)
 
     def lines(self, labels: int = 20) -> list[str]:
         """Return the report as lines of text, with at most `labels` labels and pairs."""

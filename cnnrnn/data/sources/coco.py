@@ -54,15 +54,11 @@ def load_coco(
         root_or_json: the folder, or one annotation file.
         images: the image folder of a single file; for a folder, where the `<suffix>/` folders are
             if not in it.
-        on_bad_image: as for `load_dataset`; one warning per annotation file.
-        problems: as for `load_dataset`.
+        on_bad_image: `skip` warns once per annotation file.
+        problems: as for `load_dataset`, and so is what is raised.
 
     Returns:
         The dataset with image paths, and with boxes where the annotations have any.
-
-    Raises:
-        DataError: files are missing, or their content is not as COCO's format says.
-        ModuleNotFoundError: pycocotools is not installed.
     """
     problems = problems or Problems()
     path = Path(root_or_json)

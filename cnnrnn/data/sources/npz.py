@@ -34,13 +34,10 @@ def load_features(
             record is in one split, `all`. Nothing is unpickled. Or what `load_svmlight` reads: a
             folder, or a file that ends in .svm, .svmlight or .libsvm.
         options: of svmlight text.
-        problems: as for `load_dataset`.
+        problems: as for `load_dataset`, and so is what is raised.
 
     Returns:
         The dataset, its features as float32.
-
-    Raises:
-        DataError: the file or one of its arrays is not as described.
     """
     path = Path(path)
     if path.is_dir() or path.suffix.lower() in SVMLIGHT_SUFFIXES:

@@ -53,14 +53,11 @@ def load_nuswide(
         images: the image folder; None takes `Flickr` or `images` in `root`.
         options: labels, and split files: lists of image names as in `Imagelist.txt`.
         on_bad_image: as for `load_dataset`.
-        problems: as for `load_dataset`.
+        problems: as for `load_dataset`, and so is what is raised.
 
     Returns:
         The dataset with image paths; its splits are `train` and `test`, or those of the options,
         or `all` where no list of images names any.
-
-    Raises:
-        DataError: files are missing, or their content is not as described.
     """
     problems = problems or Problems()
     options = options or NusWideOptions()

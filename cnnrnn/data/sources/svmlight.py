@@ -44,14 +44,10 @@ def load_svmlight(
         path: the file or the folder.
         options: label names, and the numbers of features; without these the first feature is 0
             where a 0 occurs in any of the files, else 1, and the last the highest that occurs.
-        problems: as for `load_dataset`.
+        problems: as for `load_dataset`, and so is what is raised.
 
     Returns:
         The dataset, its features as float32 [n, F].
-
-    Raises:
-        DataError: a file is not as described.
-        ModuleNotFoundError: scikit-learn is not installed.
     """
     problems = problems or Problems()
     options = options or SvmlightOptions()

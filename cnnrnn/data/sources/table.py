@@ -54,15 +54,12 @@ def load_table(
         images: the folder that image paths start from; None takes the table's own.
         options: columns, delimiter, suffix and vocabulary. Without a delimiter labels are
             separated by `;`, and a table that looks as if they were not is an error.
-        on_bad_image: as for `load_dataset`; one warning per table.
-        problems: as for `load_dataset`.
+        on_bad_image: `skip` warns once per table.
+        problems: as for `load_dataset`, and so is what is raised.
 
     Returns:
         The dataset with image paths. Its labels are the vocabulary, or the labels that occur,
         sorted.
-
-    Raises:
-        DataError: files or columns are missing, or a row is not as described.
     """
     problems = problems or Problems()
     options = options or TableOptions()

@@ -54,15 +54,11 @@ def load_voc(
     Args:
         root: the folder of one year, such as `VOCdevkit/VOC2007`, or a folder that holds just one.
         on_bad_image: as for `load_dataset`.
-        problems: as for `load_dataset`.
+        problems: as for `load_dataset`, and so is what is raised.
 
     Returns:
         The dataset with image paths, and the boxes of the objects that are not difficult; a box
         covers its outermost pixels, and the image's first pixel is at 0.
-
-    Raises:
-        DataError: files are missing, or their content is not as VOC's format says.
-        ModuleNotFoundError: defusedxml is not installed.
     """
     problems = problems or Problems()
     root = _year_folder(Path(root))
