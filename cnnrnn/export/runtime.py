@@ -25,8 +25,8 @@ from cnnrnn.model.checkpoint import read_calibration, read_options, read_search,
 from cnnrnn.network.head import Head, ImageEmbedding, chain_logits
 from cnnrnn.prediction.pipeline import ImageModel
 from cnnrnn.prediction.predictor import Predictor, Running
-from cnnrnn.search import NonFiniteError, SearchResult, beam_search
-from cnnrnn.search.inference import SEARCH_BATCH, Inference, of_all
+from cnnrnn.search import NonFiniteError, SearchResult
+from cnnrnn.search.inference import SEARCH_BATCH, Inference, of_all, search_given
 
 NO_MASK = 'forbidden labels need the search in the file: search="onnx" (--search onnx)'
 
@@ -321,10 +321,7 @@ class OnnxPredictor(Predictor):
             label_scores = found.get(LABEL_SCORES)
             logits = None if label_scores is None else chain_logits(label_scores)
             embedding = ImageEmbedding(found["joint"], logits)
-            result = beam_search(
-                self._head, embedding, search,
-                marginals=True, on_nonfinite="mark", evidence=evidence,
-            )  # fmt: skip
+            result = search_given(self._head, embedding, search, evidence, on_nonfinite="mark")
             return result.cpu(), label_scores
         found = self.run(
             inputs,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from cnnrnn.config import SearchConfig
 from cnnrnn.machine.words import listed
 from cnnrnn.network.head import Head, ImageEmbedding
+
+OnNonFinite = Literal["raise", "mark"]
 
 
 class NonFiniteError(ValueError):

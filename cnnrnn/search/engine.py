@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.search import reference
 from cnnrnn.search.checks import (
     NonFiniteError,
+    OnNonFinite,
     check_embedding,
     check_evidence,
     resolve_max_labels,
@@ -29,7 +30,7 @@ def beam_search(
     config: SearchConfig | None = None,
     implementation: Implementation = "auto",
     marginals: bool = False,
-    on_nonfinite: Literal["raise", "mark"] = "raise",
+    on_nonfinite: OnNonFinite = "raise",
     precision: SearchPrecision = "exact",
     evidence: Tensor | None = None,
 ) -> SearchResult:
@@ -108,7 +109,7 @@ def _exact(
     config: SearchConfig,
     implementation: Implementation,
     marginals: bool,
-    on_nonfinite: Literal["raise", "mark"],
+    on_nonfinite: OnNonFinite,
     evidence: Tensor | None,
 ) -> SearchResult:
     """Return the N most probable sets, and the marginals of a beam where they are wanted."""

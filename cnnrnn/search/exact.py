@@ -11,7 +11,7 @@ from torch import Tensor
 from cnnrnn.labels import PAD
 from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.search import reference
-from cnnrnn.search.checks import NonFiniteError, check_embedding, check_evidence
+from cnnrnn.search.checks import NonFiniteError, OnNonFinite, check_embedding, check_evidence
 from cnnrnn.search.packed import CPU, packed_cpu_head
 from cnnrnn.search.result import SearchStats
 
@@ -51,7 +51,7 @@ def best_sets(
     max_expansions: int = 200,
     evidence: Tensor | None = None,
     implementation: Implementation = "auto",
-    on_nonfinite: Literal["raise", "mark"] = "raise",
+    on_nonfinite: OnNonFinite = "raise",
 ) -> BestSets:
     """Find the K most probable label sets of each image, along increasing paths, with a proof.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,8 +12,9 @@ from cnnrnn.config import MAX_PLACES, Calibration, Order, SearchConfig
 from cnnrnn.labels import increasing_paths
 from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.network.losses import sequence_loss
-from cnnrnn.search import NonFiniteError, SearchResult, beam_search
+from cnnrnn.search import NonFiniteError, OnNonFinite, SearchResult, beam_search
 from cnnrnn.search.checks import check_evidence, resolve_max_labels
+from cnnrnn.search.result import joined
 
 SEARCH_BATCH = 4096
 
@@ -85,6 +87,39 @@ class Inference:
         return torch.cat(best) == -torch.inf if best else torch.zeros(0, dtype=torch.bool)
 
 
+def search_given(
+    head: Head,
+    embedding: ImageEmbedding,
+    search: SearchConfig,
+    evidence: Tensor | None,
+    on_nonfinite: OnNonFinite = "raise",
+) -> SearchResult:
+    """Search for marginals, with wide banks for images of which something is known.
+
+    What fits the evidence is spread over more sets than the best few, so banks have the most places
+    there can be where `search` names no `marginal_places`. Images of which nothing is known have
+    the result that they have by themselves.
+    """
+    call = partial(beam_search, head, marginals=True, on_nonfinite=on_nonfinite)
+    if evidence is None or search.marginal_places is not None or not evidence.any():
+        return call(embedding, search, evidence=evidence)
+    wide = replace(search, marginal_places=MAX_PLACES)
+    given = evidence.any(1).expand(len(embedding))
+    if given.all():
+        return call(embedding, wide, evidence=evidence)
+    known, others = given.nonzero()[:, 0], (~given).nonzero()[:, 0]
+    device = embedding.joint.device
+    try:
+        parts = [
+            call(embedding.of(known.to(device)), wide, evidence=evidence[known]),
+            call(embedding.of(others.to(device)), search),
+        ]
+    except NonFiniteError:
+        call(embedding, search)  # names them by their places among all
+        raise
+    return joined(parts, torch.cat([known, others]).argsort())
+
+
 def of_all(evidence: Tensor | None, like: Tensor) -> Tensor | None:
     """Return evidence [1 or n, L] as one row for each of n images, on the CPU."""
     return None if evidence is None else evidence.cpu().expand(len(like), -1)
@@ -99,8 +134,7 @@ def infer(
     Args:
         head: in eval mode.
         features: [n, F] on the head's device.
-        search: the search options. Where labels are known and it names no `marginal_places`, banks
-            have the most there can be: what fits the evidence is spread over more sets.
+        search: the search options; see `search_given`.
         evidence: what is known of labels, [1 or n, L] int8; see `beam_search`.
 
     Returns:
@@ -111,10 +145,7 @@ def infer(
         ValueError: for evidence that does not fit.
     """
     results, scores, embeddings = [], [], []
-    if evidence is not None:
-        if search.marginal_places is None:
-            search = replace(search, marginal_places=MAX_PLACES)
-        # Whole, so that errors name the image.
+    if evidence is not None:  # whole, so that errors name the image
         check_evidence(head, evidence, len(features), resolve_max_labels(head, search))
     for slice_, part in enumerate(features.split(SEARCH_BATCH) if len(features) else [features]):
         embedding, label_scores = head.embed_with_label_scores(part)
@@ -123,7 +154,7 @@ def infer(
             known = evidence[slice_ * SEARCH_BATCH :][: len(part)]
         embeddings.append(embedding)
         try:
-            results.append(beam_search(head, embedding, search, marginals=True, evidence=known))
+            results.append(search_given(head, embedding, search, known))
         except NonFiniteError as error:
             first = slice_ * SEARCH_BATCH
             raise NonFiniteError([first + i for i in error.images], len(features)) from None

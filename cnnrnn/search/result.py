@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -125,3 +126,32 @@ class SearchResult:
     def nonfinite(self) -> Tensor:
         """Return the indices of images that were marked because a value was not finite: [M]."""
         return self.log_probs[:, 0].isnan().nonzero()[:, 0]
+
+
+def joined(parts: Sequence[SearchResult], order: Tensor) -> SearchResult:
+    """Return searches of some images each as one.
+
+    Args:
+        parts: with the same N, T and L, in the order in which they were made.
+        order: [B] int64, which of the parts' images, one after another, each image is.
+    """
+    index = order.to(parts[0].labels.device)
+
+    def rows(tensors: list[Tensor | None]) -> Tensor | None:
+        there = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(there)[index] if len(there) == len(parts) else None
+
+    return SearchResult(
+        torch.cat([part.labels for part in parts])[index],
+        torch.cat([part.lengths for part in parts])[index],
+        torch.cat([part.log_probs for part in parts])[index],
+        parts[0].num_labels,
+        SearchStats(
+            sum(part.stats.prefix_lookups for part in parts),
+            sum(part.stats.prefix_hits for part in parts),
+            *parts[-1].stats[2:],
+        ),
+        rows([part.requested_marginals for part in parts]),
+        rows([part.log_evidence for part in parts]),
+        rows([part.certified for part in parts]),
+    )

@@ -111,6 +111,18 @@ def test_another_beam_is_for_the_compiled_search(file, model, arrays):
         whole.predict(arrays, beam_size=2)
 
 
+def test_known_labels_need_the_compiled_search(file, model, arrays):
+    name = model.labels[-1]
+    compiled = OnnxPredictor(file, search="compiled", threads=1)
+    found = compiled.predict(list(arrays), known=[name], absent=[model.labels[0]])
+    expected = model.predict(list(arrays), known=[name], absent=[model.labels[0]])
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.labels == theirs.labels and name in mine.labels
+        assert mine.scores == pytest.approx(theirs.scores, abs=1e-4, nan_ok=True)
+    with pytest.raises(ValueError, match="known and absent labels need the compiled search"):
+        OnnxPredictor(file, threads=1).predict(arrays, known=[name])
+
+
 def test_a_bad_picture_stops_nothing_that_skips_it(predictor, model, folder, tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     images = [folder / "00.png", tmp_path / "broken.jpg", folder / "01.png"]

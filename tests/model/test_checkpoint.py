@@ -296,6 +296,21 @@ def test_format_1_has_a_tied_embedding(tmp_path):
     assert load_checkpoint(folder).config == model.config
 
 
+def test_format_2_lacks_what_is_of_known_labels(tmp_path):
+    model = make_model(CONFIG, feature_dim=7)
+    folder = tmp_path / "model"
+    model.save(folder)
+    added = {"search": ("marginal_places", "algorithm", "max_expansions"),
+             "calibration": ("known_mix_weight", "set_nll")}  # fmt: skip
+    for part, names in added.items():
+        for name in names:
+            changed(folder, part, name, remove=True)
+    assert "marginal_places" in refuses(folder, "config.json")  # of format 3
+    changed(folder, "format", value=2)
+    loaded = load_checkpoint(folder)
+    assert (loaded.search, loaded.calibration) == (model.search, model.calibration)
+
+
 def test_weights_of_the_other_kind_of_embedding_are_refused(tmp_path):
     for tied in (False, True):
         folder = tmp_path / str(tied)

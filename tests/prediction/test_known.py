@@ -179,3 +179,63 @@ def test_calibration_with_a_label_revealed():
         model.head, features(), targets, replace(model.search, order="free"), Calibration()
     )
     assert free.set_nll == ()
+
+
+def calibrated_model():
+    model = feature_model()
+    inference = model.infer(features(1000))
+    draws = model.head.sample(model.head.embed(features(1000)), 1, max_labels=L).sets[:, 0]
+    model.calibration = calibrate_known(
+        model.head, features(1000)[:500], draws[:500], model.search, Calibration()
+    )
+    assert len(inference.sets) == 1000
+    return model, features(1000)[500:], draws[500:]
+
+
+def test_candidates_cover_as_they_promise():
+    # Sets drawn from the model itself are as improbable on new images as on validation images.
+    model, unseen, truth = calibrated_model()
+    for coverage in (0.5, 0.9, 0.95):
+        held = []
+        for prediction, true in zip(model.predict_features(unseen), truth, strict=True):
+            found = prediction.candidates(coverage, limit=2**L)
+            assert found.complete
+            assert [p for _, p in found] == sorted((p for _, p in found), reverse=True)
+            names = frozenset(NAMES[i] for i in true.nonzero()[:, 0].tolist())
+            held.append(any(names == labels for labels, _ in found))
+        assert np.mean(held) == pytest.approx(coverage, abs=0.06)
+
+
+def test_candidates_up_to_a_limit():
+    model, unseen, _ = calibrated_model()
+    for prediction in model.predict_features(unseen[:20]):
+        everything = prediction.candidates(0.95, limit=2**L)
+        few = prediction.candidates(0.95, limit=2)
+        assert list(few) == list(everything)[:2]
+        assert few.complete == (len(everything) <= 2)
+        given = model.predict_features(unseen[:1], known=[NAMES[3]])[0].candidates(0.95, 2**L)
+        assert all(NAMES[3] in labels for labels, _ in given)
+
+
+def test_candidates_that_cannot_be_promised():
+    model, unseen, _ = calibrated_model()
+    prediction = model.predict_features(unseen[:1])[0]
+    for coverage in (0.0, 1.0, -1.0):
+        with pytest.raises(ValueError, match="coverage must be above 0 and below 1, got"):
+            prediction.candidates(coverage)
+    with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
+        prediction.candidates(limit=0)
+    model.calibration = replace(model.calibration, set_nll=model.calibration.set_nll[:80])
+    with pytest.raises(ValueError, match="coverage must be at most 0.8 for what was calibrated on"):
+        model.predict_features(unseen[:1])[0].candidates(0.9)
+    with pytest.raises(ValueError, match="candidates need a single model of order increasing"):
+        feature_model().predict_features(unseen[:1])[0].candidates()
+
+
+def test_an_exact_search_of_a_model():
+    model = feature_model()
+    beam = model.predict_features(features(30))
+    model.search = replace(model.search, algorithm="exact")
+    for mine, theirs in zip(model.predict_features(features(30)), beam, strict=True):
+        assert mine.log_prob >= theirs.log_prob - 1e-5
+        assert mine.scores == pytest.approx(theirs.scores)

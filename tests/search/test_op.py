@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,6 +66,55 @@ def test_the_op_returns_what_the_public_call_does(marginals):
         assert torch.equal(outputs[3], expected.marginals())
     else:
         assert outputs[3].shape == (7, 0)
+
+
+@pytest.mark.parametrize("marginals", [False, True])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_the_op_takes_evidence(marginals, rows):
+    head = head_of(3)
+    embedding = images(head, 5, label_logits=True)
+    evidence = torch.zeros(rows, 20, dtype=torch.int8)
+    evidence[:, 3], evidence[0, 7] = 1, -1
+    inputs = arguments(head, embedding, marginals)
+    options = {"evidence": evidence, "marginal_places": 20}
+    library.opcheck(torch.ops.cnnrnn.beam_search.default, inputs, options)
+    outputs = torch.ops.cnnrnn.beam_search(*inputs, **options)
+    wide = replace(CONFIG, marginal_places=20)
+    expected = beam_search(head, embedding, wide, marginals=marginals, evidence=evidence)
+    assert_same(outputs, expected)
+    assert outputs[4].shape == ((5,) if marginals else (0,))
+    if marginals:
+        assert torch.equal(outputs[3], expected.marginals())
+        assert torch.equal(outputs[4], expected.log_evidence)
+
+
+class GivenPaths(torch.nn.Module):
+    def __init__(self, head: Head) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, joint: Tensor, evidence: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        found = beam_search(
+            self.head, ImageEmbedding(joint), CONFIG, marginals=True, evidence=evidence
+        )
+        assert found.log_evidence is not None
+        return found.labels, found.marginals(), found.log_evidence
+
+
+def test_evidence_is_an_input_of_compiled_and_exported_programs():
+    head = head_of(4)
+    joint = images(head, 6).joint
+    evidence = torch.zeros(6, 20, dtype=torch.int8)
+    evidence[:, 2] = 1
+    module = GivenPaths(head).eval()
+    expected = module(joint, evidence)
+    exported = torch.export.export(module, (joint, evidence)).module()
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    for program in (exported, compiled):
+        for given in (evidence, -evidence):
+            for mine, theirs in zip(program(joint, given), module(joint, given), strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+    assert (expected[0] == 2).any(2).all()
 
 
 class FeaturesToPaths(torch.nn.Module):
