@@ -171,9 +171,11 @@ class SearchConfig:
             live path is below every finished one, as the paper says.
         marginal_places: live paths of each bank (docs/search.md) in a search for marginals, up to
             64; at least `beam_size`, which it is by default. More find more of the probability
-            where it is spread over many label sets.
+            where it is spread over many label sets: a model takes 64 for images of which labels
+            are known.
         algorithm: `beam`; or `exact`, which returns the most probable label sets with a proof, for
-            `increasing` order. Marginals come from a beam in either case.
+            `increasing` order. Marginals come from a beam in either case; `end_takes_slot` and
+            `stop` are the beam's.
         max_expansions: prefixes of an image that the exact search scores at most.
     """
 

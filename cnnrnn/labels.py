@@ -217,3 +217,33 @@ def first_label_space(
     if config.label_order == "random":
         return LabelSpace.random(names, torch.Generator().manual_seed(config.seed))
     return LabelSpace.by_frequency(names, counts)
+
+
+def check_evidence(evidence: Tensor, images: int, num_labels: int, max_labels: int) -> None:
+    """Check what is known of images' labels, as csrc/bindings.cpp does for the compiled search.
+
+    Args:
+        evidence: to be [1 or B, L] int8: 1 present, -1 absent, 0 unknown.
+        images: B.
+        num_labels: L.
+        max_labels: T, how many labels a path can hold.
+
+    Raises:
+        ValueError: for another shape or type, other values, and more present labels than T.
+    """
+    L = num_labels
+    if evidence.dim() != 2 or evidence.shape[1] != L or evidence.shape[0] not in (1, images):
+        raise ValueError(f"evidence must be [1 or {images}, {L}], got {list(evidence.shape)}")
+    if evidence.dtype != torch.int8:
+        raise ValueError(f"evidence must be int8, got {evidence.dtype}")
+    for image, label in ((evidence < -1) | (evidence > 1)).nonzero()[:1].tolist():
+        raise ValueError(
+            "evidence must be 1 (present), -1 (absent) or 0 (unknown), got "
+            f"{int(evidence[image, label])} for label {label} of image {image}"
+        )
+    present = (evidence == 1).sum(1)
+    for image in (present > max_labels).nonzero()[:1, 0].tolist():
+        raise ValueError(
+            f"image {image} has {present[image]} labels known to be present, "
+            f"more than max_labels ({max_labels})"
+        )

@@ -120,22 +120,20 @@ def measure_marginals(model: CNNRNN, features: torch.Tensor, targets: torch.Tens
 
 def measure_candidates(model: CNNRNN, features: torch.Tensor, targets: torch.Tensor) -> Any:
     """Measure how often the true set is among the candidates."""
-    rows = range(min(1000, len(features)))
-    truth = [frozenset(np.array(model.labels)[targets[i].numpy()].tolist()) for i in rows]
+    rows = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:1000]
+    features, targets = features[rows], targets[rows]
+    truth = [frozenset(np.array(model.labels)[row.numpy()].tolist()) for row in targets]
     figures = {}
     for coverage in (0.5, 0.8, 0.9):
         lists = [
             prediction.candidates(coverage, limit=10_000)
-            for prediction in model.predict_features(features[: len(rows)])
+            for prediction in model.predict_features(features)
         ]
         held = [
             any(true == some for some, _ in found) for true, found in zip(truth, lists, strict=True)
         ]
         sizes = [len(found) for found in lists]
-        short = [
-            prediction.candidates(coverage)
-            for prediction in model.predict_features(features[: len(rows)])
-        ]
+        short = [prediction.candidates(coverage) for prediction in model.predict_features(features)]
         figures[str(coverage)] = {
             "covered": float(np.mean(held)),
             "complete of 10,000": float(np.mean([found.complete for found in lists])),

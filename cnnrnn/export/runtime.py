@@ -20,6 +20,7 @@ from cnnrnn.data.images import normalize
 from cnnrnn.export.graph import INPUT_NAMES, LABEL_SCORES, OUTPUT_NAMES, Input
 from cnnrnn.export.onnx import FORMAT
 from cnnrnn.export.session import COMPILED, PROVIDERS, OnnxModelError, Search, open_session
+from cnnrnn.labels import check_evidence
 from cnnrnn.machine.devices import use_one_thread_if_forked
 from cnnrnn.model.checkpoint import read_calibration, read_options, read_search, typed
 from cnnrnn.network.head import Head, ImageEmbedding, chain_logits
@@ -181,6 +182,8 @@ class OnnxPredictor(Predictor):
         if evidence is not None and self.search == "onnx":
             raise ValueError(f"known and absent labels need the compiled search: {COMPILED}")
         inputs = self._checked(inputs)
+        if evidence is not None:
+            check_evidence(evidence, len(inputs), len(self.labels), self.max_labels)
         forbidden = None if forbidden is None else self._checked_mask(forbidden, len(inputs))
         parts = inputs.split(SEARCH_BATCH) if len(inputs) else (inputs,)
         masks: Sequence[Tensor | None] = [forbidden] * len(parts)

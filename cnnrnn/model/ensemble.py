@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cnnrnn.config import Calibration, SearchConfig
-from cnnrnn.labels import PAD, forbidden_labels, increasing_paths, path_sets
+from cnnrnn.labels import PAD, check_evidence, forbidden_labels, increasing_paths, path_sets
 from cnnrnn.machine.files import weights_digest
 from cnnrnn.model.checkpoint import (
     CONFIG_FILE,
@@ -170,6 +170,8 @@ class Ensemble(nn.Module, TorchPredictor):
             NonFiniteError: for feature vectors that give values that are not finite.
         """
         search = search or self.search
+        if evidence is not None:
+            check_evidence(evidence, len(features), len(self.labels), self.longest_path(search))
         found = [
             model.infer(
                 features,
@@ -294,7 +296,7 @@ class Ensemble(nn.Module, TorchPredictor):
             log_probs += own / len(self.members)
         ranked = log_probs.new_full(gone.shape, -torch.inf)
         ranked[image, candidate] = log_probs
-        kept = int((~gone).sum(1).max()) if B else 0
+        kept = max(1, int((~gone).sum(1).max())) if B else 0
         # A set that is impossible for one member still stands before what is gone.
         order = ranked.clamp(min=-1e300).masked_fill(gone, -torch.inf)
         best = order.argsort(dim=1, descending=True, stable=True)[:, :kept]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from cnnrnn.config import Order
+from cnnrnn.labels import check_evidence
 
 if TYPE_CHECKING:
     from cnnrnn.network.head import Head, ImageEmbedding
@@ -60,25 +61,21 @@ def sample_sets(
         order: of the paths that the head was trained on.
 
     Raises:
-        ValueError: `count` is below 1, evidence has another shape, or more labels are present than
-            a path holds.
+        ValueError: an option is out of range, or evidence does not fit.
     """
     B, L, device = len(embedding), head.num_labels, embedding.joint.device
     T = head.max_labels if max_labels is None else max_labels
     T = T if order == "free" else min(T, L)
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
-    if evidence is not None and (evidence.dim() != 2 or evidence.shape[1] != L
-                                 or evidence.shape[0] not in (1, B)):  # fmt: skip
-        raise ValueError(f"evidence must be [1 or {B}, {L}], got {list(evidence.shape)}")
+    if order not in get_args(Order):
+        raise ValueError(f"order must be one of {', '.join(get_args(Order))}, got {order!r}")
+    if T < 0:
+        raise ValueError(f"max_labels must be at least 0, got {T}")
+    if evidence is not None:
+        check_evidence(evidence, B, L, T)
     known = torch.zeros(1, L, dtype=torch.int8) if evidence is None else evidence
     known = known.to(device).expand(B, L)
-    present = (known == 1).sum(1)
-    if B and int(present.max()) > T:
-        raise ValueError(
-            f"image {int(present.argmax())} has {int(present.max())} labels known to be present, "
-            f"more than max_labels ({T})"
-        )
     generator = torch.Generator(device).manual_seed(seed)
     rows = B * count
     image = torch.arange(B, device=device).repeat_interleave(count)

@@ -230,6 +230,9 @@ def decided_sets(
         calibration: thresholds, k and the least number of labels.
     """
     least = calibration.min_labels
+    evidence = inference.evidence
+    if evidence is not None:
+        scores = _ranked_by_evidence(scores, evidence)
     if decide == "path":
         sets = _best_sets(inference, least)
     elif decide == "threshold":
@@ -244,10 +247,13 @@ def decided_sets(
         sets = threshold_sets(scores, torch.tensor(cuts) if cuts else calibration.threshold)
     else:
         raise ValueError(f"decide must be one of {', '.join(DECISIONS)}, got {decide!r}")
-    evidence = inference.evidence
-    if evidence is not None:
-        scores = scores.masked_fill(evidence == -1, -torch.inf)  # no set is filled up with these
     return with_known(_filled(sets, scores, least), inference)
+
+
+def _ranked_by_evidence(scores: Tensor, evidence: Tensor) -> Tensor:
+    """Put labels known to be present before all others, and absent ones behind: [n, L]."""
+    ranked = scores.nan_to_num(0).masked_fill(evidence == 1, 2.0)
+    return ranked.masked_fill(evidence == -1, -1.0)
 
 
 def with_known(sets: Tensor, inference: Inference) -> Tensor:
@@ -437,5 +443,8 @@ def decide(inference: Inference, calibration: Calibration, options: Options) -> 
         calibration = replace(calibration, min_labels=options.min_labels)
     sets = decided_sets(options.decide, inference, scores, calibration)
     if options.top_k is not None:
-        sets = with_known(cut_to_k(sets, scores, options.top_k), inference)
+        ranked = scores
+        if inference.evidence is not None:
+            ranked = _ranked_by_evidence(scores, inference.evidence)
+        sets = with_known(cut_to_k(sets, ranked, options.top_k), inference)
     return Decided(inference, sets, scores, calibration.set_nll)

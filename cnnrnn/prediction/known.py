@@ -43,17 +43,31 @@ class Known:
             strings = sum(isinstance(item, str) for item in names)
             if 0 < strings < len(names):
                 raise TypeError(f"{name} mixes label names and lists of them, got {names!r:.80}")
+            lists = [names] if strings else names
+            for item in lists:
+                if (
+                    isinstance(item, str)
+                    or not isinstance(item, Sequence)
+                    or not all(isinstance(label, str) for label in item)
+                ):
+                    raise TypeError(
+                        f"{name} must hold lists of label names, got {item!r:.80} among them"
+                    )
+        self.evidence([0], ["0"], shared_only=True)  # names that are wrong are wrong at once
 
     def __bool__(self) -> bool:
         """Whether anything was given."""
         return bool(self.present) or bool(self.absent)
 
-    def evidence(self, images: Sequence[int], sources: Sequence[str]) -> Tensor | None:
+    def evidence(
+        self, images: Sequence[int], sources: Sequence[str], shared_only: bool = False
+    ) -> Tensor | None:
         """Return what is known of images by their positions: [n, L] int8, or None where nothing is.
 
         Args:
             images: [n] positions among all images.
             sources: [n] what messages call them.
+            shared_only: leave out the lists that are those of one image.
 
         Raises:
             ValueError: a name is no label, is both present and absent, more labels are present than
@@ -65,6 +79,8 @@ class Known:
         position = {label: i for i, label in enumerate(self.labels)}
         for row, image, source in zip(rows, images, sources, strict=True):
             for name, names, value in (("known", self.present, 1), ("absent", self.absent, -1)):
+                if shared_only and _is_per_image(names):
+                    continue
                 for label in _of_image(name, names, image):
                     if label not in position:
                         raise ValueError(

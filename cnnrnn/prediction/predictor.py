@@ -101,7 +101,8 @@ class Predictor(ABC):
                 of lists, one per image. Every set holds them, and scores are those of the other
                 labels given them.
             absent: likewise, labels known to be absent.
-            top_k: keep at most this many labels, those with the best scores; known ones count.
+            top_k: keep at most this many labels, those with the best scores. Labels known to be
+                present count, and all of them stay.
             beam_size: N, 1 to 16; the model's own by default. A search in ONNX Runtime has no
                 other.
             min_labels: every set has at least so many labels, and shorter label paths are

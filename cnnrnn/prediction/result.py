@@ -111,7 +111,7 @@ class Prediction:
             return float("nan")
         result, row = self._batch.inference.result_of(self._row)
         if result.log_evidence is not None:
-            return float(result.log_evidence[row].exp())
+            return math.exp(float(result.log_evidence[row]))
         return sum(probability for _, probability in self.sets)
 
     def candidates(self, coverage: float = 0.9, limit: int = 64) -> Candidates:
@@ -128,7 +128,7 @@ class Prediction:
 
         Returns:
             Pairs of label set and probability, most probable first; `.complete` is False where
-            `limit` left sets out.
+            `limit`, or the work that it allows (100 prefixes a set), left sets out.
 
         Raises:
             ValueError: the model was not calibrated for it, is an ensemble or an exported file, or
@@ -163,12 +163,12 @@ class Prediction:
             max_expansions=100 * (limit + 1),
             evidence=None if evidence is None else evidence[self._row : self._row + 1],
         )
+        proved = min(limit, int(found.proved[0]))
         sets = [
             (frozenset(self._names[i] for i in labels if i != PAD), math.exp(log_prob))
             for labels, log_prob in zip(
-                found.labels[0, :limit].tolist(), found.log_probs[0, :limit].tolist(), strict=True
+                found.labels[0, :proved].tolist(), found.log_probs[0, :proved].tolist(), strict=True
             )
-            if log_prob > -math.inf
         ]
         return Candidates(sets, complete=bool(found.ended[0]))
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import Literal, get_args
 
 from cnnrnn.config import SearchConfig
 from cnnrnn.machine.words import listed
 from cnnrnn.network.head import Head, ImageEmbedding
 
+Implementation = Literal["auto", "native", "reference"]
 OnNonFinite = Literal["raise", "mark"]
 
 
@@ -26,6 +24,14 @@ class NonFiniteError(ValueError):
         )
 
 
+def require_implementation(implementation: Implementation) -> None:
+    """Raise a ValueError where there is no such implementation."""
+    if implementation not in get_args(Implementation):
+        raise ValueError(
+            f"implementation must be auto, native or reference, got {implementation!r}"
+        )
+
+
 def resolve_max_labels(head: Head, config: SearchConfig) -> int:
     """Return T: the config's, else the head's; at most L unless the order is free."""
     longest = head.max_labels if config.max_labels is None else config.max_labels
@@ -37,7 +43,9 @@ def resolve_max_labels(head: Head, config: SearchConfig) -> int:
 
 
 def check_embedding(head: Head, embedding: ImageEmbedding) -> None:
-    """Raise a ValueError where an embedding does not fit the head."""
+    """Raise a ValueError where an embedding does not fit the head, or that is not in eval mode."""
+    if head.training and head.joint_dropout.p > 0:
+        raise ValueError("head is in training mode, with dropout in its scores; call head.eval()")
     joint, logits = embedding.joint, embedding.label_logits
     if joint.dim() != 2 or joint.shape[1] != head.joint_dim:
         raise ValueError(
@@ -47,29 +55,4 @@ def check_embedding(head: Head, embedding: ImageEmbedding) -> None:
     if logits is not None and logits.shape != expected:
         raise ValueError(
             f"image_embedding.label_logits must be {list(expected)}, got {list(logits.shape)}"
-        )
-
-
-def check_evidence(head: Head, evidence: Tensor, images: int, max_labels: int) -> None:
-    """Check evidence of images as csrc/bindings.cpp does for the compiled search.
-
-    Raises:
-        ValueError: for another shape or type, other values than 1, 0 and -1, and more present
-            labels than a path holds.
-    """
-    L = head.num_labels
-    if evidence.dim() != 2 or evidence.shape[1] != L or evidence.shape[0] not in (1, images):
-        raise ValueError(f"evidence must be [1 or {images}, {L}], got {list(evidence.shape)}")
-    if evidence.dtype != torch.int8:
-        raise ValueError(f"evidence must be int8, got {evidence.dtype}")
-    for image, label in ((evidence < -1) | (evidence > 1)).nonzero()[:1].tolist():
-        raise ValueError(
-            "evidence must be 1 (present), -1 (absent) or 0 (unknown), got "
-            f"{int(evidence[image, label])} for label {label} of image {image}"
-        )
-    present = (evidence == 1).sum(1)
-    for image in (present > max_labels).nonzero()[:1, 0].tolist():
-        raise ValueError(
-            f"image {image} has {present[image]} labels known to be present, "
-            f"more than max_labels ({max_labels})"
         )

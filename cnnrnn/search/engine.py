@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,16 +11,18 @@ from torch import Tensor
 
 from cnnrnn import _C  # noqa: F401  # registers torch.ops.cnnrnn.beam_search
 from cnnrnn.config import SearchConfig, SearchPrecision
+from cnnrnn.labels import check_evidence
 from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.search import reference
 from cnnrnn.search.checks import (
+    Implementation,
     NonFiniteError,
     OnNonFinite,
     check_embedding,
-    check_evidence,
+    require_implementation,
     resolve_max_labels,
 )
-from cnnrnn.search.exact import Implementation, best_sets
+from cnnrnn.search.exact import best_sets
 from cnnrnn.search.packed import CPU, detached, head_parameters, packed_head, search_device
 from cnnrnn.search.result import SearchResult, SearchStats
 
@@ -65,8 +68,7 @@ def beam_search(
     config = config or SearchConfig()
     max_labels = resolve_max_labels(head, config)
     check_embedding(head, image_embedding)
-    if head.training and head.joint_dropout.p > 0:
-        raise ValueError("head is in training mode, with dropout in its scores; call head.eval()")
+    require_implementation(implementation)
     if precision not in ("exact", "fast"):
         raise ValueError(f"precision must be exact or fast, got {precision!r}")
     if config.algorithm == "exact":
@@ -82,9 +84,9 @@ def beam_search(
         if torch.compiler.is_compiling():
             return _traced(*arguments)
         result, nonfinite = _native(*arguments)
-    elif implementation == "reference":
+    else:
         if evidence is not None:
-            check_evidence(head, evidence, len(image_embedding), max_labels)
+            check_evidence(evidence, len(image_embedding), head.num_labels, max_labels)
         result = reference.beam_search(
             head,
             image_embedding,
@@ -94,10 +96,6 @@ def beam_search(
             evidence=evidence,
         )
         nonfinite = len(result.nonfinite())
-    else:
-        raise ValueError(
-            f"implementation must be auto, native or reference, got {implementation!r}"
-        )
     if nonfinite and on_nonfinite == "raise":
         raise NonFiniteError(result.nonfinite().tolist(), len(result))
     return result
@@ -113,22 +111,38 @@ def _exact(
     evidence: Tensor | None,
 ) -> SearchResult:
     """Return the N most probable sets, and the marginals of a beam where they are wanted."""
+    if torch.compiler.is_compiling():
+        raise ValueError("algorithm exact is not for torch.compile and torch.export; use beam")
     beam = replace(config, algorithm="beam")
-    sums = None
-    if marginals:
-        sums = beam_search(head, embedding, beam, implementation, True, "mark", evidence=evidence)
+    call = partial(beam_search, head, config=beam, implementation=implementation,
+                   marginals=marginals, on_nonfinite="mark")  # fmt: skip
+    found = call(embedding, evidence=evidence) if marginals else None
     sets = best_sets(
         head, embedding,
         count=config.beam_size, max_labels=resolve_max_labels(head, config),
         min_labels=config.min_labels, max_expansions=config.max_expansions,
         implementation=implementation, evidence=evidence, on_nonfinite=on_nonfinite,
     )  # fmt: skip
-    return SearchResult(
+    certified = (sets.proved >= 1) | sets.ended
+    exact = SearchResult(
         sets.labels, sets.lengths, sets.log_probs, head.num_labels, sets.stats,
-        None if sums is None else sums.marginals(),
-        None if sums is None else sums.log_evidence,
-        sets.proved >= 1,
+        None if found is None else found.marginals(),
+        None if found is None else found.log_evidence,
+        certified,
     )  # fmt: skip
+    # Where the expansions did not suffice, a beam may have found what is better.
+    open_ = (~certified & ~sets.log_probs[:, 0].isnan()).nonzero()[:, 0]
+    if not len(open_):
+        return exact
+    known = evidence
+    if evidence is not None and len(evidence) > 1:
+        known = evidence[open_.to(evidence.device)]
+    of_beam = call(embedding.of(open_), evidence=known)
+    better = of_beam.log_probs[:, 0] > exact.log_probs[open_, 0]
+    for mine, theirs in ((exact.labels, of_beam.labels), (exact.lengths, of_beam.lengths),
+                         (exact.log_probs, of_beam.log_probs)):  # fmt: skip
+        mine[open_[better]] = theirs[better]
+    return exact
 
 
 class _Options(NamedTuple):

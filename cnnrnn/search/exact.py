@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cnnrnn.labels import PAD
+from cnnrnn.labels import PAD, check_evidence
 from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.search import reference
-from cnnrnn.search.checks import NonFiniteError, OnNonFinite, check_embedding, check_evidence
+from cnnrnn.search.checks import (
+    Implementation,
+    NonFiniteError,
+    OnNonFinite,
+    check_embedding,
+    require_implementation,
+)
 from cnnrnn.search.packed import CPU, packed_cpu_head
 from cnnrnn.search.result import SearchStats
-
-Implementation = Literal["auto", "native", "reference"]
 
 
 class BestSets(NamedTuple):
@@ -74,16 +78,26 @@ def best_sets(
         NonFiniteError: for images whose embedding or scores are not finite.
     """
     check_embedding(head, image_embedding)
+    require_implementation(implementation)
+    for name, value in (("count", count), ("max_expansions", max_expansions)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if math.isnan(least):
+        raise ValueError("least must be a number, got nan")
     T = head.num_labels if max_labels is None else min(max_labels, head.num_labels)
     B, device = len(image_embedding), image_embedding.joint.device
     if implementation == "reference":
         if evidence is not None:
-            check_evidence(head, evidence, B, T)
+            check_evidence(evidence, B, head.num_labels, T)
         found = reference.best_sets(
             head, image_embedding, count=count, max_labels=T, min_labels=min_labels,
             least=least, evidence=evidence,
         )  # fmt: skip
-        return _as_best_sets(found, count, T, image_embedding.joint)
+        sets = _as_best_sets(found, count, T, image_embedding.joint)
+        nonfinite = sum(image is None for image in found)
+        if nonfinite and on_nonfinite == "raise":
+            raise NonFiniteError([b for b, image in enumerate(found) if image is None], B)
+        return sets
     on_cpu = image_embedding.to(CPU, torch.float32)
     labels, lengths, log_probs, proved, ended, expansions, stats, nonfinite = packed_cpu_head(
         head
@@ -100,16 +114,20 @@ def best_sets(
 
 
 def _as_best_sets(
-    found: list[list[tuple[tuple[int, ...], float]]], count: int, T: int, like: Tensor
+    found: list[list[tuple[tuple[int, ...], float]] | None], count: int, T: int, like: Tensor
 ) -> BestSets:
     B = len(found)
     labels = torch.full((B, count, T), PAD, device=like.device)
     lengths = torch.zeros(B, count, dtype=torch.int64, device=like.device)
     log_probs = like.new_full((B, count), -torch.inf)
     for b, sets in enumerate(found):
-        for i, (chosen, score) in enumerate(sets):
+        if sets is None:
+            log_probs[b] = torch.nan
+        for i, (chosen, score) in enumerate(sets or []):
             labels[b, i, : len(chosen)] = torch.tensor(chosen, dtype=torch.int64)
             lengths[b, i], log_probs[b, i] = len(chosen), score
-    proved = torch.tensor([len(sets) for sets in found], device=like.device)
+    proved = torch.tensor(
+        [len(sets or []) for sets in found], dtype=torch.int64, device=like.device
+    )
     none = torch.zeros_like(proved)
     return BestSets(labels, lengths, log_probs, proved, proved < count, none, SearchStats())

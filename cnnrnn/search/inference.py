@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from cnnrnn.config import MAX_PLACES, Calibration, Order, SearchConfig
-from cnnrnn.labels import increasing_paths
+from cnnrnn.labels import check_evidence, increasing_paths
 from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.network.losses import sequence_loss
 from cnnrnn.search import NonFiniteError, OnNonFinite, SearchResult, beam_search
-from cnnrnn.search.checks import check_evidence, resolve_max_labels
+from cnnrnn.search.checks import resolve_max_labels
 from cnnrnn.search.result import joined
 
 SEARCH_BATCH = 4096
@@ -100,24 +100,23 @@ def search_given(
     there can be where `search` names no `marginal_places`. Images of which nothing is known have
     the result that they have by themselves.
     """
-    call = partial(beam_search, head, marginals=True, on_nonfinite=on_nonfinite)
+    call = partial(beam_search, head, marginals=True)
     if evidence is None or search.marginal_places is not None or not evidence.any():
-        return call(embedding, search, evidence=evidence)
+        return call(embedding, search, on_nonfinite=on_nonfinite, evidence=evidence)
     wide = replace(search, marginal_places=MAX_PLACES)
     given = evidence.any(1).expand(len(embedding))
     if given.all():
-        return call(embedding, wide, evidence=evidence)
+        return call(embedding, wide, on_nonfinite=on_nonfinite, evidence=evidence)
     known, others = given.nonzero()[:, 0], (~given).nonzero()[:, 0]
     device = embedding.joint.device
-    try:
-        parts = [
-            call(embedding.of(known.to(device)), wide, evidence=evidence[known]),
-            call(embedding.of(others.to(device)), search),
-        ]
-    except NonFiniteError:
-        call(embedding, search)  # names them by their places among all
-        raise
-    return joined(parts, torch.cat([known, others]).argsort())
+    parts = [
+        call(embedding.of(known.to(device)), wide, on_nonfinite="mark", evidence=evidence[known]),
+        call(embedding.of(others.to(device)), search, on_nonfinite="mark"),
+    ]
+    result = joined(parts, torch.cat([known, others]).argsort())
+    if on_nonfinite == "raise" and len(result.nonfinite()):
+        raise NonFiniteError(result.nonfinite().tolist(), len(result))
+    return result
 
 
 def of_all(evidence: Tensor | None, like: Tensor) -> Tensor | None:
@@ -146,7 +145,7 @@ def infer(
     """
     results, scores, embeddings = [], [], []
     if evidence is not None:  # whole, so that errors name the image
-        check_evidence(head, evidence, len(features), resolve_max_labels(head, search))
+        check_evidence(evidence, len(features), head.num_labels, resolve_max_labels(head, search))
     for slice_, part in enumerate(features.split(SEARCH_BATCH) if len(features) else [features]):
         embedding, label_scores = head.embed_with_label_scores(part)
         known = evidence

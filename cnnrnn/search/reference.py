@@ -271,7 +271,7 @@ def best_sets(
     min_labels: int = 0,
     least: float = -torch.inf,
     evidence: Tensor | None = None,
-) -> list[list[tuple[tuple[int, ...], float]]]:
+) -> list[list[tuple[tuple[int, ...], float]] | None]:
     """Find the most probable label sets of each image by scoring every one: for a few labels.
 
     Args:
@@ -284,26 +284,19 @@ def best_sets(
         evidence: [1 or B, L], as in `beam_search`.
 
     Returns:
-        Of each image at most `count` pairs of ascending labels and log-probability, best first.
+        Of each image at most `count` pairs of ascending labels and log-probability, best first;
+        None where a value is not finite.
     """
     config = SearchConfig(max_labels=max_labels, min_labels=min_labels)
-    found = []
-    for b in range(len(image_embedding)):
+    logits = image_embedding.label_logits
+    found: list[list[tuple[tuple[int, ...], float]] | None] = []
+    for b, joint in enumerate(image_embedding.joint):
         known = None if evidence is None else evidence[b if len(evidence) > 1 else 0].tolist()
-        logits = image_embedding.label_logits
-        scored: list[tuple[tuple[int, ...], float]] = []
-        begun = [_empty_path(head, image_embedding.joint)]
-        while begun:
-            path = begun.pop()
-            if len(path.labels) == max_labels:
-                scored.append((path.labels, float(path.score)))
-                continue
-            log_probs = path.score + step_log_probs(
-                head, image_embedding.joint[b], None if logits is None else logits[b], config, path
-            )
-            scored.append((path.labels, float(log_probs[head.end])))
-            for label in (log_probs[: head.end] > -torch.inf).nonzero()[:, 0].tolist():
-                begun.append(_extended_by(head, path, label, log_probs[label]))
+        try:
+            scored = _scored_sets(head, joint, None if logits is None else logits[b], config)
+        except NonFinite:
+            found.append(None)
+            continue
         fits = [
             (labels, score)
             for labels, score in scored
@@ -311,6 +304,29 @@ def best_sets(
         ]
         found.append(sorted(fits, key=lambda item: -item[1])[:count])
     return found
+
+
+def _scored_sets(
+    head: Head,
+    joint: Tensor,  # [D]
+    label_logits: Tensor | None,  # [L+1]
+    config: SearchConfig,
+) -> list[tuple[tuple[int, ...], float]]:
+    """Score every label set of at most `config.max_labels` labels."""
+    if not joint.isfinite().all() or not (label_logits is None or label_logits.isfinite().all()):
+        raise NonFinite
+    scored = []
+    begun = [_empty_path(head, joint)]
+    while begun:
+        path = begun.pop()
+        if len(path.labels) == config.max_labels:
+            scored.append((path.labels, float(path.score)))
+            continue
+        log_probs = path.score + step_log_probs(head, joint, label_logits, config, path)
+        scored.append((path.labels, float(log_probs[head.end])))
+        for label in (log_probs[: head.end] > -torch.inf).nonzero()[:, 0].tolist():
+            begun.append(_extended_by(head, path, label, log_probs[label]))
+    return scored
 
 
 def _agrees(labels: tuple[int, ...], known: list[int] | None) -> bool:

@@ -239,3 +239,48 @@ def test_an_exact_search_of_a_model():
     for mine, theirs in zip(model.predict_features(features(30)), beam, strict=True):
         assert mine.log_prob >= theirs.log_prob - 1e-5
         assert mine.scores == pytest.approx(theirs.scores)
+
+
+def test_an_exact_search_that_ends_early_falls_back_on_a_beam():
+    model = feature_model()
+    model.search = replace(model.search, algorithm="exact", max_expansions=1)
+    beam = replace(model.search, algorithm="beam")
+    found = model.infer(features(30), replace(model.search, min_labels=2))
+    expected = model.infer(features(30), replace(beam, min_labels=2))
+    assert not found.found_none().any()
+    assert torch.equal(found.sets, expected.sets)
+    assert not any(result.certified.all() for result in found.search)
+
+
+def test_no_set_fits_any_image_of_an_ensemble():
+    ensemble = Ensemble([feature_model(0), feature_model(1)]).eval()
+    found = ensemble.predict_features(features(3), absent=list(NAMES), min_labels=1)
+    assert [p.labels for p in found] == [[], [], []]
+    for wrong in (torch.zeros(3, L + 2, dtype=torch.int8), torch.zeros(L, dtype=torch.int8)):
+        with pytest.raises(ValueError, match="evidence must be"):
+            ensemble.infer(features(3), evidence=wrong)
+
+
+def test_top_k_counts_known_labels_beside_others_as_certain():
+    model = feature_model()
+    with torch.no_grad():
+        model.head.label_classifier.bias.copy_(torch.tensor([60.0, 60, -60, -60, -60, -60]))
+        model.head.label_embedding.zero_()
+        model.head.score_bias.zero_()
+    for k in (1, 2, 3):
+        found = model.predict_features(features(1), known=[NAMES[3]], top_k=k)[0]
+        assert NAMES[3] in found.labels and len(found.labels) == min(k, 3)
+    both = model.predict_features(features(1), known=[NAMES[3], NAMES[4]], top_k=1)[0]
+    assert both.labels == [NAMES[3], NAMES[4]]
+
+
+def test_values_that_are_not_finite_name_their_image():
+    model = feature_model()
+    vectors = features(6)
+    vectors[4, 0] = math.nan
+    with pytest.raises(ValueError, match="index 4"):
+        model.predict_features(vectors, known=[[], [NAMES[1]], [], [], [], [NAMES[2]]])
+    with pytest.raises(TypeError, match="known must hold lists of label names, got None among"):
+        model.predict_features(features(2), known=[[NAMES[1]], None])
+    with pytest.raises(ValueError, match="known must hold labels of the model, got 'yeti'"):
+        model.predict_features(features(0), known=["yeti"])

@@ -101,7 +101,15 @@ def test_what_is_wrong_is_said():
         SearchConfig(max_expansions=0)
     with pytest.raises(ValueError, match="count must be at least 1, got 0"):
         best_sets(head, embedding, count=0)
+    with pytest.raises(
+        ValueError, match="implementation must be auto, native or reference, got 'x'"
+    ):
+        best_sets(head, embedding, count=2, implementation="x")
+    with pytest.raises(ValueError, match="least must be a number, got nan"):
+        best_sets(head, embedding, count=2, least=math.nan)
     embedding.joint[2, 1] = math.nan
+    reference = best_sets(head, embedding, count=2, implementation="reference", on_nonfinite="mark")
+    assert reference.log_probs.isnan().all(1).tolist() == [False, False, True]
     with pytest.raises(NonFiniteError, match="index 2"):
         best_sets(head, embedding, count=2)
     marked = best_sets(head, embedding, count=2, on_nonfinite="mark")
@@ -117,3 +125,14 @@ def test_best_sets_read_changed_weights():
     second = best_sets(head, embedding, count=3)
     assert not torch.equal(first.log_probs, second.log_probs)
     assert packed.packed_cpu_head(head) is packed.packed_cpu_head(head)
+
+
+def test_mass_of_paths_below_the_range_of_floats():
+    head = Head(2000, 4, joint_dim=4, hidden_dim=4).eval()
+    with torch.no_grad():
+        head.label_embedding.zero_()
+    config = SearchConfig(3, 20, min_labels=20, order="unique")
+    found = beam_search(head, ImageEmbedding(torch.zeros(1, 4)), config, marginals=True)
+    # Twenty labels drawn one by one, and then the end for certain: three paths of 1 / (2000 ...).
+    one = -sum(math.log(2000 - i) for i in range(20))
+    assert float(found.log_evidence[0]) == pytest.approx(one + math.log(3), rel=1e-4)

@@ -19,8 +19,9 @@ namespace {
 
 constexpr int kChildren = 16;
 // Room is set aside for the states of so many prefixes of an image; the few that need more are
-// searched again with room for all.
+// searched again with room for more.
 constexpr int64_t kUsualExpansions = 32;
+constexpr int64_t kMoreExpansions = 8;  // times as many
 
 struct Item {
   float score;  // of the prefix or path; of the best continuation that is left
@@ -239,7 +240,7 @@ SearchStats best_sets_cpu(CpuHead* head, const SetsWanted& wanted, const ImageEm
   std::vector<int64_t> pending(B);
   for (int64_t b = 0; b < B; ++b) pending[b] = b;
   for (int64_t most = std::min(kUsualExpansions, wanted.max_expansions); !pending.empty();
-       most = wanted.max_expansions) {
+       most = std::min(most * kMoreExpansions, wanted.max_expansions)) {
     std::vector<int64_t> further;
     for_slices(&prefixes, pending.size(), most, [&](int64_t first, int64_t last, uint32_t stamp) {
       std::vector<ExactImage> slice;

@@ -108,14 +108,14 @@ class BeamSearch : public ImageBlocks<BeamSearch, BeamImage> {
   void add_mass(BeamImage& beam, const PathStep* steps, const Extensions& best) const {
     if (rules_.options.end_takes_slot) {
       for (int i = 0; i < best.size; ++i) {
-        if (best.items[i].label == L_) beam.mass += exponential(best.scores[i]);
+        if (best.items[i].label == L_) beam.mass += std::exp(static_cast<double>(best.scores[i]));
       }
       return;
     }
     for (int j = 0; j < beam.live_count; ++j) {
       const PathStep& step = steps[j];
       if (step.kind != PathStep::Kind::kScored && step.kind != PathStep::Kind::kOnlyEnds) continue;
-      beam.mass += exponential(step.end_score);
+      beam.mass += std::exp(static_cast<double>(step.end_score));
     }
   }
 

@@ -34,7 +34,7 @@ constexpr size_t kProductShared = 2 * kDepth * kStride * sizeof(float);
 static_assert(kThreads * kOwn * kOwn == kBlock * kBlock);
 
 // out[r] = bias + x[source(r)] weight^T for rows first..last.
-struct Product {
+struct MatrixProduct {
   const float* x;           // [*, K]
   const int32_t* source;    // [rows] or null: row r itself
   const float* weight;      // [columns, K]
@@ -68,7 +68,7 @@ __device__ __forceinline__ void put(const float (&values)[kLoads], float* shared
   }
 }
 
-__global__ void __launch_bounds__(kThreads) multiply_rows(Product p) {
+__global__ void __launch_bounds__(kThreads) multiply_rows(MatrixProduct p) {
   float* const xs = reinterpret_cast<float*>(dynamic_shared);  // [kDepth, kStride]
   float* const ws = xs + kDepth * kStride;                     // [kDepth, kStride]
   const int32_t first = p.first == nullptr ? 0 : *p.first;
@@ -215,17 +215,17 @@ void pack_recurrence(const HeadWeights& weights, const DeviceHead& head,
       "clearing a head's weights");
   copy(packed.output_projection, weights.output_projection, D * H);
   const int32_t rows = head.num_labels + 2, columns = static_cast<int32_t>(4 * H);
-  const Product input{input_rows(weights),
-                      nullptr,
-                      weights.input_weight,
-                      weights.input_bias,
-                      weights.hidden_bias,
-                      packed.input_gates,
-                      head.joint_dim,
-                      columns,
-                      nullptr,
-                      nullptr,
-                      rows};
+  const MatrixProduct input{input_rows(weights),
+                            nullptr,
+                            weights.input_weight,
+                            weights.input_bias,
+                            weights.hidden_bias,
+                            packed.input_gates,
+                            head.joint_dim,
+                            columns,
+                            nullptr,
+                            nullptr,
+                            rows};
   launch("multiply_rows", multiply_rows,
          blocks_for(int64_t{rows} * columns, kBlock * kBlock, multiprocessors), kThreads,
          kProductShared, stream, input);
@@ -241,33 +241,33 @@ void make_states(const DeviceHead& head, int64_t most_new, int32_t* next_parked_
                  int multiprocessors, cudaStream_t stream) {
   const int32_t H = head.hidden_dim;
   const float* fed_back = head.cell == Cell::kLstm ? head.output : head.cell_state;
-  const Product gates{fed_back,
-                      head.gates_parent,
-                      head.hidden_weight,
-                      nullptr,
-                      nullptr,
-                      head.recurrent_gates,
-                      H,
-                      4 * H,
-                      &head.counts->prefix.ready_parents,
-                      &head.counts->prefix.parents,
-                      head.parent_capacity};
+  const MatrixProduct gates{fed_back,
+                            head.gates_parent,
+                            head.hidden_weight,
+                            nullptr,
+                            nullptr,
+                            head.recurrent_gates,
+                            H,
+                            4 * H,
+                            &head.counts->prefix.ready_parents,
+                            &head.counts->prefix.parents,
+                            head.parent_capacity};
   launch("multiply_rows", multiply_rows,
          blocks_for(most_new * 4 * H, kBlock * kBlock, multiprocessors), kThreads, kProductShared,
          stream, gates);
   launch("step_cells", step_cells, blocks_for(most_new * H, kThreads, multiprocessors), kThreads, 0,
          stream, head);
-  const Product projection{head.output,
-                           nullptr,
-                           head.output_projection,
-                           nullptr,
-                           nullptr,
-                           head.projected,
-                           H,
-                           head.joint_stride,
-                           &head.counts->prefix.ready_nodes,
-                           &head.counts->prefix.nodes,
-                           head.node_capacity};
+  const MatrixProduct projection{head.output,
+                                 nullptr,
+                                 head.output_projection,
+                                 nullptr,
+                                 nullptr,
+                                 head.projected,
+                                 H,
+                                 head.joint_stride,
+                                 &head.counts->prefix.ready_nodes,
+                                 &head.counts->prefix.nodes,
+                                 head.node_capacity};
   launch("multiply_rows", multiply_rows,
          blocks_for(most_new * head.joint_stride, kBlock * kBlock, multiprocessors), kThreads,
          kProductShared, stream, projection);
