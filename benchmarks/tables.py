@@ -460,7 +460,7 @@ def exact() -> str:
             r["marginals"]["places"][n]["mean"])) for n in ("8", "16", "64")),
         *(row(f"true set among candidates of {c}", lambda r, c=c: "{:.3f}".format(
             r["candidates"][c]["covered"])) for c in ("0.5", "0.8", "0.9")),
-        *(row(f"candidates of {c}, median", lambda r, c=c: "{:,.0f}".format(
+        *(row(f"sets of {c}, median of at most 1,000", lambda r, c=c: "{:,.0f}".format(
             r["candidates"][c]["sets, median"])) for c in ("0.5", "0.9")),
     ]  # fmt: skip
     return _table(["", *(names[result["source"]] for result in results)], rows)

@@ -29,6 +29,7 @@ from cnnrnn.search import beam_search, best_sets
 BEAM = SearchConfig(beam_size=8)
 ENUMERATED = 12  # labels
 REPEATS = 7
+LISTED = 1000  # candidates
 
 
 def test_features(model: CNNRNN, dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,26 +120,31 @@ def measure_marginals(model: CNNRNN, features: torch.Tensor, targets: torch.Tens
 
 
 def measure_candidates(model: CNNRNN, features: torch.Tensor, targets: torch.Tensor) -> Any:
-    """Measure how often the true set is among the candidates."""
-    rows = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:1000]
-    features, targets = features[rows], targets[rows]
-    truth = [frozenset(np.array(model.labels)[row.numpy()].tolist()) for row in targets]
+    """Measure how often the true set is among the candidates, and how many those are.
+
+    Of all images by the log-probability of the true set, without a limit; then the lists of at most
+    `LISTED` sets of 300 images drawn at random, in which the true set must be just where it is
+    improbable enough.
+    """
+    nll = model.set_nll(features, targets)
+    rows = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:300]
+    predictions = model.predict_features(features[rows])
     figures = {}
-    for coverage in (0.5, 0.8, 0.9):
-        lists = [
-            prediction.candidates(coverage, limit=10_000)
-            for prediction in model.predict_features(features)
-        ]
-        held = [
-            any(true == some for some, _ in found) for true, found in zip(truth, lists, strict=True)
-        ]
-        sizes = [len(found) for found in lists]
-        short = [prediction.candidates(coverage) for prediction in model.predict_features(features)]
-        figures[str(coverage)] = {
-            "covered": float(np.mean(held)),
-            "complete of 10,000": float(np.mean([found.complete for found in lists])),
-            "complete of 64": float(np.mean([found.complete for found in short])),
-            "sets, median": float(np.median(sizes)),
+    for percent in (50, 80, 90):
+        inside = nll <= model.calibration.set_nll[percent - 1]
+        lists = [prediction.candidates(percent / 100, limit=LISTED) for prediction in predictions]
+        for row, found in zip(rows.tolist(), lists, strict=True):
+            names = frozenset(np.array(model.labels)[targets[row].numpy()].tolist())
+            listed = any(names == labels for labels, _ in found)
+            close = abs(nll[row] - model.calibration.set_nll[percent - 1]) < 1e-3
+            assert listed == bool(inside[row]) or close or not found.complete
+        figures[str(percent / 100)] = {
+            "covered": float(inside.double().mean()),
+            "complete": float(np.mean([found.complete for found in lists])),
+            "complete of 64": float(
+                np.mean([found.complete and len(found) <= 64 for found in lists])
+            ),
+            "sets, median": float(np.median([len(found) for found in lists])),
         }
     return figures
 
