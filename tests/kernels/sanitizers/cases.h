@@ -103,7 +103,8 @@ inline void search_into(CpuHead* head, const Search& search, const ParallelFor& 
                       {search.batch, search.joint.data(),
                        search.label_logits.empty() ? nullptr : search.label_logits.data()},
                       {result->labels.data(), result->lengths.data(), result->log_probs.data(),
-                       search.marginals ? result->marginals.data() : nullptr, result->trace.data()},
+                       search.marginals ? result->marginals.data() : nullptr, nullptr,
+                       result->trace.data(), search.options.beam_size},
                       parallel_for);
 }
 

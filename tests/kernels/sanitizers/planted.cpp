@@ -139,8 +139,13 @@ void shared_output(const CpuKernels& kernels) {
   CpuHead head(weights().view(), kernels, kAmpleBytes);
   const Search search = make_search();
   Result result(search, kLabels);
-  cnnrnn::SearchOutput output{result.labels.data(), result.lengths.data(), result.log_probs.data(),
-                              nullptr, nullptr, nullptr};
+  cnnrnn::SearchOutput output{result.labels.data(),
+                              result.lengths.data(),
+                              result.log_probs.data(),
+                              nullptr,
+                              nullptr,
+                              nullptr,
+                              0};
   const auto work = [&] {
     beam_search_cpu(&head, search.options, {search.batch, search.joint.data(), nullptr}, output,
                     on_this_thread);

@@ -52,7 +52,7 @@ PLANTED = {
         "short-sums": Planted(WIDE_OVERFLOW, rf"product_tile.*{KERNELS}"),
         "freed-head": Planted("heap-use-after-free", r"beam_search_cpu.*cpu/search\.cpp"),
         "evicted-state": Planted("heap-use-after-free", rf"activate_sum .*{KERNELS}"),
-        "wide-beam": Planted("index 16 out of bounds", rf"select .*{KERNELS}"),
+        "wide-beam": Planted("index 16 out of bounds", rf"select.*{KERNELS}"),
         "invalid-bool": Planted("load of value 2, which is not", r"finish_step.*cpu/search\.cpp"),
         "misaligned-weights": Planted("load of misaligned address", r"panels .*cpu/head\.cpp"),
         "huge-width": Planted("signed integer overflow", rf"product .*{KERNELS}"),
@@ -202,14 +202,20 @@ def run_tests(compiler: str) -> None:
     }
     announce("address: a bug planted in front of the Python module")
     command = [sys.executable, "-c", SEARCH_A_SHORT_TENSOR, module]
-    planted = Planted(OVERFLOW, r"all_finite .*cpu/search\.cpp")
+    planted = Planted(OVERFLOW, r"all_finite .*cpu/row_scorer\.cpp")
     if "searched rightly" not in must_be_caught(command, planted, **environment):
         sys.exit("sanitizers: the report came before the bug")
     announce("address: tests of the search")
     # Reports go to the standard error of the process, which only `sys` leaves alone.
     # GCC's AddressSanitizer may hold its allocator's lock at a fork: a child would wait for ever.
     options = ["-q", "--capture=sys", "-p", "no:cacheprovider", "-k", "not forked_child"]
-    names = ("test_search.py", "test_prefix_table.py", "test_op.py")
+    names = (
+        "test_search.py",
+        "test_evidence.py",
+        "test_exact.py",
+        "test_prefix_table.py",
+        "test_op.py",
+    )
     tests = [str(ROOT / "tests" / "search" / name) for name in names]
     run([sys.executable, "-c", RUN_TESTS, module, *options, *tests], **environment)
 
