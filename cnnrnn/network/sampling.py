@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from cnnrnn.config import Order
 from cnnrnn.labels import check_evidence
@@ -84,7 +85,6 @@ def sample_sets(
     log_weights = embedding.joint.new_zeros(rows)
     last = torch.full((rows,), -1, device=device)
     open_ = torch.ones(rows, dtype=torch.bool, device=device)
-    labels = torch.arange(L, device=device)
     start = torch.full((1,), head.start, device=device)
     outputs, cells = head.extend(start, head.initial_state(1))
     prefix = torch.zeros(rows, dtype=torch.int64, device=device)  # a row of the states above
@@ -95,21 +95,9 @@ def sample_sets(
         scores = head.score(outputs[prefix[at]], embedding.of(image[at]))
         if embedding.label_logits is not None:
             scores = scores + embedding.label_logits[image[at]]
-        allowed = torch.ones(len(at), L + 1, dtype=torch.bool, device=device)
-        if order == "increasing":
-            allowed[:, :L] = labels > last[at, None]
-        elif order == "unique":
-            allowed[:, :L] = ~sets[at]
+        allowed = _allowed(order, sets[at], last[at])
         probabilities = scores.masked_fill(~allowed, -torch.inf).softmax(1)
-        lacking = (known[at] == 1) & ~sets[at]
-        admitted = torch.ones_like(allowed)
-        admitted[:, :L] = known[at] != -1
-        admitted[:, L] = ~lacking.any(1)
-        if order == "increasing":
-            lowest = lacking.int().argmax(1).masked_fill(~lacking.any(1), L)
-            admitted[:, :L] &= labels <= lowest[:, None]
-        urgent = lacking.any(1) & (lacking.sum(1) == T - step)
-        admitted[:, :L] &= lacking | ~urgent[:, None]
+        admitted = _admitted(order, known[at], sets[at], T - step)
         probabilities = probabilities * admitted
         some_refused = (allowed & ~admitted).any(1)
         mass = torch.where(some_refused, probabilities.sum(1), 1.0)
@@ -129,3 +117,30 @@ def sample_sets(
     lacking = ((known == 1) & ~sets).any(1)
     log_weights[lacking] = -torch.inf
     return Samples(sets.view(B, count, L), log_weights.view(B, count))
+
+
+def _allowed(order: Order, sets: Tensor, last: Tensor) -> Tensor:
+    """Return what an order lets follow paths with these labels [M, L] and last label: [M, L+1]."""
+    allowed = functional.pad(torch.ones_like(sets), (0, 1), value=True)
+    if order == "increasing":
+        allowed[:, :-1] = torch.arange(sets.shape[1], device=sets.device) > last[:, None]
+    elif order == "unique":
+        allowed[:, :-1] = ~sets
+    return allowed
+
+
+def _admitted(order: Order, known: Tensor, sets: Tensor, steps_left: int) -> Tensor:
+    """Return what evidence [M, L] lets follow paths with these labels [M, L]: [M, L+1] bool.
+
+    As `search.reference.admissible_labels` says it of one path.
+    """
+    L = sets.shape[1]
+    lacking = (known == 1) & ~sets
+    lacks = lacking.any(1)
+    admitted = torch.cat([known != -1, ~lacks[:, None]], 1)
+    if order == "increasing":
+        lowest = lacking.int().argmax(1).masked_fill(~lacks, L)
+        admitted[:, :L] &= torch.arange(L, device=sets.device) <= lowest[:, None]
+    urgent = lacks & (lacking.sum(1) == steps_left)
+    admitted[:, :L] &= lacking | ~urgent[:, None]
+    return admitted
