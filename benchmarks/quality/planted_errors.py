@@ -33,7 +33,7 @@ from cnnrnn.comparison.dependencies import train_dependencies
 from cnnrnn.data import Dataset
 from cnnrnn.data.dataset import csr
 from cnnrnn.data.splits import stratified_folds, with_fixed_splits
-from cnnrnn.inspection.suspects import flipped_log_probs
+from cnnrnn.inspection.flips import flipped_log_probs
 from cnnrnn.training.batches import Split
 from cnnrnn.training.run import train
 

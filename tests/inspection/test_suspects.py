@@ -18,11 +18,10 @@ from cnnrnn.data.dataset import csr
 from cnnrnn.data.sources.scenes import write_scenes
 from cnnrnn.data.splits import training_splits
 from cnnrnn.inspection import suspects
+from cnnrnn.inspection.flips import flip_log_odds, flipped_log_probs
 from cnnrnn.inspection.suspects import (
     cross_fitted_suspects,
     find_suspects,
-    flip_log_odds,
-    flipped_log_probs,
     seen_in_training,
 )
 from cnnrnn.labels import LabelSpace
