@@ -5,7 +5,8 @@ docs/comparison.md says what each method is and how it is tuned.
 
 from __future__ import annotations
 
-from cnnrnn.comparison.methods import METHODS, Method, chosen_methods
+from cnnrnn.comparison.fitting import Method
+from cnnrnn.comparison.methods import METHODS, chosen_methods
 from cnnrnn.comparison.results import (
     COLUMNS,
     Row,

@@ -18,16 +18,15 @@ import torch
 from torch import Tensor
 
 from cnnrnn.comparison.baselines import DivergedError, choose_cut
-from cnnrnn.comparison.methods import (
-    METHODS,
+from cnnrnn.comparison.fitting import (
     Comparison,
     Fitted,
     Method,
     Scored,
-    chosen_methods,
     cut_scores,
     path_ensemble,
 )
+from cnnrnn.comparison.methods import METHODS, chosen_methods
 from cnnrnn.comparison.results import Results, Row, markdown_table
 from cnnrnn.config import CompareConfig, ModelConfig, OnBadImage, SearchConfig, TrainConfig
 from cnnrnn.data import DataError, Dataset

@@ -23,7 +23,7 @@ from cnnrnn.comparison import (
     compared_splits,
     frozen_features,
 )
-from cnnrnn.comparison.methods import Fitted, Scored
+from cnnrnn.comparison.fitting import Fitted, Scored
 from cnnrnn.comparison.results import Results, table_cells
 from cnnrnn.comparison.run import _judge, _test_nll, ensemble_seeds
 from cnnrnn.config import CompareConfig, ModelConfig, SearchConfig, TrainConfig
