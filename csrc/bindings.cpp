@@ -289,6 +289,7 @@ struct BestSets {
 BestSets best_sets(CpuHead* head, const Tensor& joint, const optional<Tensor>& label_logits,
                    int64_t count, int64_t max_labels, int64_t min_labels, double least,
                    int64_t max_expansions, const optional<Tensor>& evidence) {
+  TORCH_CHECK_VALUE(joint.dim() == 2, "joint must be [B, D], got ", joint.sizes());
   const int64_t B = joint.size(0), L = head->num_labels();
   TORCH_CHECK_VALUE(count >= 1, "count must be at least 1, got ", count);
   TORCH_CHECK_VALUE(max_expansions >= 1, "max_expansions must be at least 1, got ", max_expansions);

@@ -139,7 +139,7 @@ class BankSearch : public ImageBlocks<BankSearch, BankedImage> {
 
   bool holds(const LivePath& path, int64_t length, int32_t label) const {
     bool found = false;
-    for_labels_backwards({path.parent, path.label, static_cast<int32_t>(length)},
+    for_labels_backwards(prefixes_, {path.parent, path.label, static_cast<int32_t>(length)},
                          [&](int32_t held) { found |= held == label; });
     return found;
   }
@@ -243,7 +243,8 @@ class BankSearch : public ImageBlocks<BankSearch, BankedImage> {
     for (size_t i = 0; i < image.complete.size(); ++i) {
       const double share = std::exp(static_cast<double>(image.complete_scores[i] - most)) / total;
       held_.clear();
-      for_labels_backwards(image.complete[i], [&](int32_t label) { held_.push_back(label); });
+      for_labels_backwards(prefixes_, image.complete[i],
+                           [&](int32_t label) { held_.push_back(label); });
       std::sort(held_.begin(), held_.end());  // in order free a label may stand there twice
       held_.erase(std::unique(held_.begin(), held_.end()), held_.end());
       for (const int32_t label : held_) sums_[label] += share;

@@ -210,11 +210,8 @@ void write_sets(const PrefixTable& prefixes, ExactImage* image, const SetsWanted
     out.log_probs[row] = item.score;
     out.lengths[row] = item.length;
     int64_t* labels = out.labels + row * T;
-    if (item.length > 0) labels[item.length - 1] = item.path.label;
-    int32_t node = item.path.parent;
-    for (int64_t t = item.length - 2; t >= 0; --t, node = prefixes.parent(node)) {
-      labels[t] = prefixes.last_label(node);
-    }
+    for_labels_backwards(prefixes, {item.path.parent, item.path.label, item.length},
+                         [&, t = item.length](int32_t label) mutable { labels[--t] = label; });
   }
 }
 

@@ -21,6 +21,16 @@ constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 enum class StepEnd { kGoesOn, kEnded, kWaits };
 
+// Calls use(label) for the labels of a path, the last one first.
+template <typename Use>
+void for_labels_backwards(const PrefixTable& prefixes, const FinishedPath& path, Use use) {
+  if (path.length > 0) use(path.label);
+  int32_t node = path.parent;
+  for (int32_t t = path.length - 2; t >= 0; --t, node = prefixes.parent(node)) {
+    use(prefixes.last_label(node));
+  }
+}
+
 // What one thread needs to search blocks of images. `Image` is a Beam or its like, with its index
 // `image`; `Search`, which derives from this, decides what a step leads to: finish_step(Image&,
 // PathStep* steps, float* const* scores), and may have a mark_nonfinite(Image&) of its own.
@@ -121,18 +131,8 @@ class ImageBlocks {
       output_.log_probs[row] = image.done.scores[i];
       output_.lengths[row] = path.length;
       int64_t* labels = output_.labels + row * T;
-      for_labels_backwards(path,
+      for_labels_backwards(prefixes_, path,
                            [&, t = path.length](int32_t label) mutable { labels[--t] = label; });
-    }
-  }
-
-  // Calls use(label) for the labels of a path, the last one first.
-  template <typename Use>
-  void for_labels_backwards(const FinishedPath& path, Use use) const {
-    if (path.length > 0) use(path.label);
-    int32_t node = path.parent;
-    for (int32_t t = path.length - 2; t >= 0; --t, node = prefixes_.parent(node)) {
-      use(prefixes_.last_label(node));
     }
   }
 
