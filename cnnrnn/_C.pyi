@@ -3,6 +3,7 @@
 from torch import Tensor
 
 MAX_BEAM_SIZE: int
+MAX_CUDA_PATHS: int
 WITH_CUDA: bool  # whether this build has CudaHead
 
 class CpuHead:

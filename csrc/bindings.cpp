@@ -374,10 +374,6 @@ class TorchCudaHead : public std::enable_shared_from_this<TorchCudaHead> {
     TorchMemory scratch(device_);
     try {
       Query query = check_request(request, head_->num_labels(), head_->joint_dim(), device_);
-      TORCH_CHECK_VALUE(!query.evidence && query.options.places == query.options.beam_size,
-                        "the CUDA search takes neither evidence nor marginal_places");
-      // Not counted there.
-      if (query.out.log_evidence) query.out.log_evidence->fill_(std::nan(""));
       query.out.stats = head_->search(query.options, query.images(), query.output(), &scratch,
                                       handle(stream), request.rounds);
       if (head_->was_captured()) {
@@ -545,6 +541,7 @@ constexpr int64_t kPrefixBytes = int64_t{512} << 20;
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled beam search of cnnrnn.";
   m.attr("MAX_BEAM_SIZE") = cnnrnn::kMaxBeamSize;
+  m.attr("MAX_CUDA_PATHS") = cnnrnn::kMaxCudaPaths;
 #if !defined(_WIN32)
   pthread_atfork(nullptr, nullptr, after_fork_in_child);
 #endif

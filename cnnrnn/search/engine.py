@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -9,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cnnrnn import _C  # noqa: F401  # registers torch.ops.cnnrnn.beam_search
+from cnnrnn import _C  # which also registers torch.ops.cnnrnn.beam_search
 from cnnrnn.config import SearchConfig, SearchPrecision
 from cnnrnn.labels import check_evidence
 from cnnrnn.network.head import Head, ImageEmbedding
@@ -54,8 +56,8 @@ def beam_search(
             float32 sums; rankings closer than its rounding may change. Elsewhere both are exact.
         evidence: what is known of labels, [B, L] int8 or [1, L] for all images: 1 present, -1
             absent, 0 unknown. The paths found hold every present label and no absent one; their
-            scores stay log P(path | image), without it. Where something is known the search runs
-            on the CPU.
+            scores stay log P(path | image), without it. Where the live paths of all banks are more
+            than 32 an image, the search runs on the CPU, which a warning says once.
 
     Returns:
         The paths, best first, on the device of `image_embedding`.
@@ -76,9 +78,9 @@ def beam_search(
             head, image_embedding, config, implementation, marginals, on_nonfinite, evidence
         )
     if implementation in ("auto", "native"):
-        wide = evidence is not None or config.places(marginals) > config.beam_size
-        on_cpu = implementation == "auto" or wide
-        device = CPU if on_cpu else search_device(image_embedding.joint)
+        device = CPU if implementation == "auto" else search_device(image_embedding.joint)
+        if device != CPU and not _has_room_on_gpu(config, marginals, evidence):
+            device = CPU
         options = _Options(config, max_labels, marginals, precision, evidence)
         arguments = (head, image_embedding, options, device)
         if torch.compiler.is_compiling():
@@ -99,6 +101,31 @@ def beam_search(
     if nonfinite and on_nonfinite == "raise":
         raise NonFiniteError(result.nonfinite().tolist(), len(result))
     return result
+
+
+def _has_room_on_gpu(config: SearchConfig, marginals: bool, evidence: Tensor | None) -> bool:
+    """Whether a GPU can hold the live paths of all banks; a warning says once that it cannot."""
+    places = config.places(marginals)
+    if evidence is None:
+        banks = 1
+    elif torch.compiler.is_compiling():  # what is known is not known yet
+        return False
+    else:
+        banks = 1 + (int((evidence == 1).sum(1).amax()) if evidence.numel() else 0)
+    wide = evidence is not None or places > config.beam_size
+    if not wide or banks * places <= _C.MAX_CUDA_PATHS:
+        return True
+    _warn_once(
+        f"the CPU searches: {banks - 1} known labels need {banks} banks of {places} live paths an "
+        f"image, and a GPU has room for {_C.MAX_CUDA_PATHS}; lower marginal_places or beam_size to "
+        "search there"
+    )
+    return False
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
 
 
 def _exact(

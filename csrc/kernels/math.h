@@ -148,4 +148,20 @@ CNNRNN_INLINE F step_log_prob(F score, float log_sum_exp) {
   return log_prob > zero ? zero : log_prob;  // keeps NaN
 }
 
+// The logarithm of a sum of probabilities, given by their logarithms one after the other.
+struct LogSum {
+  float most = -INFINITY;
+  float sum = 0.0f;  // over e^most
+
+  CNNRNN_METHOD void add(float log_prob) {
+    if (log_prob == -INFINITY) return;
+    const bool larger = log_prob > most;
+    const float base = larger ? log_prob : most;
+    sum = larger ? sum * expf(most - base) + 1.0f : sum + expf(log_prob - base);
+    most = base;
+  }
+
+  CNNRNN_METHOD float log() const { return most + logf(sum); }  // -inf of none
+};
+
 }  // namespace cnnrnn

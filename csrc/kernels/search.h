@@ -15,6 +15,7 @@ namespace cnnrnn {
 
 constexpr int kMaxBeamSize = 16;
 constexpr int kMaxPlaces = 64;
+constexpr int kMaxCudaPaths = 32;  // live paths of an image on a GPU, all banks together
 
 enum class Order { kIncreasing, kUnique, kFree };
 enum class Stop { kNBest, kLiteral };

@@ -10,12 +10,14 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cnnrnn import _C
 from cnnrnn.config import Order, SearchConfig
 from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.search import SearchStats, reference
@@ -114,6 +116,19 @@ def random_evidence(seed: int, head: Head, batch: int, T: int) -> Tensor:
         row[labels[:present]] = 1
         row[labels[present : present + absent]] = -1
     return evidence[:1] if batch and rng.random() < 0.2 else evidence
+
+
+def random_banked_case(
+    seed: int, label_counts: Sequence[int], joint_dims: Sequence[int], marginals: bool
+) -> tuple[Head, ImageEmbedding, SearchConfig, Tensor]:
+    """A random search in which labels are known, as far as a GPU has room for its banks."""
+    head, embedding, config = random_case(seed, label_counts, joint_dims)
+    if seed % 3 == 0:
+        config = replace(config, marginal_places=1 + seed % _C.MAX_CUDA_PATHS)
+    T = resolve_max_labels(head, config)
+    most_present = _C.MAX_CUDA_PATHS // config.places(marginals) - 1
+    evidence = random_evidence(seed, head, len(embedding), min(T, most_present))
+    return head, embedding, config, evidence
 
 
 def run_compiled(

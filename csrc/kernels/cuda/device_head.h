@@ -72,12 +72,20 @@ struct DeviceHead {
 constexpr int32_t kRootNode = 0;
 constexpr int32_t kNoGates = -1;
 
+// A path that ended in a search for marginals, with its score.
+struct CompletePath {
+  FinishedPath path;
+  float score;
+};
+
 // Images of one call to search, and where the result goes; what differs between its passes.
 struct SearchPass {
   BeamRules rules;
-  ImageEmbeddings images;
+  ImageEmbeddings images;  // evidence: of all images of this pass, or null
   SearchOutput output;
-  void* parked_beams;          // [B] of Beam<kCapacity>
+  bool banked;                 // bank by bank: labels are known, or places are more than a beam's
+  void* parked_beams;          // [B] of DeviceBeam<kCapacity>
+  CompletePath* complete;      // [B, (T+1) places] where labels are known, for marginals
   const int32_t* image_list;   // the images of this pass; null: first_image and those after it
   const int32_t* image_count;  // how many, on the device; null: count
   int64_t first_image;

@@ -45,6 +45,42 @@ int device_attribute(cudaDeviceAttr attribute, int device) {
   return value;
 }
 
+// Of an image, at most.
+int64_t live_paths(const SearchPass& pass) {
+  return pass.banked ? kMaxCudaPaths : pass.rules.options.beam_size;
+}
+
+// Images of one call, by how they are searched.
+struct Groups {
+  std::vector<int32_t> given, others;  // those of which something is known; where none is, neither
+  int places = 0;                      // of a bank
+  int beam_size = 0;
+
+  bool banked() const { return !given.empty() || places > beam_size; }
+};
+
+Groups group_images(const SearchOptions& options, const ImageEmbeddings& images, int64_t L) {
+  Groups groups;
+  groups.beam_size = options.beam_size;
+  groups.places = std::max(options.places, options.beam_size);
+  int64_t most_present = 0;
+  for (int64_t image = 0; images.evidence != nullptr && image < images.batch; ++image) {
+    const int8_t* const known = evidence_of(images, image);
+    const bool is_given = std::any_of(known, known + L, [](int8_t value) { return value != 0; });
+    (is_given ? groups.given : groups.others).push_back(static_cast<int32_t>(image));
+    most_present = std::max<int64_t>(most_present, std::count(known, known + L, int8_t{1}));
+  }
+  if (groups.given.empty()) groups.others.clear();
+  const int64_t live = (most_present + 1) * groups.places;
+  if (groups.banked() && live > kMaxCudaPaths) {
+    throw std::invalid_argument(
+        std::to_string(most_present) + " known labels need " + std::to_string(most_present + 1) +
+        " banks of " + std::to_string(groups.places) + " live paths an image, and a GPU has room " +
+        "for " + std::to_string(kMaxCudaPaths) + "; search on the CPU");
+  }
+  return groups;
+}
+
 }  // namespace
 
 // Memory of one call.
@@ -140,7 +176,9 @@ SearchStats CudaHead::search(const SearchOptions& options, const ImageEmbeddings
   const int64_t B = images.batch, N = options.beam_size, T = options.max_labels;
   const int64_t L = head_.num_labels;
   if (B == 0) return {};
-  const int64_t image_nodes = 1 + N * std::max<int64_t>(T - 1, 0);
+  const Groups groups = group_images(options, images, L);
+  const int64_t most_live = groups.banked() ? kMaxCudaPaths : N;
+  const int64_t image_nodes = 1 + most_live * std::max<int64_t>(T - 1, 0);
   if (image_nodes > std::min(head_.node_capacity, head_.parent_capacity)) {
     throw std::invalid_argument(
         "one image may need " + std::to_string(image_nodes) + " prefix states (beam_size " +
@@ -151,6 +189,11 @@ SearchStats CudaHead::search(const SearchOptions& options, const ImageEmbeddings
   const std::lock_guard lock(mutex_);
   check_cuda(cudaSetDevice(device_.index), "choosing a GPU");
   const bool captured = is_capturing(stream);
+  if (captured && !groups.given.empty()) {
+    throw std::invalid_argument(
+        "a search in which labels are known cannot be captured; search outside of the graph, or "
+        "without evidence");
+  }
   was_captured_ = was_captured_ || captured;
   if (!captured) {
     check_cuda(cudaStreamWaitEvent(stream, last_call_, 0), "waiting for the last search");
@@ -160,9 +203,11 @@ SearchStats CudaHead::search(const SearchOptions& options, const ImageEmbeddings
                         captured ? nullptr : allocate<int32_t>(memory, slice)};
   SearchPass pass{};
   pass.rules = {options, L, output.marginals != nullptr};
+  pass.rules.options.places = groups.places;
   pass.images = images;
+  pass.images.evidence = nullptr;
   pass.output = output;
-  pass.parked_beams = memory->allocate(B * parked_beam_bytes(options.beam_size));
+  pass.parked_beams = memory->allocate(B * parked_beam_bytes(options.beam_size, groups.banked()));
   // From here on all is in the stream's order: an allocation that fails leaves nothing behind.
   check_cuda(cudaMemsetAsync(&head_.counts->call, 0, sizeof(CallCounts), stream),
              "clearing counts");
@@ -171,18 +216,37 @@ SearchStats CudaHead::search(const SearchOptions& options, const ImageEmbeddings
                "clearing marginals");
   }
   if (output.trace != nullptr) {  // -1
-    check_cuda(cudaMemsetAsync(output.trace, 0xff, B * (T + 1) * N * 2 * sizeof(int32_t), stream),
+    const int64_t values = B * (T + 1) * output.trace_width * 2;
+    check_cuda(cudaMemsetAsync(output.trace, 0xff, values * sizeof(int32_t), stream),
                "clearing the trace");
   }
   // A captured search that found the table full has left prefixes in it that nobody makes.
   if (was_captured_ && !captured) make_prefix_room(head_, 0, 0, true, stream);
-  for (pass.first_image = 0; pass.first_image < B; pass.first_image += slice) {
-    pass.count = static_cast<int32_t>(std::min(slice, B - pass.first_image));
-    if (captured) {
-      enqueue_rounds(pass, scratch, rounds, stream);
-    } else {
-      search_slice(pass, scratch, stream);
+  const auto to_device = [&](const auto* values, int64_t count, const char* what) {
+    auto* const copy = allocate<std::decay_t<decltype(*values)>>(memory, count);
+    check_cuda(
+        cudaMemcpyAsync(copy, values, count * sizeof *values, cudaMemcpyHostToDevice, stream),
+        what);
+    return copy;
+  };
+  pass.banked = groups.places > N;
+  if (groups.given.empty()) {
+    search_group(pass, B, scratch, true, captured, rounds, stream);
+  } else {
+    if (!groups.others.empty()) {
+      const auto count = static_cast<int64_t>(groups.others.size());
+      pass.image_list = to_device(groups.others.data(), count, "writing the images to search");
+      search_group(pass, count, scratch, true, captured, rounds, stream);
     }
+    const auto count = static_cast<int64_t>(groups.given.size());
+    pass.image_list = to_device(groups.given.data(), count, "writing the images to search");
+    pass.images.evidence =
+        to_device(images.evidence, images.evidence_stride == 0 ? L : B * L, "writing evidence");
+    pass.banked = true;
+    if (output.marginals != nullptr) {
+      pass.complete = allocate<CompletePath>(memory, B * (T + 1) * groups.places);
+    }
+    search_group(pass, count, scratch, groups.others.empty(), captured, rounds, stream);
   }
   if (captured) return {};
   check_cuda(cudaEventRecord(last_call_, stream), "recording an event");
@@ -206,9 +270,27 @@ void CudaHead::clear(cudaStream_t stream) {
   check_cuda(cudaEventRecord(last_call_, stream), "recording an event");
 }
 
+// Searches `count` images of a pass: those of its list, or all.
+void CudaHead::search_group(SearchPass pass, int64_t count, const Scratch& scratch,
+                            bool counts_are_clear, bool captured, int64_t rounds,
+                            cudaStream_t stream) {
+  const int32_t* const list = pass.image_list;
+  for (int64_t first = 0; first < count; first += kSliceImages) {
+    pass.first_image = first;
+    pass.image_list = list == nullptr ? nullptr : list + first;
+    pass.count = static_cast<int32_t>(std::min(kSliceImages, count - first));
+    if (captured) {
+      enqueue_rounds(pass, scratch, rounds, stream);
+    } else {
+      search_slice(pass, scratch, counts_are_clear && first == 0, stream);
+    }
+  }
+}
+
 // Searches a slice to its end. Where the table has no room, the images that have not ended begin
 // anew with an empty one, and where that was not enough, half of them at a time: one image fits.
-void CudaHead::search_slice(const SearchPass& slice, const Scratch& scratch, cudaStream_t stream) {
+void CudaHead::search_slice(const SearchPass& slice, const Scratch& scratch, bool counts_are_clear,
+                            cudaStream_t stream) {
   std::vector<std::vector<int32_t>> waiting;  // the last one goes next
   const auto set_aside = [&](int64_t parked, bool halve) {
     std::vector<int32_t> images(parked);
@@ -222,7 +304,7 @@ void CudaHead::search_slice(const SearchPass& slice, const Scratch& scratch, cud
     waiting.push_back(std::move(images));
     make_prefix_room(head_, head_.node_capacity + 1, 0, true, stream);
   };
-  int64_t parked = run_rounds(slice, scratch, slice.first_image == 0, stream);
+  int64_t parked = run_rounds(slice, scratch, counts_are_clear, stream);
   if (parked > 0) set_aside(parked, false);
   bool was_empty = true;  // the table, when the next ones begin
   while (!waiting.empty()) {
@@ -270,8 +352,8 @@ int64_t CudaHead::run_rounds(SearchPass pass, const Scratch& scratch, bool count
       throw std::logic_error("images wait for prefix states that nobody makes");
     }
     made = counts_->call.made;
-    make_states(head_, parked * pass.rules.options.beam_size, &call->parked[1 - now],
-                device_.multiprocessors, stream);
+    make_states(head_, parked * live_paths(pass), &call->parked[1 - now], device_.multiprocessors,
+                stream);
     pass.resumes = true;
     pass.image_list = pass.parked;
     pass.image_count = nullptr;
@@ -282,12 +364,12 @@ int64_t CudaHead::run_rounds(SearchPass pass, const Scratch& scratch, bool count
 // The same without looking. A path's first step needs the root alone, its last one nothing.
 void CudaHead::enqueue_rounds(SearchPass pass, const Scratch& scratch, int64_t rounds,
                               cudaStream_t stream) {
-  const int64_t N = pass.rules.options.beam_size, T = pass.rules.options.max_labels;
+  const int64_t T = pass.rules.options.max_labels;
   const int64_t most_rounds = std::max<int64_t>(T - 1, 0);
   if (rounds == kAllRounds || rounds > most_rounds) rounds = most_rounds;
   CallCounts* const call = &head_.counts->call;
   if (rounds > 0) {
-    const int64_t nodes = pass.count * N * most_rounds;
+    const int64_t nodes = pass.count * live_paths(pass) * most_rounds;
     make_prefix_room(head_, std::min<int64_t>(nodes, head_.node_capacity / 2),
                      std::min<int64_t>(nodes, head_.parent_capacity / 2), true, stream);
   }
@@ -301,7 +383,8 @@ void CudaHead::enqueue_rounds(SearchPass pass, const Scratch& scratch, int64_t r
     pass.marks_parked = round == rounds;
     search_images(head_, pass, device_, stream);
     if (round == rounds) return;
-    make_states(head_, pass.count * N, &call->parked[1 - now], device_.multiprocessors, stream);
+    make_states(head_, pass.count * live_paths(pass), &call->parked[1 - now],
+                device_.multiprocessors, stream);
     pass.resumes = true;
     pass.image_list = pass.parked;
     pass.image_count = pass.parked_count;

@@ -33,7 +33,8 @@ class CudaHead {
   int64_t joint_dim() const { return head_.joint_dim; }
 
   // Finds the N best label paths of every image, whose embeddings are on the device, as outputs
-  // are. Safe to call from several threads and on several streams: calls for one head follow each
+  // are; `images.evidence` is not. An image may have kMaxCudaPaths live paths over all its banks.
+  // Safe to call from several threads and on several streams: calls for one head follow each
   // other, on the device too. Returns when all is written, but in a stream that is being captured
   // at once: the statistics are zeros then, and an image for which the table has no room is marked
   // by a length of -1.
@@ -50,7 +51,10 @@ class CudaHead {
  private:
   struct Scratch;
 
-  void search_slice(const SearchPass& slice, const Scratch& scratch, cudaStream_t stream);
+  void search_group(SearchPass pass, int64_t count, const Scratch& scratch, bool counts_are_clear,
+                    bool captured, int64_t rounds, cudaStream_t stream);
+  void search_slice(const SearchPass& slice, const Scratch& scratch, bool counts_are_clear,
+                    cudaStream_t stream);
   int64_t run_rounds(SearchPass pass, const Scratch& scratch, bool counts_are_clear,
                      cudaStream_t stream);
   void enqueue_rounds(SearchPass pass, const Scratch& scratch, int64_t rounds, cudaStream_t stream);

@@ -156,11 +156,23 @@ __device__ __forceinline__ float reached_by_few(float largest) {
   return largest;
 }
 
-// Takes the scores of panel p of a chunk into the sums and puts them there. END's go to `end` [16]
-// and are no label. `end_at` is its place in the panel, if it is there.
+// The largest score of each row among those of this lane.
 template <typename S>
-__device__ __forceinline__ void add_panel(int p, int end_at, typename S::Scores& z, float* end,
-                                          ChunkScores<S>* chunk, RowSums<S>* sums) {
+__device__ __forceinline__ void largest_of_lane(const typename S::Scores& z,
+                                                float (&largest)[S::kRows]) {
+#pragma unroll
+  for (int i = 0; i < S::kRows; ++i) {
+    largest[i] = z[i][0];
+#pragma unroll
+    for (int j = 1; j < S::kLabels; ++j) largest[i] = fmaxf(largest[i], z[i][j]);
+  }
+}
+
+// Takes the scores of a panel into the sums; `largest` are each row's, among those of this lane.
+// END's go to `end` [16] and are no label. `end_at` is its place in the panel, if it is there.
+template <typename S>
+__device__ __forceinline__ void add_panel(int end_at, typename S::Scores& z, float* end,
+                                          RowSums<S>* sums, float (&largest)[S::kRows]) {
   const int lane = lane_id(), group = lane / S::kLanesPerRow;
   if (end_at >= 0 && end_at < kPanelLabels) {
 #pragma unroll
@@ -173,13 +185,10 @@ __device__ __forceinline__ void add_panel(int p, int end_at, typename S::Scores&
       }
     }
   }
-  float of_panel[S::kRows];
+  largest_of_lane<S>(z, largest);
 #pragma unroll
   for (int i = 0; i < S::kRows; ++i) {
-    of_panel[i] = z[i][0];
-#pragma unroll
-    for (int j = 1; j < S::kLabels; ++j) of_panel[i] = fmaxf(of_panel[i], z[i][j]);
-    sums->largest[i] = fmaxf(sums->largest[i], of_panel[i]);
+    sums->largest[i] = fmaxf(sums->largest[i], largest[i]);
     const float base = exponent(sums->largest[i]);
     float sum = sums->sum[i] * exp2_approx(sums->base[i] - base);
     sums->base[i] = base;
@@ -187,7 +196,6 @@ __device__ __forceinline__ void add_panel(int p, int end_at, typename S::Scores&
     for (int j = 0; j < S::kLabels; ++j) sum += exp_above(z[i][j], base);
     sums->sum[i] = sum;
   }
-  chunk->put(p, z, of_panel);
 }
 
 // Offers the paths the labels of a chunk whose scores are at least their row's `least`. A lane's

@@ -14,7 +14,9 @@
 
 namespace cnnrnn {
 
-constexpr int kSmallBeam = 4;  // beams up to it have kernels that keep less per path
+// What kernels are made for: beams of up to so many, or the banks of an image (banks.h).
+constexpr int kSmallBeam = 4;  // keeps less per path
+constexpr int kBankedPaths = kMaxCudaPaths;
 
 // For N up to kCapacity, in registers: every index is known when compiling.
 template <int kCapacity>
@@ -91,14 +93,14 @@ class RowBest {
 };
 
 // The same in memory, where there are too many for registers.
-template <>
-class RowBest<kMaxBeamSize> {
-  using List = TopN<int32_t, kMaxBeamSize>;
+template <int kCapacity>
+class RowBestInMemory {
+  using List = TopN<int32_t, kCapacity>;
 
  public:
   static constexpr int64_t kSharedBytes = sizeof(List);
 
-  CNNRNN_METHOD RowBest(unsigned char* shared, int beam_size)
+  CNNRNN_METHOD RowBestInMemory(unsigned char* shared, int beam_size)
       : list_(reinterpret_cast<List*>(shared)), beam_size_(beam_size), first_(0) {}
 
   CNNRNN_METHOD void clear() {
@@ -131,6 +133,18 @@ class RowBest<kMaxBeamSize> {
  private:
   List* list_;
   int beam_size_, first_;
+};
+
+template <>
+class RowBest<kMaxBeamSize> : public RowBestInMemory<kMaxBeamSize> {
+ public:
+  using RowBestInMemory::RowBestInMemory;
+};
+
+template <>
+class RowBest<kBankedPaths> : public RowBestInMemory<kBankedPaths> {
+ public:
+  using RowBestInMemory::RowBestInMemory;
 };
 
 }  // namespace cnnrnn

@@ -18,7 +18,9 @@
 //   parked: its beam goes to memory, and another launch takes it up when they have been made.
 //
 // Two kinds of kernels: with all of U_l in shared memory (D = 64), each warp at its own pace; or
-// any D and L, panels streamed through shared memory and the warps of a block in step.
+// any D and L, panels streamed through shared memory and the warps of a block in step. Where labels
+// of an image are known, its warp has no other and takes it bank by bank (banks.h), of the second
+// kind.
 //
 // By count, not measured (docs/performance.md): with N = 4, T = 5, 80 labels and a trained head an
 // image has 12 paths to score, and a warp issues 2,500 instructions for it in fp16, 6,600 in fp32,
@@ -90,12 +92,15 @@ __device__ void begin_images(const DeviceHead& head, const SearchPass& pass,
     image.needed = 0;
     image.set_aside.limit = image.best.limit = pass.rules.options.beam_size;
     if (there && pass.resumes) {
-      image.beam = static_cast<const Beam<kCapacity>*>(pass.parked_beams)[index];
+      image.beam = static_cast<const DeviceBeam<kCapacity>*>(pass.parked_beams)[index];
     } else {  // in place: a copy would go through memory
-      new (&image.beam) Beam<kCapacity>(pass.rules.options.beam_size);
+      new (&image.beam) DeviceBeam<kCapacity>(pass.rules.options.beam_size);
     }
   }
   __syncwarp();
+  if constexpr (kCapacity == kBankedPaths) {
+    if (there && !pass.resumes) list_present(pass, &memory.images[0]);
+  }
 }
 
 template <typename S>
@@ -145,6 +150,7 @@ template <typename S, int kCapacity, bool kResident>
 __global__ void __launch_bounds__(kMostWarps* kWarpLanes, kBlocksWithin)
     search_warps(DeviceHead head, SearchPass pass, WarpShape shape, int staged) {
   constexpr int kJoint = kResident ? kResidentJoint : 0;
+  constexpr bool kBanked = kCapacity == kBankedPaths;
   using Rows = typename S::template Rows<kJoint>;
   const BeamRules& rules = pass.rules;
   const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarpLanes;
@@ -169,6 +175,9 @@ __global__ void __launch_bounds__(kMostWarps* kWarpLanes, kBlocksWithin)
   const auto any_of_block = [](bool warp_goes_on) {
     return kResident ? warp_goes_on : __syncthreads_or(warp_goes_on) != 0;
   };
+  // A path's best labels: as many as may be among those of its image, or of its bank.
+  const int row_best = kBanked ? rules.options.places : rules.options.beam_size;
+  const bool is_given = kBanked && pass.images.evidence != nullptr;
   unsigned lookups = 0;
   for (int first_image = begin; first_image < count;
        first_image += static_cast<int>(gridDim.x) * each) {
@@ -179,8 +188,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarpLanes, kBlocksWithin)
       if (!any_of_block(active)) break;
       OwnedPath path;
       int scored = 0;
-      RowBest<kCapacity> best(memory.best + lane * RowBest<kCapacity>::kSharedBytes,
-                              rules.options.beam_size);
+      RowBest<kCapacity> best(memory.best + lane * RowBest<kCapacity>::kSharedBytes, row_best);
       best.clear();
       if (active) path = begin_step(head, rules, memory, shape, &scored);
       RowSums<S> sums;
@@ -217,8 +225,16 @@ __global__ void __launch_bounds__(kMostWarps* kWarpLanes, kBlocksWithin)
         for (int p = 0; p < chunk_panels; ++p) {
           typename S::Scores z;
           score_panel(p, z);
-          add_panel(p, head.num_labels - first_label - p * kPanelLabels, z, memory.end, &chunk,
-                    &sums);
+          float largest[S::kRows];
+          add_panel<S>(head.num_labels - first_label - p * kPanelLabels, z, memory.end, &sums,
+                       largest);
+          if constexpr (kBanked) {
+            if (is_given) {
+              take_known<S>(pass, memory, panel + p, z);
+              largest_of_lane<S>(z, largest);
+            }
+          }
+          chunk.put(p, z, largest);
         }
         if (panel + chunk_panels < head.panels) {
           select_early(first_label, chunk_panels, chunk, sums, row, memory.rows, &best);
@@ -227,16 +243,21 @@ __global__ void __launch_bounds__(kMostWarps* kWarpLanes, kBlocksWithin)
         finish_softmax(rules, memory, shape, sums, row, &path);
         const ImageState<kCapacity>& image =
             memory.images[shape.has(lane) ? shape.image_of(lane) : 0];
-        select_last(first_label, chunk_panels, chunk, path.is_scored ? row : -1, shape.paths(),
-                    image.beam.live[shape.path_of(lane)].score, path.log_sum_exp, image.floor,
-                    memory.rows, &path.reached, &best);
+        // Paths of one bank stand apart: each knows of its own continuations alone.
+        select_last(first_label, chunk_panels, chunk, path.is_scored ? row : -1,
+                    kBanked ? 1 : shape.paths(), image.beam.live[shape.path_of(lane)].score,
+                    path.log_sum_exp, image.floor, memory.rows, &path.reached, &best);
       });
       Outcome outcome = Outcome::kNone;
       if (active) {
         __syncwarp();
         if (mine) offer_step_ends(rules, &memory.images[lane]);
         __syncwarp();
-        choose_continuations(rules, memory.images, shape, path, &best);
+        if constexpr (kBanked) {
+          choose_of_banks<S>(rules, memory, path, &best);
+        } else {
+          choose_continuations(rules, memory.images, shape, path, &best);
+        }
         __syncwarp();
         if (mine) {
           ImageState<kCapacity>& image = memory.images[lane];
@@ -249,7 +270,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarpLanes, kBlocksWithin)
         }
         __syncwarp();
       }
-      if (pass.output.marginals != nullptr) {
+      if (pass.output.marginals != nullptr && !is_given) {
         for_each_tile(true, [&](int first, int panel, int chunk_panels, const auto& score_panel) {
           for (int p = 0; p < chunk_panels; ++p) {
             typename S::Scores z;
@@ -301,15 +322,16 @@ void launch_search(const DeviceHead& head, const SearchPass& pass, const CudaDev
     const int64_t images = int64_t{device.multiprocessors} * of.images;
     return (pass.count + images - 1) / images;
   };
+  constexpr bool kBanked = kCapacity == kBankedPaths;
   const int beam_size = pass.rules.options.beam_size;
-  WarpShape shape = warp_shape(beam_size, false);
+  WarpShape shape = kBanked ? kBankedShape : warp_shape(beam_size, false);
   if (shape.images > 1 && warps_each(shape) < kMostWarps) shape = warp_shape(beam_size, true);
   const int64_t of_warp = warp_bytes<S, kCapacity>(shape.images, head.joint_stride);
   const int64_t panel = panel_bytes<S>(head.joint_stride);
   // As many warps as there are images for, and enough to bring the panels.
   const int64_t wanted = std::clamp<int64_t>(warps_each(shape), kLeastWarps, kMostWarps);
   const bool fits = head.panels * panel + kLeastWarps * of_warp <= device.shared_bytes;
-  const bool resident = fits && head.joint_dim == kResidentJoint;
+  const bool resident = fits && head.joint_dim == kResidentJoint && !kBanked;
   int64_t staged = head.panels;
   if (!resident) {
     staged = std::min<int64_t>(staged, kChunkPanels);
@@ -327,8 +349,10 @@ void launch_search(const DeviceHead& head, const SearchPass& pass, const CudaDev
                                 std::to_string(device.shared_bytes) +
                                 "; search on the CPU, or train with a smaller one");
   }
-  const auto kernel =
-      resident ? search_warps<S, kCapacity, true> : search_warps<S, kCapacity, false>;
+  auto kernel = search_warps<S, kCapacity, false>;
+  if constexpr (!kBanked) {
+    if (resident) kernel = search_warps<S, kCapacity, true>;
+  }
   const int64_t bytes = staged * panel + warps * of_warp;
   // The most there is, always: the limit is the kernel's, and another head's thread may set it too.
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -344,7 +368,9 @@ void launch_search(const DeviceHead& head, const SearchPass& pass, const CudaDev
 template <typename S>
 void launch_search(const DeviceHead& head, const SearchPass& pass, const CudaDevice& device,
                    cudaStream_t stream) {
-  if (pass.rules.options.beam_size <= kSmallBeam) {
+  if (pass.banked) {
+    launch_search<S, kBankedPaths>(head, pass, device, stream);
+  } else if (pass.rules.options.beam_size <= kSmallBeam) {
     launch_search<S, kSmallBeam>(head, pass, device, stream);
   } else {
     launch_search<S, kMaxBeamSize>(head, pass, device, stream);
@@ -362,8 +388,10 @@ void launch_pack(const HeadWeights& weights, const DeviceHead& head, unsigned ch
 
 }  // namespace
 
-int64_t parked_beam_bytes(int beam_size) {
-  return beam_size <= kSmallBeam ? sizeof(Beam<kSmallBeam>) : sizeof(Beam<kMaxBeamSize>);
+int64_t parked_beam_bytes(int beam_size, bool banked) {
+  return banked                    ? sizeof(DeviceBeam<kBankedPaths>)
+         : beam_size <= kSmallBeam ? sizeof(DeviceBeam<kSmallBeam>)
+                                   : sizeof(DeviceBeam<kMaxBeamSize>);
 }
 
 int64_t exact_panel_bytes(int joint_stride) { return panel_bytes<ExactScores>(joint_stride); }

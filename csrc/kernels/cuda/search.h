@@ -27,6 +27,6 @@ int64_t exact_panel_bytes(int joint_stride);
 int64_t fast_panel_bytes(int joint_stride);
 
 // Memory of a parked image.
-int64_t parked_beam_bytes(int beam_size);
+int64_t parked_beam_bytes(int beam_size, bool banked);
 
 }  // namespace cnnrnn

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "kernels/beam.h"
+#include "kernels/cuda/banks.h"
 #include "kernels/cuda/device_head.h"
 #include "kernels/cuda/label_scores.h"
 #include "kernels/cuda/row_best.h"
@@ -21,6 +22,7 @@ __device__ void offer_step_ends(const BeamRules& rules, ImageState<kCapacity>* i
   image->needed = 0;
   image->scored = 0;
   image->may_undo = false;
+  if constexpr (kCapacity == kBankedPaths) forbid_ends(image);
   for (int j = 0; j < beam.live_count; ++j) {
     const PathStep::Kind kind = image->steps[j].kind;
     image->scored += kind == PathStep::Kind::kScored ? 1 : 0;
@@ -102,6 +104,23 @@ __device__ Outcome decide(const BeamRules& rules, ImageState<kCapacity>* image) 
   return Outcome::kTakesStep;
 }
 
+// Adds the probability of the paths that end in a step, in or out of the N best.
+template <int kCapacity>
+__device__ void add_mass(const BeamRules& rules, ImageState<kCapacity>* image) {
+  DeviceBeam<kCapacity>& beam = image->beam;
+  if (rules.options.end_takes_slot) {
+    for (int i = 0; i < image->best.size; ++i) {
+      if (image->best.items[i].label == rules.num_labels) beam.mass.add(image->best.scores[i]);
+    }
+    return;
+  }
+  for (int j = 0; j < beam.live_count; ++j) {
+    const PathStep& step = image->steps[j];
+    if (step.kind != PathStep::Kind::kScored && step.kind != PathStep::Kind::kOnlyEnds) continue;
+    beam.mass.add(step.end_score);
+  }
+}
+
 // Writes path i of an image that has ended, or the mark of one that has no result.
 template <int kCapacity>
 __device__ void write_path(const DeviceHead& head, const BeamRules& rules,
@@ -131,36 +150,53 @@ __device__ void end_step(const DeviceHead& head, const SearchPass& pass,
   const int lane = lane_id();
   const BeamRules& rules = pass.rules;
   const int64_t N = rules.options.beam_size, T = rules.options.max_labels;
-  if (outcome == Outcome::kTakesStep) {
+  if constexpr (kCapacity == kBankedPaths) {
+    if (__any_sync(~0u, outcome == Outcome::kTakesStep)) {
+      if (rules.keep_all) keep_complete(pass, &memory.images[0]);
+      take_banked_step(pass, &memory.images[0]);
+    }
+  } else if (outcome == Outcome::kTakesStep) {
     ImageState<kCapacity>& image = memory.images[lane];
-    Beam<kCapacity>& beam = image.beam;
-    int32_t* const trace = pass.output.trace == nullptr
-                               ? nullptr
-                               : pass.output.trace + (image.image * (T + 1) + beam.step) * N * 2;
-    take_step(rules, image.best, image.steps, image.done(), &beam, trace);
-    if (beam.live_count == 0) outcome = Outcome::kEnds;
+    int32_t* trace = pass.output.trace;
+    if (trace != nullptr) {
+      trace += (image.image * (T + 1) + image.beam.step) * pass.output.trace_width * 2;
+    }
+    if (rules.keep_all) add_mass(rules, &image);
+    take_step(rules, image.best, image.steps, image.done(), &image.beam, trace);
+  }
+  if (outcome == Outcome::kTakesStep && memory.images[lane].beam.live_count == 0) {
+    outcome = Outcome::kEnds;
   }
   if (outcome == Outcome::kParks && pass.marks_parked) outcome = Outcome::kLost;
   if (outcome == Outcome::kParks) {
     const ImageState<kCapacity>& image = memory.images[lane];
-    static_cast<Beam<kCapacity>*>(pass.parked_beams)[image.image] = image.beam;
+    static_cast<DeviceBeam<kCapacity>*>(pass.parked_beams)[image.image] = image.beam;
     pass.parked[atomicAdd(pass.parked_count, 1)] = image.image;
   }
   if (outcome == Outcome::kNotFinite) atomicAdd(&head.counts->call.nonfinite_images, 1);
   __syncwarp();
   const int m = shape.image_of(lane), j = shape.path_of(lane);
   const auto of_image = static_cast<Outcome>(__shfl_sync(~0u, static_cast<int>(outcome), m));
-  if (shape.has(lane) && j < N) {
+  if (shape.has(lane)) {
     const ImageState<kCapacity>& image = memory.images[m];
     if (of_image == Outcome::kParks) {
       if ((image.needed >> j & 1) != 0) {
         request_state(head, image.beam.live[j].parent, image.beam.live[j].label);
       }
-    } else if (of_image != Outcome::kNone && of_image != Outcome::kTakesStep) {
+    } else if (j < N && of_image != Outcome::kNone && of_image != Outcome::kTakesStep) {
       write_path(head, rules, pass.output, image, j, of_image);
     }
   }
+  if (pass.output.log_evidence != nullptr && lane < shape.images && outcome != Outcome::kNone &&
+      outcome != Outcome::kTakesStep && outcome != Outcome::kParks) {
+    const ImageState<kCapacity>& image = memory.images[lane];
+    pass.output.log_evidence[image.image] = outcome == Outcome::kEnds ? image.beam.mass.log() : NAN;
+  }
   if (pass.output.marginals != nullptr) {
+    if constexpr (kCapacity == kBankedPaths) {
+      const bool ends = __any_sync(~0u, outcome == Outcome::kEnds);
+      if (ends && pass.complete != nullptr) write_given_marginals(head, pass, memory.images[0]);
+    }
     for (int other = 0; other < shape.images; ++other) {
       const auto its = static_cast<Outcome>(__shfl_sync(~0u, static_cast<int>(outcome), other));
       if (its != Outcome::kNotFinite && its != Outcome::kLost) continue;

@@ -15,10 +15,30 @@
 
 namespace cnnrnn {
 
+// An image between two steps.
+template <int kCapacity>
+struct DeviceBeam : Beam<kCapacity> {
+  using Beam<kCapacity>::Beam;
+
+  LogSum mass;  // of the paths that ended, in a search for marginals
+};
+
+// The same, bank by bank: live paths stand in the order of their banks.
+template <>
+struct DeviceBeam<kBankedPaths> : Beam<kBankedPaths> {
+  using Beam::Beam;
+
+  LogSum mass;
+  int32_t complete = 0;            // how many these are
+  int32_t present_count = 0;       // labels known to be present
+  int32_t present[kBankedPaths];   // these, ascending
+  uint32_t lacking[kBankedPaths];  // of each live path: bit k while it lacks present[k]
+};
+
 // An image on its way through a step. In shared memory.
 template <int kCapacity>
 struct alignas(16) ImageState {
-  Beam<kCapacity> beam;
+  DeviceBeam<kCapacity> beam;
   FinishedPaths<kCapacity> set_aside;
   Extensions<kCapacity> best;  // the continuations that live on
   PathStep steps[kCapacity];
@@ -43,7 +63,11 @@ struct WarpMemory {
   float* chunk;                   // ChunkScores' part
   float* end;                     // [16]: END's score
   TileRow* rows;                  // [16]
+  float* present;                 // [32, kPresentStride]: banks.h
 };
+
+// Of the scores of present labels after a path; odd, which spreads them over all banks of memory.
+constexpr int kPresentStride = kBankedPaths + 1;
 
 // How a warp's lanes are dealt out to images.
 struct WarpShape {
@@ -55,6 +79,9 @@ struct WarpShape {
   CNNRNN_METHOD int path_of(int lane) const { return lane & (paths() - 1); }
   CNNRNN_METHOD bool has(int lane) const { return image_of(lane) < images; }
 };
+
+// One image with all lanes, for banks.
+constexpr WarpShape kBankedShape = {1, 5};
 
 inline WarpShape warp_shape(int beam_size, bool half) {
   int log_paths = 0;
@@ -71,7 +98,8 @@ template <typename S, int kCapacity>
 CNNRNN_INLINE int64_t warp_bytes(int images, int stride) {
   return images * static_cast<int64_t>(sizeof(ImageState<kCapacity>)) + joint_bytes<S>(stride) +
          kWarpLanes * RowBest<kCapacity>::kSharedBytes + ChunkScores<S>::kBytes +
-         kTileRows * static_cast<int64_t>(sizeof(float) + sizeof(TileRow));
+         kTileRows * static_cast<int64_t>(sizeof(float) + sizeof(TileRow)) +
+         (kCapacity == kBankedPaths ? kWarpLanes * kPresentStride * sizeof(float) : 0);
 }
 
 template <typename S, int kCapacity>
@@ -89,6 +117,7 @@ __device__ WarpMemory<S, kCapacity> memory_at(unsigned char* shared, int images,
       reinterpret_cast<float*>(memory.best + kWarpLanes * RowBest<kCapacity>::kSharedBytes);
   memory.end = memory.chunk + ChunkScores<S>::kBytes / sizeof(float);
   memory.rows = reinterpret_cast<TileRow*>(memory.end + kTileRows);
+  memory.present = reinterpret_cast<float*>(memory.rows + kTileRows);
   return memory;
 }
 

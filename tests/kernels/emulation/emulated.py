@@ -151,6 +151,8 @@ class EmulatedHead:
         trace: bool = False,
         precision: str = "exact",
         rounds: int = -1,
+        evidence: Tensor | None = None,
+        marginal_places: int = 0,
         *,
         captured: bool = False,
     ) -> tuple[Any, ...]:
@@ -162,7 +164,11 @@ class EmulatedHead:
         lengths = torch.full((B, N), -77)
         log_probs = torch.full((B, N), 77.0)
         sums = torch.full((B, L), 77.0) if marginals else None
-        steps = torch.full((B, T + 1, N, 2), -77, dtype=torch.int32) if trace else None
+        log_evidence = torch.full((B,), 77.0) if marginals else None
+        places = max(N, marginal_places) if marginals else N
+        present = 0 if evidence is None else int((evidence == 1).sum(1).amax()) if B else 0
+        width = places * (present + 1)
+        steps = torch.full((B, T + 1, width, 2), -77, dtype=torch.int32) if trace else None
         options = _SearchOptions(
             N,
             T,
@@ -171,9 +177,13 @@ class EmulatedHead:
             end_takes_slot,
             STOPS.index(stop),
             PRECISIONS.index(precision),
+            places,
         )
-        images = _ImageEmbeddings(B, _address(joint), _address(logits))
-        output = _SearchOutput(*map(_address, (labels, lengths, log_probs, sums, None, steps)), N)
+        known = None if evidence is None else evidence.contiguous()
+        stride = L if known is not None and len(known) == B else 0
+        images = _ImageEmbeddings(B, _address(joint), _address(logits), _address(known), stride)
+        outputs = (labels, lengths, log_probs, sums, log_evidence, steps)
+        output = _SearchOutput(*map(_address, outputs), width)
         stats = (ctypes.c_int64 * 6)()
         self._checked(
             functools.partial(
@@ -187,7 +197,7 @@ class EmulatedHead:
                 stats,
             )  # fmt: skip
         )
-        return labels, lengths, log_probs, sums, steps, tuple(stats[:5]), stats[5], None
+        return labels, lengths, log_probs, sums, steps, tuple(stats[:5]), stats[5], log_evidence
 
     def _checked(self, call: Any) -> Any:
         """Run a function of the library whose last arguments take an error's message."""

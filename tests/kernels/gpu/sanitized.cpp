@@ -58,6 +58,7 @@ struct Case {
   cnnrnn::SearchOptions options;
   bool logits, marginals;
   int64_t prefix_bytes;
+  int present = 0;  // labels known of each second image, and as many that are absent
 };
 
 template <typename T>
@@ -69,7 +70,7 @@ void fetch(const T* from, std::vector<T>* to, cudaStream_t stream) {
 }
 
 bool run(const Case& c, cudaStream_t stream) {
-  const auto& [name, L, D, H, B, options, with_logits, with_marginals, prefix_bytes] = c;
+  const auto& [name, L, D, H, B, options, with_logits, with_marginals, prefix_bytes, present] = c;
   const int64_t N = options.beam_size, T = options.max_labels;
   std::mt19937 random(7);
   const auto matrix = [&](int64_t rows, int64_t columns) {
@@ -97,12 +98,21 @@ bool run(const Case& c, cudaStream_t stream) {
                                .output_projection = at(projection)};
   };
 
+  std::vector<int8_t> evidence(present > 0 ? B * L : 0);
+  for (int64_t b = 0; present > 0 && b < B; b += 2) {
+    for (int i = 0; i < 2 * present; ++i) {
+      const int64_t label = (b + i * (L / (2 * present))) % L;
+      evidence[b * L + label] = i % 2 == 0 ? 1 : -1;
+    }
+  }
+  const int8_t* const known = present > 0 ? evidence.data() : nullptr;
   std::vector<int64_t> labels(B * N * T), lengths(B * N), gpu_labels(B * N * T);
   std::vector<float> scores(B * N), sums(with_marginals ? B * L : 0), gpu_scores(B * N),
       gpu_sums(sums.size());
   cnnrnn::CpuHead cpu(weights([](const std::vector<float>& v) { return v.data(); }),
                       cnnrnn::best_cpu_kernels(), int64_t{1} << 28);
-  cnnrnn::beam_search_cpu(&cpu, options, {B, joint.data(), with_logits ? logits.data() : nullptr},
+  cnnrnn::beam_search_cpu(&cpu, options,
+                          {B, joint.data(), with_logits ? logits.data() : nullptr, known, L},
                           {labels.data(), lengths.data(), scores.data(),
                            with_marginals ? sums.data() : nullptr, nullptr, nullptr},
                           [](int64_t n, const cnnrnn::Work& work) { work(0, n); });
@@ -111,7 +121,8 @@ bool run(const Case& c, cudaStream_t stream) {
   cnnrnn::CudaHead head(
       weights([&](const std::vector<float>& v) { return memory.copy(v, stream); }), prefix_bytes, 0,
       &memory, stream);
-  const cnnrnn::ImageEmbeddings images{B, memory.copy(joint, stream), memory.copy(logits, stream)};
+  const cnnrnn::ImageEmbeddings images{B, memory.copy(joint, stream), memory.copy(logits, stream),
+                                       known, L};
   auto* const out_labels = static_cast<int64_t*>(memory.allocate(B * N * T * 8));
   auto* const out_lengths = static_cast<int64_t*>(memory.allocate(B * N * 8));
   auto* const out_scores = static_cast<float*>(memory.allocate(B * N * 4));
@@ -201,6 +212,36 @@ int main() {
        true,
        false,
        0},
+      {"known labels",
+       81,
+       64,
+       40,
+       33,
+       {4, 5, 0, up, false, Stop::kNBest, exact},
+       true,
+       false,
+       kMuch,
+       2},
+      {"known labels, marginals, overflow",
+       200,
+       20,
+       16,
+       33,
+       {6, 5, 0, Order::kUnique, false, Stop::kNBest, exact},
+       false,
+       true,
+       0,
+       2},
+      {"known labels, fast",
+       81,
+       64,
+       16,
+       33,
+       {2, 6, 0, Order::kFree, true, Stop::kNBest, fast},
+       true,
+       false,
+       kMuch,
+       3},
   };
   bool right = true;
   try {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 from functools import partial
@@ -17,8 +18,10 @@ from cnnrnn.search import beam_search as public_search
 from cnnrnn.search.packed import head_parameters, make_cuda_head
 from tests.search.replay import (
     assert_search_equal,
+    random_banked_case,
     random_case,
     random_embedding,
+    random_evidence,
     random_head,
     run_compiled,
     search_with,
@@ -70,6 +73,55 @@ def test_random_searches_with_marginals_equal_the_float64_reference(on_gpu, requ
         excused += 0 < assert_search_equal(head, embedding, config, marginals=True, pack=on_gpu)
     print(f"{searches} searches, {excused} with an excused image")
     assert excused <= searches // 40
+
+
+@pytest.mark.parametrize("marginals", [False, True])
+def test_random_searches_with_evidence_equal_the_float64_reference(on_gpu, marginals, request):
+    searches = request.config.getoption("--searches") // 3
+    excused = 0
+    for seed in range(searches):
+        case = random_banked_case(seed, LABEL_COUNTS, JOINT_DIMS, marginals)
+        head, embedding, config, evidence = case
+        excused += 0 < assert_search_equal(
+            head, embedding, config, marginals=marginals, pack=on_gpu, evidence=evidence
+        )
+    print(f"{searches} searches with evidence, {excused} with an excused image")
+    assert excused <= searches // 30
+
+
+@pytest.mark.parametrize("marginals", [False, True])
+def test_known_labels_in_large_batches_equal_the_cpu_search(head, marginals):
+    on_gpu = copy.deepcopy(head).to(GPU)
+    embedding = images(head, 4096, 2)
+    evidence = random_evidence(5, head, 4096, 5)
+    found = beam_search(
+        on_gpu, embedding.to(GPU, torch.float32), CONFIG, marginals=marginals, evidence=evidence
+    ).cpu()
+    expected = beam_search(head, embedding, CONFIG, marginals=marginals, evidence=evidence)
+    torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=1e-4, atol=1e-4)
+    if marginals:
+        torch.testing.assert_close(
+            found.marginals(), expected.marginals(), rtol=1e-3, atol=1e-3, equal_nan=True
+        )
+        torch.testing.assert_close(
+            found.log_evidence, expected.log_evidence, rtol=1e-4, atol=1e-4, equal_nan=True
+        )
+
+
+def test_the_cpu_searches_where_a_gpu_has_no_room_for_the_banks(head):
+    on_gpu = copy.deepcopy(head).to(GPU)
+    embedding = images(head, 8, 2)
+    evidence = random_evidence(5, head, 8, 5)
+    config = SearchConfig(beam_size=4, max_labels=5, marginal_places=64)
+    with pytest.warns(
+        UserWarning, match="the CPU searches: [1-5] known labels need [2-6] banks of 64"
+    ):
+        found = beam_search(
+            on_gpu, embedding.to(GPU, torch.float32), config, marginals=True, evidence=evidence
+        )
+    expected = beam_search(head, embedding, config, marginals=True, evidence=evidence)
+    assert found.labels.device == GPU
+    assert torch.equal(found.labels.cpu(), expected.labels)
 
 
 @pytest.mark.parametrize("num_labels", [81, 1000, 5000])

@@ -447,6 +447,16 @@ def _shift(kernel: Kernel, parts: list[str], operands: list[str]) -> Operation:
     return _simple(kernel, operands, [kind, "u32"], compute)
 
 
+def _funnel_shift(kernel: Kernel, parts: list[str], operands: list[str]) -> Operation:
+    def compute(low: Lanes, high: Lanes, by: Lanes) -> Lanes:
+        both = high.astype(np.uint64) << np.uint64(32) | low
+        places = (by % 32 if "wrap" in parts else np.minimum(by, 32)).astype(np.uint64)
+        shifted = both << places >> np.uint64(32) if "l" in parts else both >> places
+        return shifted.astype(np.uint32)
+
+    return _simple(kernel, operands, ["b32", "b32", "u32"], compute)
+
+
 def _bits(kernel: Kernel, parts: list[str], operands: list[str]) -> Operation:
     def highest(x: int) -> int:
         return 0xFFFFFFFF if x == 0 else x.bit_length() - 1
@@ -723,7 +733,8 @@ _MAKERS: dict[str, Callable[[Kernel, list[str], list[str]], Operation]] = {
     **dict.fromkeys(("popc", "clz", "brev", "bfind"), _bits),
     **dict.fromkeys(("ld", "st", "atom", "red"), _memory),
     **dict.fromkeys(("bar", "barrier"), _barrier),
-    "bfi": _insert, "fma": _fused, "setp": _compare, "selp": _select, "mov": _move, "cvt": _convert,
-    "cvta": _address, "shfl": _shuffle, "vote": _vote, "redux": _reduce, "mma": _matrix,
+    "bfi": _insert, "shf": _funnel_shift, "fma": _fused, "setp": _compare, "selp": _select,
+    "mov": _move, "cvt": _convert, "cvta": _address, "shfl": _shuffle, "vote": _vote,
+    "redux": _reduce, "mma": _matrix,
     "ret": _return,
 }  # fmt: skip

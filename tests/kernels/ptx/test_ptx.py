@@ -15,7 +15,13 @@ import torch
 from cnnrnn.config import SearchConfig
 from tests.kernels.ptx import on_ptx
 from tests.kernels.ptx.on_ptx import PtxSearch, emulated, ptx
-from tests.search.replay import assert_search_equal, random_case, random_embedding, random_head
+from tests.search.replay import (
+    assert_search_equal,
+    random_banked_case,
+    random_case,
+    random_embedding,
+    random_head,
+)
 
 pytestmark = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64")
@@ -66,6 +72,22 @@ def test_random_searches_equal_the_float64_reference(compiled, request):
         else name[name.index("search_warps") : name.index(">") + 1]
         for name in compiled.counts
     }  # fmt: skip
+
+
+def test_random_searches_with_evidence_equal_the_float64_reference(compiled, request):
+    excused = searched = 0
+    for seed in range(request.config.getoption("--searches") // 120):
+        case = random_banked_case(seed, LABEL_COUNTS, JOINT_DIMS, seed % 2 == 0)
+        head, embedding, config, evidence = case
+        with compiled:
+            excused += assert_search_equal(
+                head, embedding, config,
+                marginals=seed % 2 == 0, pack=pack(compiled), evidence=evidence,
+            )  # fmt: skip
+        searched += len(embedding)
+    print(f"{searched} images, {excused} excused")
+    assert excused <= max(1, searched // 40)
+    assert any("ExactScores, 32, false>" in name for name in compiled.counts)
 
 
 def test_fast_searches_equal_those_of_the_sources_on_the_cpu(compiled):
