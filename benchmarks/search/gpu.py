@@ -8,6 +8,8 @@ where they are there, else untrained ones, which the figures say.
   (batches of 65,536 hold the 32,768 images twice);
 - warm: the public call, the table filled by 16,000 other images, misses included;
 - cold: the public call, a packed head and an empty table, 16,384 images in batches of 4,096;
+- one known label: the public call on images that it has seen, the most probable label of each known
+  to be present; with 16 places a bank also for marginals;
 - one image: the public call, and replays of a graph, by wall clock with a synchronise.
 """
 
@@ -20,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -181,6 +184,35 @@ def warm_and_cold(num_labels: int, batch: int) -> list[dict[str, Any]]:
     return rows
 
 
+def one_known_label(num_labels: int, batch: int) -> list[dict[str, Any]]:
+    """The public call with the best label of each image revealed, beside the one without."""
+    head, features, trained = head_and_images(num_labels)
+    embedding = batch_of(head, features, 0, batch)
+    best = beam_search(head, embedding, SearchConfig(beam_size=N, max_labels=T, min_labels=1))
+    evidence = torch.zeros(batch, num_labels, dtype=torch.int8)
+    evidence[torch.arange(batch), best.labels[:, 0, 0].cpu()] = 1
+    few = ImageEmbedding(embedding.joint[:256], None)
+    found = beam_search(head, few, CONFIG, evidence=evidence[:256]).cpu()
+    on_cpu = few.to("cpu", torch.float32)
+    expected = beam_search(head, on_cpu, CONFIG, evidence=evidence[:256])
+    torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=1e-4, atol=1e-4)
+    rows = []
+    wide = SearchConfig(beam_size=N, max_labels=T, marginal_places=16)
+    for name, config, known in (
+        ("none known", CONFIG, None), ("one known", CONFIG, evidence),
+        ("none known, marginals", replace(wide, marginal_places=None), None),
+        ("one known, marginals of 16 places", wide, evidence),
+    ):  # fmt: skip
+        search = partial(beam_search, head, embedding, config,
+                         marginals="marginals" in name, evidence=known)  # fmt: skip
+        search()
+        seconds = statistics.median(wall_seconds([search] * 10))
+        rows.append({"case": "one known label", "implementation": name, "L": num_labels,
+                     "B": batch, "us": seconds * 1e6, "images_per_second": batch / seconds,
+                     "trained": trained})  # fmt: skip
+    return rows
+
+
 def one_image(num_labels: int) -> list[dict[str, Any]]:
     """The public call, and a graph with and without rounds for missing states."""
     head, features, trained = head_and_images(num_labels)
@@ -227,6 +259,7 @@ def main() -> int:
     steps: list[Callable[[], Any]] = [
         *(partial(full_hit, *case, precision)
           for case in FULL_HIT for precision in ("exact", "fast")),
+        partial(one_known_label, 80, 4096), partial(one_known_label, 1000, 4096),
         partial(one_image, 80), partial(changed_by_fast, 80), partial(changed_by_fast, 1000),
         partial(warm_and_cold, 80, 4096),
     ]  # fmt: skip
