@@ -16,7 +16,7 @@ from cnnrnn.config import Calibration, SearchConfig
 T = TypeVar("T")
 
 
-FORMAT = 3
+FORMAT = 4
 
 
 WEIGHTS_FILE = "model.safetensors"

@@ -16,11 +16,13 @@ from torch.nn import functional
 
 from cnnrnn.config import Activation, Cell, ModelConfig, Order
 from cnnrnn.labels import PAD, prefix_trie
+from cnnrnn.network.cooccurrence import CoOccurrence
 from cnnrnn.network.recurrence import LSTMRecurrence, PaperRecurrence, prefix_outputs
 from cnnrnn.network.sampling import Samples, sample_sets
 
 UNTRAINED_MAX_LABELS = 20
 PREFIX_BYTES = 512 << 20
+MOST_COUNTED_LABELS = 2048  # pairs of more labels are not counted: 16 MB
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,9 @@ class Head(nn.Module):
         output_projection: U_o.
         recurrence: weight_ih [4H, D], weight_hh [4H, H] and, for `lstm`, two biases.
         label_classifier: the chain term's independent classifier, or None.
+        cooccurrence: [L, L] what a label known to be present (its row) adds to the independent
+            classifier's log-odds of the others, see `CoOccurrence`; None before training has
+            counted it.
         max_labels: longest path of a search that names none: the largest training set.
         prefix_bytes: memory for kept prefix states, 512 MB by default; when full, the least
             recently used are evicted. States that one image needs are computed in any case. The
@@ -234,6 +239,9 @@ class Head(nn.Module):
         )
         self.label_classifier = nn.Linear(width, num_labels) if chain_term else None
         self.joint_dropout = Dropout(joint_dropout)
+        self.register_buffer("cooccurrence", None)
+
+    cooccurrence: Tensor | None
 
     @property
     def end(self) -> int:
@@ -312,6 +320,32 @@ class Head(nn.Module):
             return ImageEmbedding(joint), None
         label_scores = self.label_classifier(hidden)
         return ImageEmbedding(joint, chain_logits(label_scores)), label_scores
+
+    def count_cooccurrence(self, targets: Tensor) -> None:
+        """Count which labels occur together, for a head with a chain term and not too many labels.
+
+        Args:
+            targets: [n, L] bool of the training images, columns in path order.
+        """
+        if self.label_classifier is not None and self.num_labels <= MOST_COUNTED_LABELS:
+            counted = CoOccurrence.counted(targets, smoothing=1.0)
+            self.cooccurrence = counted.present.float().to(self.label_embedding.device)
+
+    def told(self, label_scores: Tensor, evidence: Tensor) -> Tensor:
+        """Tell the independent classifier which labels are present.
+
+        Args:
+            label_scores: [n, L] its log-odds.
+            evidence: [1 or n, L] int8, see `beam_search`; absent labels add nothing.
+
+        Returns:
+            [n, L] log-odds given the labels known to be present, as if these were independent of
+            the image and each other given the label that is asked about.
+        """
+        if self.cooccurrence is None:
+            return label_scores
+        present = (evidence == 1).to(label_scores.device, self.cooccurrence.dtype)
+        return label_scores + present @ self.cooccurrence
 
     def initial_state(self, count: int) -> tuple[Tensor, Tensor]:
         """Return the zero state before START: output [count, H] and cell [count, H]."""

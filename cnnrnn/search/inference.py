@@ -32,7 +32,8 @@ class Inference:
     Attributes:
         sets: [n, L] bool, the label set of each image's best path.
         marginals: [n, L] probability that a path holds each label, see `SearchResult.marginals`.
-        label_scores: [n, L] the chain term's own scores v, or None without it.
+        label_scores: [n, L] the chain term's own scores v, told which labels are present (see
+            `Head.told`), or None without it.
         search: the searches' results, one per slice of the images.
         evidence: [n, L] int8, what was known of labels: 1 present, -1 absent, 0 unknown; None where
             nothing was of any image.
@@ -158,7 +159,8 @@ def infer(
             first = slice_ * SEARCH_BATCH
             raise NonFiniteError([first + i for i in error.images], len(features)) from None
         if label_scores is not None:
-            scores.append(label_scores.float().cpu())
+            told = label_scores if known is None else head.told(label_scores, known)
+            scores.append(told.float().cpu())
     sets = torch.cat([result.best_sets() for result in results]).cpu()
     return Inference(
         sets=sets,

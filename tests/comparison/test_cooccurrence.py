@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 
-from cnnrnn.comparison.cooccurrence import CoOccurrence, fit_cooccurrence
+from cnnrnn.comparison.cooccurrence import fit_cooccurrence
+from cnnrnn.network.cooccurrence import CoOccurrence
 from cnnrnn.reveal import metrics_of_others, reveal
 
 

@@ -272,9 +272,9 @@ def test_values_that_describe_no_model(folder, path, value):
 
 
 def test_another_format(folder):
-    for other in (4, 0):
+    for other in (5, 0):
         changed(folder, "format", value=other)
-        assert f"has format {other}, this release reads 1 to 3; upgrade cnnrnn" in refuses(
+        assert f"has format {other}, this release reads 1 to 4; upgrade cnnrnn" in refuses(
             folder, "config.json"
         )
 

@@ -11,7 +11,9 @@ import torch
 
 import cnnrnn
 from cnnrnn.config import DECISIONS, Calibration, SearchConfig
+from cnnrnn.model.classifier import load_checkpoint
 from cnnrnn.model.ensemble import Ensemble
+from cnnrnn.network.head import MOST_COUNTED_LABELS, Head
 from cnnrnn.prediction.decisions import calibrate_known, nll_levels
 from cnnrnn.prediction.known import Known
 from cnnrnn.search.inference import set_nll
@@ -284,3 +286,35 @@ def test_values_that_are_not_finite_name_their_image():
         model.predict_features(features(2), known=[[NAMES[1]], None])
     with pytest.raises(ValueError, match="known must hold labels of the model, got 'yeti'"):
         model.predict_features(features(0), known=["yeti"])
+
+
+def test_the_chain_term_is_told_which_labels_are_present(tmp_path):
+    model = feature_model()
+    x = features(40)
+    targets = torch.rand(500, L, generator=torch.Generator().manual_seed(5)) < 0.3
+    targets[:, 1] |= targets[:, 0]  # label 1 is wherever label 0 is
+    evidence = torch.zeros(40, L, dtype=torch.int8)
+    evidence[:20, 0] = 1
+    evidence[20:, 0] = -1
+    before = model.infer(x, None, evidence).label_scores
+    assert model.head.cooccurrence is None
+    model.head.count_cooccurrence(targets)
+    told = model.infer(x, None, evidence).label_scores
+    has = targets.double()
+    both, count = (has.T @ has)[0], has.sum(0)[0]
+    share = (has.sum(0) + 0.5) / 501
+    expected = ((both + share) / (count + 1)).clamp(max=1 - 1e-12).logit() - share.logit()
+    torch.testing.assert_close(told[:20] - before[:20], expected.float().expand(20, -1))
+    assert expected[1] > 1 and torch.equal(told[20:], before[20:])
+    assert torch.equal(model.infer(x).label_scores, model.infer(x, None, evidence * 0).label_scores)
+
+    model.save(tmp_path / "model")
+    loaded = load_checkpoint(tmp_path / "model")
+    assert torch.equal(loaded.head.cooccurrence, model.head.cooccurrence)
+    assert torch.equal(loaded.infer(x, None, evidence).label_scores, told)
+
+
+def test_pairs_of_too_many_labels_are_not_counted():
+    head = Head(MOST_COUNTED_LABELS + 1, 2, 2, 2, chain_term=True)
+    head.count_cooccurrence(torch.zeros(1, head.num_labels, dtype=torch.bool))
+    assert head.cooccurrence is None

@@ -1,0 +1,69 @@
+"""What known labels say of the others by themselves: log-odds of co-occurrence, counted.
+
+Letters: n images, L labels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class CoOccurrence:
+    """What a known label adds to the log-odds of the others.
+
+    By Bayes' rule logit P(l | x, k) = logit P(l | x) + log P(k | l) - log P(k | not l) where image
+    and label k are independent given label l, and the difference is logit P(l | k) - logit P(l).
+    Several known labels add up, as if independent given l.
+
+    Attributes:
+        present: [L, L] float64, row k what it adds that label k is there.
+        absent: [L, L] float64, that it is not.
+    """
+
+    present: Tensor
+    absent: Tensor
+
+    @classmethod
+    def counted(cls, targets: Tensor, smoothing: float) -> CoOccurrence:
+        """Count pairs of labels in training images.
+
+        P(l | k) is (c_kl + s P(l)) / (c_k + s) of c_k images with k, c_kl of which have l: a label
+        that is never seen adds nothing. P(l) is (c_l + 1/2) / (n + 1).
+
+        Args:
+            targets: [n, L] bool.
+            smoothing: s, images that P(l) is worth; above 0.
+        """
+        has = targets.double()
+        share = (has.sum(0) + 0.5) / (len(has) + 1)
+        both = has.T @ has
+
+        def added(together: Tensor, count: Tensor) -> Tensor:
+            given = (together + smoothing * share) / (count[:, None] + smoothing)
+            return given.clamp(1e-12, 1 - 1e-12).logit() - share.logit()
+
+        counts = has.sum(0)
+        return cls(added(both, counts), added(counts - both, len(has) - counts))
+
+    def added(self, evidence: Tensor) -> Tensor:
+        """Return what is added to the log-odds of each label: [n, L] int8 to [n, L] float64."""
+        told = evidence.to(self.present.device)
+        return (told == 1).double() @ self.present + (told == -1).double() @ self.absent
+
+    def scores(self, logits: Tensor, evidence: Tensor) -> Tensor:
+        """Return the log-odds of each label given the known ones, +-infinity of these.
+
+        Args:
+            logits: [n, L] log-odds by an independent classifier.
+            evidence: [n, L] int8, see `cnnrnn.reveal`.
+
+        Returns:
+            [n, L] float32.
+        """
+        known = torch.where(evidence > 0, torch.inf, -torch.inf)
+        added = logits.double() + self.added(evidence)
+        return torch.where(evidence == 0, added, known).float()
