@@ -17,9 +17,10 @@ import torch
 from cnnrnn.cli import main
 from cnnrnn.data.sources.scenes import write_scenes
 from cnnrnn.machine.distributed import ALONE, Ranks
+from cnnrnn.machine.files import weights_digest
 from cnnrnn.model.classifier import load_checkpoint
 from cnnrnn.training.resume import STATE_FILE, read_state
-from tests.training.test_training import digest, records, separable
+from tests.training.test_training import records, separable
 
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
@@ -29,6 +30,10 @@ ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(
     [str(ROOT), os.environ.get("PYTHONPATH", "")])}  # fmt: skip
+
+
+def digest(folder):
+    return weights_digest(load_checkpoint(folder).state_dict().items())
 
 
 def write_data(folder):
