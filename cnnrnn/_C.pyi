@@ -1,6 +1,6 @@
 """The compiled beam search; csrc/bindings.cpp defines it."""
 
-from torch import Tensor
+from torch import Tensor, device
 
 MAX_BEAM_SIZE: int
 WITH_CUDA: bool  # whether this build has CudaHead
@@ -116,4 +116,22 @@ class CudaHead:
         Tensor | None,  # log_evidence [B], with marginals
     ]: ...
 
+def packed_head(
+    owner: int,
+    device: device,  # that searches
+    cell: str,
+    activation: str,
+    cache_generation: int,
+    prefix_bytes: int,
+    label_embedding: Tensor,  # this and the others as in CpuHead, of any type, on any device
+    input_embedding: Tensor | None,
+    score_bias: Tensor | None,
+    input_weight: Tensor,
+    hidden_weight: Tensor,
+    input_bias: Tensor | None,
+    hidden_bias: Tensor | None,
+    output_projection: Tensor,
+    /,
+) -> CpuHead | CudaHead: ...
+def forget_head(owner: int, /) -> int: ...  # of how many devices something was kept
 def instruction_sets() -> list[str]: ...

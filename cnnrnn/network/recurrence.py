@@ -89,6 +89,8 @@ class PaperRecurrence(nn.Module):
     Rows of the weights come in the order x, i, f, g.
     """
 
+    bias_ih = bias_hh = None  # which LSTMRecurrence has
+
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()
         self.weight_ih = nn.Parameter(torch.empty(4 * hidden_size, input_size))
