@@ -50,9 +50,9 @@ class HeadRegistry {
   // Returns null where nothing was packed of these weights as they are. Waits for no packing.
   std::shared_ptr<Packed> find(const HeadSource& source) {
     const std::lock_guard lock(mutex_);
-    for (auto at = entries_.begin(); at != entries_.end(); ++at) {
+    for (auto at = heads_.begin(); at != heads_.end(); ++at) {
       if (!is_of(*at, source)) continue;
-      entries_.splice(entries_.begin(), entries_, at);
+      heads_.splice(heads_.begin(), heads_, at);
       return at->packed;
     }
     return nullptr;
@@ -64,23 +64,23 @@ class HeadRegistry {
     if (auto packed = find(source)) return packed;
     const std::lock_guard packing(packing_);  // others want the same head, or memory for theirs
     if (auto packed = find(source)) return packed;
-    drop_if([&](const Entry& entry) {  // before another takes as much memory
-      return is_gone(entry) || (source.owner != kOpCallers && entry.owner == source.owner &&
-                                entry.device == source.device);
+    drop_if([&](const Kept& kept) {  // before another takes as much memory
+      return is_gone(kept) || (source.owner != kOpCallers && kept.owner == source.owner &&
+                               kept.device == source.device);
     });
     // The key first: another thread may edit a weight while the head is packed.
-    std::optional<Entry> entry = entry_of(source);
+    std::optional<Kept> kept = kept_of(source);
     std::shared_ptr<Packed> packed = make(source);
-    if (entry) {
-      entry->packed = packed;
-      keep(std::move(*entry));
+    if (kept) {
+      kept->packed = packed;
+      keep(std::move(*kept));
     }
     return packed;
   }
 
   // Returns how many heads are dropped.
   size_t forget(int64_t owner) {
-    return drop_if([owner](const Entry& entry) { return entry.owner == owner; });
+    return drop_if([owner](const Kept& kept) { return kept.owner == owner; });
   }
 
  private:
@@ -93,7 +93,7 @@ class HeadRegistry {
     int64_t version;
     std::vector<int64_t> sizes, strides;
   };
-  struct Entry {
+  struct Kept {
     std::array<std::optional<TensorKey>, kTensors> weights;
     std::string cell, activation;
     int64_t cache_generation, prefix_bytes;
@@ -112,36 +112,36 @@ class HeadRegistry {
   }
 
   // None where edits of a tensor are not counted.
-  static std::optional<Entry> entry_of(const HeadSource& source) {
-    Entry entry{{},
-                std::string(source.cell),
-                std::string(source.activation),
-                source.cache_generation,
-                source.prefix_bytes,
-                source.device,
-                source.owner,
-                nullptr};
+  static std::optional<Kept> kept_of(const HeadSource& source) {
+    Kept kept{{},
+              std::string(source.cell),
+              std::string(source.activation),
+              source.cache_generation,
+              source.prefix_bytes,
+              source.device,
+              source.owner,
+              nullptr};
     const auto tensors = tensors_of(source.parameters);
     for (size_t i = 0; i < kTensors; ++i) {
       if (tensors[i] == nullptr) continue;
       const at::Tensor& tensor = *tensors[i];
       if (tensor.is_inference()) return std::nullopt;
-      entry.weights[i] = TensorKey{tensor.storage().getWeakStorageImpl(), tensor.data_ptr(),
-                                   tensor._version(), tensor.sizes().vec(), tensor.strides().vec()};
+      kept.weights[i] = TensorKey{tensor.storage().getWeakStorageImpl(), tensor.data_ptr(),
+                                  tensor._version(), tensor.sizes().vec(), tensor.strides().vec()};
     }
-    return entry;
+    return kept;
   }
 
-  static bool is_of(const Entry& entry, const HeadSource& source) {
-    if (entry.owner != source.owner || entry.device != source.device ||
-        entry.cache_generation != source.cache_generation ||
-        entry.prefix_bytes != source.prefix_bytes || entry.cell != source.cell ||
-        entry.activation != source.activation) {
+  static bool is_of(const Kept& kept, const HeadSource& source) {
+    if (kept.owner != source.owner || kept.device != source.device ||
+        kept.cache_generation != source.cache_generation ||
+        kept.prefix_bytes != source.prefix_bytes || kept.cell != source.cell ||
+        kept.activation != source.activation) {
       return false;
     }
     const auto tensors = tensors_of(source.parameters);
     for (size_t i = 0; i < kTensors; ++i) {
-      const std::optional<TensorKey>& key = entry.weights[i];
+      const std::optional<TensorKey>& key = kept.weights[i];
       if (key.has_value() != (tensors[i] != nullptr)) return false;
       if (key && !is_of(*key, *tensors[i])) return false;
     }
@@ -156,35 +156,35 @@ class HeadRegistry {
   }
 
   // Whether a tensor that it was made of is no more.
-  static bool is_gone(const Entry& entry) {
-    return std::any_of(entry.weights.begin(), entry.weights.end(),
+  static bool is_gone(const Kept& kept) {
+    return std::any_of(kept.weights.begin(), kept.weights.end(),
                        [](const auto& key) { return key && key->storage.expired(); });
   }
 
   template <typename Condition>
   size_t drop_if(const Condition& condition) {
-    std::list<Entry> dropped;  // freed after the lock
+    std::list<Kept> dropped;  // freed after the lock
     const std::lock_guard lock(mutex_);
-    for (auto at = entries_.begin(); at != entries_.end();) {
+    for (auto at = heads_.begin(); at != heads_.end();) {
       const auto next = std::next(at);
-      if (condition(*at)) dropped.splice(dropped.end(), entries_, at);
+      if (condition(*at)) dropped.splice(dropped.end(), heads_, at);
       at = next;
     }
     return dropped.size();
   }
 
-  void keep(Entry&& entry) {
-    std::list<Entry> dropped;  // freed after the lock
+  void keep(Kept&& kept) {
+    std::list<Kept> dropped;  // freed after the lock
     const std::lock_guard lock(mutex_);
-    entries_.push_front(std::move(entry));
-    const auto is_of_op = [](const Entry& kept) { return kept.owner == kOpCallers; };
-    if (std::count_if(entries_.begin(), entries_.end(), is_of_op) <= kMostOfOpCallers) return;
-    const auto oldest = std::find_if(entries_.rbegin(), entries_.rend(), is_of_op);
-    dropped.splice(dropped.end(), entries_, std::prev(oldest.base()));
+    heads_.push_front(std::move(kept));
+    const auto is_of_op = [](const Kept& kept) { return kept.owner == kOpCallers; };
+    if (std::count_if(heads_.begin(), heads_.end(), is_of_op) <= kMostOfOpCallers) return;
+    const auto oldest = std::find_if(heads_.rbegin(), heads_.rend(), is_of_op);
+    dropped.splice(dropped.end(), heads_, std::prev(oldest.base()));
   }
 
-  std::mutex packing_, mutex_;  // in this order; mutex_, of entries_, is held for a moment
-  std::list<Entry> entries_;    // the one used last comes first
+  std::mutex packing_, mutex_;  // in this order; mutex_, of heads_, is held for a moment
+  std::list<Kept> heads_;       // the one used last comes first
 };
 
 }  // namespace cnnrnn

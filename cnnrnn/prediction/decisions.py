@@ -417,7 +417,7 @@ class Decided:
 
 
 @dataclass(frozen=True)
-class Options:
+class DecisionOptions:
     """How label sets are decided; see `predict`."""
 
     top_k: int | None
@@ -434,7 +434,7 @@ class Options:
             raise ValueError(f"decide must be one of {', '.join(DECISIONS)}, got {self.decide!r}")
 
 
-def decide(inference: Inference, calibration: Calibration, options: Options) -> Decided:
+def decide(inference: Inference, calibration: Calibration, options: DecisionOptions) -> Decided:
     """Decide label sets as the options say."""
     scores = inference.mixed(calibration)
     if options.threshold is not None:
