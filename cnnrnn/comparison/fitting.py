@@ -20,6 +20,7 @@ from cnnrnn.comparison.baselines import (
     JointEmbedding,
     Loss,
     Scorer,
+    Training,
     choose_cut,
     network_outputs,
     predicted_scores,
@@ -238,14 +239,12 @@ def _loaded(comparison: Comparison, folder: Path) -> CNNRNN:
 
 
 def _found(model: CNNRNN, split: Split) -> Inference:
-    assert split.features is not None
-    return model.infer(split.features.to(model.device))
+    return model.infer(split.vectors.to(model.device))
 
 
 def _path_log_probs(comparison: Comparison, model: CNNRNN | Ensemble, split: Split) -> Tensor:
-    assert split.features is not None
     columns = [comparison.dataset.label_names.index(name) for name in model.labels]
-    return -model.set_nll(split.features, split.targets[:, columns])
+    return -model.set_nll(split.vectors, split.targets[:, columns])
 
 
 def _read_paths(
@@ -267,8 +266,7 @@ def _path_scores_given(
     to_source = [model.labels.index(name) for name in names]
 
     def scores_given(split: Split, evidence: Tensor) -> Tensor:
-        assert split.features is not None
-        features = split.features.to(model.device)
+        features = split.vectors.to(model.device)
         found = model.infer(features, None, evidence[:, to_model])
         scores = found.mixed(model.calibration)
         lost = scores.isnan().any(1)
@@ -284,8 +282,7 @@ def path_ensemble(comparison: Comparison, folders: Sequence[Path]) -> Fitted:
     ensemble = Ensemble([_loaded(comparison, folder) for folder in folders]).eval()
 
     def predict(split: Split) -> list[Scored]:
-        assert split.features is not None
-        found = ensemble.infer(split.features.to(ensemble.device))
+        found = ensemble.infer(split.vectors.to(ensemble.device))
         return _read_paths(comparison, ensemble.labels, found, 0.0)
 
     def set_log_probs(split: Split) -> Tensor:
@@ -294,6 +291,11 @@ def path_ensemble(comparison: Comparison, folders: Sequence[Path]) -> Fitted:
     return Fitted(
         0.0, predict, set_log_probs, scores_given=_path_scores_given(comparison, ensemble)
     )
+
+
+def _training(comparison: Comparison, rate: float, seed: int) -> Training:
+    config = replace(comparison.config, seed=seed, learning_rate=rate)
+    return Training(comparison.train, comparison.val, comparison.model_config, config)
 
 
 def independent(
@@ -309,21 +311,17 @@ def independent(
     network = JointEmbedding if joint else IndependentClassifier
 
     def fit(comparison: Comparison, rate: float, seed: int, folder: Path) -> Fitted:
-        config = replace(comparison.config, seed=seed, learning_rate=rate)
-        model_config = comparison.model_config
+        training = _training(comparison, rate, seed)
         if linear:
-            model_config = replace(model_config, trunk_dim=0)
-        assert comparison.val.features is not None
-        model = network(
-            model_config, comparison.val.targets.shape[1], comparison.val.features.shape[1]
+            without = replace(training.model_config, trunk_dim=0)
+            training = replace(training, model_config=without)
+        model = network(training.model_config, training.num_labels, training.feature_dim)
+        _train_or_load(
+            comparison, folder, model, lambda: train_independent(training, loss, network)
         )
-        _train_or_load(comparison, folder, model, lambda: train_independent(
-            comparison.train, comparison.val, loss, model_config, config, network=network
-        ))  # fmt: skip
 
         def set_log_probs(split: Split) -> Tensor:
-            assert split.features is not None
-            return product_log_probs(network_outputs(model, split.features), split.targets)
+            return product_log_probs(network_outputs(model, split.vectors), split.targets)
 
         return cut_scores(
             comparison,
@@ -337,30 +335,23 @@ def independent(
 
 def probabilistic_chain(comparison: Comparison, rate: float, seed: int, folder: Path) -> Fitted:
     """Fit the probabilistic chain; its best sets, then its marginals."""
-    config = replace(comparison.config, seed=seed, learning_rate=rate)
-    val, model_config = comparison.val, comparison.model_config
-    assert val.features is not None
-    order = torch.arange(val.targets.shape[1])  # the trained one is read from the file
-    model = ProbabilisticChain(model_config, order, val.features.shape[1])
-    _train_or_load(comparison, folder, model, lambda: train_chain(
-        comparison.train, val, model_config, config
-    ))  # fmt: skip
+    training = _training(comparison, rate, seed)
+    order = torch.arange(training.num_labels)  # the trained one is read from the file
+    model = ProbabilisticChain(training.model_config, order, training.feature_dim)
+    _train_or_load(comparison, folder, model, lambda: train_chain(training))
 
     def predict(split: Split) -> list[Scored]:
-        assert split.features is not None
-        scores = model.marginals(split.features)
-        return [Scored(scores, model.best_sets(split.features)), Scored(scores)]
+        scores = model.marginals(split.vectors)
+        return [Scored(scores, model.best_sets(split.vectors)), Scored(scores)]
 
     def set_log_probs(split: Split) -> Tensor:
-        assert split.features is not None
-        return model.set_log_probs(split.features, split.targets)
+        return model.set_log_probs(split.vectors, split.targets)
 
     def scores_given(split: Split, evidence: Tensor) -> Tensor:
-        assert split.features is not None
-        return model.marginals_given(split.features, evidence)
+        return model.marginals_given(split.vectors, evidence)
 
     return Fitted(
-        float(set_log_probs(val).mean()), predict, set_log_probs, scores_given=scores_given
+        float(set_log_probs(training.val).mean()), predict, set_log_probs, scores_given=scores_given
     )
 
 
@@ -370,14 +361,10 @@ def label_dependencies(
     """Return how a dependency network or a pairwise CRF is fitted."""
 
     def fit(comparison: Comparison, rate: float, seed: int, folder: Path) -> Fitted:
-        config = replace(comparison.config, seed=seed, learning_rate=rate)
-        val, model_config = comparison.val, comparison.model_config
-        assert val.features is not None
-        F, L = val.features.shape[1], val.targets.shape[1]
-        model = DependencyNetwork(model_config, L, F, symmetric=kind == "crf")
-        _train_or_load(comparison, folder, model, lambda: train_dependencies(
-            comparison.train, val, kind, model_config, config
-        ))  # fmt: skip
+        training = _training(comparison, rate, seed)
+        L, F = training.num_labels, training.feature_dim
+        model = DependencyNetwork(training.model_config, L, F, symmetric=kind == "crf")
+        _train_or_load(comparison, folder, model, lambda: train_dependencies(training, kind))
         return _by_marginals(comparison, model)
 
     return fit
@@ -385,20 +372,15 @@ def label_dependencies(
 
 def label_combinations(comparison: Comparison, rate: float, seed: int, folder: Path) -> Fitted:
     """Fit the label combinations; the most probable one, then marginals."""
-    config = replace(comparison.config, seed=seed, learning_rate=rate)
-    train_split, model_config = comparison.train, comparison.model_config
-    assert train_split.features is not None
-    sets, _ = common_combinations(train_split.targets, MOST_COMBINATIONS)
-    model = LabelCombinations(model_config, sets, train_split.features.shape[1])
-    _train_or_load(comparison, folder, model, lambda: train_combinations(
-        train_split, comparison.val, model_config, config
-    ))  # fmt: skip
+    training = _training(comparison, rate, seed)
+    sets, _ = common_combinations(training.train.targets, MOST_COMBINATIONS)
+    model = LabelCombinations(training.model_config, sets, training.feature_dim)
+    _train_or_load(comparison, folder, model, lambda: train_combinations(training))
     fitted = _by_marginals(comparison, model)
 
     def predict(split: Split) -> list[Scored]:
-        assert split.features is not None
         (cut,) = fitted.predict(split)
-        return [Scored(cut.scores, model.best_sets(split.features)), cut]
+        return [Scored(cut.scores, model.best_sets(split.vectors)), cut]
 
     return replace(fitted, predict=predict)
 
@@ -407,8 +389,7 @@ def _by_marginals(comparison: Comparison, model: DependencyNetwork | LabelCombin
     """Return a method that cuts its marginals, and has them given known labels too."""
 
     def scores_given(split: Split, evidence: Tensor | None) -> Tensor:
-        assert split.features is not None
-        return model.marginals(split.features, evidence)
+        return model.marginals(split.vectors, evidence)
 
     cut = cut_scores(comparison, lambda split: scores_given(split, None))
     return replace(cut, scores_given=scores_given)
@@ -433,15 +414,12 @@ def with_cooccurrence(comparison: Comparison, rate: float, seed: int, folder: Pa
 
 def learned_metric(comparison: Comparison, rate: float, seed: int, folder: Path) -> Fitted:
     """Fit the learned metric; its votes are scores."""
-    config = replace(comparison.config, seed=seed, learning_rate=rate)
-    model = NeighbourMetric(comparison.model_config, comparison.train)
-    _train_or_load(comparison, folder, model, lambda: train_metric(
-        comparison.train, comparison.val, comparison.model_config, config
-    ))  # fmt: skip
+    training = _training(comparison, rate, seed)
+    model = NeighbourMetric(training.model_config, training.train)
+    _train_or_load(comparison, folder, model, lambda: train_metric(training))
 
     def scores(split: Split) -> Tensor:
-        assert split.features is not None
-        return network_outputs(model, split.features)
+        return network_outputs(model, split.vectors)
 
     return cut_scores(comparison, scores)
 
@@ -475,12 +453,11 @@ def classical(
         score = fit_scorer(comparison.train, value)
 
         def scores(split: Split) -> Tensor:
-            assert split.features is not None
-            return score(split.features)
+            return score(split.vectors)
 
         def chain_log_probs(split: Split) -> Tensor:
-            assert split.features is not None and isinstance(score, FittedChain)
-            return score.set_log_probs(split.features, split.targets)
+            assert isinstance(score, FittedChain)
+            return score.set_log_probs(split.vectors, split.targets)
 
         is_chain = isinstance(score, FittedChain)
         cut = cut_scores(comparison, scores, set_log_probs=chain_log_probs if is_chain else None)
@@ -489,8 +466,7 @@ def classical(
         completion = score
 
         def completed(split: Split, evidence: Tensor) -> Tensor:
-            assert split.features is not None
-            return completion.given(split.features, evidence)
+            return completion.given(split.vectors, evidence)
 
         return replace(cut, scores_given=completed)
 

@@ -360,8 +360,7 @@ def _judge_others(
     images, evidence = reveal(test.targets, REVEALED)
     if not len(images):
         return {}, {}
-    assert test.features is not None
-    some = replace(test, targets=test.targets[images], features=test.features[images])
+    some = replace(test, targets=test.targets[images], features=test.vectors[images])
     unknown = _unknown(comparison)
     unknown = None if unknown is None else unknown[images]
     others = metrics_of_others(scores[images], some.targets, evidence, unknown=unknown)
