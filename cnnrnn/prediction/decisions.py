@@ -418,7 +418,7 @@ class Decided:
 
 @dataclass(frozen=True)
 class DecisionOptions:
-    """How label sets are decided; see `predict`."""
+    """How label sets are decided; a threshold goes before `decide`, see `predict`."""
 
     top_k: int | None
     decide: Decide
@@ -441,7 +441,8 @@ def decide(inference: Inference, calibration: Calibration, options: DecisionOpti
         calibration = replace(calibration, threshold=options.threshold)
     if options.min_labels is not None:
         calibration = replace(calibration, min_labels=options.min_labels)
-    sets = decided_sets(options.decide, inference, scores, calibration)
+    by = options.decide if options.threshold is None else "threshold"
+    sets = decided_sets(by, inference, scores, calibration)
     if options.top_k is not None:
         ranked = scores
         if inference.evidence is not None:

@@ -186,9 +186,7 @@ class Predictor(ABC):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if on_bad_image not in ("error", "skip"):
             raise ValueError(f"on_bad_image must be error or skip, got {on_bad_image!r}")
-        options = DecisionOptions(
-            top_k, decide if threshold is None else "threshold", threshold, min_labels
-        )
+        options = DecisionOptions(top_k, decide, threshold, min_labels)
         running = Running(beam_size, min_labels, forbidden_labels, device, precision, compiled)
         model = self.image_model(running)
         return predict_images(
@@ -216,9 +214,7 @@ class Predictor(ABC):
         device: str | None = None,
     ) -> list[Prediction]:
         """Predict label sets of feature vectors [B, F]; other arguments as in `predict`."""
-        options = DecisionOptions(
-            top_k, decide if threshold is None else "threshold", threshold, min_labels
-        )
+        options = DecisionOptions(top_k, decide, threshold, min_labels)
         use_one_thread_if_forked()
         batch = torch.as_tensor(features).to(torch.float32)
         running = Running(beam_size, min_labels, forbidden_labels, device)

@@ -266,11 +266,7 @@ SearchStats best_sets_cpu(CpuHead* head, const SetsWanted& wanted, const ImageEm
     });
     pending = std::move(further);
   }
-  stats.prefix_hits += stats.prefix_lookups;
-  stats.prefix_nodes = prefixes.size();
-  stats.prefix_parents = prefixes.parents();
-  stats.prefix_bytes = prefixes.bytes();
-  return stats;
+  return finished(stats, prefixes);
 }
 
 }  // namespace cnnrnn
