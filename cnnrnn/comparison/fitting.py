@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -98,8 +98,7 @@ class Method:
         rows: its rows of the table; a method that decides in two ways has two.
         setting: what is tuned; "" of an ensemble.
         values: the setting's values, most likely first; learning rates over the recipe's.
-        fit: fits it: the comparison, the setting's value, seed and folder for weights; None of an
-            ensemble.
+        fit: fits it; None of an ensemble.
         by_k: a number of labels per image is tried besides a threshold.
         seeded: a seed matters; else it runs once, under the first.
         base: the method that it is an ensemble of, or None.
@@ -109,7 +108,7 @@ class Method:
     rows: tuple[str, ...]
     setting: str = ""
     values: tuple[float, ...] = ()
-    fit: Callable[[Comparison, float, int, Path], Fitted] | None = None
+    fit: Fit | None = None
     by_k: bool = False
     seeded: bool = True
     base: str | None = None
@@ -163,6 +162,10 @@ class Comparison:
         return self.out / "weights" / f"{method}-seed-{seed}-{setting:g}"
 
 
+Fit: TypeAlias = Callable[[Comparison, float, int, Path], Fitted]
+"""Fits a method: the comparison, the setting's value, seed and folder for weights."""
+
+
 def _description(comparison: Comparison) -> dict[str, Any]:
     """Return what must be the same for results to belong together, as flat JSON values."""
     splits = (comparison.train, comparison.val, comparison.test)
@@ -188,9 +191,7 @@ def _description(comparison: Comparison) -> dict[str, Any]:
     return described
 
 
-def path_model(
-    *, plain: bool = False, recurrence: bool = True
-) -> Callable[[Comparison, float, int, Path], Fitted]:
+def path_model(*, plain: bool = False, recurrence: bool = True) -> Fit:
     """Return how a path model is fitted.
 
     Args:
@@ -298,9 +299,7 @@ def _training(comparison: Comparison, rate: float, seed: int) -> Training:
     return Training(comparison.train, comparison.val, comparison.model_config, config)
 
 
-def independent(
-    loss: Loss, *, linear: bool = False, joint: bool = False
-) -> Callable[[Comparison, float, int, Path], Fitted]:
+def independent(loss: Loss, *, linear: bool = False, joint: bool = False) -> Fit:
     """Return how a network with one score per label is fitted.
 
     Args:
@@ -357,7 +356,7 @@ def probabilistic_chain(comparison: Comparison, rate: float, seed: int, folder: 
 
 def label_dependencies(
     kind: Literal["network", "crf"],
-) -> Callable[[Comparison, float, int, Path], Fitted]:
+) -> Fit:
     """Return how a dependency network or a pairwise CRF is fitted."""
 
     def fit(comparison: Comparison, rate: float, seed: int, folder: Path) -> Fitted:
