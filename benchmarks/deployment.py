@@ -125,7 +125,7 @@ def contestants(model: CNNRNN, folder: Path, threads: int) -> dict[str, Callable
         dynamic_shapes=({0: torch.export.Dim("batch")},), opset_version=20,
     )  # fmt: skip
     predictor = OnnxPredictor(whole, threads=threads)
-    embedding = OnnxPredictor(whole, search="compiled", threads=threads)
+    embedding = OnnxPredictor(whole, search="native", threads=threads)
     session = onnx_session(alone, threads)
     name = session.get_inputs()[0].name
 

@@ -35,6 +35,7 @@ namespace {
 
 using at::Tensor;
 using cnnrnn::CpuHead;
+using cnnrnn::HeadSource;
 using cnnrnn::Parameters;
 using std::optional;
 
@@ -407,18 +408,32 @@ class TorchCudaHead : public std::enable_shared_from_this<TorchCudaHead> {
 #endif  // CNNRNN_WITH_CUDA
 
 // Not destroyed: a thread may be searching while the process ends.
-auto* cpu_registry = new cnnrnn::HeadRegistry<CpuHead>;
+auto* cpu_heads = new cnnrnn::HeadRegistry<CpuHead>;
 #if defined(CNNRNN_WITH_CUDA)
-auto* cuda_registry = new cnnrnn::HeadRegistry<TorchCudaHead>;
+auto* cuda_heads = new cnnrnn::HeadRegistry<TorchCudaHead>;
 #endif
 
 void after_fork_in_child() {
   forked = true;
-  cpu_registry = new cnnrnn::HeadRegistry<CpuHead>;  // a thread may have held the old one's lock
+  // A thread may have held the old one's lock; freeing what lies on a GPU would need CUDA, which a
+  // forked child cannot use.
+  cpu_heads = new cnnrnn::HeadRegistry<CpuHead>;
 #if defined(CNNRNN_WITH_CUDA)
-  cuda_registry = new cnnrnn::HeadRegistry<TorchCudaHead>;
+  cuda_heads = new cnnrnn::HeadRegistry<TorchCudaHead>;
 #endif
 }
+
+std::shared_ptr<CpuHead> pack_for_cpu(const HeadSource& source) {
+  return make_cpu_head(source.parameters, source.cell, source.activation, source.prefix_bytes,
+                       "auto");
+}
+
+#if defined(CNNRNN_WITH_CUDA)
+std::shared_ptr<TorchCudaHead> pack_for_cuda(const HeadSource& source) {
+  return std::make_shared<TorchCudaHead>(source.parameters, source.cell, source.activation,
+                                         source.prefix_bytes);
+}
+#endif
 
 // labels, lengths, log_probs, marginals, log_evidence
 using OpResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -440,24 +455,23 @@ OpResult beam_search_op(const Tensor& joint, const optional<Tensor>& label_logit
                         bool end_takes_slot, c10::string_view stop, bool marginals,
                         int64_t cache_generation, int64_t prefix_bytes, c10::string_view precision,
                         const optional<Tensor>& evidence, int64_t marginal_places) {
-  const Parameters parameters{label_embedding, input_embedding, score_bias,  input_weight,
-                              hidden_weight,   input_bias,      hidden_bias, output_projection};
+  const HeadSource source{{label_embedding, input_embedding, score_bias, input_weight,
+                           hidden_weight, input_bias, hidden_bias, output_projection},
+                          cell,
+                          activation,
+                          cache_generation,
+                          prefix_bytes,
+                          label_embedding.device(),
+                          cnnrnn::kOpCallers};
   const Request request{joint,     label_logits,       beam_size, max_labels,     min_labels,
                         order,     end_takes_slot,     stop,      marginals,      /*trace=*/false,
                         precision, cnnrnn::kAllRounds, evidence,  marginal_places};
 #if defined(CNNRNN_WITH_CUDA)
   if (label_embedding.is_cuda()) {
-    const auto head = cuda_registry->find_or_make(
-        parameters, cell, activation, cache_generation, prefix_bytes, [&] {
-          return std::make_shared<TorchCudaHead>(parameters, cell, activation, prefix_bytes);
-        });
-    return op_result(head->search(request));
+    return op_result(cuda_heads->find_or_make(source, pack_for_cuda)->search(request));
   }
 #endif
-  const auto head = cpu_registry->find_or_make(
-      parameters, cell, activation, cache_generation, prefix_bytes,
-      [&] { return make_cpu_head(parameters, cell, activation, prefix_bytes, "auto"); });
-  return op_result(search(head.get(), request));
+  return op_result(search(cpu_heads->find_or_make(source, pack_for_cpu).get(), request));
 }
 
 // Shapes alone, for fake tensors: torch.compile, torch.export.
@@ -536,6 +550,42 @@ void define_search(Class* head_class, const Search& search) {
 
 constexpr int64_t kPrefixBytes = int64_t{512} << 20;
 
+// The source with its parameters as the kernels take them, wherever and in whichever type they are.
+HeadSource converted(const HeadSource& source) {
+  const auto convert = [&](const Tensor& tensor) {
+    return tensor.detach().to(source.device, at::kFloat);
+  };
+  const auto convert_given = [&](const optional<Tensor>& tensor) {
+    return tensor ? optional<Tensor>(convert(*tensor)) : std::nullopt;
+  };
+  const Parameters& p = source.parameters;
+  HeadSource out = source;
+  out.parameters = {convert(p.label_embedding),   convert_given(p.input_embedding),
+                    convert_given(p.score_bias),  convert(p.input_weight),
+                    convert(p.hidden_weight),     convert_given(p.input_bias),
+                    convert_given(p.hidden_bias), convert(p.output_projection)};
+  return out;
+}
+
+template <typename Packed, typename Pack>
+py::object found_or_packed(cnnrnn::HeadRegistry<Packed>* heads, const HeadSource& source,
+                           const Pack& pack) {
+  std::shared_ptr<Packed> packed = heads->find(source);
+  if (packed == nullptr) {
+    const py::gil_scoped_release release;
+    packed = heads->find_or_make(source,
+                                 [&](const HeadSource& given) { return pack(converted(given)); });
+  }
+  return py::cast(std::move(packed));
+}
+
+py::object packed_head(const HeadSource& source) {
+#if defined(CNNRNN_WITH_CUDA)
+  if (source.device.is_cuda()) return found_or_packed(cuda_heads, source, pack_for_cuda);
+#endif
+  return found_or_packed(cpu_heads, source, pack_for_cpu);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -613,6 +663,35 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("WITH_CUDA") = false;
 #endif
+  m.def(
+      "packed_head",
+      [](int64_t owner, const at::Device& device, std::string_view cell,
+         std::string_view activation, int64_t cache_generation, int64_t prefix_bytes,
+         const Tensor& label_embedding, const optional<Tensor>& input_embedding,
+         const optional<Tensor>& score_bias, const Tensor& input_weight,
+         const Tensor& hidden_weight, const optional<Tensor>& input_bias,
+         const optional<Tensor>& hidden_bias, const Tensor& output_projection) {
+        return packed_head({{label_embedding, input_embedding, score_bias, input_weight,
+                             hidden_weight, input_bias, hidden_bias, output_projection},
+                            cell,
+                            activation,
+                            cache_generation,
+                            prefix_bytes,
+                            device,
+                            owner});
+      },
+      "Return an owner's head as a device's kernels read it, packed again where anything differs "
+      "from what was packed last.");
+  m.def(
+      "forget_head",
+      [](int64_t owner) {
+        size_t dropped = cpu_heads->forget(owner);
+#if defined(CNNRNN_WITH_CUDA)
+        dropped += cuda_heads->forget(owner);
+#endif
+        return dropped;
+      },
+      "Drop what was packed of an owner's head; returns of how many devices something was.");
   m.def(
       "instruction_sets",
       [] {

@@ -1,9 +1,11 @@
-// Finds the packed head of an op's tensors.
+// Keeps packed heads, found by the weights they were made of.
 #pragma once
 
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <array>
+#include <iterator>
 #include <list>
 #include <memory>
 #include <mutex>
@@ -16,107 +18,173 @@ namespace cnnrnn {
 
 // A head's parameters, shapes as in kernels/search.h.
 struct Parameters {
-  const at::Tensor& label_embedding;                 // [L+2, D]
-  const std::optional<at::Tensor>& input_embedding;  // [L+2, D] none: label_embedding
-  const std::optional<at::Tensor>& score_bias;       // [L+1]
-  const at::Tensor& input_weight;                    // [4H, D]
-  const at::Tensor& hidden_weight;                   // [4H, H]
-  const std::optional<at::Tensor>& input_bias;       // [4H]
-  const std::optional<at::Tensor>& hidden_bias;      // [4H]
-  const at::Tensor& output_projection;               // [D, H]
+  at::Tensor label_embedding;                 // [L+2, D]
+  std::optional<at::Tensor> input_embedding;  // [L+2, D] none: label_embedding
+  std::optional<at::Tensor> score_bias;       // [L+1]
+  at::Tensor input_weight;                    // [4H, D]
+  at::Tensor hidden_weight;                   // [4H, H]
+  std::optional<at::Tensor> input_bias;       // [4H]
+  std::optional<at::Tensor> hidden_bias;      // [4H]
+  at::Tensor output_projection;               // [D, H]
 };
 
-// The heads of the op's callers. An op takes tensors and keeps nothing, so its packed weights and
-// prefix states are found by what the tensors are: their storages, which are held weakly so that
-// another tensor cannot take their place unseen, and torch's counts of in-place edits.
-// `Head` is CpuHead or its like.
-template <typename Head>
+// Whose packed heads are kept: a Python Head's, known by its id, or those of the op's callers.
+constexpr int64_t kOpCallers = 0;
+
+// What a packed head is made of, and for whom.
+struct HeadSource {
+  Parameters parameters;
+  std::string_view cell, activation;
+  int64_t cache_generation, prefix_bytes;
+  at::Device device;  // that searches; the parameters may lie on another
+  int64_t owner;
+};
+
+// Weights are known by their storages, which are held weakly so that other weights cannot take
+// their place unseen, and by torch's counts of in-place edits. A Head keeps what was packed of it
+// last for each device, until `forget`; the op takes tensors and has nobody who would forget, so
+// that the heads its callers used last stay. `Packed` is CpuHead or its like.
+template <typename Packed>
 class HeadRegistry {
  public:
-  // `make` returns a std::shared_ptr<Head> of the parameters.
-  template <typename Make>
-  std::shared_ptr<Head> find_or_make(const Parameters& parameters, std::string_view cell,
-                                     std::string_view activation, int64_t cache_generation,
-                                     int64_t prefix_bytes, const Make& make) {
-    const std::optional<Key> key =
-        key_of(parameters, cell, activation, cache_generation, prefix_bytes);
+  // Returns null where nothing was packed of these weights as they are. Waits for no packing.
+  std::shared_ptr<Packed> find(const HeadSource& source) {
     const std::lock_guard lock(mutex_);
-    if (key) {
-      for (auto at = heads_.begin(); at != heads_.end(); ++at) {
-        if (!same(at->key, *key)) continue;
-        heads_.splice(heads_.begin(), heads_, at);
-        return at->head;
-      }
+    for (auto at = heads_.begin(); at != heads_.end(); ++at) {
+      if (!is_of(*at, source)) continue;
+      heads_.splice(heads_.begin(), heads_, at);
+      return at->packed;
     }
-    heads_.remove_if([](const Entry& entry) { return is_gone(entry.key); });
-    std::shared_ptr<Head> head = make();
-    if (key) {
-      heads_.push_front({*key, head});
-      if (heads_.size() > kMostHeads) heads_.pop_back();
+    return nullptr;
+  }
+
+  // `make(source)` returns a std::shared_ptr<Packed>.
+  template <typename Make>
+  std::shared_ptr<Packed> find_or_make(const HeadSource& source, const Make& make) {
+    if (auto packed = find(source)) return packed;
+    const std::lock_guard packing(packing_);  // others want the same head, or memory for theirs
+    if (auto packed = find(source)) return packed;
+    drop_if([&](const Kept& kept) {  // before another takes as much memory
+      return is_gone(kept) || (source.owner != kOpCallers && kept.owner == source.owner &&
+                               kept.device == source.device);
+    });
+    // The key first: another thread may edit a weight while the head is packed.
+    std::optional<Kept> kept = kept_of(source);
+    std::shared_ptr<Packed> packed = make(source);
+    if (kept) {
+      kept->packed = packed;
+      keep(std::move(*kept));
     }
-    return head;
+    return packed;
+  }
+
+  // Returns how many heads are dropped.
+  size_t forget(int64_t owner) {
+    return drop_if([owner](const Kept& kept) { return kept.owner == owner; });
   }
 
  private:
-  static constexpr size_t kMostHeads = 4;
+  static constexpr ptrdiff_t kMostOfOpCallers = 4;
+  static constexpr size_t kTensors = 8;
 
   struct TensorKey {
     c10::weak_intrusive_ptr<c10::StorageImpl> storage;
     const void* data;
-    uint32_t version;
+    int64_t version;
     std::vector<int64_t> sizes, strides;
   };
-  struct Key {
-    std::vector<std::optional<TensorKey>> tensors;
+  struct Kept {
+    std::array<std::optional<TensorKey>, kTensors> weights;
     std::string cell, activation;
     int64_t cache_generation, prefix_bytes;
-  };
-  struct Entry {
-    Key key;
-    std::shared_ptr<Head> head;
+    at::Device device;
+    int64_t owner;
+    std::shared_ptr<Packed> packed;
   };
 
-  static std::optional<Key> key_of(const Parameters& p, std::string_view cell,
-                                   std::string_view activation, int64_t cache_generation,
-                                   int64_t prefix_bytes) {
-    Key key{{}, std::string(cell), std::string(activation), cache_generation, prefix_bytes};
-    for (const std::optional<at::Tensor>& tensor :
-         {std::optional<at::Tensor>(p.label_embedding), p.input_embedding, p.score_bias,
-          std::optional<at::Tensor>(p.input_weight), std::optional<at::Tensor>(p.hidden_weight),
-          p.input_bias, p.hidden_bias, std::optional<at::Tensor>(p.output_projection)}) {
-      if (!tensor) {
-        key.tensors.emplace_back();
-        continue;
-      }
-      if (tensor->is_inference()) return std::nullopt;  // its edits are not counted
-      key.tensors.push_back(TensorKey{tensor->storage().getWeakStorageImpl(), tensor->data_ptr(),
-                                      static_cast<uint32_t>(tensor->_version()),
-                                      tensor->sizes().vec(), tensor->strides().vec()});
+  static std::array<const at::Tensor*, kTensors> tensors_of(const Parameters& p) {
+    const auto given = [](const std::optional<at::Tensor>& tensor) {
+      return tensor ? &*tensor : nullptr;
+    };
+    return {&p.label_embedding,   given(p.input_embedding), given(p.score_bias),
+            &p.input_weight,      &p.hidden_weight,         given(p.input_bias),
+            given(p.hidden_bias), &p.output_projection};
+  }
+
+  // None where edits of a tensor are not counted.
+  static std::optional<Kept> kept_of(const HeadSource& source) {
+    Kept kept{{},
+              std::string(source.cell),
+              std::string(source.activation),
+              source.cache_generation,
+              source.prefix_bytes,
+              source.device,
+              source.owner,
+              nullptr};
+    const auto tensors = tensors_of(source.parameters);
+    for (size_t i = 0; i < kTensors; ++i) {
+      if (tensors[i] == nullptr) continue;
+      const at::Tensor& tensor = *tensors[i];
+      if (tensor.is_inference()) return std::nullopt;
+      kept.weights[i] = TensorKey{tensor.storage().getWeakStorageImpl(), tensor.data_ptr(),
+                                  tensor._version(), tensor.sizes().vec(), tensor.strides().vec()};
     }
-    return key;
+    return kept;
+  }
+
+  static bool is_of(const Kept& kept, const HeadSource& source) {
+    if (kept.owner != source.owner || kept.device != source.device ||
+        kept.cache_generation != source.cache_generation ||
+        kept.prefix_bytes != source.prefix_bytes || kept.cell != source.cell ||
+        kept.activation != source.activation) {
+      return false;
+    }
+    const auto tensors = tensors_of(source.parameters);
+    for (size_t i = 0; i < kTensors; ++i) {
+      const std::optional<TensorKey>& key = kept.weights[i];
+      if (key.has_value() != (tensors[i] != nullptr)) return false;
+      if (key && !is_of(*key, *tensors[i])) return false;
+    }
+    return true;
+  }
+
+  static bool is_of(const TensorKey& key, const at::Tensor& tensor) {
+    return !tensor.is_inference() &&
+           key.storage._unsafe_get_target() == tensor.storage().unsafeGetStorageImpl() &&
+           key.data == tensor.data_ptr() && key.version == tensor._version() &&
+           key.sizes == tensor.sizes() && key.strides == tensor.strides();
   }
 
   // Whether a tensor that it was made of is no more.
-  static bool is_gone(const Key& key) {
-    return std::any_of(key.tensors.begin(), key.tensors.end(),
-                       [](const auto& tensor) { return tensor && tensor->storage.expired(); });
+  static bool is_gone(const Kept& kept) {
+    return std::any_of(kept.weights.begin(), kept.weights.end(),
+                       [](const auto& key) { return key && key->storage.expired(); });
   }
 
-  static bool same(const Key& a, const Key& b) {
-    for (size_t i = 0; i < a.tensors.size(); ++i) {
-      const auto &s = a.tensors[i], &t = b.tensors[i];
-      if (s.has_value() != t.has_value()) return false;
-      if (s && !(s->storage == t->storage && s->data == t->data && s->version == t->version &&
-                 s->sizes == t->sizes && s->strides == t->strides)) {
-        return false;
-      }
+  template <typename Condition>
+  size_t drop_if(const Condition& condition) {
+    std::list<Kept> dropped;  // freed after the lock
+    const std::lock_guard lock(mutex_);
+    for (auto at = heads_.begin(); at != heads_.end();) {
+      const auto next = std::next(at);
+      if (condition(*at)) dropped.splice(dropped.end(), heads_, at);
+      at = next;
     }
-    return a.cell == b.cell && a.activation == b.activation &&
-           a.cache_generation == b.cache_generation && a.prefix_bytes == b.prefix_bytes;
+    return dropped.size();
   }
 
-  std::mutex mutex_;
-  std::list<Entry> heads_;  // the one used last comes first
+  void keep(Kept&& kept) {
+    std::list<Kept> dropped;  // freed after the lock
+    const std::lock_guard lock(mutex_);
+    heads_.push_front(std::move(kept));
+    const auto is_of_op = [](const Kept& kept) { return kept.owner == kOpCallers; };
+    if (std::count_if(heads_.begin(), heads_.end(), is_of_op) <= kMostOfOpCallers) return;
+    const auto oldest = std::find_if(heads_.rbegin(), heads_.rend(), is_of_op);
+    dropped.splice(dropped.end(), heads_, std::prev(oldest.base()));
+  }
+
+  std::mutex packing_, mutex_;  // in this order; mutex_, of heads_, is held for a moment
+  std::list<Kept> heads_;       // the one used last comes first
 };
 
 }  // namespace cnnrnn

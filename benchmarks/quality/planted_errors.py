@@ -27,7 +27,12 @@ import torch
 from torch import Tensor
 
 from cnnrnn import ModelConfig, SearchConfig, TrainConfig, load_dataset
-from cnnrnn.comparison.baselines import network_outputs, product_log_probs, train_independent
+from cnnrnn.comparison.baselines import (
+    Training,
+    network_outputs,
+    product_log_probs,
+    train_independent,
+)
 from cnnrnn.comparison.chains import ProbabilisticChain, train_chain
 from cnnrnn.comparison.dependencies import train_dependencies
 from cnnrnn.data import Dataset
@@ -136,17 +141,16 @@ def cross_fitted(
             for part in (data.split("train"), data.split("val"))
             if part.features is not None
         ]
+        training = Training(parts[0], parts[1], ModelConfig(), config)
         began = time.process_time()
-        network = train_independent(parts[0], parts[1], "bce", ModelConfig(), config).eval()
+        network = train_independent(training, "bce").eval()
         seconds["training independent"] += time.process_time() - began
         odds["independent"][held] = network_outputs(network, features).double()
 
         targets = scored.label_matrix()
-        chain = train_chain(parts[0], parts[1], ModelConfig(), config).eval()
+        chain = train_chain(training).eval()
         odds["linear chain"][held] = chain_odds(chain, features, targets)
-        others_given = train_dependencies(
-            parts[0], parts[1], "network", ModelConfig(), config
-        ).eval()
+        others_given = train_dependencies(training, "network").eval()
         with torch.no_grad():
             odds["dependency network"][held] = others_given(features, targets).double()
     keep["CPU seconds"] = {name: round(value, 1) for name, value in seconds.items()}

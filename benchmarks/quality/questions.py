@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from cnnrnn import ModelConfig, SearchConfig, TrainConfig, load_dataset
-from cnnrnn.comparison.baselines import choose_cut, network_outputs, train_independent
+from cnnrnn.comparison.baselines import Training, choose_cut, network_outputs, train_independent
 from cnnrnn.data import Dataset
 from cnnrnn.data.splits import with_fixed_splits
 from cnnrnn.inspection.questions import Choose, ask, most_telling
@@ -69,7 +69,7 @@ def measure(dataset: Dataset, questions: int, seed: int) -> dict[str, list[float
         targets = model.label_space.from_source(part.label_matrix(), part.label_names)
         assert part.features is not None
         parts.append(Split(part, targets, torch.from_numpy(part.features)))
-    network = train_independent(parts[0], parts[1], "bce", ModelConfig(), config).eval()
+    network = train_independent(Training(parts[0], parts[1], ModelConfig(), config), "bce").eval()
     features, targets = parts[2].features[:IMAGES], parts[2].targets[:IMAGES]
     scores = network_outputs(network, features).sigmoid()
     on_val = network_outputs(network, parts[1].features).sigmoid()

@@ -39,7 +39,7 @@ CELL_FUNCTION_INSTRUCTIONS = 30  # a sigmoid or tanh: e^x 25, a division and its
 SOFTMAX_INSTRUCTIONS = {True: 30, False: 27}  # with label logits, without
 
 
-class Work(NamedTuple):
+class WorkPerImage(NamedTuple):
     """What the search of one image needs, on average."""
 
     rows: float  # live paths scored
@@ -61,7 +61,9 @@ def peak() -> float:
         return float(subprocess.run([program], check=True, capture_output=True).stdout)
 
 
-def work(head: Head, embedding: ImageEmbedding, config: SearchConfig, max_labels: int) -> Work:
+def work(
+    head: Head, embedding: ImageEmbedding, config: SearchConfig, max_labels: int
+) -> WorkPerImage:
     """Count the work of an image, from the decisions of a search of a batch."""
     B, D, L, T = len(embedding), head.joint_dim, head.num_labels, max_labels
     N = config.beam_size
@@ -82,7 +84,7 @@ def work(head: Head, embedding: ImageEmbedding, config: SearchConfig, max_labels
     has_logits = embedding.label_logits is not None
     instructions = vectors * (D + SOFTMAX_INSTRUCTIONS[has_logits]) + rows * 2 * D / lanes
     moved = rows * 4 * D + B * (4 * D + has_logits * 4 * (L + 1) + N * (8 * T + 8 + 4))
-    return Work(rows / B, vectors / B, instructions / B, moved / B)
+    return WorkPerImage(rows / B, vectors / B, instructions / B, moved / B)
 
 
 def state_instructions(head: Head, states: float, parents: float) -> float:

@@ -24,7 +24,7 @@ from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.network.recurrence import LSTMRecurrence
 
 
-class Paths(NamedTuple):
+class FoundPaths(NamedTuple):
     """The N best label paths of each image, best first."""
 
     labels: Tensor  # [B, N, T], padded with -1
@@ -114,7 +114,7 @@ class _TorchSearch:
         raise NotImplementedError
 
     @torch.no_grad()
-    def search(self, embedding: ImageEmbedding) -> Paths:
+    def search(self, embedding: ImageEmbedding) -> FoundPaths:
         """Find the N best label paths of each image."""
         N, T, L, B = self.beam_size, self.max_labels, self.head.num_labels, len(embedding)
         joint, logits = embedding.joint, embedding.label_logits
@@ -168,7 +168,7 @@ class _TorchSearch:
             scores, last = live_scores[at, rank], labels[at, rank]
             if step + 1 < T:
                 projected = self.advance(row_of[at, rank], last)
-        return Paths(done_paths, done_scores)
+        return FoundPaths(done_paths, done_scores)
 
 
 def _rows(values: Tensor, index: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.search import floor
 from benchmarks.search.heads import trained_head
-from benchmarks.search.opponents import Paths, PathStates, PrefixStates
+from benchmarks.search.opponents import FoundPaths, PathStates, PrefixStates
 from cnnrnn.config import SearchConfig
 from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.search import SearchStats, beam_search
@@ -80,17 +80,17 @@ def case(request: pytest.FixtureRequest) -> Callable[[int, bool], Case]:
 class Searcher:
     """An implementation under test."""
 
-    search: Callable[[ImageEmbedding], Paths]
+    search: Callable[[ImageEmbedding], FoundPaths]
     clear: Callable[[], None]
     shares_states: bool
 
 
 def searcher(implementation: str, head: Head) -> Searcher:
-    def public(embedding: ImageEmbedding) -> Paths:
+    def public(embedding: ImageEmbedding) -> FoundPaths:
         result = beam_search(
             head, embedding, CONFIG, "native" if implementation == "native" else "reference"
         )
-        return Paths(result.labels, result.log_probs)
+        return FoundPaths(result.labels, result.log_probs)
 
     if implementation in ("native", "reference"):
         return Searcher(public, head.clear_cache, implementation == "native")
@@ -127,7 +127,7 @@ def record_floor(
     `states` were made per image, and for `parents` per image the first child was among them.
     """
     works = [floor.work(head, embedding, CONFIG, T) for embedding in batches]
-    work = floor.Work(*(statistics.mean(values) for values in zip(*works, strict=True)))
+    work = floor.WorkPerImage(*(statistics.mean(values) for values in zip(*works, strict=True)))
     instructions = work.instructions + floor.state_instructions(head, states, parents)
     at_floor = floor.peak() / instructions
     benchmark.extra_info.update(

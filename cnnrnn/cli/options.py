@@ -181,8 +181,9 @@ def _predict_parser() -> ArgumentParser:
         "--compiled", action="store_true", help="run the backbone through torch.compile"
     )
     parser.add_argument(
-        "--search", type=Literal["onnx", "compiled"], default="onnx",
-        help="for FILE.onnx: search in ONNX Runtime, or with this package's CPU search",
+        "--search", type=Literal["onnx", "native", "compiled"], default="onnx",
+        help="for FILE.onnx: search in ONNX Runtime, or with this package's CPU search (native; "
+        "compiled is its former name)",
     )  # fmt: skip
     _add_run_options(parser, batch_size=64)
     return parser

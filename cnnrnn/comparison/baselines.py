@@ -209,60 +209,71 @@ class JointEmbedding(nn.Module):
         return scores
 
 
-def train_independent(
-    train_split: Split,
-    val_split: Split,
-    loss: Loss,
-    model_config: ModelConfig,
-    config: TrainConfig,
-    *,
-    network: type[IndependentClassifier] | type[JointEmbedding] = IndependentClassifier,
-    log: Log | None = None,
-    say: Callable[[str], None] = lambda line: None,
-) -> IndependentClassifier | JointEmbedding:
-    """Train a baseline in two stages, each with early stopping on O-F1 plus mAP.
+@dataclass(frozen=True)
+class Training:
+    """What a network is trained on, and how.
 
-    Args:
-        train_split: training features.
-        val_split: validation features; O-F1 is at the best cut of the loss, see `choose_cut`.
-        loss: a key of `OBJECTIVES`.
+    Attributes:
+        train: training features.
+        val: validation features, which choose the best epoch.
         model_config: trunk, dropout and joint width.
         config: the recipe; epochs of the second stage are those of the path model's.
-        network: what is trained.
-        log: gets one record per epoch.
         say: gets one line per epoch.
+    """
+
+    train: Split
+    val: Split
+    model_config: ModelConfig
+    config: TrainConfig
+    say: Callable[[str], None] = lambda line: None
+
+    @property
+    def num_labels(self) -> int:
+        """L."""
+        return self.train.targets.shape[1]
+
+    @property
+    def feature_dim(self) -> int:
+        """F."""
+        return self.train.vectors.shape[1]
+
+
+def train_independent(
+    training: Training,
+    loss: Loss,
+    network: type[IndependentClassifier] | type[JointEmbedding] = IndependentClassifier,
+) -> IndependentClassifier | JointEmbedding:
+    """Train a baseline on a key of `OBJECTIVES`, with early stopping on O-F1 plus mAP.
+
+    O-F1 is at the best cut of the loss, see `choose_cut`.
 
     Raises:
         NonFiniteLossError: the loss stopped being finite.
         DivergedError: the scores did.
     """
-    assert train_split.features is not None and val_split.features is not None
-    torch.manual_seed(config.seed)
-    device = resolve_device(config.device)
-    model = network(model_config, train_split.targets.shape[1], train_split.features.shape[1]).to(
-        device
-    )
-    model.trunk.fit_scale(train_split.features, config.feature_rms)
+    targets, val = training.train.targets, training.val
+    torch.manual_seed(training.config.seed)
+    model = network(training.model_config, training.num_labels, training.feature_dim)
     objective = OBJECTIVES[loss]
     if objective.starts_at_frequencies and isinstance(model, IndependentClassifier):
-        start_at_frequencies(model.classifier, train_split.targets)
-    loss_of = objective.loss(train_split.targets.to(device))
+        start_at_frequencies(model.classifier, targets)
+    loss_of = objective.loss(targets.to(resolve_device(training.config.device)))
 
     def validate() -> Validation:
-        scores = predicted_scores(model, val_split, loss)
+        scores = predicted_scores(model, val, loss)
         if not scores.isfinite().all():
             raise DivergedError(
                 f"the scores of the validation images are no longer finite under loss {loss}; "
                 "lower learning_rate"
             )
-        of1 = choose_cut(scores, val_split.targets, objective.by_k).value
-        mean_ap = mean_average_precision(scores, val_split.targets)
+        of1 = choose_cut(scores, val.targets, objective.by_k).value
+        mean_ap = mean_average_precision(scores, val.targets)
         return Validation(of1 + mean_ap, {"O-F1": of1, "mAP": mean_ap})
 
     def batch_loss(batch: Batch) -> Tensor:
         return loss_of(model(batch.inputs), batch.targets)
 
-    train_in_two_stages(loss, model, batch_loss, validate, train_split, config, log=log, say=say)
+    train_in_two_stages(loss, model, batch_loss, validate, training)
     return model
 
 
@@ -271,29 +282,26 @@ def train_in_two_stages(
     model: nn.Module,
     loss: Callable[[Batch], Tensor],
     validate: Callable[[], Validation],
-    train_split: Split,
-    config: TrainConfig,
-    *,
-    log: Log | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    training: Training,
 ) -> None:
     """Train a module with the epochs of the path model, and restore its best epoch.
 
     Args:
         name: for messages and the log.
-        model: trained in place.
+        model: trained in place, where the recipe says; has a `trunk`.
         loss: [B] losses of a batch.
         validate: measures the module, in eval mode.
-        train_split: training features.
-        config: the recipe; its seed draws the order of the images.
-        log: gets one record per epoch.
-        say: gets one line per epoch.
+        training: its seed draws the order of the images.
 
     Raises:
         NonFiniteLossError: the loss stopped being finite.
     """
+    config = training.config
+    assert isinstance(model.trunk, Trunk)
+    model.trunk.fit_scale(training.train.vectors, config.feature_rms)
+    device = resolve_device(config.device)
+    model.to(device)
     generator = torch.Generator().manual_seed(config.seed)
-    device = next(model.parameters()).device
     best = None
     stages = (
         ("first", config.warm_epochs + config.epochs, 1.0),
@@ -304,8 +312,8 @@ def train_in_two_stages(
             group = {"params": list(model.parameters()), "lr": config.learning_rate * scale}
             stage = Stage(f"{name} {stage_name}", epochs, model, [group], loss, validate)
             best = run_stage(
-                stage, train_split, config,
-                device=device, generator=generator, log=log or Log(None), say=say, best=best,
+                stage, training.train, config,
+                device=device, generator=generator, log=Log(None), say=training.say, best=best,
             )  # fmt: skip
 
 
@@ -318,8 +326,7 @@ def network_outputs(model: nn.Module, features: Tensor) -> Tensor:
 
 def predicted_scores(model: nn.Module, split: Split, loss: Loss) -> Tensor:
     """Return scores [n, L] on the CPU, read as the loss means them."""
-    assert split.features is not None
-    return OBJECTIVES[loss].read(network_outputs(model, split.features))
+    return OBJECTIVES[loss].read(network_outputs(model, split.vectors))
 
 
 def product_log_probs(logits: Tensor, targets: Tensor) -> Tensor:

@@ -5,19 +5,20 @@ Letters: n images, B of one slice, F features, L labels, S sets that are followe
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cnnrnn.comparison.baselines import DivergedError, product_log_probs, train_in_two_stages
-from cnnrnn.config import ModelConfig, TrainConfig
-from cnnrnn.machine.devices import resolve_device
+from cnnrnn.comparison.baselines import (
+    DivergedError,
+    Training,
+    product_log_probs,
+    train_in_two_stages,
+)
+from cnnrnn.config import ModelConfig
 from cnnrnn.network.head import Trunk
 from cnnrnn.network.losses import binary_cross_entropy
-from cnnrnn.training.batches import Batch, Split
-from cnnrnn.training.log import Log
+from cnnrnn.training.batches import Batch
 from cnnrnn.training.loop import Validation
 from cnnrnn.training.recipe import start_at_frequencies
 
@@ -212,51 +213,24 @@ class ProbabilisticChain(LabelsGiven):
         return [self.classifier(self.trunk(x.to(device))) for x in features.split(step)]
 
 
-def train_chain(
-    train_split: Split,
-    val_split: Split,
-    model_config: ModelConfig,
-    config: TrainConfig,
-    *,
-    log: Log | None = None,
-    say: Callable[[str], None] = lambda line: None,
-) -> ProbabilisticChain:
+def train_chain(training: Training) -> ProbabilisticChain:
     """Train a probabilistic chain, most frequent label first, by teacher forcing.
 
     The loss is binary cross-entropy summed over labels, each given the true ones before it, which
     is -log P(the true set). The best epoch is the one with the least on validation data.
 
-    Args:
-        train_split: training features.
-        val_split: validation features.
-        model_config: trunk and dropout.
-        config: the recipe; epochs of the second stage are those of the path model's.
-        log: gets one record per epoch.
-        say: gets one line per epoch.
-
     Raises:
         NonFiniteLossError: the loss stopped being finite.
         DivergedError: the loss on validation data did.
     """
-    assert train_split.features is not None
-    torch.manual_seed(config.seed)
-    order = train_split.targets.sum(0).argsort(descending=True, stable=True)
-    model = ProbabilisticChain(model_config, order, train_split.features.shape[1])
-    train_given_labels("chain", model, train_split, val_split, config, "NLL", log=log, say=say)
+    torch.manual_seed(training.config.seed)
+    order = training.train.targets.sum(0).argsort(descending=True, stable=True)
+    model = ProbabilisticChain(training.model_config, order, training.feature_dim)
+    train_given_labels("chain", model, training, "NLL")
     return model
 
 
-def train_given_labels(
-    name: str,
-    model: LabelsGiven,
-    train_split: Split,
-    val_split: Split,
-    config: TrainConfig,
-    measure: str,
-    *,
-    log: Log | None = None,
-    say: Callable[[str], None] = lambda line: None,
-) -> None:
+def train_given_labels(name: str, model: LabelsGiven, training: Training, measure: str) -> None:
     """Train a model that scores each label given true ones; it starts at the labels' log-odds.
 
     The loss is binary cross-entropy, summed over labels. The best epoch is the one with the least
@@ -265,25 +239,18 @@ def train_given_labels(
     Args:
         name: for messages and the log.
         model: trained in place.
-        train_split: training features.
-        val_split: validation features.
-        config: the recipe.
+        training: what on, and how.
         measure: what the loss is called in the log.
-        log: gets one record per epoch.
-        say: gets one line per epoch.
 
     Raises:
         NonFiniteLossError: the loss stopped being finite.
         DivergedError: the loss on validation data did.
     """
-    assert train_split.features is not None and val_split.features is not None
-    features, targets = val_split.features, val_split.targets
-    model.trunk.fit_scale(train_split.features, config.feature_rms)
-    start_at_frequencies(model.classifier, train_split.targets)
-    model.to(resolve_device(config.device))
+    val = training.val
+    start_at_frequencies(model.classifier, training.train.targets)
 
     def validate() -> Validation:
-        loss = -float(given_log_probs(model, features, targets).mean())
+        loss = -float(given_log_probs(model, val.vectors, val.targets).mean())
         if not loss < float("inf"):
             raise DivergedError(
                 f"the probabilities that the {name} gives the validation labels are no longer "
@@ -294,7 +261,7 @@ def train_given_labels(
     def batch_loss(batch: Batch) -> Tensor:
         return binary_cross_entropy(model(batch.inputs, batch.targets), batch.targets)
 
-    train_in_two_stages(name, model, batch_loss, validate, train_split, config, log=log, say=say)
+    train_in_two_stages(name, model, batch_loss, validate, training)
 
 
 @torch.no_grad()

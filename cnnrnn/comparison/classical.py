@@ -27,9 +27,8 @@ def fit_nearest_neighbours(train_split: Split, neighbours: int) -> Scorer:
     """
     from sklearn.neighbors import NearestNeighbors
 
-    assert train_split.features is not None
     k = min(neighbours, len(train_split))
-    index = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(train_split.features.numpy())
+    index = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(train_split.vectors.numpy())
     targets = train_split.targets.numpy().astype(np.float32)
 
     def score(features: Tensor) -> Tensor:
@@ -165,8 +164,7 @@ def fit_cca(train_split: Split, ridge: float) -> Scorer:
         ridge: added to the variance of every direction, in means of the features' variances; of the
             labels likewise.
     """
-    assert train_split.features is not None
-    features = train_split.features.double()
+    features = train_split.vectors.double()
     targets = train_split.targets.double()
     mean = features.mean(0)
     centred = features - mean, targets - targets.mean(0)
@@ -184,7 +182,7 @@ def fit_cca(train_split: Split, ridge: float) -> Scorer:
         return torch.nn.functional.normalize(joint).float()
 
     score = fit_nearest_neighbours(
-        replace(train_split, features=projected(train_split.features)), CCA_NEIGHBOURS
+        replace(train_split, features=projected(train_split.vectors)), CCA_NEIGHBOURS
     )
     return lambda some: score(projected(some))
 
@@ -251,8 +249,7 @@ def fit_low_rank_completion(train_split: Split, rank: float) -> LowRankCompletio
         train_split: features and targets.
         rank: of the matrix without the means; as large as there are columns less one at most.
     """
-    assert train_split.features is not None
-    features, targets = train_split.features.double(), train_split.targets.double()
+    features, targets = train_split.vectors.double(), train_split.targets.double()
     L = targets.shape[1]
     means = targets.mean(0), features.mean(0)
     blocks = [targets - means[0], features - means[1]]
@@ -275,8 +272,7 @@ def fit_low_rank_completion(train_split: Split, rank: float) -> LowRankCompletio
 
 def _scaled(split: Split) -> tuple[npt.NDArray[np.float32], np.float32]:
     """Return features of mean norm 1, and what they were divided by."""
-    assert split.features is not None
-    features = split.features.numpy()
+    features = split.vectors.numpy()
     mean = np.linalg.norm(features, axis=1).mean()
     scale = np.float32(mean if mean > 0 else 1.0)
     return (features / scale).astype(np.float32), scale

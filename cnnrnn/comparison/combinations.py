@@ -5,18 +5,19 @@ Letters: n images, F features, L labels, C combinations.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cnnrnn.comparison.baselines import DivergedError, network_outputs, train_in_two_stages
-from cnnrnn.config import ModelConfig, TrainConfig
-from cnnrnn.machine.devices import resolve_device
+from cnnrnn.comparison.baselines import (
+    DivergedError,
+    Training,
+    network_outputs,
+    train_in_two_stages,
+)
+from cnnrnn.config import ModelConfig
 from cnnrnn.network.head import Trunk
-from cnnrnn.training.batches import Batch, Split
-from cnnrnn.training.log import Log
+from cnnrnn.training.batches import Batch
 from cnnrnn.training.loop import Validation
 from cnnrnn.training.recipe import independent_validation
 
@@ -98,48 +99,29 @@ class LabelCombinations(nn.Module):
         return self.combinations.cpu()[network_outputs(self, features).argmax(1)]
 
 
-def train_combinations(
-    train_split: Split,
-    val_split: Split,
-    model_config: ModelConfig,
-    config: TrainConfig,
-    *,
-    log: Log | None = None,
-    say: Callable[[str], None] = lambda line: None,
-) -> LabelCombinations:
+def train_combinations(training: Training) -> LabelCombinations:
     """Train a softmax over label sets, with early stopping on O-F1 plus mAP of its marginals.
-
-    Args:
-        train_split: training features.
-        val_split: validation features.
-        model_config: trunk and dropout.
-        config: the recipe; epochs of the second stage are those of the path model's.
-        log: gets one record per epoch.
-        say: gets one line per epoch.
 
     Raises:
         NonFiniteLossError: the loss stopped being finite.
         DivergedError: the scores did.
     """
-    assert train_split.features is not None and val_split.features is not None
-    features, targets = val_split.features, val_split.targets
-    torch.manual_seed(config.seed)
-    combinations, counts = common_combinations(train_split.targets, MOST_COMBINATIONS)
-    model = LabelCombinations(model_config, combinations, train_split.features.shape[1])
-    model.trunk.fit_scale(train_split.features, config.feature_rms)
+    targets, val = training.train.targets, training.val
+    torch.manual_seed(training.config.seed)
+    combinations, counts = common_combinations(targets, MOST_COMBINATIONS)
+    model = LabelCombinations(training.model_config, combinations, training.feature_dim)
     with torch.no_grad():
         model.classifier.bias.copy_((counts / counts.sum()).log())
-    model.to(resolve_device(config.device))
-    classes = model.classes_of(train_split.targets)
+    classes = model.classes_of(targets)
 
     def validate() -> Validation:
-        marginals = model.marginals(features)
+        marginals = model.marginals(val.vectors)
         if not marginals.isfinite().all():
             raise DivergedError(
                 "the probabilities of the label combinations are no longer finite; lower "
                 "learning_rate"
             )
-        return independent_validation(marginals, targets)
+        return independent_validation(marginals, val.targets)
 
     def batch_loss(batch: Batch) -> Tensor:
         return functional.cross_entropy(
@@ -149,7 +131,5 @@ def train_combinations(
             reduction="none",
         )
 
-    train_in_two_stages(
-        "combinations", model, batch_loss, validate, train_split, config, log=log, say=say
-    )
+    train_in_two_stages("combinations", model, batch_loss, validate, training)
     return model

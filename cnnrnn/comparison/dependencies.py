@@ -8,16 +8,14 @@ Letters: n images, B of one slice, F features, L labels, C Markov chains per ima
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from cnnrnn.comparison.baselines import Training
 from cnnrnn.comparison.chains import SETS_AT_ONCE, LabelsGiven, train_given_labels
-from cnnrnn.config import ModelConfig, TrainConfig
-from cnnrnn.training.batches import Split
-from cnnrnn.training.log import Log
+from cnnrnn.config import ModelConfig
 
 CHAINS = 16
 BURN_IN = 10
@@ -106,37 +104,22 @@ class DependencyNetwork(LabelsGiven):
         return torch.cat(parts) if parts else torch.zeros(0, L)
 
 
-def train_dependencies(
-    train_split: Split,
-    val_split: Split,
-    kind: Literal["network", "crf"],
-    model_config: ModelConfig,
-    config: TrainConfig,
-    *,
-    log: Log | None = None,
-    say: Callable[[str], None] = lambda line: None,
-) -> DependencyNetwork:
+def train_dependencies(training: Training, kind: Literal["network", "crf"]) -> DependencyNetwork:
     """Train a dependency network or a pairwise CRF on the true labels of the others.
 
     The loss is binary cross-entropy summed over labels, each given all others as they truly are,
     which is -log of the pseudo-likelihood. The best epoch has the least on validation data.
 
     Args:
-        train_split: training features.
-        val_split: validation features.
+        training: what on, and how.
         kind: `network` for a free A, `crf` for a symmetric one.
-        model_config: trunk and dropout.
-        config: the recipe; epochs of the second stage are those of the path model's.
-        log: gets one record per epoch.
-        say: gets one line per epoch.
 
     Raises:
         NonFiniteLossError: the loss stopped being finite.
         DivergedError: the loss on validation data did.
     """
-    assert train_split.features is not None
-    torch.manual_seed(config.seed)
-    F, L = train_split.features.shape[1], train_split.targets.shape[1]
-    model = DependencyNetwork(model_config, L, F, symmetric=kind == "crf")
-    train_given_labels(kind, model, train_split, val_split, config, "pseudo-NLL", log=log, say=say)
+    torch.manual_seed(training.config.seed)
+    L, F = training.num_labels, training.feature_dim
+    model = DependencyNetwork(training.model_config, L, F, symmetric=kind == "crf")
+    train_given_labels(kind, model, training, "pseudo-NLL")
     return model

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from cnnrnn.comparison.baselines import (
     JointEmbedding,
     Loss,
     Scorer,
+    Training,
     choose_cut,
     network_outputs,
     predicted_scores,
@@ -97,8 +98,7 @@ class Method:
         rows: its rows of the table; a method that decides in two ways has two.
         setting: what is tuned; "" of an ensemble.
         values: the setting's values, most likely first; learning rates over the recipe's.
-        fit: fits it: the comparison, the setting's value, seed and folder for weights; None of an
-            ensemble.
+        fit: fits it; None of an ensemble.
         by_k: a number of labels per image is tried besides a threshold.
         seeded: a seed matters; else it runs once, under the first.
         base: the method that it is an ensemble of, or None.
@@ -108,7 +108,7 @@ class Method:
     rows: tuple[str, ...]
     setting: str = ""
     values: tuple[float, ...] = ()
-    fit: Callable[[Comparison, float, int, Path], Fitted] | None = None
+    fit: Fit | None = None
     by_k: bool = False
     seeded: bool = True
     base: str | None = None
@@ -162,6 +162,10 @@ class Comparison:
         return self.out / "weights" / f"{method}-seed-{seed}-{setting:g}"
 
 
+Fit: TypeAlias = Callable[[Comparison, float, int, Path], Fitted]
+"""Fits a method: the comparison, the setting's value, seed and folder for weights."""
+
+
 def _description(comparison: Comparison) -> dict[str, Any]:
     """Return what must be the same for results to belong together, as flat JSON values."""
     splits = (comparison.train, comparison.val, comparison.test)
@@ -187,9 +191,7 @@ def _description(comparison: Comparison) -> dict[str, Any]:
     return described
 
 
-def path_model(
-    *, plain: bool = False, recurrence: bool = True
-) -> Callable[[Comparison, float, int, Path], Fitted]:
+def path_model(*, plain: bool = False, recurrence: bool = True) -> Fit:
     """Return how a path model is fitted.
 
     Args:
@@ -238,14 +240,12 @@ def _loaded(comparison: Comparison, folder: Path) -> CNNRNN:
 
 
 def _found(model: CNNRNN, split: Split) -> Inference:
-    assert split.features is not None
-    return model.infer(split.features.to(model.device))
+    return model.infer(split.vectors.to(model.device))
 
 
 def _path_log_probs(comparison: Comparison, model: CNNRNN | Ensemble, split: Split) -> Tensor:
-    assert split.features is not None
     columns = [comparison.dataset.label_names.index(name) for name in model.labels]
-    return -model.set_nll(split.features, split.targets[:, columns])
+    return -model.set_nll(split.vectors, split.targets[:, columns])
 
 
 def _read_paths(
@@ -267,8 +267,7 @@ def _path_scores_given(
     to_source = [model.labels.index(name) for name in names]
 
     def scores_given(split: Split, evidence: Tensor) -> Tensor:
-        assert split.features is not None
-        features = split.features.to(model.device)
+        features = split.vectors.to(model.device)
         found = model.infer(features, None, evidence[:, to_model])
         scores = found.mixed(model.calibration)
         lost = scores.isnan().any(1)
@@ -284,8 +283,7 @@ def path_ensemble(comparison: Comparison, folders: Sequence[Path]) -> Fitted:
     ensemble = Ensemble([_loaded(comparison, folder) for folder in folders]).eval()
 
     def predict(split: Split) -> list[Scored]:
-        assert split.features is not None
-        found = ensemble.infer(split.features.to(ensemble.device))
+        found = ensemble.infer(split.vectors.to(ensemble.device))
         return _read_paths(comparison, ensemble.labels, found, 0.0)
 
     def set_log_probs(split: Split) -> Tensor:
@@ -296,9 +294,12 @@ def path_ensemble(comparison: Comparison, folders: Sequence[Path]) -> Fitted:
     )
 
 
-def independent(
-    loss: Loss, *, linear: bool = False, joint: bool = False
-) -> Callable[[Comparison, float, int, Path], Fitted]:
+def _training(comparison: Comparison, rate: float, seed: int) -> Training:
+    config = replace(comparison.config, seed=seed, learning_rate=rate)
+    return Training(comparison.train, comparison.val, comparison.model_config, config)
+
+
+def independent(loss: Loss, *, linear: bool = False, joint: bool = False) -> Fit:
     """Return how a network with one score per label is fitted.
 
     Args:
@@ -309,21 +310,17 @@ def independent(
     network = JointEmbedding if joint else IndependentClassifier
 
     def fit(comparison: Comparison, rate: float, seed: int, folder: Path) -> Fitted:
-        config = replace(comparison.config, seed=seed, learning_rate=rate)
-        model_config = comparison.model_config
+        training = _training(comparison, rate, seed)
         if linear:
-            model_config = replace(model_config, trunk_dim=0)
-        assert comparison.val.features is not None
-        model = network(
-            model_config, comparison.val.targets.shape[1], comparison.val.features.shape[1]
+            without = replace(training.model_config, trunk_dim=0)
+            training = replace(training, model_config=without)
+        model = network(training.model_config, training.num_labels, training.feature_dim)
+        _train_or_load(
+            comparison, folder, model, lambda: train_independent(training, loss, network)
         )
-        _train_or_load(comparison, folder, model, lambda: train_independent(
-            comparison.train, comparison.val, loss, model_config, config, network=network
-        ))  # fmt: skip
 
         def set_log_probs(split: Split) -> Tensor:
-            assert split.features is not None
-            return product_log_probs(network_outputs(model, split.features), split.targets)
+            return product_log_probs(network_outputs(model, split.vectors), split.targets)
 
         return cut_scores(
             comparison,
@@ -337,47 +334,36 @@ def independent(
 
 def probabilistic_chain(comparison: Comparison, rate: float, seed: int, folder: Path) -> Fitted:
     """Fit the probabilistic chain; its best sets, then its marginals."""
-    config = replace(comparison.config, seed=seed, learning_rate=rate)
-    val, model_config = comparison.val, comparison.model_config
-    assert val.features is not None
-    order = torch.arange(val.targets.shape[1])  # the trained one is read from the file
-    model = ProbabilisticChain(model_config, order, val.features.shape[1])
-    _train_or_load(comparison, folder, model, lambda: train_chain(
-        comparison.train, val, model_config, config
-    ))  # fmt: skip
+    training = _training(comparison, rate, seed)
+    order = torch.arange(training.num_labels)  # the trained one is read from the file
+    model = ProbabilisticChain(training.model_config, order, training.feature_dim)
+    _train_or_load(comparison, folder, model, lambda: train_chain(training))
 
     def predict(split: Split) -> list[Scored]:
-        assert split.features is not None
-        scores = model.marginals(split.features)
-        return [Scored(scores, model.best_sets(split.features)), Scored(scores)]
+        scores = model.marginals(split.vectors)
+        return [Scored(scores, model.best_sets(split.vectors)), Scored(scores)]
 
     def set_log_probs(split: Split) -> Tensor:
-        assert split.features is not None
-        return model.set_log_probs(split.features, split.targets)
+        return model.set_log_probs(split.vectors, split.targets)
 
     def scores_given(split: Split, evidence: Tensor) -> Tensor:
-        assert split.features is not None
-        return model.marginals_given(split.features, evidence)
+        return model.marginals_given(split.vectors, evidence)
 
     return Fitted(
-        float(set_log_probs(val).mean()), predict, set_log_probs, scores_given=scores_given
+        float(set_log_probs(training.val).mean()), predict, set_log_probs, scores_given=scores_given
     )
 
 
 def label_dependencies(
     kind: Literal["network", "crf"],
-) -> Callable[[Comparison, float, int, Path], Fitted]:
+) -> Fit:
     """Return how a dependency network or a pairwise CRF is fitted."""
 
     def fit(comparison: Comparison, rate: float, seed: int, folder: Path) -> Fitted:
-        config = replace(comparison.config, seed=seed, learning_rate=rate)
-        val, model_config = comparison.val, comparison.model_config
-        assert val.features is not None
-        F, L = val.features.shape[1], val.targets.shape[1]
-        model = DependencyNetwork(model_config, L, F, symmetric=kind == "crf")
-        _train_or_load(comparison, folder, model, lambda: train_dependencies(
-            comparison.train, val, kind, model_config, config
-        ))  # fmt: skip
+        training = _training(comparison, rate, seed)
+        L, F = training.num_labels, training.feature_dim
+        model = DependencyNetwork(training.model_config, L, F, symmetric=kind == "crf")
+        _train_or_load(comparison, folder, model, lambda: train_dependencies(training, kind))
         return _by_marginals(comparison, model)
 
     return fit
@@ -385,20 +371,15 @@ def label_dependencies(
 
 def label_combinations(comparison: Comparison, rate: float, seed: int, folder: Path) -> Fitted:
     """Fit the label combinations; the most probable one, then marginals."""
-    config = replace(comparison.config, seed=seed, learning_rate=rate)
-    train_split, model_config = comparison.train, comparison.model_config
-    assert train_split.features is not None
-    sets, _ = common_combinations(train_split.targets, MOST_COMBINATIONS)
-    model = LabelCombinations(model_config, sets, train_split.features.shape[1])
-    _train_or_load(comparison, folder, model, lambda: train_combinations(
-        train_split, comparison.val, model_config, config
-    ))  # fmt: skip
+    training = _training(comparison, rate, seed)
+    sets, _ = common_combinations(training.train.targets, MOST_COMBINATIONS)
+    model = LabelCombinations(training.model_config, sets, training.feature_dim)
+    _train_or_load(comparison, folder, model, lambda: train_combinations(training))
     fitted = _by_marginals(comparison, model)
 
     def predict(split: Split) -> list[Scored]:
-        assert split.features is not None
         (cut,) = fitted.predict(split)
-        return [Scored(cut.scores, model.best_sets(split.features)), cut]
+        return [Scored(cut.scores, model.best_sets(split.vectors)), cut]
 
     return replace(fitted, predict=predict)
 
@@ -407,8 +388,7 @@ def _by_marginals(comparison: Comparison, model: DependencyNetwork | LabelCombin
     """Return a method that cuts its marginals, and has them given known labels too."""
 
     def scores_given(split: Split, evidence: Tensor | None) -> Tensor:
-        assert split.features is not None
-        return model.marginals(split.features, evidence)
+        return model.marginals(split.vectors, evidence)
 
     cut = cut_scores(comparison, lambda split: scores_given(split, None))
     return replace(cut, scores_given=scores_given)
@@ -433,15 +413,12 @@ def with_cooccurrence(comparison: Comparison, rate: float, seed: int, folder: Pa
 
 def learned_metric(comparison: Comparison, rate: float, seed: int, folder: Path) -> Fitted:
     """Fit the learned metric; its votes are scores."""
-    config = replace(comparison.config, seed=seed, learning_rate=rate)
-    model = NeighbourMetric(comparison.model_config, comparison.train)
-    _train_or_load(comparison, folder, model, lambda: train_metric(
-        comparison.train, comparison.val, comparison.model_config, config
-    ))  # fmt: skip
+    training = _training(comparison, rate, seed)
+    model = NeighbourMetric(training.model_config, training.train)
+    _train_or_load(comparison, folder, model, lambda: train_metric(training))
 
     def scores(split: Split) -> Tensor:
-        assert split.features is not None
-        return network_outputs(model, split.features)
+        return network_outputs(model, split.vectors)
 
     return cut_scores(comparison, scores)
 
@@ -475,12 +452,11 @@ def classical(
         score = fit_scorer(comparison.train, value)
 
         def scores(split: Split) -> Tensor:
-            assert split.features is not None
-            return score(split.features)
+            return score(split.vectors)
 
         def chain_log_probs(split: Split) -> Tensor:
-            assert split.features is not None and isinstance(score, FittedChain)
-            return score.set_log_probs(split.features, split.targets)
+            assert isinstance(score, FittedChain)
+            return score.set_log_probs(split.vectors, split.targets)
 
         is_chain = isinstance(score, FittedChain)
         cut = cut_scores(comparison, scores, set_log_probs=chain_log_probs if is_chain else None)
@@ -489,8 +465,7 @@ def classical(
         completion = score
 
         def completed(split: Split, evidence: Tensor) -> Tensor:
-            assert split.features is not None
-            return completion.given(split.features, evidence)
+            return completion.given(split.vectors, evidence)
 
         return replace(cut, scores_given=completed)
 

@@ -16,6 +16,7 @@ from cnnrnn.comparison.classical import (
 )
 from cnnrnn.comparison.fitting import (
     RATES,
+    Fit,
     Method,
     classical,
     independent,
@@ -32,81 +33,53 @@ BY_SCIKIT_LEARN = ("knn", "cca", "svm", "chains")
 """Methods that need scikit-learn."""
 
 
-def _trained(
-    name: str,
-    title: str,
-    loss: Loss,
-    *,
-    linear: bool = False,
-    joint: bool = False,
+def _network(name: str, rows: tuple[str, ...], fit: Fit, *, by_k: bool = False) -> Method:
+    """A method whose learning rate is tuned."""
+    return Method(name, rows, "learning_rate", RATES, fit, by_k)
+
+
+def _independent(
+    name: str, title: str, loss: Loss, *, linear: bool = False, joint: bool = False
 ) -> Method:
     """A method that is a network with one score per label."""
     fit = independent(loss, linear=linear, joint=joint)
-    return Method(name, (title,), "learning_rate", RATES, fit, by_k=OBJECTIVES[loss].by_k)
+    return _network(name, (title,), fit, by_k=OBJECTIVES[loss].by_k)
 
 
-def _two_rows(title: str) -> tuple[str, str]:
-    return f"{title}, best path", f"{title}, thresholded"
+def _two_rows(title: str, best: str = "best path") -> tuple[str, str]:
+    return f"{title}, {best}", f"{title}, thresholded"
 
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("cnn-rnn", _two_rows("CNN-RNN"), "learning_rate", RATES, path_model()),
-        Method(
-            "cnn-rnn-plain",
-            _two_rows("CNN-RNN plain"),
-            "learning_rate",
-            RATES,
-            path_model(plain=True),
+        _network("cnn-rnn", _two_rows("CNN-RNN"), path_model()),
+        _network("cnn-rnn-plain", _two_rows("CNN-RNN plain"), path_model(plain=True)),
+        _network("no-rnn", _two_rows("no RNN"), path_model(recurrence=False)),
+        _independent("bce", "binary cross-entropy", "bce"),
+        _independent("bce-linear", "binary cross-entropy, linear", "bce", linear=True),
+        _independent("softmax", "softmax", "softmax"),
+        _independent("softmax-linear", "softmax, linear", "softmax", linear=True),
+        _independent("warp", "WARP", "warp"),
+        _independent("warp-linear", "WARP, linear", "warp", linear=True),
+        _independent("squared", "squared error", "squared"),
+        _independent("asl", "asymmetric loss", "asl"),
+        _independent("poly", "Poly-1 loss", "poly"),
+        _independent("two-way", "two-way loss", "two-way"),
+        _independent("zlpr", "ZLPR loss", "zlpr"),
+        _independent("db", "distribution-balanced loss", "db"),
+        _independent("joint-embedding", "joint embedding", "warp", joint=True),
+        _network("pcc", _two_rows("probabilistic chain", "best set"), probabilistic_chain),
+        _network("cooccurrence", ("binary cross-entropy and co-occurrence",), with_cooccurrence),
+        _network(
+            "dependency-network", ("conditional dependency network",), label_dependencies("network")
         ),
-        Method("no-rnn", _two_rows("no RNN"), "learning_rate", RATES, path_model(recurrence=False)),
-        _trained("bce", "binary cross-entropy", "bce"),
-        _trained("bce-linear", "binary cross-entropy, linear", "bce", linear=True),
-        _trained("softmax", "softmax", "softmax"),
-        _trained("softmax-linear", "softmax, linear", "softmax", linear=True),
-        _trained("warp", "WARP", "warp"),
-        _trained("warp-linear", "WARP, linear", "warp", linear=True),
-        _trained("squared", "squared error", "squared"),
-        _trained("asl", "asymmetric loss", "asl"),
-        _trained("poly", "Poly-1 loss", "poly"),
-        _trained("two-way", "two-way loss", "two-way"),
-        _trained("zlpr", "ZLPR loss", "zlpr"),
-        _trained("db", "distribution-balanced loss", "db"),
-        _trained("joint-embedding", "joint embedding", "warp", joint=True),
-        Method(
-            "pcc",
-            ("probabilistic chain, best set", "probabilistic chain, thresholded"),
-            "learning_rate",
-            RATES,
-            probabilistic_chain,
-        ),
-        Method(
-            "cooccurrence",
-            ("binary cross-entropy and co-occurrence",),
-            "learning_rate",
-            RATES,
-            with_cooccurrence,
-        ),
-        Method(
-            "dependency-network",
-            ("conditional dependency network",),
-            "learning_rate",
-            RATES,
-            label_dependencies("network"),
-        ),
-        Method("crf", ("pairwise CRF",), "learning_rate", RATES, label_dependencies("crf")),
-        Method(
-            "combinations",
-            ("label combinations, best set", "label combinations, thresholded"),
-            "learning_rate",
-            RATES,
-            label_combinations,
-        ),
+        _network("crf", ("pairwise CRF",), label_dependencies("crf")),
+        _network("combinations", _two_rows("label combinations", "best set"), label_combinations),
         classical(
             "knn", "nearest neighbours", "neighbours", (30, 100, 10, 300, 3), fit_nearest_neighbours
         ),
-        Method("metric", ("metric learning",), "learning_rate", RATES, learned_metric),
+        _network("metric", ("metric learning",), learned_metric),
         classical(
             "cca", "CCA, nearest neighbours", "ridge", (1.0, 0.1, 10.0, 0.01, 100.0), fit_cca
         ),

@@ -5,17 +5,19 @@ Letters: n images, B of a batch, R reference images, F features, L labels, D wid
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
-from cnnrnn.comparison.baselines import DivergedError, network_outputs, train_in_two_stages
-from cnnrnn.config import ModelConfig, TrainConfig
+from cnnrnn.comparison.baselines import (
+    DivergedError,
+    Training,
+    network_outputs,
+    train_in_two_stages,
+)
+from cnnrnn.config import ModelConfig
 from cnnrnn.machine.devices import resolve_device
 from cnnrnn.network.head import Trunk
 from cnnrnn.training.batches import Batch, Split
-from cnnrnn.training.log import Log
 from cnnrnn.training.loop import Validation
 from cnnrnn.training.recipe import independent_validation
 
@@ -39,13 +41,12 @@ class NeighbourMetric(nn.Module):
 
     def __init__(self, config: ModelConfig, training: Split) -> None:
         super().__init__()
-        assert training.features is not None
-        feature_dim = training.features.shape[1]
+        feature_dim = training.vectors.shape[1]
         self.trunk = Trunk(feature_dim, 0, config.input_dropout, 0.0)
         self.projection = nn.Linear(feature_dim, config.joint_dim, bias=False)
         self.features: Tensor
         self.targets: Tensor
-        self.register_buffer("features", training.features, persistent=False)
+        self.register_buffer("features", training.vectors, persistent=False)
         self.register_buffer("targets", training.targets.float(), persistent=False)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -74,53 +75,34 @@ class NeighbourMetric(nn.Module):
         return votes
 
 
-def train_metric(
-    train_split: Split,
-    val_split: Split,
-    model_config: ModelConfig,
-    config: TrainConfig,
-    *,
-    log: Log | None = None,
-    say: Callable[[str], None] = lambda line: None,
-) -> NeighbourMetric:
+def train_metric(training: Training) -> NeighbourMetric:
     """Learn the map by the binary cross-entropy of the votes, each image left out of its own.
 
-    Args:
-        train_split: training features.
-        val_split: validation features; the best epoch has the largest O-F1 plus mAP of the votes
-            of all training images.
-        model_config: dropout and joint width.
-        config: the recipe; epochs of the second stage are those of the path model's.
-        log: gets one record per epoch.
-        say: gets one line per epoch.
+    The best epoch has the largest O-F1 plus mAP of the votes of all training images.
 
     Raises:
         NonFiniteLossError: the loss stopped being finite.
         DivergedError: the votes did.
     """
-    assert train_split.features is not None and val_split.features is not None
-    val_features, val_targets = val_split.features, val_split.targets
-    torch.manual_seed(config.seed)
-    model = NeighbourMetric(model_config, train_split)
-    model.trunk.fit_scale(train_split.features, config.feature_rms)
+    config, val = training.config, training.val
     device = resolve_device(config.device)
-    model.to(device)
-    share = (model.targets.sum(0) + 0.5) / (len(train_split) + 1)
+    torch.manual_seed(config.seed)
+    model = NeighbourMetric(training.model_config, training.train)
+    n = len(training.train)
+    share = ((model.targets.sum(0) + 0.5) / (n + 1)).to(device)
     generator = torch.Generator().manual_seed(config.seed)
 
     def validate() -> Validation:
-        votes = network_outputs(model, val_features)
+        votes = network_outputs(model, val.vectors)
         if not votes.isfinite().all():
             raise DivergedError("the votes are no longer finite; lower learning_rate")
-        return independent_validation(votes, val_targets)
+        return independent_validation(votes, val.targets)
 
     def batch_loss(batch: Batch) -> Tensor:
-        drawn = torch.randperm(len(train_split), generator=generator)[:REFERENCES]
+        drawn = torch.randperm(n, generator=generator)[:REFERENCES]
         votes = model.votes(batch.inputs, batch.records.to(device), drawn.to(device)).float()
         p = (1 - SMOOTHING) * votes.clamp(0, 1) + SMOOTHING * share
         return -torch.where(batch.targets, p, 1 - p).log().sum(1)
 
-    train_in_two_stages(
-        "metric", model, batch_loss, validate, train_split, config, log=log, say=say
-    )
+    train_in_two_stages("metric", model, batch_loss, validate, training)
     return model

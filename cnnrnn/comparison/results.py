@@ -176,7 +176,7 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-class Cell(NamedTuple):
+class TableCell(NamedTuple):
     """A figure over seeds, in per cent or nats: mean, standard error (None of one seed), and rank.
 
     Attributes:
@@ -194,7 +194,7 @@ class Cell(NamedTuple):
     is_bound: bool = False
 
 
-def table_cells(rows: Sequence[Row]) -> dict[str, list[Cell]]:
+def table_cells(rows: Sequence[Row]) -> dict[str, list[TableCell]]:
     """Return the figures of each title: one cell for each of `COLUMNS`.
 
     Args:
@@ -204,7 +204,7 @@ def table_cells(rows: Sequence[Row]) -> dict[str, list[Cell]]:
     for row in rows:
         of_title.setdefault(row.title, []).append(row)
     figures = {title: [row.figures() for row in found] for title, found in of_title.items()}
-    cells: dict[str, list[Cell]] = {title: [] for title in of_title}
+    cells: dict[str, list[TableCell]] = {title: [] for title in of_title}
     for i, name in enumerate(COLUMNS):
         columns = {title: [values[i] for values in found] for title, found in figures.items()}
         means = {title: statistics.fmean(values) for title, values in columns.items()}
@@ -214,7 +214,7 @@ def table_cells(rows: Sequence[Row]) -> dict[str, list[Cell]]:
         for title, values in columns.items():
             error = _standard_error(values)
             cells[title].append(
-                Cell(
+                TableCell(
                     unit * means[title],
                     None if error is None else unit * error,
                     means[title] == best,
@@ -231,7 +231,7 @@ def _standard_error(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) / math.sqrt(len(values))
 
 
-def _shown_columns(cells: dict[str, list[Cell]]) -> list[int]:
+def _shown_columns(cells: dict[str, list[TableCell]]) -> list[int]:
     """Return the columns that have a figure."""
     return [
         i
@@ -269,7 +269,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _cell_text(cell: Cell) -> str:
+def _cell_text(cell: TableCell) -> str:
     if math.isnan(cell.mean):
         return "–"
     text = f"{'≤ ' if cell.is_bound else ''}{cell.mean:.{cell.digits}f}"

@@ -360,8 +360,7 @@ def _judge_others(
     images, evidence = reveal(test.targets, REVEALED)
     if not len(images):
         return {}, {}
-    assert test.features is not None
-    some = replace(test, targets=test.targets[images], features=test.features[images])
+    some = replace(test, targets=test.targets[images], features=test.vectors[images])
     unknown = _unknown(comparison)
     unknown = None if unknown is None else unknown[images]
     others = metrics_of_others(scores[images], some.targets, evidence, unknown=unknown)
@@ -371,7 +370,7 @@ def _judge_others(
     return others, metrics_of_others(given, some.targets, evidence, unknown=unknown)
 
 
-class _Judged(NamedTuple):
+class _DecisionFigures(NamedTuple):
     """The part of a `Row` that is measured of one decision."""
 
     decision: dict[str, float]
@@ -381,7 +380,7 @@ class _Judged(NamedTuple):
     own_exact: float
 
 
-def _judge(comparison: Comparison, by_k: bool, val: Scored, test: Scored) -> _Judged:
+def _judge(comparison: Comparison, by_k: bool, val: Scored, test: Scored) -> _DecisionFigures:
     """Choose the cuts on validation data, then measure them on the test split."""
     targets, unknown = comparison.test.targets, _unknown(comparison)
 
@@ -390,7 +389,7 @@ def _judge(comparison: Comparison, by_k: bool, val: Scored, test: Scored) -> _Ju
 
     if test.sets is not None:
         own, at_3 = measured(test.sets), measured(test.sets, k=3)
-        return _Judged({"path": 1}, own, at_3, math.nan, math.nan)
+        return _DecisionFigures({"path": 1}, own, at_3, math.nan, math.nan)
     of_val = val.scores, comparison.val.targets
     cut = choose_cut(*of_val, by_k)
     decision: dict[str, float] = {"k": cut.k} if cut.k is not None else {}
@@ -398,7 +397,7 @@ def _judge(comparison: Comparison, by_k: bool, val: Scored, test: Scored) -> _Ju
         decision = {"threshold": cut.threshold, "min_labels": cut.min_labels}
     for_c_f1 = choose_cut(*of_val, metric="C-F1")
     for_exact = choose_cut(*of_val, by_k=True, metric="exact-match")
-    return _Judged(
+    return _DecisionFigures(
         decision,
         measured(cut.sets(test.scores)),
         multilabel_metrics(test.scores, targets, k=3, unknown=unknown),

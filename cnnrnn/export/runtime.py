@@ -39,7 +39,7 @@ class OnnxPredictor(Predictor):
         path: a file written by `cnnrnn.export_onnx`.
         providers: what runs it, most wanted first: `cpu`, `cuda`, `tensorrt` or ONNX Runtime's own
             names, each also as (name, options).
-        search: `onnx` runs the whole graph in ONNX Runtime; `compiled` runs it up to the image's
+        search: `onnx` runs the whole graph in ONNX Runtime; `native` runs it up to the image's
             embedding, and the search in this package's engine.
         fallback: accept another provider than the first one, with a warning.
         threads: of one operator, on the CPU; ONNX Runtime's choice (a thread per core) by default.
@@ -69,7 +69,7 @@ class OnnxPredictor(Predictor):
         threads: int | None = None,
     ) -> None:
         if search not in get_args(Search):
-            raise ValueError(f"search must be onnx or compiled, got {search!r}")
+            raise ValueError(f"search must be onnx or native, got {search!r}")
         if isinstance(providers, str) or not providers:
             raise ValueError(f"providers must be a list of names, got {providers!r}")
         self.path = Path(path)
@@ -102,7 +102,7 @@ class OnnxPredictor(Predictor):
                 self.preprocessing = read_options(
                     Preprocessing, "preprocessing", values["preprocessing"]
                 )
-            self._head = _search_head(values) if self.search == "compiled" else None
+            self._head = _search_head(values) if self.search != "onnx" else None
         except (KeyError, TypeError, ValueError, SafetensorError) as error:
             if isinstance(error, OnnxModelError):
                 raise
@@ -171,7 +171,7 @@ class OnnxPredictor(Predictor):
         """
         use_one_thread_if_forked()
         search = search or self.search_config
-        if self.search == "compiled":
+        if self.search != "onnx":
             if forbidden is not None:
                 raise ValueError(NO_MASK)
         elif replace(search, min_labels=self.search_config.min_labels) != self.search_config:
@@ -243,7 +243,7 @@ class OnnxPredictor(Predictor):
             raise ValueError(
                 f"outputs must be among {', '.join(self._output_names)}, got {unknown[0]!r}"
             )
-        if self.search == "compiled" and (min_labels is not None or forbidden is not None):
+        if self.search != "onnx" and (min_labels is not None or forbidden is not None):
             raise ValueError("min_labels and forbidden need the search in the file: search='onnx'")
         if min_labels is not None and not 0 <= min_labels <= self.max_labels:
             raise ValueError(f"min_labels must be in 0..{self.max_labels}, got {min_labels}")
@@ -364,7 +364,7 @@ class OnnxPredictor(Predictor):
     def _forbidden(self, names: Sequence[str]) -> Tensor | None:
         if not names:
             return None
-        if self.search == "compiled":
+        if self.search != "onnx":
             raise ValueError(NO_MASK)
         unknown = [name for name in names if name not in self.labels]
         if unknown:

@@ -15,7 +15,7 @@ from cnnrnn.export.graph import LABEL_SCORES
 if TYPE_CHECKING:
     import onnxruntime
 
-Search = Literal["onnx", "compiled"]
+Search = Literal["onnx", "native", "compiled"]  # compiled: what native was called
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
@@ -23,7 +23,7 @@ PROVIDERS = {
 }
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 REPAIR = "For CUDA and TensorRT run `pip uninstall -y onnxruntime && pip install onnxruntime-gpu`"
-COMPILED = 'search="compiled" (--search compiled on the command line)'
+COMPILED = 'search="native" (--search native on the command line)'
 _ERRORS_ONLY = 3  # of ONNX Runtime's levels: it warns of every optional input
 
 
@@ -42,7 +42,7 @@ def open_session(
     fallback: bool,
     threads: int | None,
 ) -> onnxruntime.InferenceSession:
-    """Open a file, with `search="compiled"` the part of it before the search.
+    """Open a file, with `search="native"` the part of it before the search.
 
     Arguments and errors as of `OnnxPredictor`.
     """
@@ -77,7 +77,7 @@ def open_session(
     if first in (PROVIDERS["cuda"], PROVIDERS["tensorrt"]) and first in there:
         onnxruntime.preload_dlls()  # CUDA's libraries as pip installs them beside torch
     usable = [provider for provider in wanted if provider[0] in there]
-    source = _embedding_part(path) if search == "compiled" else str(path)
+    source = _embedding_part(path) if search != "onnx" else str(path)
     try:
         session = onnxruntime.InferenceSession(
             source, options, providers=usable or [(PROVIDERS["cpu"], {})]

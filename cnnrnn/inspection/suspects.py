@@ -224,7 +224,7 @@ def cross_fitted_suspects(
     return _ranked(dataset, found, cut)
 
 
-class _Judged(NamedTuple):
+class _JudgedLabels(NamedTuple):
     """Suspects in no order, as in `Suspects`, and how many labels were judged."""
 
     records: Tensor
@@ -242,7 +242,7 @@ def _judged(
     records: npt.NDArray[np.int64],
     cut: float,
     progress: Progress,
-) -> _Judged:
+) -> _JudgedLabels:
     """Judge some records of a dataset, whose features [m, F] are given, by a model."""
     model.eval()
     columns = model_columns(model, dataset)
@@ -269,10 +269,10 @@ def _judged(
     none = torch.zeros(0, dtype=torch.int64)
     parts.append((none, none, none.bool(), none.double()))
     numbers, label, is_present, found = map(torch.cat, zip(*parts, strict=True))
-    return _Judged(numbers, label, is_present, found, int(counts[0]), int(counts[1]))
+    return _JudgedLabels(numbers, label, is_present, found, int(counts[0]), int(counts[1]))
 
 
-def _ranked(dataset: Dataset, found: Sequence[_Judged], cut: float) -> Suspects:
+def _ranked(dataset: Dataset, found: Sequence[_JudgedLabels], cut: float) -> Suspects:
     """Join suspects and rank them; of equal ones the first record and label goes first."""
     columns = [torch.cat(column) for column in list(zip(*found, strict=True))[:4]]
     by_label = (columns[0] * len(dataset.label_names) + columns[1]).argsort()

@@ -16,13 +16,13 @@ from torch.nn import functional
 
 from cnnrnn.labels import PrefixTrie
 
-State = tuple[Tensor, Tensor]  # output [M, H] and cell [M, H]
+RecurrentState = tuple[Tensor, Tensor]  # output [M, H] and cell [M, H]
 
 
 class LSTMRecurrence(nn.LSTMCell):
     """A standard LSTM over label embeddings (the paper's r and o are its cell and output)."""
 
-    def step(self, inputs: Tensor, state: State) -> State:
+    def step(self, inputs: Tensor, state: RecurrentState) -> RecurrentState:
         """Advance one step.
 
         Args:
@@ -49,7 +49,7 @@ class LSTMRecurrence(nn.LSTMCell):
         i_f.sigmoid_(), g.tanh_(), o.sigmoid_()
         return gates
 
-    def update(self, gates: Tensor, cell: Tensor) -> State:
+    def update(self, gates: Tensor, cell: Tensor) -> RecurrentState:
         """Return output and cell [M, H] after activated gates [M, 4H] and the cell before."""
         i, f, g, o = gates.chunk(4, dim=1)
         return lstm_state(i, f, g, o, cell)
@@ -89,6 +89,8 @@ class PaperRecurrence(nn.Module):
     Rows of the weights come in the order x, i, f, g.
     """
 
+    bias_ih = bias_hh = None  # which LSTMRecurrence has
+
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()
         self.weight_ih = nn.Parameter(torch.empty(4 * hidden_size, input_size))
@@ -98,7 +100,7 @@ class PaperRecurrence(nn.Module):
         # States are squared from step to step: they must begin where that makes them smaller.
         nn.init.uniform_(self.weight_hh, -bound / 10, bound / 10)
 
-    def step(self, inputs: Tensor, state: State) -> State:
+    def step(self, inputs: Tensor, state: RecurrentState) -> RecurrentState:
         """Advance one step; arguments and result as in `LSTMRecurrence.step`."""
         recurrent = functional.linear(self.fed_back(*state), self.weight_hh)
         return self.update(self.activate_(self.input_gates(inputs) + recurrent), state[1])
@@ -115,7 +117,7 @@ class PaperRecurrence(nn.Module):
         """Apply the gates' activations in place: [M, 4H]."""
         return gates.relu_()
 
-    def update(self, gates: Tensor, cell: Tensor) -> State:
+    def update(self, gates: Tensor, cell: Tensor) -> RecurrentState:
         """Return output and cell, as `LSTMRecurrence.update`."""
         x, i, f, g = gates.chunk(4, dim=1)
         return paper_state(x, i, f, g, cell)
@@ -130,13 +132,13 @@ class PaperRecurrence(nn.Module):
         return torch.cat(grad_gates, dim=1) * (gates > 0), grad_cell * f
 
 
-def lstm_state(i: Tensor, f: Tensor, g: Tensor, o: Tensor, before: Tensor) -> State:
+def lstm_state(i: Tensor, f: Tensor, g: Tensor, o: Tensor, before: Tensor) -> RecurrentState:
     """Return output and cell after a step of an LSTM: activated gates and the cell before it."""
     cell = f * before + i * g
     return o * cell.tanh(), cell
 
 
-def paper_state(x: Tensor, i: Tensor, f: Tensor, g: Tensor, before: Tensor) -> State:
+def paper_state(x: Tensor, i: Tensor, f: Tensor, g: Tensor, before: Tensor) -> RecurrentState:
     """Return output and cell after a step of equation 1: activated gates and the cell before it."""
     cell = f * before + i * x
     return cell * g, cell

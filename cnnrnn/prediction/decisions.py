@@ -423,8 +423,8 @@ class Decided:
 
 
 @dataclass(frozen=True)
-class Options:
-    """How label sets are decided; see `predict`."""
+class DecisionOptions:
+    """How label sets are decided; a threshold goes before `decide`, see `predict`."""
 
     top_k: int | None
     decide: Decide
@@ -440,14 +440,15 @@ class Options:
             raise ValueError(f"decide must be one of {', '.join(DECISIONS)}, got {self.decide!r}")
 
 
-def decide(inference: Inference, calibration: Calibration, options: Options) -> Decided:
+def decide(inference: Inference, calibration: Calibration, options: DecisionOptions) -> Decided:
     """Decide label sets as the options say."""
     scores = inference.mixed(calibration)
     if options.threshold is not None:
         calibration = replace(calibration, threshold=options.threshold)
     if options.min_labels is not None:
         calibration = replace(calibration, min_labels=options.min_labels)
-    sets = decided_sets(options.decide, inference, scores, calibration)
+    by = options.decide if options.threshold is None else "threshold"
+    sets = decided_sets(by, inference, scores, calibration)
     if options.top_k is not None:
         ranked = scores
         if inference.evidence is not None:

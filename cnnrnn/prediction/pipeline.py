@@ -10,7 +10,7 @@ from torch import Tensor
 from cnnrnn.config import Calibration, OnBadImage, Preprocessing
 from cnnrnn.machine.threads import batches_in_order, default_workers
 from cnnrnn.machine.words import listed
-from cnnrnn.prediction.decisions import Options, decide
+from cnnrnn.prediction.decisions import DecisionOptions, decide
 from cnnrnn.prediction.inputs import Item, are_images, read_image, single_images
 from cnnrnn.prediction.known import Known
 from cnnrnn.prediction.result import Prediction
@@ -52,7 +52,7 @@ class ImageModel(Protocol):
 def predict_images(
     images: Any,
     model: ImageModel,
-    options: Options,
+    options: DecisionOptions,
     known: Known,
     *,
     batch_size: int,
@@ -109,7 +109,7 @@ def _decided_group(
     group: list[Item],
     finish: Callable[[], Inference | None],
     model: ImageModel,
-    options: Options,
+    options: DecisionOptions,
 ) -> Iterator[Prediction]:
     try:
         inference = finish()

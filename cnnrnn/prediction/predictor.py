@@ -16,7 +16,7 @@ from cnnrnn.config import Calibration, Decide, OnBadImage, Precision, SearchConf
 from cnnrnn.machine.devices import has_bf16, resolve_device, use_one_thread_if_forked
 from cnnrnn.network.backbones import Backbone
 from cnnrnn.network.features import features_of
-from cnnrnn.prediction.decisions import Options
+from cnnrnn.prediction.decisions import DecisionOptions
 from cnnrnn.prediction.known import Known, Names
 from cnnrnn.prediction.pipeline import ImageModel, predict_images
 from cnnrnn.prediction.result import Prediction, decided_predictions
@@ -186,9 +186,7 @@ class Predictor(ABC):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if on_bad_image not in ("error", "skip"):
             raise ValueError(f"on_bad_image must be error or skip, got {on_bad_image!r}")
-        options = Options(
-            top_k, decide if threshold is None else "threshold", threshold, min_labels
-        )
+        options = DecisionOptions(top_k, decide, threshold, min_labels)
         running = Running(beam_size, min_labels, forbidden_labels, device, precision, compiled)
         model = self.image_model(running)
         return predict_images(
@@ -216,9 +214,7 @@ class Predictor(ABC):
         device: str | None = None,
     ) -> list[Prediction]:
         """Predict label sets of feature vectors [B, F]; other arguments as in `predict`."""
-        options = Options(
-            top_k, decide if threshold is None else "threshold", threshold, min_labels
-        )
+        options = DecisionOptions(top_k, decide, threshold, min_labels)
         use_one_thread_if_forked()
         batch = torch.as_tensor(features).to(torch.float32)
         running = Running(beam_size, min_labels, forbidden_labels, device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cnnrnn.config import Calibration
 from cnnrnn.labels import PAD
-from cnnrnn.prediction.decisions import Decided, Options, decide
+from cnnrnn.prediction.decisions import Decided, DecisionOptions, decide
 from cnnrnn.search import best_sets
 from cnnrnn.search.inference import Inference
 
@@ -179,7 +179,10 @@ class Prediction:
 
 
 def decided_predictions(
-    inference: Inference, labels: tuple[str, ...], calibration: Calibration, options: Options
+    inference: Inference,
+    labels: tuple[str, ...],
+    calibration: Calibration,
+    options: DecisionOptions,
 ) -> list[Prediction]:
     """Return the predictions of feature vectors, named by their rows."""
     decided = decide(inference, calibration, options)

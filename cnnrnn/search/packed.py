@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import weakref
-from collections.abc import Iterator
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from cnnrnn import _C
@@ -17,44 +15,19 @@ from cnnrnn.network.head import PREFIX_BYTES, Head
 PackedHead: TypeAlias = "_C.CpuHead | _C.CudaHead"
 CPU = torch.device("cpu")
 
-
-class _Kept(NamedTuple):
-    """A head as one device's kernels read it, with its kept prefix states, and what of."""
-
-    places: tuple[tuple[dict[str, Any], str, Any], ...]  # (a module's dict, name, value then)
-    storages: tuple[Tensor, ...]  # held, so that no other weights come to lie at their addresses
-    key: tuple[Any, ...]
-    packed: PackedHead
-
-
-_kept: weakref.WeakKeyDictionary[Head, dict[torch.device, _Kept]] = weakref.WeakKeyDictionary()
-_inherited: list[object] = []
+_packed: weakref.WeakSet[Head] = weakref.WeakSet()  # heads that `_C.packed_head` may keep
 
 
 def _count_fused_steps(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Count a fused optimiser's step as an edit of the weights, as that of any other is.
 
-    torch does not, and both this module and the registered op know weights by that count.
+    torch does not, and the search knows weights by that count.
     """
     fused = [p for g in optimizer.param_groups if g.get("fused") for p in g["params"]]
     torch.autograd.graph.increment_version([p for p in fused if p.grad is not None])
 
 
 register_optimizer_step_post_hook(_count_fused_steps)
-
-
-def _leave_to_the_parent() -> None:
-    """Begin anew in a forked child: another thread may have been using a head at the fork.
-
-    What the parent packed stays where it is; freeing what lies on a GPU would need CUDA, which a
-    forked child cannot use.
-    """
-    _inherited.extend(_kept.values())
-    _kept.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_leave_to_the_parent)
 
 
 def search_device(tensor: Tensor) -> torch.device:
@@ -65,26 +38,22 @@ def search_device(tensor: Tensor) -> torch.device:
 def packed_head(head: Head, device: torch.device = CPU) -> PackedHead:
     """Return the head as the kernels of a device read it, made anew when a weight has changed.
 
-    A change is seen by which tensor a parameter is, where it lies, and torch's count of its
+    A change is seen by which storage a parameter has, where it lies, and torch's count of its
     in-place edits, in which fused optimisers' steps are counted here. Edits through `.data` and by
     replayed CUDA graphs are in no count: `head.clear_cache()`, or going from train to eval mode.
     """
-    kept = _kept.get(head, {}).get(device)
-    if kept is not None:
-        replaced = any(values.get(name) is not value for values, name, value in kept.places)
-        if not replaced and kept.key == _weights_key(head, kept.places):
-            return kept.packed
-    _kept.get(head, {}).pop(device, None)  # before another takes as much memory
-    places = tuple(_searched(head))
-    tensors = [tensor for tensor in head_parameters(head) if tensor is not None]
-    if not _edits_are_seen(tensors, places):
-        return _pack(head, device)
-    # The key first: another thread may edit a weight while the head is packed.
-    key = _weights_key(head, places)
-    packed = _pack(head, device)
-    of_devices = _kept.setdefault(head, {})
-    of_devices[device] = _Kept(places, tuple(tensor.detach() for tensor in tensors), key, packed)
-    return packed
+    if head not in _packed:
+        _packed.add(head)
+        weakref.finalize(head, _C.forget_head, id(head)).atexit = False
+    return _C.packed_head(
+        id(head),
+        device,
+        head.cell,
+        head.activation,
+        head.cache_generation,
+        head.prefix_bytes,
+        *head_parameters(head),  # type: ignore[arg-type]  # see detached
+    )
 
 
 def packed_cpu_head(head: Head) -> _C.CpuHead:
@@ -92,23 +61,6 @@ def packed_cpu_head(head: Head) -> _C.CpuHead:
     packed = packed_head(head)
     assert isinstance(packed, _C.CpuHead)
     return packed
-
-
-def _pack(head: Head, device: torch.device) -> PackedHead:
-    if device.type == "cuda":
-        return make_cuda_head(head, device, prefix_bytes=head.prefix_bytes)
-    return make_cpu_head(head, prefix_bytes=head.prefix_bytes)
-
-
-def _edits_are_seen(
-    tensors: list[Tensor], places: tuple[tuple[dict[str, Any], str, Any], ...]
-) -> bool:
-    """Whether every weight stands at its place (a pruned or reparametrised one is computed).
-
-    What is made under torch.inference_mode() has no count of edits.
-    """
-    in_place = {id(value) for _, _, value in places}
-    return all(id(tensor) in in_place and not tensor.is_inference() for tensor in tensors)
 
 
 def make_cpu_head(
@@ -143,34 +95,24 @@ def detached(tensors: tuple[Tensor | None, ...], device: torch.device) -> tuple[
 
 def head_parameters(head: Head) -> tuple[Tensor | None, ...]:
     """Return what the search reads of a head, in the order of the op's arguments."""
-    recurrence = head.recurrence
+    modules: dict[str, Any] = head._modules
+    recurrence, projection = modules["recurrence"], modules["output_projection"]
     return (
-        head.label_embedding,
-        head.input_embedding,
-        head.score_bias,
-        recurrence.weight_ih,
-        recurrence.weight_hh,
-        getattr(recurrence, "bias_ih", None),
-        getattr(recurrence, "bias_hh", None),
-        head.output_projection.weight,
+        _parameter(head, "label_embedding"),
+        _parameter(head, "input_embedding"),
+        _parameter(head, "score_bias"),
+        _parameter(recurrence, "weight_ih"),
+        _parameter(recurrence, "weight_hh"),
+        _parameter(recurrence, "bias_ih"),
+        _parameter(recurrence, "bias_hh"),
+        _parameter(projection, "weight"),
     )
 
 
-def _searched(head: Head) -> Iterator[tuple[dict[str, Any], str, Any]]:
-    """List where the searched parameters stand, so that a replaced one is seen without a walk."""
-    for owner, names in (
-        (head._modules, ("recurrence", "output_projection")),
-        (head._parameters, ("label_embedding", "input_embedding", "score_bias")),
-        (head.recurrence._parameters, ("weight_ih", "weight_hh", "bias_ih", "bias_hh")),
-        (head.output_projection._parameters, ("weight",)),
-    ):
-        for name in names:
-            yield owner, name, owner.get(name)
+def _parameter(module: nn.Module, name: str) -> Tensor | None:
+    """Return a weight or None; one that is pruned or computed is no parameter, but an attribute.
 
-
-def _weights_key(
-    head: Head, places: tuple[tuple[dict[str, Any], str, Any], ...]
-) -> tuple[Any, ...]:
-    tensors = (value for _, _, value in places if isinstance(value, Tensor))
-    edits = ((tensor.data_ptr(), tensor._version) for tensor in tensors)
-    return (head.cache_generation, head.prefix_bytes, head.cell, head.activation, *edits)
+    A module's look-up of attributes takes long: ten are a third of the search of one image.
+    """
+    parameter = module._parameters.get(name)
+    return getattr(module, name) if parameter is None else parameter

@@ -50,6 +50,12 @@ class Split:
     def __len__(self) -> int:
         return len(self.targets)
 
+    @property
+    def vectors(self) -> Tensor:
+        """The features, [n, F], of a split that has them."""
+        assert self.features is not None
+        return self.features
+
     def batches(
         self,
         config: TrainConfig,

@@ -22,7 +22,7 @@ from cnnrnn.machine.words import listed
 from cnnrnn.training.batches import Batch, Split
 from cnnrnn.training.log import Log
 from cnnrnn.training.optimizers import WeightAverage, copy_values, make_optimizer, make_scheduler
-from cnnrnn.training.resume import State
+from cnnrnn.training.resume import TrainingState
 
 
 class NonFiniteLossError(RuntimeError):
@@ -99,8 +99,8 @@ def run_stage(
     say: Callable[[str], None] = lambda line: None,
     progress: Progress = no_progress,
     best: Validation | None = None,
-    start: State | None = None,
-    keep: Callable[[State], None] = lambda state: None,
+    start: TrainingState | None = None,
+    keep: Callable[[TrainingState], None] = lambda state: None,
 ) -> Validation:
     """Train until epochs or patience run out, then restore the best epoch.
 
@@ -239,7 +239,7 @@ def _train_epoch(
     return total / seen, seen, time.perf_counter() - began
 
 
-def _state(standing: _Standing, parts: _Parts) -> State:
+def _state(standing: _Standing, parts: _Parts) -> TrainingState:
     average, scheduler = parts.average, parts.scheduler
     values: dict[str, Any] = {
         "epoch": standing.epoch,
@@ -260,10 +260,10 @@ def _state(standing: _Standing, parts: _Parts) -> State:
         for name, value in entries.items():
             key = f"optimizer.{number}.{name}"
             (tensors if isinstance(value, Tensor) else values["optimizer"])[key] = value
-    return State(values, tensors)
+    return TrainingState(values, tensors)
 
 
-def _restored(state: State, parts: _Parts) -> _Standing:
+def _restored(state: TrainingState, parts: _Parts) -> _Standing:
     """Restore what `_state` returned."""
     values, tensors = state
     changing, average = parts.changing, parts.average

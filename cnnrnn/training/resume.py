@@ -52,7 +52,7 @@ class Recipe(NamedTuple):
     training_data: str
 
 
-class State(NamedTuple):
+class TrainingState(NamedTuple):
     """A state in two parts.
 
     Attributes:
@@ -64,7 +64,7 @@ class State(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def save_state(file: Path, state: State) -> None:
+def save_state(file: Path, state: TrainingState) -> None:
     """Write a state atomically."""
     from safetensors.torch import save_file
 
@@ -73,7 +73,7 @@ def save_state(file: Path, state: State) -> None:
     write_whole(file, lambda partial: save_file(tensors, partial, metadata=header))
 
 
-def read_state(data: bytes, name: str) -> State:
+def read_state(data: bytes, name: str) -> TrainingState:
     """Read what `save_state` wrote.
 
     Args:
@@ -94,7 +94,7 @@ def read_state(data: bytes, name: str) -> State:
         raise ResumeError(f"{name} must hold a training state, but does not: {error}") from error
     if found != str(FORMAT):
         raise ResumeError(f"{name} has format {found}, this release reads {FORMAT}")
-    return State(values, tensors)
+    return TrainingState(values, tensors)
 
 
 def remove_partial_files(out: Path) -> None:

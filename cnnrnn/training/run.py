@@ -57,7 +57,7 @@ from cnnrnn.training.recipe import (
 from cnnrnn.training.resume import (
     STATE_FILE,
     ResumeError,
-    State,
+    TrainingState,
     read_state,
     remove_partial_files,
     require_same_run,
@@ -237,7 +237,7 @@ def _identity(
     return identity
 
 
-def _former_state(out: Path, identity: dict[str, Any], ranks: Ranks) -> State | None:
+def _former_state(out: Path, identity: dict[str, Any], ranks: Ranks) -> TrainingState | None:
     """Return the state that the run in `out` left, None if there is none."""
     if (out / "members").is_dir():
         raise ResumeError(
@@ -308,7 +308,7 @@ class _Run:
                 stages.append(finishing_stage(path, config))
         return stages
 
-    def restore(self, state: State, stages: list[Stage]) -> list[Stage]:
+    def restore(self, state: TrainingState, stages: list[Stage]) -> list[Stage]:
         """Restore everything but the weights from a state; return the stages that remain."""
         model = self.model
         calibration = state.values["calibration"]
@@ -319,14 +319,14 @@ class _Run:
         _restore_random_state(state.tensors, self.generator, model.device, self.ranks)
         return stages[[stage.name for stage in stages].index(state.values["stage"]) :]
 
-    def keep(self, stage: Stage, state: State) -> None:
+    def keep(self, stage: Stage, state: TrainingState) -> None:
         """Write the state of a stage after an epoch."""
         values = {"identity": self.identity, "stage": stage.name, "log": self.log.position(),
                   "calibration": asdict(self.model.calibration),
                   "label order": self.model.label_space.source_index, **state.values}  # fmt: skip
         random = _random_state(self.generator, self.model.device, self.ranks)
         if self.ranks.first:
-            save_state(self.out / STATE_FILE, State(values, state.tensors | random))
+            save_state(self.out / STATE_FILE, TrainingState(values, state.tensors | random))
 
     def save(self, inference: Inference, targets: Tensor, best: bool) -> None:
         """Write the checkpoints of an epoch; the best one is calibrated."""
@@ -407,7 +407,7 @@ def _is_saved(model: CNNRNN, folder: Path) -> bool:
     return weights_digest(saved.state_dict().items()) == weights_digest(model.state_dict().items())
 
 
-def _stored_state(file: Path, ranks: Ranks) -> State | None:
+def _stored_state(file: Path, ranks: Ranks) -> TrainingState | None:
     """Return the state that process 0 finds, in every process; None if there is none."""
     if not ranks.first_says(file.exists()):
         return None

@@ -10,6 +10,7 @@ from cnnrnn.comparison.baselines import (
     OBJECTIVES,
     IndependentClassifier,
     JointEmbedding,
+    Training,
     choose_cut,
     predicted_scores,
     product_log_probs,
@@ -67,7 +68,7 @@ def with_constant_labels(split):
 def test_a_network_learns_and_is_restored_to_its_best_epoch(loss):
     train_split, val = (with_constant_labels(separable(n, n)) for n in (400, 100))
     said = []
-    model = train_independent(train_split, val, loss, HEAD, QUICK, say=said.append)
+    model = train_independent(Training(train_split, val, HEAD, QUICK, said.append), loss)
     assert isinstance(model, IndependentClassifier)
     assert not model.training
     assert any(line.startswith(f"{loss} second") for line in said)
@@ -79,7 +80,7 @@ def test_a_network_learns_and_is_restored_to_its_best_epoch(loss):
 def test_the_joint_embedding_ranks_by_inner_products():
     config = ModelConfig(trunk_dim=0, joint_dim=3, input_dropout=0.0, joint_dropout=0.0)
     train_split, val = separable(400, 0), separable(100, 1)
-    model = train_independent(train_split, val, "warp", config, QUICK, network=JointEmbedding)
+    model = train_independent(Training(train_split, val, config, QUICK), "warp", JointEmbedding)
     assert isinstance(model, JointEmbedding)
     weights = model.label_embedding.weight @ model.image_projection.weight  # of rank 3
     weights = weights * model.trunk.feature_scale

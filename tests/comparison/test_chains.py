@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cnnrnn.comparison.baselines import network_outputs, product_log_probs, train_independent
+from cnnrnn.comparison.baselines import (
+    Training,
+    network_outputs,
+    product_log_probs,
+    train_independent,
+)
 from cnnrnn.comparison.chains import ProbabilisticChain, train_chain
 from tests.comparison.test_baselines import HEAD, QUICK, split_of
 
@@ -99,11 +104,11 @@ def test_a_chain_learns_what_labels_tell_of_each_other():
 
     train_split, val = split(400), split(200)
     said = []
-    chain = train_chain(train_split, val, HEAD, QUICK, say=said.append)
+    chain = train_chain(Training(train_split, val, HEAD, QUICK, said.append))
     assert chain.order.tolist() == [1, 2, 0] and not chain.training
     assert any(line.startswith("chain second") for line in said)
     own = -chain.set_log_probs(val.features, val.targets).mean()
-    alone = train_independent(train_split, val, "bce", HEAD, QUICK)
+    alone = train_independent(Training(train_split, val, HEAD, QUICK), "bce")
     independent = product_log_probs(network_outputs(alone, val.features), val.targets)
     assert own < -independent.mean() - 0.3
     sets = chain.best_sets(val.features)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from cnnrnn.comparison.baselines import Training
 from cnnrnn.comparison.combinations import (
     LabelCombinations,
     common_combinations,
@@ -77,7 +78,7 @@ def test_combinations_are_learned_and_rare_ones_left_out(monkeypatch):
 
     said = []
     train_split, val = split(600), split(200)
-    model = train_combinations(train_split, val, HEAD, QUICK, say=said.append)
+    model = train_combinations(Training(train_split, val, HEAD, QUICK, said.append))
     assert len(model.combinations) == 3  # of four
     assert any(line.startswith("combinations second") for line in said) and not model.training
     right = (model.best_sets(val.features) == val.targets).all(1).double().mean()

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from cnnrnn.comparison.baselines import Training
 from cnnrnn.comparison.chains import given_log_probs
 from cnnrnn.comparison.dependencies import DependencyNetwork, train_dependencies
 from tests.comparison.test_baselines import HEAD, QUICK, split_of
@@ -136,7 +137,7 @@ def test_a_known_label_tells_of_those_that_go_with_it(kind):
     train_split, val = split(400), split(200)
     said = []
     config = replace(QUICK, learning_rate=5e-2)
-    model = train_dependencies(train_split, val, kind, HEAD, config, say=said.append)
+    model = train_dependencies(Training(train_split, val, HEAD, config, said.append), kind)
     assert not model.training and any("pseudo-NLL" in line for line in said)
     evidence = torch.zeros(200, 3, dtype=torch.int8)
     evidence[:100, 1], evidence[100:, 1] = 1, -1

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from cnnrnn.comparison.baselines import choose_cut, network_outputs
+from cnnrnn.comparison.baselines import Training, choose_cut, network_outputs
 from cnnrnn.comparison.classical import fit_nearest_neighbours
 from cnnrnn.comparison.metric import NeighbourMetric, train_metric
 from tests.comparison.test_baselines import HEAD, QUICK, correlated
@@ -37,7 +37,7 @@ def test_it_learns_which_features_say_something():
     train_split, test = correlated(300, 0), correlated(200, 1)
     said = []
     config = replace(QUICK, learning_rate=5e-2, epochs=10, finish_epochs=1)
-    model = train_metric(train_split, test, HEAD, config, say=said.append)
+    model = train_metric(Training(train_split, test, HEAD, config, said.append))
     assert not model.training and any(line.startswith("metric second") for line in said)
     size = model.projection.weight.norm(dim=0)
     assert size[:2].min() > 2 * size[2:].max()

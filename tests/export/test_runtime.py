@@ -42,7 +42,7 @@ def file(tmp_path_factory, model):
     return path
 
 
-@pytest.fixture(scope="module", params=["onnx", "compiled"])
+@pytest.fixture(scope="module", params=["onnx", "native"])
 def predictor(request, file):
     return OnnxPredictor(file, search=request.param, threads=1)
 
@@ -428,7 +428,7 @@ def test_the_command_line(tmp_path, model, folder, capsys):
     assert main([*arguments, "--max-labels", "2"]) == 0
     assert capsys.readouterr().out.startswith(f"{out}: ")
     common = ["predict", str(folder), "--format", "jsonl", "--device", "cpu"]
-    for search in ("onnx", "compiled"):
+    for search in ("onnx", "native", "compiled"):  # the last one is a former name
         assert main([*common, "--model", str(out), "--search", search]) == 0
         rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         expected = model.predict(folder, beam_size=3)

@@ -28,7 +28,7 @@ from cnnrnn.labels import LabelSpace
 from cnnrnn.model.classifier import CNNRNN, load_checkpoint
 from cnnrnn.network.head import Head
 from cnnrnn.training.ensemble import train_ensemble
-from cnnrnn.training.resume import STATE_FILE, ResumeError, State, save_state, stored_recipe
+from cnnrnn.training.resume import STATE_FILE, ResumeError, TrainingState, save_state, stored_recipe
 from cnnrnn.training.run import train
 
 MODEL = ModelConfig(backbone="features", trunk_dim=8, joint_dim=6, hidden_dim=5)
@@ -348,7 +348,7 @@ def test_a_recipe_that_cannot_be_read(tmp_path):
         stored_recipe(tmp_path)
     for values in ({}, {"identity": {}}, {"identity": {"options": {"epochs": "many"}}},
                    {"identity": {"options": {"head.size": 1}}}):  # fmt: skip
-        save_state(tmp_path / STATE_FILE, State(values, {}))
+        save_state(tmp_path / STATE_FILE, TrainingState(values, {}))
         with pytest.raises(ResumeError, match=r"does not say what its run was started with"):
             stored_recipe(tmp_path)
 

@@ -19,7 +19,7 @@ from cnnrnn.network.head import Head
 from cnnrnn.prediction.decisions import (
     FEW_POSITIVES,
     SHRINKAGES,
-    Options,
+    DecisionOptions,
     best_f1_sets,
     calibrate,
     decide,
@@ -163,7 +163,7 @@ def test_every_decision_is_measured_as_it_is_predicted():
     rows = decision_metrics(inference, targets, calibration, k=1)
     assert list(rows) == [*DECISIONS, "path@1", "top@1"]
     for decision in DECISIONS:
-        sets = decide(inference, calibration, Options(None, decision, None)).sets
+        sets = decide(inference, calibration, DecisionOptions(None, decision, None)).sets
         assert rows[decision]["example-F1"] == multilabel_metrics(sets, targets)["example-F1"]
     assert rows["path@1"]["mean-labels-predicted"] == 1
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import threading
 
 import pytest
 import torch
+from torch.nn.utils import prune
 
+from cnnrnn import _C
 from cnnrnn.config import SearchConfig
 from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.search import SearchResult, beam_search, packed
@@ -176,14 +179,58 @@ def test_clear_cache_forgets(head):
 
 
 def test_states_go_with_their_head(head):
-    beam_search(head, images(head, 5, seed=1), CONFIG)
-    held = len(packed._kept)
-    other = random_head(torch.Generator().manual_seed(5), 4, joint_dim=4, hidden_dim=4)
-    beam_search(other, images(other, 5, seed=1), CONFIG)
-    assert len(packed._kept) == held + 1
-    del other
-    gc.collect()
-    assert len(packed._kept) == held
+    dropped = []
+    for kept in (True, False):
+        other = random_head(torch.Generator().manual_seed(5), 4, joint_dim=4, hidden_dim=4)
+        beam_search(other, images(other, 5, seed=1), CONFIG)
+        weights = packed.head_parameters(other)  # which live on
+        owner = id(other)
+        if not kept:
+            del other
+            gc.collect()
+        dropped.append(_C.forget_head(owner))
+        assert weights[0] is not None
+    assert dropped == [1, 0]
+
+
+def test_every_head_keeps_its_states():
+    heads = [
+        random_head(torch.Generator().manual_seed(seed), 20, joint_dim=8, hidden_dim=8)
+        for seed in range(7)
+    ]
+    heads.append(copy.copy(heads[0]))  # of the same weights
+    embedding = images(heads[0], 5, seed=1)
+    for head in heads:
+        assert beam_search(head, embedding, CONFIG).stats.hit_rate < 1.0
+    for _ in range(2):
+        for head in heads:
+            assert beam_search(head, embedding, CONFIG).stats.hit_rate == 1.0
+
+
+def test_a_head_keeps_what_was_packed_of_it_last(head):
+    embedding = images(head, 5, seed=1)
+    for _ in range(3):
+        beam_search(head, embedding, CONFIG)
+        head.label_embedding = torch.nn.Parameter(head.label_embedding.detach().clone())
+        head.clear_cache()
+        beam_search(head, embedding, CONFIG)
+    assert _C.forget_head(id(head)) == 1
+
+
+def test_a_pruned_heads_states_are_kept_until_it_is_pruned_again(head):
+    embedding = images(head, 9, seed=1)
+    before = beam_search(head, embedding, CONFIG)
+    for module, name in ((head.output_projection, "weight"), (head.recurrence, "weight_hh"),
+                         (head, "label_embedding")):  # fmt: skip
+        prune.l1_unstructured(module, name, 0.5)
+        pruned = beam_search(head, embedding, CONFIG)
+        assert pruned.stats.hit_rate < 1.0
+        assert not same(before, pruned)
+        again = beam_search(head, embedding, CONFIG)
+        assert again.stats.hit_rate == 1.0 and same(pruned, again)
+        expected = beam_search(head, embedding, CONFIG, implementation="reference")
+        torch.testing.assert_close(pruned.log_probs, expected.log_probs)
+        before = pruned
 
 
 def test_threads_share_a_head(head):

@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import threading
 from collections import Counter
 from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cnnrnn import _C
 from cnnrnn.config import SearchConfig
 from cnnrnn.network.head import Head, ImageEmbedding, chain_logits
-from cnnrnn.search import NonFiniteError, beam_search, packed, reference
+from cnnrnn.search import NonFiniteError, beam_search, reference
 from cnnrnn.search.packed import make_cpu_head
 from tests.search.replay import (
     assert_search_equal,
@@ -436,35 +438,56 @@ def assert_weights_are_read_anew(head, embedding):
     torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=1e-5, atol=1e-5)
 
 
-def test_an_edit_while_the_head_is_packed_is_seen(monkeypatch):
+class EditAfterCopy(TorchDispatchMode):
+    """Edits a weight from another thread once the packing has copied it."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight, self.edits = weight, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        copied = func is torch.ops.aten._to_copy.default
+        if copied and args[0].data_ptr() == self.weight.data_ptr():
+            thread = threading.Thread(target=self.edit)
+            thread.start()
+            thread.join()
+        return result
+
+    def edit(self) -> None:
+        self.edits += 1
+        with torch.no_grad():
+            self.weight.mul_(-1.0)
+
+
+def test_an_edit_while_the_head_is_packed_is_seen():
     head, embedding = small_case()
-    pack = packed.make_cpu_head
-
-    def pack_and_edit(*arguments, **options):
-        packed = pack(*arguments, **options)
-        with torch.no_grad():  # as another thread may, which the packing does not hold up
-            head.recurrence.weight_hh.mul_(-1.0)
-        return packed
-
-    monkeypatch.setattr(packed, "make_cpu_head", pack_and_edit)
-    beam_search(head, embedding)
-    monkeypatch.undo()
-    assert_weights_are_read_anew(head, embedding)
+    head.double()  # so that packing copies
+    with EditAfterCopy(head.recurrence.weight_hh) as mode:
+        before = beam_search(head, embedding)
+    assert mode.edits == 1
+    after = beam_search(head, embedding)
+    head.float()
+    expected = beam_search(head, embedding, implementation="reference")
+    assert not torch.equal(before.log_probs, after.log_probs)
+    torch.testing.assert_close(after.log_probs, expected.log_probs, rtol=1e-5, atol=1e-5)
 
 
-def test_no_weights_come_to_lie_where_searched_ones_were():
-    """Or they would be taken for them: a conversion swaps memory and counts no edit."""
+def test_weights_that_come_to_lie_where_searched_ones_were_are_not_taken_for_them():
+    """A conversion swaps memory and counts no edit."""
     generator = torch.Generator().manual_seed(9)
     for joint_dim, hidden_dim in itertools.product([4, 16, 64], [24, 64, 200]):
         head = random_head(generator, 6, joint_dim=joint_dim, hidden_dim=hidden_dim)
         embedding = random_embedding(generator, head, 3, False)
         beam_search(head, embedding)
-        before = head.output_projection.weight.data_ptr()
         head.output_projection.to(torch.bfloat16)
-        others = [torch.empty(joint_dim, hidden_dim) for _ in range(300)]  # may take freed memory
-        assert before not in [other.data_ptr() for other in others]
-        head.output_projection.to(torch.float32)
+        head.output_projection.to(torch.float32)  # may take the freed memory
         assert_weights_are_read_anew(head, embedding)
+        memory = head.output_projection.weight.detach().numpy().copy()
+        for _ in range(2):
+            head.output_projection.weight.data = torch.from_numpy(memory)
+            assert_weights_are_read_anew(head, embedding)
+            memory *= -2.0  # another tensor will lie here, with as many edits
 
 
 def test_computed_weights_and_changed_attributes_are_seen():

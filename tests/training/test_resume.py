@@ -22,7 +22,7 @@ from cnnrnn.data.sources.scenes import write_scenes
 from cnnrnn.model.classifier import load_checkpoint
 from cnnrnn.training.ensemble import train_ensemble
 from cnnrnn.training.log import Log
-from cnnrnn.training.resume import STATE_FILE, ResumeError, State, read_state, save_state
+from cnnrnn.training.resume import STATE_FILE, ResumeError, TrainingState, read_state, save_state
 from cnnrnn.training.run import train
 from tests.training.test_training import MODEL, QUICK, SEARCH, SMALL, digest, records, separable
 
@@ -225,7 +225,7 @@ def test_epochs_may_not_grow_under_cosine(tmp_path, data):
 def test_a_state_that_is_none(tmp_path, data):
     (tmp_path / "run").mkdir()
     file = tmp_path / "run" / STATE_FILE
-    save_state(file, State({"a": 1}, {"b": torch.ones(2)}))
+    save_state(file, TrainingState({"a": 1}, {"b": torch.ones(2)}))
     whole = file.read_bytes()
     assert read_state(whole, "x").values == {"a": 1}
     for broken in (b"", b"no state", whole[:20], whole[:-1], b"\xff" * 8 + whole[8:]):

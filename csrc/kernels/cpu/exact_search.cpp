@@ -23,7 +23,7 @@ constexpr int kChildren = 16;
 constexpr int64_t kUsualExpansions = 32;
 constexpr int64_t kMoreExpansions = 8;  // times as many
 
-struct Item {
+struct QueueItem {
   float score;  // of the prefix or path; of the best continuation that is left
   enum class Kind : int8_t { kComplete, kPrefix, kOthers } kind;
   LivePath path;
@@ -33,7 +33,7 @@ struct Item {
   int32_t last_child;  // this label at `score` have been taken
 
   // Of equal score, what ends comes first, then the shorter, then the lower label.
-  bool operator<(const Item& other) const {
+  bool operator<(const QueueItem& other) const {
     if (score != other.score) return score < other.score;
     if (kind != other.kind) return kind > other.kind;
     if (length != other.length) return length > other.length;
@@ -48,7 +48,12 @@ struct ExactImage {
       if (evidence[l] > 0) present.push_back(l);
       if (evidence[l] < 0) absent.push_back(l);
     }
-    now = {0.0f, Item::Kind::kPrefix, {0.0f, -1, -1}, 0, static_cast<int32_t>(present.size()), 0.0f,
+    now = {0.0f,
+           QueueItem::Kind::kPrefix,
+           {0.0f, -1, -1},
+           0,
+           static_cast<int32_t>(present.size()),
+           0.0f,
            -1};
     live[0] = now.path;
   }
@@ -57,10 +62,10 @@ struct ExactImage {
   int64_t step = 0;  // labels on the prefix
   int live_count = 1;
   LivePath live[1];
-  Item now;
+  QueueItem now;
   std::vector<int32_t> present, absent;  // labels, ascending
-  std::priority_queue<Item> queue;
-  std::vector<Item> found;           // complete, best first
+  std::priority_queue<QueueItem> queue;
+  std::vector<QueueItem> found;      // complete, best first
   std::vector<float> best_complete;  // a heap of the best scores of complete paths, worst on top
   int64_t expansions = 0;
   bool ended = false;  // nothing wanted is left
@@ -106,9 +111,9 @@ class ExactSearch : public ImageBlocks<ExactSearch, ExactImage> {
 
   void push_complete(ExactImage& image, float score) const {
     if (!(score > -kInf) || score < wanted_.least) return;
-    Item item = image.now;
+    QueueItem item = image.now;
     item.score = score;
-    item.kind = Item::Kind::kComplete;
+    item.kind = QueueItem::Kind::kComplete;
     image.queue.push(item);
     std::vector<float>& best = image.best_complete;
     best.push_back(score);
@@ -120,8 +125,8 @@ class ExactSearch : public ImageBlocks<ExactSearch, ExactImage> {
   }
 
   void expand(ExactImage& image, const PathStep& step, float* scores) {
-    const Item& now = image.now;
-    const bool again = now.kind == Item::Kind::kOthers;
+    const QueueItem& now = image.now;
+    const bool again = now.kind == QueueItem::Kind::kOthers;
     if (!again && now.bank == 0) push_complete(image, step.end_score);
     if (step.kind != PathStep::Kind::kScored) return;
     const int32_t lowest =
@@ -146,7 +151,7 @@ class ExactSearch : public ImageBlocks<ExactSearch, ExactImage> {
       const int32_t label = best.items[i].label;
       const float score = best.scores[i];
       image.queue.push({score,
-                        Item::Kind::kPrefix,
+                        QueueItem::Kind::kPrefix,
                         {score, step.node, label},
                         now.length + 1,
                         now.bank - (label == lowest),
@@ -154,8 +159,8 @@ class ExactSearch : public ImageBlocks<ExactSearch, ExactImage> {
                         -1});
     }
     if (best.full()) {
-      Item others = now;
-      others.kind = Item::Kind::kOthers;
+      QueueItem others = now;
+      others.kind = QueueItem::Kind::kOthers;
       others.score = best.worst();
       others.last_child = best.items[best.size - 1].label;
       image.queue.push(others);
@@ -166,8 +171,8 @@ class ExactSearch : public ImageBlocks<ExactSearch, ExactImage> {
   // has ended.
   bool next(ExactImage& image) const {
     while (!image.queue.empty() && static_cast<int64_t>(image.found.size()) < wanted_.count) {
-      const Item item = image.queue.top();
-      if (item.kind != Item::Kind::kComplete) {
+      const QueueItem item = image.queue.top();
+      if (item.kind != QueueItem::Kind::kComplete) {
         if (image.expansions == max_expansions_) return false;
         image.queue.pop();
         image.now = item;
@@ -199,13 +204,13 @@ void write_sets(const PrefixTable& prefixes, ExactImage* image, const SetsWanted
   out.proved[b] = static_cast<int64_t>(image->found.size());
   out.ended[b] = image->ended;
   out.expansions[b] = image->expansions;
-  std::vector<Item>& found = image->found;
+  std::vector<QueueItem>& found = image->found;
   for (; static_cast<int64_t>(found.size()) < wanted.count && !image->queue.empty();
        image->queue.pop()) {
-    if (image->queue.top().kind == Item::Kind::kComplete) found.push_back(image->queue.top());
+    if (image->queue.top().kind == QueueItem::Kind::kComplete) found.push_back(image->queue.top());
   }
   for (size_t i = 0; i < found.size(); ++i) {
-    const Item& item = found[i];
+    const QueueItem& item = found[i];
     const int64_t row = b * wanted.count + static_cast<int64_t>(i);
     out.log_probs[row] = item.score;
     out.lengths[row] = item.length;
@@ -261,11 +266,7 @@ SearchStats best_sets_cpu(CpuHead* head, const SetsWanted& wanted, const ImageEm
     });
     pending = std::move(further);
   }
-  stats.prefix_hits += stats.prefix_lookups;
-  stats.prefix_nodes = prefixes.size();
-  stats.prefix_parents = prefixes.parents();
-  stats.prefix_bytes = prefixes.bytes();
-  return stats;
+  return finished(stats, prefixes);
 }
 
 }  // namespace cnnrnn

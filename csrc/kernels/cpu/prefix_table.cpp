@@ -31,21 +31,21 @@ PrefixTable::Place PrefixTable::place(int32_t node) {
 
 int64_t PrefixTable::own_bytes() const {
   return (2 * hidden_width_ + joint_width_) * static_cast<int64_t>(sizeof(float)) +
-         static_cast<int64_t>(sizeof(uint64_t) + sizeof(int32_t) + 4 * sizeof(Entry));
+         static_cast<int64_t>(sizeof(uint64_t) + sizeof(int32_t) + 4 * sizeof(Slot));
 }
 
 void PrefixTable::count_bytes() {
-  const int64_t node = own_bytes() - static_cast<int64_t>(4 * sizeof(Entry));
+  const int64_t node = own_bytes() - static_cast<int64_t>(4 * sizeof(Slot));
   uint64_t entries = index_->mask + 1;
   for (const auto& index : retired_) entries += index->mask + 1;
   parents_ = next_gates_;
   bytes_ =
-      next_ * node + next_gates_ * gates_bytes() + static_cast<int64_t>(entries * sizeof(Entry));
+      next_ * node + next_gates_ * gates_bytes() + static_cast<int64_t>(entries * sizeof(Slot));
 }
 
-PrefixTable::Entry& PrefixTable::slot(const Index& index, uint64_t key) {
+PrefixTable::Slot& PrefixTable::slot(const Index& index, uint64_t key) {
   for (uint64_t at = first_slot(key, index.mask);; at = (at + 1) & index.mask) {
-    Entry& entry = index.entries[at];
+    Slot& entry = index.entries[at];
     const uint64_t found = entry.key.load(std::memory_order_acquire);
     if (found == key || found == kFreeSlot) return entry;
   }
@@ -53,7 +53,7 @@ PrefixTable::Entry& PrefixTable::slot(const Index& index, uint64_t key) {
 
 int32_t PrefixTable::find(int32_t parent, int32_t label, uint32_t stamp) const {
   const uint64_t key = prefix_key(parent, label);
-  const Entry& entry = slot(*current_.load(std::memory_order_acquire), key);
+  const Slot& entry = slot(*current_.load(std::memory_order_acquire), key);
   if (entry.key.load(std::memory_order_acquire) != key) return -1;
   if (entry.last_used.load(std::memory_order_relaxed) != stamp) {
     entry.last_used.store(stamp, std::memory_order_relaxed);
@@ -109,7 +109,7 @@ void PrefixTable::allocate(int segment) {
 }
 
 bool PrefixTable::insert(Index* index, uint64_t key, int32_t node, uint32_t stamp) {
-  Entry& entry = slot(*index, key);
+  Slot& entry = slot(*index, key);
   if (entry.key.load(std::memory_order_relaxed) == key) return false;
   entry.node.store(node, std::memory_order_relaxed);
   entry.last_used.store(stamp, std::memory_order_relaxed);
@@ -132,7 +132,7 @@ void PrefixTable::publish(const uint64_t* keys, int64_t count, int32_t first, ui
 void PrefixTable::grow_index() {
   auto larger = std::make_unique<Index>(2 * (index_->mask + 1));
   for (uint64_t i = 0; i <= index_->mask; ++i) {
-    const Entry& entry = index_->entries[i];
+    const Slot& entry = index_->entries[i];
     const uint64_t key = entry.key.load(std::memory_order_relaxed);
     if (key != kFreeSlot) insert(larger.get(), key, entry.node, entry.last_used);
   }
@@ -152,7 +152,7 @@ void PrefixTable::evict(int64_t most_bytes) {
   std::vector<uint32_t> last_used(next_, 0);
   std::vector<Use> uses;
   for (uint64_t i = 0; i <= index_->mask; ++i) {
-    const Entry& entry = index_->entries[i];
+    const Slot& entry = index_->entries[i];
     if (entry.key.load(std::memory_order_relaxed) == kFreeSlot) continue;
     last_used[entry.node] = entry.last_used;
     uses.push_back({entry.last_used, entry.node});

@@ -98,15 +98,15 @@ class PrefixTable {
   int64_t parents() const { return parents_.load(std::memory_order_relaxed); }
 
  private:
-  struct Entry {
+  struct Slot {
     std::atomic<uint64_t> key{kFreeSlot};
     std::atomic<int32_t> node{-1};
     mutable std::atomic<uint32_t> last_used{0};
   };
   struct Index {
-    explicit Index(uint64_t size) : mask(size - 1), entries(new Entry[size]) {}
+    explicit Index(uint64_t size) : mask(size - 1), entries(new Slot[size]) {}
     uint64_t mask;
-    std::unique_ptr<Entry[]> entries;
+    std::unique_ptr<Slot[]> entries;
   };
   // Nodes lie in segments, each twice as long as the one before: none moves when more are added.
   struct Segment {
@@ -129,7 +129,7 @@ class PrefixTable {
     const Place at = place(node);
     return segments_[at.segment].keys[at.offset];
   }
-  static Entry& slot(const Index& index, uint64_t key);
+  static Slot& slot(const Index& index, uint64_t key);
   static bool insert(Index* index, uint64_t key, int32_t node, uint32_t stamp);
   void grow_index();
   void allocate(int segment);

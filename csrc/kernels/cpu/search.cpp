@@ -190,11 +190,7 @@ SearchStats beam_search_cpu(CpuHead* head, const SearchOptions& given,
                                                             block, most_live);
                                         });
              });
-  stats.prefix_hits += stats.prefix_lookups;
-  stats.prefix_nodes = prefixes.size();
-  stats.prefix_parents = prefixes.parents();
-  stats.prefix_bytes = prefixes.bytes();
-  return stats;
+  return finished(stats, prefixes);
 }
 
 }  // namespace cnnrnn

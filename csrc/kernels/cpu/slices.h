@@ -77,4 +77,13 @@ void for_slices(PrefixTable* prefixes, int64_t count, int64_t nodes_per_image,
   }
 }
 
+// The figures of a search whose slices have counted look-ups, and states that were missing.
+inline SearchStats finished(SearchStats stats, const PrefixTable& prefixes) {
+  stats.prefix_hits += stats.prefix_lookups;
+  stats.prefix_nodes = prefixes.size();
+  stats.prefix_parents = prefixes.parents();
+  stats.prefix_bytes = prefixes.bytes();
+  return stats;
+}
+
 }  // namespace cnnrnn
