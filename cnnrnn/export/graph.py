@@ -179,8 +179,8 @@ class PathSearch(nn.Module):
         if label_logits is not None:
             finite = finite & label_logits.isfinite().all(1)
         searched = finite & (images.present.sum(1) <= self.most_known) & (known.abs() <= 1).all(1)
-        zero = joint.new_zeros(())
-        begin = torch.where(searched, zero, -torch.inf)[:, None]  # [B, 1]: the empty path is live
+        begin = joint.new_zeros(joint.shape[0], 1)  # the empty path is live
+        begin = begin.masked_fill(~searched[:, None], -torch.inf)
         state = _State(
             scores=begin,
             labels=torch.full_like(begin, PAD, dtype=torch.int64)[:, :, None].expand(-1, 1, T),
