@@ -258,35 +258,14 @@ class PathSearch(nn.Module):
         # After the softmax: evidence chooses among paths, it makes none more probable.
         absent = nn.functional.pad(images.absent, (0, 1))[:, None]  # [B, 1, L+1]
         extended = extended.masked_fill(absent, -torch.inf)
-        width = L + 1 if self.search.end_takes_slot else L
-        if images.banks is None:
-            offered = extended[:, :, :width].reshape(B, P * width)
-        else:
+        of_extension = None
+        if images.banks is not None:
             bank, lacking = self._lacking(state, images, held, first)
             extended = extended.masked_fill(self._barred(t, bank, lacking), -torch.inf)
             of_extension = bank[:, :, None] - nn.functional.pad(lacking, (0, 1)).long()
-            mine = of_extension[:, None] == images.banks[:, None, None]
-            mine = mine[:, :, :, :width]
-            offered = torch.where(mine, extended[:, None, :, :width], -torch.inf)
-            offered = offered.reshape(B * images.banks.shape[0], P * width)
-        places = min(W, width) if first else W
-        scores, index = top(offered, places)
-        if places < W:
-            pad = (0, W - places)
-            scores = nn.functional.pad(scores, pad, value=-torch.inf)
-            index = nn.functional.pad(index, pad)
-        if images.banks is not None:
-            scores = scores.reshape(B, images.banks.shape[0] * W)
-            index = index.reshape(B, images.banks.shape[0] * W)
-        parent, label = torch.zeros_like(index), index
-        if not first:
-            # index // width takes ten nodes. One more than needed: no width may be 0, which some
-            # runtimes take for 1.
-            firsts = torch.arange(1, P + 1, device=index.device) * width
-            parent = (index[:, :, None] >= firsts).sum(2)
-            label = index - parent * width
+        scores, parent, label = self._best_of_each_bank(extended, of_extension, images, first)
         rows = parent + P * torch.arange(B, device=parent.device)[:, None]  # of B x P
-        labels = state.labels.flatten(0, 1)[rows]  # the parents' [B, P, T]
+        labels = state.labels.flatten(0, 1)[rows]  # the parents' [B, P', T]
         if self.search.end_takes_slot:
             ends = label == L
             finished, finished_labels = scores.masked_fill(~ends, -torch.inf)[:, :W], labels[:, :W]
@@ -331,6 +310,44 @@ class PathSearch(nn.Module):
             accepting=accepting,
             marked=marked,
         )
+
+    def _best_of_each_bank(
+        self,
+        extended: Tensor,  # [B, P, L+1] scores
+        of_extension: Tensor | None,  # [B, P, L+1] the bank of each; None for one bank
+        images: _Images,
+        first: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return scores, parents' ranks and labels of the extensions that are kept: [B, P'] each.
+
+        P' is the W places of every bank. A label of L is END.
+        """
+        W = self.places
+        width = self.num_labels + self.search.end_takes_slot
+        B, P = extended.shape[:2]
+        extended = extended[:, :, :width]
+        if of_extension is None or images.banks is None:
+            offered = extended.reshape(B, P * width)
+        else:
+            mine = of_extension[:, None, :, :width] == images.banks[:, None, None]
+            offered = torch.where(mine, extended[:, None], -torch.inf)
+            offered = offered.reshape(B * images.banks.shape[0], P * width)
+        places = min(W, width) if first else W
+        scores, index = top(offered, places)
+        if places < W:
+            pad = (0, W - places)
+            scores = nn.functional.pad(scores, pad, value=-torch.inf)
+            index = nn.functional.pad(index, pad)
+        if images.banks is not None:
+            scores = scores.reshape(B, images.banks.shape[0] * W)
+            index = index.reshape(B, images.banks.shape[0] * W)
+        if first:
+            return scores, torch.zeros_like(index), index
+        # index // width takes ten nodes. One more than needed: no width may be 0, which some
+        # runtimes take for 1.
+        firsts = torch.arange(1, P + 1, device=index.device) * width
+        parent = (index[:, :, None] >= firsts).sum(2)
+        return scores, parent, index - parent * width
 
     def _log_probs(
         self, state: _State, t: Tensor, projected: Tensor, images: _Images, held: Tensor
@@ -403,8 +420,8 @@ class PathSearch(nn.Module):
     def _extended(
         self, state: _State, rows: Tensor, label: Tensor, first: bool
     ) -> tuple[Tensor, Tensor]:
-        """Read one more label [B, N] into the states of the parents [B, N] (equation 3)."""
-        gates = self.label_gates[label]  # [B, N, 4H]
+        """Read one more label [B, P'] into the states of the parents [B, P'] (equation 3)."""
+        gates = self.label_gates[label]  # [B, P', 4H]
         if first:
             gates, before = gates + self.root_product, self.root_cell
         else:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from cnnrnn.config import FilePrecision, SearchConfig
+from cnnrnn.config import MAX_KNOWN, FilePrecision, SearchConfig
 from cnnrnn.export.graph import (
     INPUT_NAMES,
     LABEL_SCORES,
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 OPSET = 20
 FORMAT = 4
-MAX_KNOWN = 4
 BANKS = "banks"
+"""What the search takes as an input while it is traced; the file computes it."""
 ONE_FILE_BYTES = 2**31 - 2**20
 """An ONNX file cannot be larger than 2 GB; a larger model's weights lie beside it."""
 

@@ -34,8 +34,8 @@ from cnnrnn.search.inference import SEARCH_BATCH, Inference, of_all, search_give
 NO_MASK = 'forbidden labels need the search in the file: search="onnx" (--search onnx)'
 EVIDENCE_FORMAT = 4
 """From this one on, the search in a file takes evidence, and no mask."""
-PATHS_AT_ONCE = 16 * SEARCH_BATCH
-"""Live paths of all images of a run: the largest beam's where nothing is known."""
+ROWS_AT_ONCE = 16 * SEARCH_BATCH
+"""Rows of label scores of a run, live paths times banks: the largest beam's in one bank."""
 
 
 class OnnxPredictor(Predictor):
@@ -401,8 +401,8 @@ class OnnxPredictor(Predictor):
             return result.cpu(), label_scores
         names = [name for name in self._output_names if name not in ("scores", "joint")]
         present = [0] if evidence is None else (evidence == 1).sum(1).tolist()
-        paths = (1 + max(present, default=0)) * search.places(marginals=True)
-        at_once = max(1, PATHS_AT_ONCE // paths)
+        rows = (1 + max(present, default=0)) ** 2 * search.places(marginals=True)
+        at_once = max(1, ROWS_AT_ONCE // rows)
         parts = [
             self.run(
                 inputs[start : start + at_once],

@@ -423,13 +423,21 @@ def test_the_command_line(tmp_path, model, folder, capsys):
     model.save(tmp_path / "checkpoint")
     out = tmp_path / "model.onnx"
     arguments = ["export", str(tmp_path / "checkpoint"), str(out), "--loop", "--beam-size", "3"]
+    arguments += ["--max-known", "1", "--marginal-places", "5"]
     assert main([*arguments, "--max-labels", "2"]) == 0
+    written = OnnxPredictor(out)
+    assert (written.max_known, written.search_config.places(marginals=True)) == (1, 5)
     assert capsys.readouterr().out.startswith(f"{out}: ")
     common = ["predict", str(folder), "--format", "jsonl", "--device", "cpu"]
     for search in ("onnx", "compiled"):
         assert main([*common, "--model", str(out), "--search", search]) == 0
         rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         expected = model.predict(folder, beam_size=3)
+        name = model.labels[0]
+        known = ["--model", str(out), "--search", search, "--known", name]
+        assert main([*common, *known]) == 0
+        answered = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert all(name in row["labels"] for row in answered) and len(answered) == len(expected)
         assert [row["image"] for row in rows] == [p.source for p in expected]
         assert all(len(row["labels"]) <= 2 for row in rows)
     assert main(["export", str(tmp_path / "nothing"), str(out)]) == 1
