@@ -29,6 +29,8 @@ FilePrecision = Literal["float32", "float16"]
 
 MAX_BEAM_SIZE = 16
 MAX_PLACES = 64
+MAX_KNOWN = 4
+"""Labels of an image that an exported file takes as known to be present, by default."""
 MAX_WIDTH = 65_536
 
 

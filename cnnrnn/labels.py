@@ -219,17 +219,20 @@ def first_label_space(
     return LabelSpace.by_frequency(names, counts)
 
 
-def check_evidence(evidence: Tensor, images: int, num_labels: int, max_labels: int) -> None:
+def check_evidence(
+    evidence: Tensor, images: int, num_labels: int, most: int, limit: str = "max_labels"
+) -> None:
     """Check what is known of images' labels, as csrc/bindings.cpp does for the compiled search.
 
     Args:
         evidence: to be [1 or B, L] int8: 1 present, -1 absent, 0 unknown.
         images: B.
         num_labels: L.
-        max_labels: T, how many labels a path can hold.
+        most: how many labels of an image can be present: T, which a path can hold, or fewer.
+        limit: what messages call that number.
 
     Raises:
-        ValueError: for another shape or type, other values, and more present labels than T.
+        ValueError: for another shape or type, other values, and more present labels than that.
     """
     L = num_labels
     if evidence.dim() != 2 or evidence.shape[1] != L or evidence.shape[0] not in (1, images):
@@ -242,8 +245,8 @@ def check_evidence(evidence: Tensor, images: int, num_labels: int, max_labels: i
             f"{int(evidence[image, label])} for label {label} of image {image}"
         )
     present = (evidence == 1).sum(1)
-    for image in (present > max_labels).nonzero()[:1, 0].tolist():
+    for image in (present > most).nonzero()[:1, 0].tolist():
         raise ValueError(
             f"image {image} has {present[image]} labels known to be present, "
-            f"more than max_labels ({max_labels})"
+            f"more than {limit} ({most})"
         )

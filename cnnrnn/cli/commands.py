@@ -320,11 +320,12 @@ def run_export(options: Namespace) -> int:
 
     require_folder("file", options.file)
     model = load(options.checkpoint)
-    changes = {name: options[name] for name in ("beam_size", "max_labels")}
+    changes = {name: options[name] for name in ("beam_size", "max_labels", "marginal_places")}
     search = replace(model.search, **{k: v for k, v in changes.items() if v is not None})
     export_onnx(
         model, options.file, input_kind=options.input, precision=options.precision,
         loop=options.loop, dynamic_size=options.dynamic_size, search=search,
+        max_known=options.max_known,
     )  # fmt: skip
     size = Path(options.file).stat().st_size
     print(f"{options.file}: {size / 1e6:,.1f} MB, {len(model.labels)} labels")

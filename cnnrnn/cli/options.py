@@ -9,6 +9,7 @@ from jsonargparse import ArgumentParser
 
 from cnnrnn import __version__
 from cnnrnn.config import (
+    MAX_KNOWN,
     CompareConfig,
     Decide,
     FilePrecision,
@@ -234,6 +235,15 @@ def _export_parser() -> ArgumentParser:
     )
     parser.add_argument("--beam_size", type=int | None, help="N; default: the model's own")
     parser.add_argument("--max_labels", type=int | None, help="longest path; default: the model's")
+    parser.add_argument(
+        "--max_known", type=int, default=MAX_KNOWN,
+        help="labels that may be known to be present in an image; 0 for absent ones alone",
+    )  # fmt: skip
+    parser.add_argument(
+        "--marginal_places", type=int | None,
+        help="live paths for each number of known labels still lacking, up to 64; default: the "
+        "model's, or N",
+    )  # fmt: skip
     return parser
 
 

@@ -10,6 +10,7 @@ Letters: B images, N live paths, T the longest path, L labels, H recurrent width
 from __future__ import annotations
 
 import copy
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,14 +23,14 @@ from cnnrnn.model.classifier import CNNRNN
 from cnnrnn.network.head import Head, activated, chain_logits
 from cnnrnn.network.recurrence import lstm_state, paper_state
 from cnnrnn.search.checks import resolve_max_labels
-from cnnrnn.search.inference import mixed_scores
+from cnnrnn.search.inference import mixed_given
 from cnnrnn.search.reference import LIVE_MASS_FLOOR
 
 Input = Literal["uint8", "float", "features"]
 INPUT_NAMES: dict[Input, str] = {"uint8": "images", "float": "images", "features": "features"}
-OUTPUT_NAMES = ("labels", "lengths", "log_probs", "marginals", "scores", "joint")
+OUTPUT_NAMES = ("labels", "lengths", "log_probs", "marginals", "log_evidence", "scores", "joint")
 LABEL_SCORES = "label_scores"
-"""One more output, where the head has a chain term."""
+"""One more output, where the head has a chain term, told of present labels: see `Head.told`."""
 
 
 class Paths(NamedTuple):
@@ -39,18 +40,37 @@ class Paths(NamedTuple):
     lengths: Tensor  # [B, N]
     log_probs: Tensor  # [B, N]
     marginals: Tensor  # [B, L]
+    log_evidence: Tensor  # [B]
+
+
+class _Images(NamedTuple):
+    """What is searched, and what is known of it."""
+
+    joint: Tensor  # [B, D]
+    label_logits: Tensor | None  # [B, L+1]
+    min_labels: Tensor  # [] int64
+    banks: Tensor | None  # [K+1] int64, their numbers; None for one bank
+    present: Tensor  # [B, L] bool
+    absent: Tensor  # [B, L] bool
+    given: Tensor  # [B] bool, something is known of the image
 
 
 class _State(NamedTuple):
-    """What the search knows between two steps. A score of -inf marks a place without a path."""
+    """What the search knows between two steps. A score of -inf marks a place without a path.
 
-    scores: Tensor  # [B, N] of the live paths
-    labels: Tensor  # [B, N, T] theirs
-    output: Tensor  # [B, N, H]
-    cell: Tensor  # [B, N, H]
+    There are P live paths: W places of every bank, bank after bank; only the empty path before the
+    first step.
+    """
+
+    scores: Tensor  # [B, P] of the live paths
+    labels: Tensor  # [B, P, T] theirs
+    output: Tensor  # [B, P, H]
+    cell: Tensor  # [B, P, H]
     done_scores: Tensor  # [B, N], best first
     done_labels: Tensor  # [B, N, T]
-    marginals: Tensor  # [B, L]
+    visited: Tensor  # [B, L] probability that a live path is followed by each label
+    log_mass: Tensor  # [B] of all complete paths
+    shares: Tensor  # [B, L] of it, those that hold each label
     accepting: Tensor  # [B] bool; False once a literal stop has fixed the result
     marked: Tensor  # [B] bool, a value was not finite that could have changed the result
 
@@ -65,21 +85,37 @@ def top(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return largest, places
 
 
+def log_sum(values: Tensor) -> Tensor:
+    """Return log(sum(exp)) of rows, -inf where all are: [B, n] to [B].
+
+    ONNX's ReduceLogSumExp does not say what it makes of a row of -inf.
+    """
+    most = values.amax(1, keepdim=True)
+    most = most.masked_fill(most == -torch.inf, 0.0)
+    return (values - most).exp().sum(1).log() + most[:, 0]
+
+
 class PathSearch(nn.Module):
-    """The beam search of a head.
+    """The beam search of a head, with a beam for each number of present labels that a path lacks.
 
     Args:
         head: whose weights are copied, as float32.
         search: the options; `min_labels` is an input.
         loop: repeat one step in a loop that ends with the last live path, instead of writing T
             steps one after the other.
+        max_known: labels of an image that evidence may say are present.
+
+    Attributes:
+        most_known: the same; at most T and L.
     """
 
-    def __init__(self, head: Head, search: SearchConfig, loop: bool) -> None:
+    def __init__(self, head: Head, search: SearchConfig, loop: bool, max_known: int = 0) -> None:
         super().__init__()
         self.search = search
         self.max_labels = resolve_max_labels(head, search)
         self.num_labels = head.num_labels
+        self.most_known = min(max_known, self.max_labels, self.num_labels)
+        self.places = search.places(marginals=True)
         self.cell = head.cell
         self.activation = head.activation
         self.loop = loop
@@ -115,7 +151,12 @@ class PathSearch(nn.Module):
     sure_end: Tensor
 
     def forward(
-        self, joint: Tensor, label_logits: Tensor | None, min_labels: Tensor, forbidden: Tensor
+        self,
+        joint: Tensor,
+        label_logits: Tensor | None,
+        min_labels: Tensor,
+        evidence: Tensor,
+        banks: Tensor | None = None,
     ) -> Paths:
         """Search.
 
@@ -123,15 +164,23 @@ class PathSearch(nn.Module):
             joint: [B, D].
             label_logits: [B, L+1] or None.
             min_labels: [] int64, END is forbidden on shorter paths.
-            forbidden: [1 or B, L] bool, labels that no path may have.
+            evidence: [1 or B, L] int8 of 1 for labels known to be present, -1 absent, 0 unknown.
+                An image of other values, or of more present labels than `most_known`, has no path.
+            banks: [K+1] int64 of 0, 1, ..., K, the most present labels of an image; None where none
+                has any.
         """
         N, T = self.search.beam_size, self.max_labels
-        given = (joint, label_logits, min_labels, forbidden)
+        known = evidence.long().expand(joint.shape[0], -1)  # not every operator takes int8
+        images = _Images(
+            joint, label_logits, min_labels, banks,
+            present=known == 1, absent=known == -1, given=(known != 0).any(1),
+        )  # fmt: skip
         finite = joint.isfinite().all(1)
         if label_logits is not None:
             finite = finite & label_logits.isfinite().all(1)
-        zero = joint.new_zeros(())
-        begin = torch.where(finite, zero, -torch.inf)[:, None]  # [B, 1]: the empty path is live
+        searched = finite & (images.present.sum(1) <= self.most_known) & (known.abs() <= 1).all(1)
+        begin = joint.new_zeros(joint.shape[0], 1)  # the empty path is live
+        begin = begin.masked_fill(~searched[:, None], -torch.inf)
         state = _State(
             scores=begin,
             labels=torch.full_like(begin, PAD, dtype=torch.int64)[:, :, None].expand(-1, 1, T),
@@ -139,19 +188,25 @@ class PathSearch(nn.Module):
             cell=self.root_cell,
             done_scores=torch.full_like(begin, -torch.inf).expand(-1, N),
             done_labels=torch.full_like(begin, PAD, dtype=torch.int64)[:, :, None].expand(-1, N, T),
-            marginals=torch.zeros_like(begin).expand(-1, self.num_labels),
+            visited=torch.zeros_like(begin).expand(-1, self.num_labels),
+            log_mass=torch.full_like(begin, -torch.inf)[:, 0],
+            shares=torch.zeros_like(begin).expand(-1, self.num_labels),
             accepting=finite | True,
             marked=~finite,
         )
         if T:
-            state = self._step(state, torch.tensor(0), *given, first=True)
+            state = self._step(state, torch.tensor(0), images, first=True)
         if self.loop and T > 1:
-            state = self._loop(state, *given)
+            state = self._loop(state, images)
         else:
             for t in range(1, T):
-                state = self._step(state, torch.tensor(t), *given)
-        # Paths of length T can only end, at log-probability 0.
-        scores, labels = self._merged(state, state.scores, state.labels)
+                state = self._step(state, torch.tensor(t), images)
+        # Paths of length T can only end, at log-probability 0, unless they lack present labels.
+        last, last_labels = state.scores[:, : self.places], state.labels[:, : self.places]
+        scores, labels = self._merged(state, last, last_labels)
+        log_mass, shares = self._complete(state, last, self._held(last_labels))
+        marginals = torch.where(images.given[:, None], shares, state.visited)
+        unfit = images.given & (log_mass == -torch.inf)
         marked = state.marked[:, None]
         absent = scores == -torch.inf
         lengths = (labels != PAD).sum(2).masked_fill(absent | marked, 0)
@@ -159,17 +214,11 @@ class PathSearch(nn.Module):
             labels=labels.masked_fill((absent | marked)[:, :, None], PAD),
             lengths=lengths,
             log_probs=scores.masked_fill(marked, torch.nan),
-            marginals=state.marginals.masked_fill(marked, torch.nan),
+            marginals=marginals.masked_fill(marked | unfit[:, None], torch.nan),
+            log_evidence=log_mass.masked_fill(state.marked, torch.nan),
         )
 
-    def _loop(
-        self,
-        state: _State,
-        joint: Tensor,
-        label_logits: Tensor | None,
-        min_labels: Tensor,
-        forbidden: Tensor,
-    ) -> _State:
+    def _loop(self, state: _State, images: _Images) -> _State:
         """Repeat the step from the second on, while a path is live."""
         from torch._higher_order_ops.while_loop import while_loop
 
@@ -177,8 +226,7 @@ class PathSearch(nn.Module):
             return (t < self.max_labels) & (_State(*values).scores > -torch.inf).any()
 
         def body(t: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-            state = _State(*values)
-            after = self._step(state, t, joint, label_logits, min_labels, forbidden)
+            after = self._step(_State(*values), t, images)
             return (t + 1, *(part.clone() for part in after))  # no input may be returned
 
         carried = (torch.tensor(1), *(part.clone() for part in state))
@@ -189,49 +237,46 @@ class PathSearch(nn.Module):
         self,
         state: _State,
         t: Tensor,  # [] int64, labels on every live path
-        joint: Tensor,
-        label_logits: Tensor | None,
-        min_labels: Tensor,
-        forbidden: Tensor,
+        images: _Images,
         first: bool = False,  # the empty path alone is live
     ) -> _State:
-        """Score what may follow the live paths, end some and extend the N best."""
-        N, L = self.search.beam_size, self.num_labels
+        """Score what may follow the live paths, end some and extend the best of each bank."""
+        W, L = self.places, self.num_labels
         B, P = state.scores.shape
         projected = self.root_projected if first else state.output @ self.output_weight.T
-        log_probs, bad = self._log_probs(
-            state, t, projected, joint, label_logits, min_labels, forbidden
-        )
+        held = self._held(state.labels)
+        log_probs, bad = self._log_probs(state, t, projected, images, held)
         extended = (state.scores[:, :, None] + log_probs).masked_fill(
             bad[:, :, None], -torch.inf
         )  # [B, P, L+1]
-        new = extended[:, :, :L]
+        new = extended[:, :W, :L]  # where nothing is known all paths are in the first bank
         if self.search.order == "free" and not first:  # what a path holds may follow again
-            new = new.masked_fill(self._held(state), -torch.inf)
-        marginals = state.marginals + new.exp().sum(1)
+            new = new.masked_fill(held[:, :W], -torch.inf)
+        visited = state.visited + new.exp().sum(1)
         floor_before = self._floor(state.done_scores, state.accepting)
 
-        width = L + 1 if self.search.end_takes_slot else L
-        places = min(N, P * width)
-        scores = extended[:, :, :width].reshape(B, P * width)
-        scores, index = top(scores, places)
-        firsts = torch.arange(1, P, device=index.device) * width  # index // width takes ten nodes
-        parent = (index[:, :, None] >= firsts).sum(2)
-        label = index - parent * width
-        if places < N:
-            pad = (0, N - places)
-            scores = nn.functional.pad(scores, pad, value=-torch.inf)
-            parent, label = nn.functional.pad(parent, pad), nn.functional.pad(label, pad)
-        rows = parent + P * torch.arange(B, device=parent.device)[:, None]  # [B, N] of B x P
-        labels = state.labels.flatten(0, 1)[rows]  # the parents' [B, N, T]
+        # After the softmax: evidence chooses among paths, it makes none more probable.
+        absent = nn.functional.pad(images.absent, (0, 1))[:, None]  # [B, 1, L+1]
+        extended = extended.masked_fill(absent, -torch.inf)
+        of_extension = None
+        if images.banks is not None:
+            bank, lacking = self._lacking(state, images, held, first)
+            extended = extended.masked_fill(self._barred(t, bank, lacking), -torch.inf)
+            of_extension = bank[:, :, None] - nn.functional.pad(lacking, (0, 1)).long()
+        scores, parent, label = self._best_of_each_bank(extended, of_extension, images, first)
+        rows = parent + P * torch.arange(B, device=parent.device)[:, None]  # of B x P
+        labels = state.labels.flatten(0, 1)[rows]  # the parents' [B, P', T]
         if self.search.end_takes_slot:
             ends = label == L
-            finished, finished_labels = scores.masked_fill(~ends, -torch.inf), labels
+            finished, finished_labels = scores.masked_fill(~ends, -torch.inf)[:, :W], labels[:, :W]
+            finished_held = held.flatten(0, 1)[rows[:, :W]]
             scores = scores.masked_fill(ends, -torch.inf)
             label = label.masked_fill(ends, 0)
         else:
-            finished, finished_labels = extended[:, :, L], state.labels
+            finished, finished_labels = extended[:, :W, L], state.labels[:, :W]
+            finished_held = held[:, :W]
         done_scores, done_labels = self._merged(state, finished, finished_labels)
+        log_mass, shares = self._complete(state, finished, finished_held)
 
         accepting = state.accepting
         if self.search.stop == "literal":
@@ -243,7 +288,11 @@ class PathSearch(nn.Module):
         )
         marked = state.marked | (bad & could_enter).any(1)
         settled = scores.amax(1) <= self._floor(done_scores, accepting)
-        stopped = settled & (scores.exp().sum(1) < LIVE_MASS_FLOOR)
+        live_mass = log_sum(scores[:, :W])
+        if images.banks is not None:
+            live_mass = torch.where(images.given, log_sum(scores), live_mass)
+        most = torch.where(images.given, log_mass, 0.0)
+        stopped = settled & (live_mass < most + math.log(LIVE_MASS_FLOOR))
         scores = scores.masked_fill(stopped[:, None], -torch.inf)
 
         position = torch.arange(self.max_labels, device=label.device)
@@ -255,63 +304,124 @@ class PathSearch(nn.Module):
             cell=cell,
             done_scores=done_scores,
             done_labels=done_labels,
-            marginals=marginals,
+            visited=visited,
+            log_mass=log_mass,
+            shares=shares,
             accepting=accepting,
             marked=marked,
         )
 
-    def _log_probs(
+    def _best_of_each_bank(
         self,
-        state: _State,
-        t: Tensor,
-        projected: Tensor,
-        joint: Tensor,
-        label_logits: Tensor | None,
-        min_labels: Tensor,
-        forbidden: Tensor,
+        extended: Tensor,  # [B, P, L+1] scores
+        of_extension: Tensor | None,  # [B, P, L+1] the bank of each; None for one bank
+        images: _Images,
+        first: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return scores, parents' ranks and labels of the extensions that are kept: [B, P'] each.
+
+        P' is the W places of every bank. A label of L is END.
+        """
+        W = self.places
+        width = self.num_labels + self.search.end_takes_slot
+        B, P = extended.shape[:2]
+        extended = extended[:, :, :width]
+        if of_extension is None or images.banks is None:
+            offered = extended.reshape(B, P * width)
+        else:
+            mine = of_extension[:, None, :, :width] == images.banks[:, None, None]
+            offered = torch.where(mine, extended[:, None], -torch.inf)
+            offered = offered.reshape(B * images.banks.shape[0], P * width)
+        places = min(W, width) if first else W
+        scores, index = top(offered, places)
+        if places < W:
+            pad = (0, W - places)
+            scores = nn.functional.pad(scores, pad, value=-torch.inf)
+            index = nn.functional.pad(index, pad)
+        if images.banks is not None:
+            scores = scores.reshape(B, images.banks.shape[0] * W)
+            index = index.reshape(B, images.banks.shape[0] * W)
+        if first:
+            return scores, torch.zeros_like(index), index
+        # index // width takes ten nodes. One more than needed: no width may be 0, which some
+        # runtimes take for 1.
+        firsts = torch.arange(1, P + 1, device=index.device) * width
+        parent = (index[:, :, None] >= firsts).sum(2)
+        return scores, parent, index - parent * width
+
+    def _log_probs(
+        self, state: _State, t: Tensor, projected: Tensor, images: _Images, held: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return log p of what may follow [B, P, L+1], and where scores are not finite [B, P]."""
-        total = activated(projected + joint[:, None, :], self.activation)
+        total = activated(projected + images.joint[:, None, :], self.activation)
         scores = total @ self.label_embedding.T  # [B, P, L+1]
         if self.score_bias is not None:
             scores = scores + self.score_bias
-        # Only the end may follow where every label is forbidden, also below min_labels.
-        allowed = ~self._forbidden(state, forbidden)  # [B, P, L]
-        only_end = (~allowed).all(2, keepdim=True) & (t < min_labels)  # [B, P, 1]
-        end = (t >= min_labels).expand(*allowed.shape[:2], 1)
+        # Only the end may follow where the order allows no label, also below min_labels.
+        allowed = self._allowed(state, held)  # [B, P, L]
+        only_end = (~allowed).all(2, keepdim=True) & (t < images.min_labels)  # [B, P, 1]
+        end = (t >= images.min_labels).expand(*allowed.shape[:2], 1)
         allowed = torch.cat([allowed, end], dim=2)
-        if label_logits is not None:
+        if images.label_logits is not None:
             # Only differences matter: taking off the largest first keeps the sum precise.
-            logits = label_logits[:, None, :].masked_fill(~allowed, -torch.inf)
-            largest = logits.amax(2, keepdim=True).masked_fill(only_end, 0.0)
-            scores = scores + (label_logits[:, None, :] - largest)
+            label_logits = images.label_logits[:, None, :]
+            largest = label_logits.masked_fill(~allowed, -torch.inf).amax(2, keepdim=True)
+            scores = scores + (label_logits - largest.masked_fill(only_end, 0.0))
         scores = scores.masked_fill(~allowed, -torch.inf)
         bad = scores.isnan().any(2) | scores.amax(2).isinf()
         bad = bad & ~only_end[:, :, 0]
         log_probs = scores.log_softmax(2).clamp(max=0)
         return torch.where(only_end, self.sure_end, log_probs), bad
 
-    def _forbidden(self, state: _State, forbidden: Tensor) -> Tensor:
-        """Return which labels may not follow each live path: [B, P, L] bool."""
+    def _allowed(self, state: _State, held: Tensor) -> Tensor:
+        """Return which labels the order lets follow each live path: [B, P, L] bool."""
         if self.search.order == "increasing":
-            labels = torch.arange(self.num_labels, device=state.labels.device)
-            last = state.labels.amax(2, keepdim=True)  # -1 on the empty path
-            return (labels <= last) | forbidden[:, None, :]
-        if self.search.order == "unique":
-            return self._held(state) | forbidden[:, None, :]
-        return forbidden[:, None, :].expand(*state.scores.shape, -1)
+            return self._above_last(state)
+        return ~held if self.search.order == "unique" else torch.ones_like(held)
 
-    def _held(self, state: _State) -> Tensor:
-        """Return which labels are on each live path: [B, P, L] bool."""
-        columns = state.labels + 1  # the first column takes the padding
-        held = torch.zeros(*state.scores.shape, self.num_labels + 1, device=columns.device)
+    def _above_last(self, state: _State) -> Tensor:
+        labels = torch.arange(self.num_labels, device=state.labels.device)
+        return labels > state.labels.amax(2, keepdim=True)  # -1 on the empty path
+
+    def _lacking(
+        self, state: _State, images: _Images, held: Tensor, first: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return the bank of each live path [B, P] and the present labels it lacks [B, P, L]."""
+        assert images.banks is not None
+        present = images.present[:, None]
+        if first:
+            return images.present.sum(1, keepdim=True), present
+        bank = images.banks[:, None].expand(-1, self.places).flatten()
+        increasing = self.search.order == "increasing"
+        lacking = present & (self._above_last(state) if increasing else ~held)
+        return bank.expand(held.shape[0], -1), lacking
+
+    def _barred(
+        self,
+        t: Tensor,
+        bank: Tensor,  # [B, P]
+        lacking: Tensor,  # [B, P, L]
+    ) -> Tensor:
+        """Return what leaves no way to the present labels that a path lacks: [B, P, L+1] bool."""
+        only_lacking = (bank == self.max_labels - t)[:, :, None]
+        barred = only_lacking & ~lacking
+        if self.search.order == "increasing":
+            labels = torch.arange(self.num_labels, device=bank.device)
+            lowest = torch.where(lacking, labels, self.num_labels).amin(2, keepdim=True)
+            barred = barred | (labels > lowest)
+        return torch.cat([barred, (bank > 0)[:, :, None]], dim=2)
+
+    def _held(self, labels: Tensor) -> Tensor:
+        """Return which labels are on each path: [B, P, T] to [B, P, L] bool."""
+        columns = labels + 1  # the first column takes the padding
+        held = torch.zeros(*labels.shape[:2], self.num_labels + 1, device=columns.device)
         return held.scatter(2, columns, 1.0)[:, :, 1:] > 0
 
     def _extended(
         self, state: _State, rows: Tensor, label: Tensor, first: bool
     ) -> tuple[Tensor, Tensor]:
-        """Read one more label [B, N] into the states of the parents [B, N] (equation 3)."""
-        gates = self.label_gates[label]  # [B, N, 4H]
+        """Read one more label [B, P'] into the states of the parents [B, P'] (equation 3)."""
+        gates = self.label_gates[label]  # [B, P', 4H]
         if first:
             gates, before = gates + self.root_product, self.root_cell
         else:
@@ -340,6 +450,19 @@ class PathSearch(nn.Module):
             labels = torch.where(accepting[:, :, None], labels, state.done_labels)
         return scores, labels
 
+    def _complete(
+        self,
+        state: _State,
+        finished: Tensor,  # [B, n]
+        held: Tensor,  # [B, n, L]
+    ) -> tuple[Tensor, Tensor]:
+        """Add paths that end: return the log of all complete ones' mass [B] and shares [B, L]."""
+        log_mass = log_sum(torch.cat([state.log_mass[:, None], finished], dim=1))
+        most = log_mass.masked_fill(log_mass == -torch.inf, 0.0)[:, None]
+        kept = (state.log_mass[:, None] - most).exp()
+        new = (finished - most).exp()[:, None] @ held.to(finished.dtype)
+        return log_mass, state.shares * kept + new[:, 0]
+
     def _floor(self, done_scores: Tensor, accepting: Tensor) -> Tensor:
         """Return the score at or below which a live path cannot enter the result: [B]."""
         if self.search.stop == "n_best":
@@ -355,34 +478,47 @@ class ExportedModel(nn.Module):
         input_kind: what comes in.
         search: the options of the search.
         loop: see `PathSearch`.
+        max_known: see `PathSearch`.
         half: backbone, trunk and the projections of the image compute in float16. The recurrence,
             label scores and sums stay float32.
     """
 
     def __init__(
-        self, model: CNNRNN, input_kind: Input, search: SearchConfig, loop: bool, half: bool
+        self,
+        model: CNNRNN,
+        input_kind: Input,
+        search: SearchConfig,
+        loop: bool,
+        max_known: int,
+        half: bool,
     ) -> None:
         super().__init__()
         copied = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
-        self.search = PathSearch(copied.head, search, loop)
+        self.search = PathSearch(copied.head, search, loop, max_known)
         self.backbone = None if input_kind == "features" else copied.backbone
         self.trunk = copied.head.trunk
         self.image_projection = copied.head.image_projection
         self.label_classifier = copied.head.label_classifier
+        self.register_buffer("cooccurrence", copied.head.cooccurrence)
         self.input_kind = input_kind
-        self.mix_weight = model.calibration.mix_weight
+        self.calibration = model.calibration
         self.dtype = torch.float16 if half else torch.float32
         for part in (self.backbone, self.trunk, self.image_projection, self.label_classifier):
             if part is not None:
                 part.to(self.dtype)
 
-    def forward(self, inputs: Tensor, min_labels: Tensor, forbidden: Tensor) -> tuple[Tensor, ...]:
+    cooccurrence: Tensor | None
+
+    def forward(
+        self, inputs: Tensor, min_labels: Tensor, evidence: Tensor, banks: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """Return what `OUTPUT_NAMES` names, and label scores where there is a chain term.
 
         Args:
             inputs: uint8 [B, S, S, 3], normalised float [B, 3, S, S] or features [B, F].
             min_labels: [] int64.
-            forbidden: [1 or B, L] bool.
+            evidence: [1 or B, L] int8; this and banks are as in `PathSearch`.
+            banks: [K+1] int64 or None.
         """
         if self.backbone is not None:
             if self.input_kind == "uint8":
@@ -394,7 +530,10 @@ class ExportedModel(nn.Module):
         if self.label_classifier is not None:
             label_scores = self.label_classifier(hidden).float()
             label_logits = chain_logits(label_scores)
-        paths = self.search(joint, label_logits, min_labels, forbidden)
-        scores = mixed_scores(paths.marginals, label_scores, self.mix_weight)
+        paths = self.search(joint, label_logits, min_labels, evidence, banks)
+        known = evidence.long().expand(joint.shape[0], -1)
+        if label_scores is not None and self.cooccurrence is not None:
+            label_scores = label_scores + (known == 1).float() @ self.cooccurrence
+        scores = mixed_given(paths.marginals, label_scores, self.calibration, known)
         outputs = (*paths, scores, joint)
         return outputs if label_scores is None else (*outputs, label_scores)

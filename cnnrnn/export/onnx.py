@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from cnnrnn.config import FilePrecision, SearchConfig
+from cnnrnn.config import MAX_KNOWN, FilePrecision, SearchConfig
 from cnnrnn.export.graph import (
     INPUT_NAMES,
     LABEL_SCORES,
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 OPSET = 20
-FORMAT = 3
+FORMAT = 4
+BANKS = "banks"
+"""What the search takes as an input while it is traced; the file computes it."""
 ONE_FILE_BYTES = 2**31 - 2**20
 """An ONNX file cannot be larger than 2 GB; a larger model's weights lie beside it."""
 
@@ -45,6 +47,7 @@ def export_onnx(
     loop: bool = False,
     dynamic_size: bool = False,
     search: SearchConfig | None = None,
+    max_known: int = MAX_KNOWN,
 ) -> None:
     """Write a model as one ONNX file: backbone, projection and the whole beam search.
 
@@ -61,7 +64,10 @@ def export_onnx(
         loop: the steps of the search as an ONNX Loop, which ends with the last live path and makes
             a smaller file, instead of one after the other.
         dynamic_size: pictures of any height and width, where the backbone takes them.
-        search: options of the search; the model's own by default.
+        search: options of the search; the model's own by default. Every bank has `beam_size`
+            places, or `marginal_places` where those are more.
+        max_known: labels of an image that may be known to be present. A batch is searched with as
+            many banks as it needs; 0 for one bank, and no width that depends on values.
 
     Raises:
         ValueError: the options do not fit the model, or it cannot be exported.
@@ -75,16 +81,15 @@ def export_onnx(
         raise ValueError(f"path must be a file that ends in .onnx, got {path}")
     model = _single_model(model)
     search = search or model.search
-    search = replace(
-        search, max_labels=resolve_max_labels(model.head, search), marginal_places=None
-    )
+    search = replace(search, max_labels=resolve_max_labels(model.head, search))
     input_kind = input_kind or ("features" if model.backbone is None else "uint8")
-    _check_options(model, input_kind, precision, dynamic_size, search)
-    exported = ExportedModel(model, input_kind, search, loop, precision == "float16").eval()
+    _check_options(model, input_kind, precision, dynamic_size, search, max_known)
+    half = precision == "float16"
+    exported = ExportedModel(model, input_kind, search, loop, max_known, half).eval()
     proto = _exported(exported, model, input_kind, search, dynamic_size)
     _give_defaults(proto, search, len(model.labels))
     del proto.metadata_props[:]
-    metadata = _metadata(model, input_kind, precision, loop, search)
+    metadata = _metadata(model, input_kind, precision, loop, search, max_known)
     onnx.helper.set_model_props(proto, metadata)
     _write(proto, path)
 
@@ -131,6 +136,7 @@ def _check_options(
     precision: FilePrecision,
     dynamic_size: bool,
     search: SearchConfig,
+    max_known: int,
 ) -> None:
     if input_kind not in INPUT_NAMES:
         raise ValueError(f"input_kind must be one of {', '.join(INPUT_NAMES)}, got {input_kind!r}")
@@ -148,6 +154,8 @@ def _check_options(
         )
     if not search.max_labels:
         raise ValueError("max_labels must be at least 1 to export, got 0")
+    if max_known < 0:
+        raise ValueError(f"max_known must be at least 0, got {max_known}")
 
 
 def _exported(
@@ -171,18 +179,29 @@ def _exported(
     arguments = (
         example,
         torch.tensor(search.min_labels),
-        torch.zeros(1, len(model.labels), dtype=torch.bool),
+        torch.zeros(1, len(model.labels), dtype=torch.int8),
+        torch.arange(2) if exported.search.most_known else None,
     )
+    names = [INPUT_NAMES[input_kind], "min_labels", "evidence"]
+    banks = None
+    if exported.search.most_known:
+        names.append(BANKS)
+        banks = {0: torch.export.Dim("banks")}
     chained = model.head.label_classifier is not None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(
-                exported, arguments, dynamic_shapes=(shape, {}, {}), strict=False
+                exported,
+                arguments,
+                dynamic_shapes=(shape, {}, {}, banks),
+                strict=False,
+                # A guess of how places lie in memory would else be required of every bank count.
+                prefer_deferred_runtime_asserts_over_guards=True,
             )
             written = torch.onnx.export(
                 program,
-                input_names=[INPUT_NAMES[input_kind], "min_labels", "forbidden"],
+                input_names=names,
                 output_names=[*OUTPUT_NAMES, *([LABEL_SCORES] if chained else [])],
                 opset_version=OPSET,
                 dynamo=True,
@@ -196,9 +215,40 @@ def _exported(
         ) from error
     assert written is not None
     proto: ModelProto = written.model_proto
-    names = ("batch",) if input_kind == "features" else ("batch", "height", "width")
-    _name_dimensions(proto, names)
+    sides = ("batch",) if input_kind == "features" else ("batch", "height", "width")
+    _name_dimensions(proto, sides)
+    if exported.search.most_known:
+        _count_banks(proto, exported.search.most_known)
     return proto
+
+
+def _count_banks(proto: ModelProto, most_known: int) -> None:
+    """Make the banks of what was an input: one more than the batch's most present labels.
+
+    torch exports no width that depends on values but as an input's.
+    """
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
+
+    zero, one, axis, most = (f"{BANKS}.{name}" for name in ("zero", "one", "axis", "most"))
+    for name, value in ((zero, 0), (one, 1), (axis, [1]), (most, most_known)):
+        constant = numpy_helper.from_array(np.array(value, np.int64), name)
+        proto.graph.initializer.append(constant)
+    found = [f"{BANKS}.{number}" for number in range(7)]
+    nodes = [
+        helper.make_node("Cast", ["evidence"], [found[0]], to=TensorProto.INT64),
+        helper.make_node("Greater", [found[0], zero], [found[1]]),
+        helper.make_node("Cast", [found[1]], [found[2]], to=TensorProto.INT64),
+        helper.make_node("ReduceSum", [found[2], axis], [found[3]], keepdims=0),
+        helper.make_node("ReduceMax", [found[3]], [found[4]], keepdims=0),
+        helper.make_node("Clip", [found[4], zero, most], [found[5]]),
+        helper.make_node("Add", [found[5], one], [found[6]]),
+        helper.make_node("Range", [zero, found[6], one], [BANKS]),
+    ]
+    for node in reversed(nodes):
+        node.name = f"{BANKS}.{node.op_type}.{node.output[0]}"
+        proto.graph.node.insert(0, node)
+    del proto.graph.input[-1]
 
 
 def _name_dimensions(proto: ModelProto, names: tuple[str, ...]) -> None:
@@ -222,13 +272,18 @@ def _give_defaults(proto: ModelProto, search: SearchConfig, num_labels: int) -> 
     del proto.graph.value_info[:]
     for name, value in (
         ("min_labels", np.array(search.min_labels, np.int64)),
-        ("forbidden", np.zeros((1, num_labels), bool)),
+        ("evidence", np.zeros((1, num_labels), np.int8)),
     ):
         proto.graph.initializer.append(numpy_helper.from_array(value, name))
 
 
 def _metadata(
-    model: CNNRNN, input_kind: Input, precision: FilePrecision, loop: bool, search: SearchConfig
+    model: CNNRNN,
+    input_kind: Input,
+    precision: FilePrecision,
+    loop: bool,
+    search: SearchConfig,
+    max_known: int,
 ) -> dict[str, str]:
     """Return what a consumer must know beside the graph, each value as JSON."""
     preprocessing = None if model.backbone is None else asdict(model.backbone.preprocessing)
@@ -242,6 +297,7 @@ def _metadata(
         "preprocessing": None if input_kind == "features" else preprocessing,
         "calibration": asdict(model.calibration),
         "search": asdict(search),
+        "max_known": max_known,
         "cell": model.head.cell,
         "activation": model.head.activation,
     }
@@ -255,10 +311,11 @@ def _head_text(model: CNNRNN) -> str:
     """Return the weights of the search, for the compiled one, as a safetensors file in base64."""
     from safetensors.torch import save
 
-    searched = {id(tensor) for tensor in head_parameters(model.head) if tensor is not None}
+    read = (*head_parameters(model.head), model.head.cooccurrence)
+    searched = {id(tensor) for tensor in read if tensor is not None}
     tensors = {
         name: tensor.detach().cpu().float().contiguous()
-        for name, tensor in model.head.named_parameters()
+        for name, tensor in (*model.head.named_parameters(), *model.head.named_buffers())
         if id(tensor) in searched
     }
     return base64.b64encode(save(tensors)).decode()

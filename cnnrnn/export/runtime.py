@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,12 +25,17 @@ from cnnrnn.labels import check_evidence
 from cnnrnn.machine.devices import use_one_thread_if_forked
 from cnnrnn.model.checkpoint import read_calibration, read_options, read_search, typed
 from cnnrnn.network.head import Head, ImageEmbedding, chain_logits
+from cnnrnn.prediction.known import Known, Names, names_with
 from cnnrnn.prediction.pipeline import ImageModel
 from cnnrnn.prediction.predictor import Predictor, Running
 from cnnrnn.search import NonFiniteError, SearchResult
 from cnnrnn.search.inference import SEARCH_BATCH, Inference, of_all, search_given
 
 NO_MASK = 'forbidden labels need the search in the file: search="onnx" (--search onnx)'
+EVIDENCE_FORMAT = 4
+"""From this one on, the search in a file takes evidence, and no mask."""
+ROWS_AT_ONCE = 16 * SEARCH_BATCH
+"""Rows of label scores of a run, live paths times banks: the largest beam's in one bank."""
 
 
 class OnnxPredictor(Predictor):
@@ -49,6 +55,8 @@ class OnnxPredictor(Predictor):
         preprocessing: of pictures; None for a file that takes feature vectors.
         search_config: the options of the search.
         max_labels: T, the longest path.
+        max_known: labels of an image that may be known to be present, where the search runs in ONNX
+            Runtime; 0 for a file of a release before that.
         input_kind: `uint8`, `float` or `features`.
         content_hash: SHA-256 of weights and metadata; the same for two exports alike of one model.
         search: where the search runs.
@@ -91,10 +99,14 @@ class OnnxPredictor(Predictor):
                     f"{self.path} has format {form}, this release reads 1 to {FORMAT}; upgrade "
                     "cnnrnn"
                 )
+            self._format: int = form
             self._labels = tuple(values["labels"])
             self.calibration = read_calibration(values["calibration"], form)
             self.search_config = read_search(values["search"], form)
             self.max_labels: int = typed("search.max_labels", values["search"]["max_labels"], int)
+            self.max_known: int = 0
+            if form >= EVIDENCE_FORMAT:
+                self.max_known = typed("max_known", values["max_known"], int)
             self.input_kind: Input = typed("input", values["input"], Input)
             self.content_hash: str = values["content_hash"]
             self.preprocessing = None
@@ -134,6 +146,39 @@ class OnnxPredictor(Predictor):
         """Return how many labels a path can hold: T of the file."""
         return self.max_labels
 
+    def known_labels(self, running: Running, known: Names, absent: Names) -> Known:
+        """Return what is known of images, at most what the file takes; see `predict`."""
+        if running.forbidden_labels:
+            warnings.warn(self._deprecated("forbidden_labels"), FutureWarning, stacklevel=3)
+            if self._takes_evidence:
+                absent = names_with(absent, running.forbidden_labels)
+        if self._most_known == self.max_labels:
+            return Known(self.labels, self.max_labels, known, absent)
+        limit = (
+            f"max_known of {self.path}",
+            f"export again with a larger one, or open the file with {COMPILED}",
+        )
+        return Known(self.labels, self.max_known, known, absent, limit)
+
+    @property
+    def _takes_evidence(self) -> bool:
+        return self._format >= EVIDENCE_FORMAT
+
+    @property
+    def _most_known(self) -> int:
+        """Labels of an image that may be known to be present, as the file was opened."""
+        if self.search != "onnx" or not self._takes_evidence:
+            return self.max_labels
+        return min(self.max_known, self.max_labels)
+
+    def _deprecated(self, option: str) -> str:
+        if self._takes_evidence:
+            return f"{option} is deprecated and acts as absent: pass the labels as absent"
+        return (
+            f"{option} is deprecated: it is for files of format 1 to {EVIDENCE_FORMAT - 1} such as "
+            f"{self.path}; files exported by this release take absent labels"
+        )
+
     def infer_features(
         self, features: Tensor, running: Running, evidence: Tensor | None
     ) -> Inference:
@@ -157,10 +202,10 @@ class OnnxPredictor(Predictor):
             inputs: uint8 [B, S, S, 3], normalised float [B, 3, S, S] or features [B, F]; on a GPU
                 without a copy, where a GPU's provider runs.
             search: another `min_labels`, and for the compiled search any other options.
-            forbidden: [1 or B, L] bool, labels that no path may have; only for the search in ONNX
-                Runtime.
-            evidence: what is known of labels, [1 or B, L] int8, see `beam_search`; only for the
-                compiled search.
+            forbidden: [1 or B, L] bool, deprecated: absent labels; in a file of an earlier release,
+                labels that no path may have.
+            evidence: what is known of labels, [1 or B, L] int8, see `beam_search`; a search in ONNX
+                Runtime takes up to `max_known` present ones of an image.
 
         Returns:
             Sets and scores on the CPU.
@@ -171,6 +216,8 @@ class OnnxPredictor(Predictor):
         """
         use_one_thread_if_forked()
         search = search or self.search_config
+        inputs = self._checked(inputs)
+        forbidden, evidence = self._checked_known(forbidden, evidence, len(inputs))
         if self.search != "onnx":
             if forbidden is not None:
                 raise ValueError(NO_MASK)
@@ -179,22 +226,15 @@ class OnnxPredictor(Predictor):
                 f"search must be that of {self.path} but for min_labels, {self.search_config}, got "
                 f"{search}; export again, or open the file with {COMPILED}"
             )
-        if evidence is not None and self.search == "onnx":
-            raise ValueError(f"known and absent labels need the compiled search: {COMPILED}")
-        inputs = self._checked(inputs)
-        if evidence is not None:
-            check_evidence(evidence, len(inputs), len(self.labels), self.max_labels)
-        forbidden = None if forbidden is None else self._checked_mask(forbidden, len(inputs))
-        parts = inputs.split(SEARCH_BATCH) if len(inputs) else (inputs,)
-        masks: Sequence[Tensor | None] = [forbidden] * len(parts)
-        if forbidden is not None and len(forbidden) > 1:
-            masks = forbidden.split(SEARCH_BATCH)
-        rows: Sequence[Tensor | None] = [evidence] * len(parts)
-        if evidence is not None and len(evidence) > 1:
-            rows = evidence.split(SEARCH_BATCH)
+        starts = range(0, max(1, len(inputs)), SEARCH_BATCH)
         runs = [
-            self._searched(part, search, mask, known)
-            for part, mask, known in zip(parts, masks, rows, strict=True)
+            self._searched(
+                inputs[start : start + SEARCH_BATCH],
+                search,
+                _rows(forbidden, start, SEARCH_BATCH),
+                _rows(evidence, start, SEARCH_BATCH),
+            )
+            for start in starts
         ]
         results = [result for result, _ in runs]
         label_scores = [scores.cpu() for _, scores in runs if scores is not None]
@@ -216,6 +256,7 @@ class OnnxPredictor(Predictor):
         *,
         min_labels: int | None = None,
         forbidden: Tensor | None = None,
+        evidence: Tensor | None = None,
         outputs: Sequence[str] | None = None,
     ) -> dict[str, Tensor]:
         """Run the graph and return its outputs by name, on the device of `inputs`.
@@ -223,9 +264,10 @@ class OnnxPredictor(Predictor):
         Args:
             inputs: as in `infer`.
             min_labels: END is forbidden on shorter paths; the file's own by default.
-            forbidden: [1 or B, L] bool, labels that no path may have.
+            forbidden: as in `infer`.
+            evidence: as in `infer`.
             outputs: names; all by default. A file opened for the compiled search gives `joint` and
-                `label_scores` alone, and takes neither of the other options.
+                `label_scores` alone, and takes none of the other options.
 
         Raises:
             TypeError: `inputs` is no tensor.
@@ -243,18 +285,24 @@ class OnnxPredictor(Predictor):
             raise ValueError(
                 f"outputs must be among {', '.join(self._output_names)}, got {unknown[0]!r}"
             )
-        if self.search != "onnx" and (min_labels is not None or forbidden is not None):
-            raise ValueError("min_labels and forbidden need the search in the file: search='onnx'")
+        options = (min_labels, forbidden, evidence)
+        if self.search != "onnx" and any(option is not None for option in options):
+            raise ValueError(
+                "min_labels, forbidden and evidence need the search in the file: search='onnx'"
+            )
         if min_labels is not None and not 0 <= min_labels <= self.max_labels:
             raise ValueError(f"min_labels must be in 0..{self.max_labels}, got {min_labels}")
         inputs = self._checked(inputs)
+        forbidden, evidence = self._checked_known(forbidden, evidence, len(inputs))
         on_gpu = inputs.is_cuda and self.providers[0] != PROVIDERS["cpu"]
         device = inputs.device if on_gpu else torch.device("cpu")
         given = {INPUT_NAMES[self.input_kind]: inputs}
         if min_labels is not None:
             given["min_labels"] = torch.tensor(min_labels)
         if forbidden is not None:
-            given["forbidden"] = self._checked_mask(forbidden, len(inputs))
+            given["forbidden"] = forbidden
+        if evidence is not None:
+            given["evidence"] = evidence
         given = {name: tensor.to(device).contiguous() for name, tensor in given.items()}
         found = {name: self._empty(name, len(inputs), device) for name in names}
         if len(inputs):
@@ -291,18 +339,43 @@ class OnnxPredictor(Predictor):
             )
         return inputs if of_bytes else inputs.float()
 
-    def _checked_mask(self, forbidden: Tensor, batch: int) -> Tensor:
+    def _checked_known(
+        self, forbidden: Tensor | None, evidence: Tensor | None, batch: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the mask, of an older file alone, and evidence, as the file takes them."""
         L = len(self.labels)
-        sizes = list(forbidden.shape)
-        if forbidden.dtype != torch.bool or sizes not in ([1, L], [batch, L]):
+        if forbidden is not None:
+            sizes = list(forbidden.shape)
+            if forbidden.dtype != torch.bool or sizes not in ([1, L], [batch, L]):
+                raise ValueError(
+                    f"forbidden must be bool [1 or {batch}, {L}], got {forbidden.dtype} {sizes}"
+                )
+        if evidence is not None:
+            if self.search == "onnx" and not self._takes_evidence:
+                raise ValueError(
+                    f"known and absent labels need a file of format {EVIDENCE_FORMAT}, got "
+                    f"{self._format} in {self.path}: export again, or open it with {COMPILED}"
+                )
+            most = self._most_known
+            limit = "max_labels" if most == self.max_labels else f"max_known of {self.path}"
+            check_evidence(evidence, batch, L, most, limit)
+        if forbidden is None or not self._takes_evidence:
+            return forbidden, evidence
+        warnings.warn(self._deprecated("forbidden"), FutureWarning, stacklevel=3)
+        if evidence is None:
+            return None, -forbidden.to(torch.int8)
+        both = (forbidden & (evidence == 1)).nonzero()
+        if len(both):
+            image, label = both[0].tolist()
+            name = self.labels[label]
             raise ValueError(
-                f"forbidden must be bool [1 or {batch}, {L}], got {forbidden.dtype} {sizes}"
+                f"{name!r} is both known to be present and forbidden for image {image}"
             )
-        return forbidden
+        return None, torch.where(forbidden, -1, evidence).to(torch.int8)
 
     def _empty(self, name: str, batch: int, device: torch.device) -> Tensor:
         N, T, L = self.search_config.beam_size, self.max_labels, len(self.labels)
-        shapes = dict(zip(OUTPUT_NAMES, ((N, T), (N,), (N,), (L,), (L,)), strict=False))
+        shapes = dict(zip(OUTPUT_NAMES, ((N, T), (N,), (N,), (L,), (), (L,)), strict=False))
         shapes |= {"joint": (self._joint_dim(),), LABEL_SCORES: (L,)}
         dtype = torch.int64 if name in ("labels", "lengths") else torch.float32
         return torch.empty(batch, *shapes[name], dtype=dtype, device=device)
@@ -325,19 +398,32 @@ class OnnxPredictor(Predictor):
             logits = None if label_scores is None else chain_logits(label_scores)
             embedding = ImageEmbedding(found["joint"], logits)
             result = search_given(self._head, embedding, search, evidence, on_nonfinite="mark")
+            if label_scores is not None and evidence is not None:
+                label_scores = self._head.told(label_scores, evidence)
             return result.cpu(), label_scores
-        found = self.run(
-            inputs,
-            min_labels=search.min_labels,
-            forbidden=forbidden,
-            outputs=[name for name in self._output_names if name not in ("scores", "joint")],
-        )
+        names = [name for name in self._output_names if name not in ("scores", "joint")]
+        present = [0] if evidence is None else (evidence == 1).sum(1).tolist()
+        rows = (1 + max(present, default=0)) ** 2 * search.places(marginals=True)
+        at_once = max(1, ROWS_AT_ONCE // rows)
+        parts = [
+            self.run(
+                inputs[start : start + at_once],
+                min_labels=search.min_labels,
+                forbidden=_rows(forbidden, start, at_once),
+                evidence=_rows(evidence, start, at_once),
+                outputs=names,
+            )
+            for start in range(0, max(1, len(inputs)), at_once)
+        ]
+        found = {name: torch.cat([part[name] for part in parts]) for name in names}
+        log_evidence = found.get("log_evidence")
         result = SearchResult(
             labels=found["labels"].cpu(),
             lengths=found["lengths"].cpu(),
             log_probs=found["log_probs"].cpu(),
             num_labels=len(self.labels),
             requested_marginals=found["marginals"].cpu(),
+            log_evidence=None if log_evidence is None else log_evidence.cpu(),
         )
         return result, found.get(LABEL_SCORES)
 
@@ -362,7 +448,8 @@ class OnnxPredictor(Predictor):
         return search, self._forbidden(running.forbidden_labels)
 
     def _forbidden(self, names: Sequence[str]) -> Tensor | None:
-        if not names:
+        """Return the mask of an older file; in others they are absent, see `known_labels`."""
+        if not names or self._takes_evidence:
             return None
         if self.search != "onnx":
             raise ValueError(NO_MASK)
@@ -401,10 +488,17 @@ class _OnnxModel:
         return lambda: self._predictor.infer(batch, self._search, self._forbidden, evidence)
 
 
+def _rows(of_images: Tensor | None, start: int, count: int) -> Tensor | None:
+    """Return what belongs to some images, of [1 or B, L]."""
+    if of_images is None or len(of_images) == 1:
+        return of_images
+    return of_images[start : start + count]
+
+
 def _place(tensor: Tensor) -> tuple[str, int, Any, list[int], int]:
     """Return what ONNX Runtime binds of a tensor: device, its number, type, shape and address."""
-    types = {torch.uint8: np.uint8, torch.bool: np.bool_, torch.int64: np.int64,
-             torch.float32: np.float32}  # fmt: skip
+    types = {torch.uint8: np.uint8, torch.int8: np.int8, torch.bool: np.bool_,
+             torch.int64: np.int64, torch.float32: np.float32}  # fmt: skip
     return (
         tensor.device.type, tensor.device.index or 0, types[tensor.dtype], list(tensor.shape),
         tensor.data_ptr(),
@@ -430,6 +524,8 @@ def _search_head(values: dict[str, Any]) -> Head:
         tied_embedding="input_embedding" not in weights,
         score_bias="score_bias" in weights,
     )
+    if "cooccurrence" in weights:
+        head.cooccurrence = torch.zeros(head.num_labels, head.num_labels)
     missing, unexpected = head.load_state_dict(weights, strict=False)
     if unexpected or any(not name.startswith(_OF_IMAGES) for name in missing):
         raise ValueError(f"head: {unexpected or missing}")

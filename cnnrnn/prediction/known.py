@@ -22,6 +22,7 @@ class Known:
         most: how many labels can be present: the longest path.
         present: names; none by default.
         absent: names; none by default.
+        limit: what messages say of `most`, and how there can be more.
 
     Raises:
         TypeError: what is given is no list of names.
@@ -31,6 +32,7 @@ class Known:
     most: int
     present: Names = ()
     absent: Names = ()
+    limit: tuple[str, str] = ("the longest path holds", "search.max_labels allows longer ones")
 
     def __post_init__(self) -> None:
         """Tell a list for all images from a list for each."""
@@ -95,8 +97,8 @@ class Known:
             present = int((row == 1).sum())
             if present > self.most:
                 raise ValueError(
-                    f"image {source} has {present} labels known to be present, more than the "
-                    f"longest path holds ({self.most}); search.max_labels allows longer ones"
+                    f"image {source} has {present} labels known to be present, more than "
+                    f"{self.limit[0]} ({self.most}); {self.limit[1]}"
                 )
         return rows
 
@@ -108,6 +110,12 @@ class Known:
                     f"{name} must have one list per image, got {len(names)} lists for {images} "
                     "images"
                 )
+
+
+def names_with(names: Names, more: Sequence[str]) -> Names:
+    """Return names with more of all images."""
+    per_image = [[*_of_image("names", names, i), *more] for i in range(len(names))]
+    return per_image if _is_per_image(names) else [*_of_image("names", names, 0), *more]
 
 
 def _is_per_image(names: Names) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cnnrnn.config import Calibration, Decide, OnBadImage, Precision, SearchConfig
 from cnnrnn.machine.devices import has_bf16, resolve_device, use_one_thread_if_forked
+from cnnrnn.machine.words import listed
 from cnnrnn.network.backbones import Backbone
 from cnnrnn.network.features import features_of
 from cnnrnn.prediction.decisions import DecisionOptions
@@ -60,6 +61,10 @@ class Predictor(ABC):
     @abstractmethod
     def longest_path_of(self, running: Running) -> int:
         """Return how many labels a path can hold under these options."""
+
+    def known_labels(self, running: Running, known: Names, absent: Names) -> Known:
+        """Return what is known of images, checked as far as that goes; see `predict`."""
+        return Known(self.labels, self.longest_path_of(running), known, absent)
 
     @abstractmethod
     def infer_features(
@@ -108,7 +113,7 @@ class Predictor(ABC):
             min_labels: every set has at least so many labels, and shorter label paths are
                 forbidden; 0 allows empty sets. None for what validation data decided: 1 where no
                 image there is without labels.
-            forbidden_labels: labels that no path may have; only for a search in ONNX Runtime.
+            forbidden_labels: deprecated, for `absent` of all images; only for exported files.
             decide: `path` takes the best path's labels; `threshold` those whose score reaches the
                 threshold chosen on validation data, `label_thresholds` each label's own; `k` the
                 number of best-scored labels chosen there; `f1` the set with the best expected F1
@@ -193,7 +198,7 @@ class Predictor(ABC):
             images,
             model,
             options,
-            Known(self.labels, self.longest_path_of(running), known, absent),
+            self.known_labels(running, known, absent),
             batch_size=batch_size,
             workers=workers,
             on_bad_image=on_bad_image,
@@ -218,7 +223,7 @@ class Predictor(ABC):
         use_one_thread_if_forked()
         batch = torch.as_tensor(features).to(torch.float32)
         running = Running(beam_size, min_labels, forbidden_labels, device)
-        of_all = Known(self.labels, self.longest_path_of(running), known, absent)
+        of_all = self.known_labels(running, known, absent)
         of_all.require_all_used(len(batch))
         rows = range(len(batch))
         evidence = of_all.evidence(rows, [str(row) for row in rows])
@@ -292,8 +297,8 @@ class TorchPredictor(Predictor):
         """Bring the module to its device, in eval mode, and return the options of its search."""
         if running.forbidden_labels:
             raise ValueError(
-                "forbidden_labels need the search in ONNX Runtime: cnnrnn.export_onnx, then "
-                "OnnxPredictor"
+                "forbidden_labels are only for exported files, got "
+                f"{listed(running.forbidden_labels)}: name them in absent="
             )
         assert isinstance(self, nn.Module)
         if running.device is not None:

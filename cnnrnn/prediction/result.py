@@ -104,8 +104,8 @@ class Prediction:
         It is the share of the model's distribution that was seen: near 1, labels are as probable as
         their scores say; where it is small, they may be more probable. Where labels are known, only
         sets that fit are counted, so this is a lower bound of the probability of what is known. For
-        an ensemble, and in ONNX Runtime, it is the probability of `.sets`. NaN for an image that
-        could not be read.
+        an ensemble, and a file of an earlier release in ONNX Runtime, it is the probability of
+        `.sets`. NaN for an image that could not be read.
         """
         if self._batch is None:
             return float("nan")

@@ -69,18 +69,7 @@ class Inference:
             weights: of the chain term's probabilities; a calibration has another one for images of
                 which something is known.
         """
-        weight, known_weight = (
-            (weights.mix_weight, weights.known_mix_weight)
-            if isinstance(weights, Calibration)
-            else (weights, weights)
-        )
-        scores = mixed_scores(self.marginals, self.label_scores, weight)
-        if self.evidence is None:
-            return scores
-        given = mixed_scores(self.marginals, self.label_scores, known_weight)
-        scores = torch.where(self.evidence.any(1, keepdim=True), given, scores)
-        scores = scores.masked_fill(self.marginals.isnan(), torch.nan)
-        return scores.masked_fill(self.evidence == 1, 1.0).masked_fill(self.evidence == -1, 0.0)
+        return mixed_given(self.marginals, self.label_scores, weights, self.evidence)
 
     def found_none(self) -> Tensor:
         """Return for which images no path was found, because none fits the evidence: [n] bool."""
@@ -214,3 +203,31 @@ def mixed_scores(marginals: Tensor, label_scores: Tensor | None, weight: float) 
         return label_scores.sigmoid()
     logits = marginals.clamp(_SMALLEST, 1 - _SMALLEST).logit()
     return ((1 - weight) * logits + weight * label_scores).sigmoid()
+
+
+def mixed_given(
+    marginals: Tensor,
+    label_scores: Tensor | None,
+    weights: float | Calibration,
+    evidence: Tensor | None,
+) -> Tensor:
+    """Mix marginals with independent label scores, given what is known: see `Inference.mixed`.
+
+    Args:
+        marginals: [n, L] probabilities.
+        label_scores: [n, L] logits, or None for the marginals alone.
+        weights: of the label scores, 0 to 1.
+        evidence: [n, L] of 1 for labels known to be present, -1 absent, 0 unknown; or None.
+    """
+    weight, known_weight = (
+        (weights.mix_weight, weights.known_mix_weight)
+        if isinstance(weights, Calibration)
+        else (weights, weights)
+    )
+    scores = mixed_scores(marginals, label_scores, weight)
+    if evidence is None:
+        return scores
+    given = mixed_scores(marginals, label_scores, known_weight)
+    scores = torch.where(evidence.any(1, keepdim=True), given, scores)
+    scores = scores.masked_fill(marginals.isnan(), torch.nan)
+    return scores.masked_fill(evidence == 1, 1.0).masked_fill(evidence == -1, 0.0)

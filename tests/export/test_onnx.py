@@ -96,6 +96,7 @@ def assert_same(found, expected):
     options = {"rtol": 1e-5, "atol": 1e-5, "equal_nan": True}
     torch.testing.assert_close(found["log_probs"], expected.log_probs, **options)
     torch.testing.assert_close(found["marginals"], expected.marginals(), **options)
+    torch.testing.assert_close(found["log_evidence"], expected.log_evidence, **options)
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -126,7 +127,7 @@ def test_a_nan_touches_no_other_image_and_is_reported(exported, name):
         assert error.value.images == [4]
 
 
-def test_at_least_so_many_labels_and_without_some(exported):
+def test_at_least_so_many_labels(exported):
     name = "increasing"
     model, whole = HEADS[name], exported(name)
     features = torch.randn(7, F)
@@ -134,12 +135,6 @@ def test_at_least_so_many_labels_and_without_some(exported):
         assert_same(
             whole.run(features, min_labels=least), by_reference(model, features, min_labels=least)
         )
-    predictions = whole.predict_features(features, forbidden_labels=["label 0", "label 2"])
-    assert not {"label 0", "label 2"} & {label for p in predictions for label in p.labels}
-    with pytest.raises(ValueError, match="forbidden_labels must be labels of .*, got 'nothing'"):
-        whole.predict_features(features, forbidden_labels=["nothing"])
-    with pytest.raises(ValueError, match="forbidden labels need the search in the file"):
-        exported(name, "compiled").predict_features(features, forbidden_labels=["label 0"])
     with pytest.raises(ValueError, match=r"min_labels \(4\) must not exceed max_labels \(3\)"):
         whole.predict_features(features, min_labels=4)
 
@@ -209,11 +204,12 @@ def test_a_file_is_checked_complete_and_describes_itself(pictures_file):
     assert shapes == {
         "images": ["batch", 16, 16, 3],
         "min_labels": [],
-        "forbidden": ["rows", L],
+        "evidence": ["rows", L],
         "labels": ["batch", 4, 3],
         "lengths": ["batch", 4],
         "log_probs": ["batch", 4],
         "marginals": ["batch", L],
+        "log_evidence": ["batch"],
         "scores": ["batch", L],
         "joint": ["batch", 8],
         "label_scores": ["batch", L],
@@ -226,10 +222,11 @@ def test_a_file_is_checked_complete_and_describes_itself(pictures_file):
     calibration = asdict(model.calibration) | lists
     assert json.loads(metadata["calibration"]) == calibration
     assert json.loads(metadata["search"])["max_labels"] == 3
+    assert json.loads(metadata["max_known"]) == 4
     assert len(metadata["content_hash"]) == 64
     used = {name for node in proto.graph.node for name in node.input}
     unused = {tensor.name for tensor in proto.graph.initializer} - used
-    assert unused <= {"min_labels", "forbidden"}
+    assert unused <= {"min_labels", "evidence"}
 
 
 def test_the_label_part_of_the_gates_is_a_table(pictures_file):
@@ -237,8 +234,11 @@ def test_the_label_part_of_the_gates_is_a_table(pictures_file):
     shapes = {tuple(tensor.dims) for tensor in graph.initializer}
     assert (L + 2, 4 * 8) in shapes  # a row of gates per label
     assert (8, 8 * 4) in shapes or (8 * 4, 8) in shapes  # the recurrent weight
+    of_weights = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}
     operators = [node.op_type for node in graph.node]
-    assert operators.count("MatMul") < 10  # two per step after the first: scores and gates
+    products = [node for node in graph.node if node.op_type == "MatMul"]
+    # Two per step after the first, scores and gates, and one of images and first scores.
+    assert len([node for node in products if node.input[1] in of_weights]) < 10
     assert "Loop" not in operators
 
 
@@ -246,13 +246,15 @@ def test_the_content_hash_is_of_weights_and_options(pictures_file):
     model = head_model(SearchConfig(beam_size=2, max_labels=1))
     search = model.search
     hashes = [
-        onnx_module._metadata(model, "features", "float32", False, search)["content_hash"]
+        onnx_module._metadata(model, "features", "float32", False, search, 4)["content_hash"]
         for _ in range(2)
     ]
     with torch.no_grad():
         model.head.label_embedding[0, 0] += 1
-    changed = onnx_module._metadata(model, "features", "float32", False, search)
-    assert hashes[0] == hashes[1] != changed["content_hash"]
+    changed = onnx_module._metadata(model, "features", "float32", False, search, 4)
+    fewer = onnx_module._metadata(model, "features", "float32", False, search, 3)
+    assert hashes[0] == hashes[1]
+    assert len({hashes[0], changed["content_hash"], fewer["content_hash"]}) == 3
     metadata = {prop.key: prop.value for prop in onnx.load(pictures_file).metadata_props}
     assert OnnxPredictor(pictures_file).content_hash == metadata["content_hash"]
 
@@ -296,6 +298,7 @@ def test_normalised_pictures_of_any_size(tmp_path):
         ({"precision": "int8"}, "precision must be float32 or float16, got 'int8'"),
         ({"dynamic_size": True}, "dynamic_size is of pictures; the input is feature vectors"),
         ({"search": SearchConfig(max_labels=0)}, "max_labels must be at least 1 to export, got 0"),
+        ({"max_known": -1}, "max_known must be at least 0, got -1"),
     ],
 )
 def test_options_that_do_not_fit(tmp_path, options, message):
@@ -359,8 +362,8 @@ def test_files_of_other_formats(tmp_path, pictures_file):
     second = with_metadata(pictures_file, tmp_path / "2.onnx", calibration=old)
     with pytest.raises(OnnxModelError, match="missing or unknown: known_mix_weight, min_labels"):
         OnnxPredictor(second)
-    later = with_metadata(pictures_file, tmp_path / "4.onnx", cnnrnn_format=4)
-    with pytest.raises(OnnxModelError, match="has format 4, this release reads 1 to 3; upgrade"):
+    later = with_metadata(pictures_file, tmp_path / "5.onnx", cnnrnn_format=5)
+    with pytest.raises(OnnxModelError, match="has format 5, this release reads 1 to 4; upgrade"):
         OnnxPredictor(later)
 
 

@@ -111,18 +111,6 @@ def test_another_beam_is_for_the_compiled_search(file, model, arrays):
         whole.predict(arrays, beam_size=2)
 
 
-def test_known_labels_need_the_compiled_search(file, model, arrays):
-    name = model.labels[-1]
-    compiled = OnnxPredictor(file, search="compiled", threads=1)
-    found = compiled.predict(list(arrays), known=[name], absent=[model.labels[0]])
-    expected = model.predict(list(arrays), known=[name], absent=[model.labels[0]])
-    for mine, theirs in zip(found, expected, strict=True):
-        assert mine.labels == theirs.labels and name in mine.labels
-        assert mine.scores == pytest.approx(theirs.scores, abs=1e-4, nan_ok=True)
-    with pytest.raises(ValueError, match="known and absent labels need the compiled search"):
-        OnnxPredictor(file, threads=1).predict(arrays, known=[name])
-
-
 def test_a_bad_picture_stops_nothing_that_skips_it(predictor, model, folder, tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     images = [folder / "00.png", tmp_path / "broken.jpg", folder / "01.png"]
@@ -164,6 +152,13 @@ def test_float_pictures_need_a_file_that_takes_them(predictor):
         ({"inputs": torch.zeros(16, 16, 3, dtype=torch.uint8)}, r"got torch.uint8 \[16, 16, 3"),
         ({"min_labels": 4}, "min_labels must be in 0..3, got 4"),
         ({"forbidden": torch.zeros(3, 6, dtype=torch.bool)}, r"forbidden must be bool \[1 or 2, 6"),
+        ({"evidence": torch.zeros(3, 6, dtype=torch.int8)}, r"evidence must be \[1 or 2, 6\], got"),
+        ({"evidence": torch.zeros(1, 6)}, "evidence must be int8, got torch.float32"),
+        ({"evidence": torch.full((1, 6), 2, dtype=torch.int8)}, "got 2 for label 0 of image 0"),
+        (
+            {"evidence": torch.ones(2, 6, dtype=torch.int8)},
+            "image 0 has 6 labels known to be presen",
+        ),
         ({"forbidden": torch.zeros(1, 6)}, r"got torch.float32 \[1, 6\]"),
         ({"outputs": ["nothing"]}, "outputs must be among labels, .*, got 'nothing'"),
     ],
@@ -180,10 +175,9 @@ def test_what_the_compiled_search_cannot_be_asked(file):
     assert set(compiled.run(images)) == {"joint", "label_scores"}
     with pytest.raises(ValueError, match="outputs must be among joint, label_scores, got 'labels'"):
         compiled.run(images, outputs=["labels"])
-    with pytest.raises(ValueError, match="min_labels and forbidden need the search in the file"):
-        compiled.run(images, min_labels=1)
-    with pytest.raises(ValueError, match="forbidden labels need the search in the file"):
-        compiled.infer(images, forbidden=torch.ones(1, 6, dtype=torch.bool))
+    for option in ({"min_labels": 1}, {"evidence": torch.zeros(1, 6, dtype=torch.int8)}):
+        with pytest.raises(ValueError, match="forbidden and evidence need the search in the file"):
+            compiled.run(images, **option)
     whole = OnnxPredictor(file, threads=1)
     other = replace(whole.search_config, order="unique")
     with pytest.raises(ValueError, match="search must be that of .* but for min_labels"):
@@ -192,15 +186,19 @@ def test_what_the_compiled_search_cannot_be_asked(file):
         whole.run(images.numpy())
 
 
-def test_a_mask_for_every_image(file):
+def test_evidence_for_every_image(file):
     whole = OnnxPredictor(file, threads=1)
     random = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (5000, 16, 16, 3), dtype=torch.uint8, generator=random)
-    masks = torch.rand(5000, 6, generator=random) < 0.3
-    sets = whole.infer(images, forbidden=masks).sets  # in two slices
-    assert sets.any() and not (sets & masks).any()
-    one = whole.infer(images[4500:4501], forbidden=masks[4500:4501]).sets
-    assert torch.equal(one[0], sets[4500])
+    evidence = -(torch.rand(5000, 6, generator=random) < 0.3).to(torch.int8)
+    evidence[::3, 2] = 1
+    found = whole.infer(images, evidence=evidence)  # in two slices
+    sets, fits = found.sets, ~found.found_none()
+    assert sets.any() and not (sets & (evidence == -1)).any() and fits.any()
+    assert (sets | (evidence < 1))[fits].all()
+    one = whole.infer(images[4500:4501], evidence=evidence[4500:4501])
+    assert torch.equal(one.sets[0], sets[4500])
+    torch.testing.assert_close(one.marginals[0], found.marginals[4500], equal_nan=True)
 
 
 def test_pictures_that_are_not_finite_are_named(folder, tmp_path):
@@ -425,13 +423,21 @@ def test_the_command_line(tmp_path, model, folder, capsys):
     model.save(tmp_path / "checkpoint")
     out = tmp_path / "model.onnx"
     arguments = ["export", str(tmp_path / "checkpoint"), str(out), "--loop", "--beam-size", "3"]
+    arguments += ["--max-known", "1", "--marginal-places", "5"]
     assert main([*arguments, "--max-labels", "2"]) == 0
+    written = OnnxPredictor(out)
+    assert (written.max_known, written.search_config.places(marginals=True)) == (1, 5)
     assert capsys.readouterr().out.startswith(f"{out}: ")
     common = ["predict", str(folder), "--format", "jsonl", "--device", "cpu"]
     for search in ("onnx", "native", "compiled"):  # the last one is a former name
         assert main([*common, "--model", str(out), "--search", search]) == 0
         rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         expected = model.predict(folder, beam_size=3)
+        name = model.labels[0]
+        known = ["--model", str(out), "--search", search, "--known", name]
+        assert main([*common, *known]) == 0
+        answered = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert all(name in row["labels"] for row in answered) and len(answered) == len(expected)
         assert [row["image"] for row in rows] == [p.source for p in expected]
         assert all(len(row["labels"]) <= 2 for row in rows)
     assert main(["export", str(tmp_path / "nothing"), str(out)]) == 1
