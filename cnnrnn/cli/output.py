@@ -129,11 +129,10 @@ def question_writer(form: str, count: int, stream: IO[str]) -> Callable[[Predict
 
 
 def _record(p: Prediction) -> dict[str, Any]:
-    if p.error is not None:
-        return {"image": p.source, "error": p.error}
-    scores = p.scores
-    chosen = {name: round(scores[name], 6) for name in p.labels}
-    return {"image": p.source, "labels": p.labels, "log_prob": p.log_prob, "scores": chosen}
+    record = p.to_dict()
+    for name, score in record.get("scores", {}).items():
+        record["scores"][name] = None if score is None else round(score, 6)
+    return record
 
 
 def require_folder(name: str, file: str | None) -> None:

@@ -421,6 +421,12 @@ class Decided:
     scores: Tensor
     set_nll: tuple[float, ...] = ()
 
+    def alone(self, image: int) -> Decided:
+        """Return what is said of one image, copied: see `Inference.alone`."""
+        rows = slice(image, image + 1)
+        sets, scores = self.sets[rows].clone(), self.scores[rows].clone()
+        return Decided(self.inference.alone(image), sets, scores, self.set_nll)
+
 
 @dataclass(frozen=True)
 class DecisionOptions:

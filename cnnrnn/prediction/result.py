@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cnnrnn.config import Calibration
 from cnnrnn.labels import PAD
+from cnnrnn.machine.words import without_nan
 from cnnrnn.prediction.decisions import Decided, DecisionOptions, decide
 from cnnrnn.search import best_sets
 from cnnrnn.search.inference import Inference
@@ -47,6 +49,33 @@ class Prediction:
         if self._batch is None:
             return f"Prediction({self.source!r}, error={self.error!r})"
         return f"Prediction({self.source!r}, labels={self.labels}, log_prob={self.log_prob:.4f})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and copy what belongs to this image alone; it has no `candidates` any more."""
+        batch = None if self._batch is None else self._batch.alone(self._row)
+        return Prediction, (self.source, self.error, self._names, batch)
+
+    def to_dict(self, all_scores: bool = False) -> dict[str, Any]:
+        """Return what JSON can hold: `image`, `labels`, `log_prob` and `scores`, or `error`.
+
+        Args:
+            all_scores: of every label, not of the predicted ones alone.
+
+        Returns:
+            Numbers that are not finite are None.
+        """
+        if self.error is not None:
+            return {"image": self.source, "error": self.error}
+        scores, labels = self.scores, self.labels
+        record: dict[str, Any] = without_nan(
+            {
+                "image": self.source,
+                "labels": labels,
+                "log_prob": self.log_prob,
+                "scores": {name: scores[name] for name in (scores if all_scores else labels)},
+            }
+        )
+        return record
 
     @property
     def labels(self) -> list[str]:
@@ -132,7 +161,8 @@ class Prediction:
 
         Raises:
             ValueError: the model was not calibrated for it, is an ensemble or an exported file, or
-                has another order than `increasing`; the image could not be read.
+                has another order than `increasing`; the image could not be read; the prediction
+                was pickled or copied.
         """
         if self._batch is None:
             raise ValueError(f"{self.source} could not be read: {self.error}")
@@ -145,7 +175,7 @@ class Prediction:
         if inference.embedded is None or not levels:
             raise ValueError(
                 "candidates need a single model of order increasing, calibrated by a training of "
-                "this release"
+                "this release, and a prediction that was not pickled"
             )
         level = math.ceil(100 * coverage - 1e-9)
         if level > len(levels):

@@ -52,6 +52,18 @@ class Inference:
         """Return the search result that holds an image, and the image's row in it."""
         return self.search[image // SEARCH_BATCH], image % SEARCH_BATCH
 
+    def alone(self, image: int) -> Inference:
+        """Return what was found in one image, copied to the CPU, without its embedding."""
+        result, row = self.result_of(image)
+        rows = slice(image, image + 1)
+        return Inference(
+            self.sets[rows].clone(),
+            self.marginals[rows].clone(),
+            None if self.label_scores is None else self.label_scores[rows].clone(),
+            (result.of(torch.tensor([row])).cpu(),),
+            None if self.evidence is None else self.evidence[rows].clone(),
+        )
+
     def embedding_of(self, image: int) -> tuple[Head, ImageEmbedding]:
         """Return the head and the embedding of one image, as a batch of one."""
         assert self.embedded is not None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,16 +69,17 @@ class SearchResult:
 
     def cpu(self) -> SearchResult:
         """Return the same on the CPU."""
-        sums, log_evidence = self.requested_marginals, self.log_evidence
-        return replace(
-            self,
-            labels=self.labels.cpu(),
-            lengths=self.lengths.cpu(),
-            log_probs=self.log_probs.cpu(),
-            requested_marginals=None if sums is None else sums.cpu(),
-            log_evidence=None if log_evidence is None else log_evidence.cpu(),
-            certified=None if self.certified is None else self.certified.cpu(),
-        )
+        return self._mapped(Tensor.cpu)
+
+    def of(self, images: Tensor) -> SearchResult:
+        """Return the results of some images: [M] int64 indices."""
+        return self._mapped(lambda tensor: tensor[images.to(tensor.device)])
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> SearchResult:
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **changed)
 
     def marginals(self) -> Tensor:
         """Return the probability that a path holds each label: [B, L], at most 1 but for rounding.
