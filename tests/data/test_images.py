@@ -363,12 +363,12 @@ def grey_dataset(folder: Path, count: int, bad: tuple[int, ...] = ()) -> Dataset
     for i in bad:
         data = (folder / f"{i}.png").read_bytes()
         (folder / f"{i}.png").write_bytes(data[: len(data) // 2])
-    return Dataset(
+    return Dataset.from_arrays(
         source="coco:here",
         label_names=tuple(f"label {i}" for i in range(count)),
         label_indptr=np.arange(count + 1),
         label_indices=np.arange(count),
-        image_paths=tuple(folder / f"{i}.png" for i in range(count)),
+        images=tuple(folder / f"{i}.png" for i in range(count)),
     )
 
 
@@ -448,7 +448,7 @@ def test_batches_without_any_picture(tmp_path: Path) -> None:
 def test_image_batches_checks_its_arguments(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         image_batches(grey_dataset(tmp_path, 1), PREPROCESSING, batch_size=0)
-    features = Dataset("features:f.npz", ("a",), np.array([0, 1]), np.array([0]),
+    features = Dataset.from_arrays("features:f.npz", ("a",), np.array([0, 1]), np.array([0]),
                        features=np.zeros((1, 2)))  # type: ignore[arg-type]  # fmt: skip
     with pytest.raises(DataError, match="features:f.npz must have image files"):
         image_batches(features, PREPROCESSING, batch_size=1)
@@ -486,8 +486,8 @@ def test_augmentation_flips_and_shifts(tmp_path: Path) -> None:
     side = 32
     image = noise(side, side)
     image.save(tmp_path / "0.png")
-    dataset = Dataset("coco:here", ("a",), np.array([0, 0]), np.array([], np.int32),
-                      image_paths=(tmp_path / "0.png",))  # fmt: skip
+    dataset = Dataset.from_arrays("coco:here", ("a",), np.array([0, 0]), np.array([], np.int32),
+                      images=(tmp_path / "0.png",))  # fmt: skip
     records = ImageRecords(dataset, Preprocessing(image_size=side), augment=True)
     pixels = np.asarray(image)
     padded = np.pad(pixels, ((2, 2), (2, 2), (0, 0)), mode="reflect")

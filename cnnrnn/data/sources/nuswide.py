@@ -15,14 +15,12 @@ from cnnrnn.data.dataset import DataError, Dataset
 from cnnrnn.data.files import (
     EmptySourceError,
     Problems,
-    existing_images,
-    given_folder,
-    name_problem,
     read_blocks,
     read_lines,
     read_names,
     short,
 )
+from cnnrnn.data.folders import Folder, given_folder, name_problem
 
 _ZERO, _ONE, _LINE_FEED = b"01\n"
 _SPACES = np.frombuffer(b" \t\r\n", dtype=np.uint8)
@@ -36,6 +34,7 @@ def load_nuswide(
     options: NusWideOptions | None = None,
     *,
     on_bad_image: OnBadImage = "error",
+    follow_links: bool = False,
     problems: Problems | None = None,
 ) -> Dataset:
     """Read NUS-WIDE.
@@ -53,6 +52,7 @@ def load_nuswide(
         images: the image folder; None takes `Flickr` or `images` in `root`.
         options: labels, and split files: lists of image names as in `Imagelist.txt`.
         on_bad_image: as for `load_dataset`.
+        follow_links: as for `load_dataset`.
         problems: as for `load_dataset`, and so is what is raised.
 
     Returns:
@@ -72,13 +72,11 @@ def load_nuswide(
     else:
         label_names, rows, labels = _read_concepts(root, places, problems)
     splits = _read_splits(root, options, {os.path.normpath(names[i]): i for i in right}, problems)
-    kept = [
-        right[i]
-        for i in existing_images(
-            places[0].file, folder, lambda i: f"line {_line(places, right[i])}",
-            [names[i] for i in right], on_bad_image, problems,
-        )
-    ]  # fmt: skip
+    found = Folder(folder, follow_links).existing(
+        places[0].file, lambda i: f"line {_line(places, right[i])}", [names[i] for i in right],
+        on_bad_image, problems,
+    )  # fmt: skip
+    kept = [right[i] for i in found]
     if not kept:
         raise EmptySourceError(f"{places[0].file} must name at least one image, found none")
 
@@ -88,14 +86,14 @@ def load_nuswide(
     order = np.lexsort((labels, rows))
     order = order[rows[order] >= 0]
     indptr = np.concatenate([[0], np.cumsum(np.bincount(rows[order], minlength=len(kept)))])
-    return Dataset(
+    return Dataset.from_arrays(
         source=f"nuswide:{root}",
         label_names=tuple(label_names),
         label_indptr=indptr,
         label_indices=labels[order],
         splits={name: position[members][position[members] >= 0] for name, members in splits.items()}
         or {"all": np.arange(len(kept))},
-        image_paths=tuple(folder / names[i] for i in kept),
+        images=tuple(folder / name for name in found.values()),
     )
 
 

@@ -1,0 +1,175 @@
+"""Rows of an image and its labels, of whatever file, made one dataset."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from cnnrnn.config import OnBadImage
+from cnnrnn.data.dataset import CONTROL, Dataset, Records, usual_split_names
+from cnnrnn.data.files import EmptySourceError, Problems, is_dropping, short
+from cnnrnn.data.folders import Folder
+
+
+class Row(NamedTuple):
+    """A line of a file.
+
+    Attributes:
+        line: its number.
+        image: path inside the image folder, or as it is named where it is none.
+        labels: unique, in any order.
+        split: as the file names it.
+        unknown: labels that are neither present nor absent.
+    """
+
+    line: int
+    image: str
+    labels: tuple[str, ...]
+    split: str
+    unknown: tuple[str, ...] = ()
+
+
+class _Record:
+    """The rows of an image."""
+
+    def __init__(self, file: Path, row: Row, image: str) -> None:
+        self.file, self.row, self.image = file, row, image
+        self.labels, self.unknown = set(row.labels), set(row.unknown)
+
+
+def dataset_of_rows(
+    source: str,
+    path: Path,
+    folder: Folder,
+    files: Iterable[tuple[Path, Sequence[Row]]],
+    vocabulary: Mapping[str, int] | None,
+    ordered: Iterable[str],
+    on_bad_image: OnBadImage,
+    problems: Problems,
+) -> Dataset:
+    """Return the dataset of rows; those of one image are joined.
+
+    Args:
+        source: the spec, for messages.
+        path: what was read, for messages.
+        folder: holds the images.
+        files: each with its rows.
+        vocabulary: the labels with their numbers; None takes those that occur.
+        ordered: labels that come first without a vocabulary; the others follow, sorted.
+        on_bad_image: as for `load_dataset`.
+        problems: as for `load_dataset`, and so is what is raised.
+    """
+    records: dict[str, _Record] = {}
+    joined = 0
+    for file, rows in files:
+        with problems.part():
+            joined += _add_rows(records, file, folder, rows, on_bad_image, problems)
+    if joined:
+        problems.note(
+            f"{path}: {joined:,} rows are joined to an earlier one of the same image, "
+            f"{len(records):,} images are left"
+        )
+    if not records:
+        raise EmptySourceError(f"{path} must hold at least one image, got none")
+    names = list(vocabulary or ())
+    if vocabulary is None:
+        first = list(dict.fromkeys(ordered))
+        found = {label for record in records.values() for label in (record.labels | record.unknown)}
+        names = [*first, *sorted(found - set(first))]
+    if not names:
+        raise EmptySourceError(f"{path} must hold at least one label, got none in any row")
+    index = {name: position for position, name in enumerate(names)}
+    splits = usual_split_names(path, dict.fromkeys(r.row.split for r in records.values()))
+    has_unknown = any(record.unknown for record in records.values())
+    result = Records()
+    for record in records.values():
+        unknown = [index[label] for label in record.unknown - record.labels]
+        result.add(
+            splits[record.row.split],
+            [index[label] for label in record.labels],
+            folder.path / record.image,
+            unknown=unknown if has_unknown else None,
+        )
+    return result.dataset(source, names)
+
+
+def _add_rows(
+    records: dict[str, _Record],
+    file: Path,
+    folder: Folder,
+    rows: Sequence[Row],
+    on_bad_image: OnBadImage,
+    problems: Problems,
+) -> int:
+    """Add the rows of a file to the records by the image's path; return how many were joined."""
+    first: dict[str, int] = {}
+    place = [first.setdefault(os.path.normpath(row.image), i) for i, row in enumerate(rows)]
+    distinct = list(first.values())
+    kept = folder.existing(
+        file, lambda i: f"line {rows[distinct[i]].line}", [rows[i].image for i in distinct],
+        on_bad_image, problems,
+    )  # fmt: skip
+    actual = {distinct[position]: name for position, name in kept.items()}
+    joined = 0
+    for position, row in zip(place, rows, strict=True):
+        if position not in actual:
+            continue
+        image = actual[position]
+        record = records.setdefault(os.path.normpath(image), _Record(file, row, image))
+        if record.row is row:
+            continue
+        if record.row.split != row.split:
+            problems.add(
+                f"{file}, line {row.line}: an image must be in one split, got {short(row.image)} "
+                f"in {row.split}, and in {record.row.split} by {record.file.name}, line "
+                f"{record.row.line}"
+            )
+            continue
+        joined += 1
+        record.labels |= set(row.labels)
+        record.unknown |= set(row.unknown)
+    return joined
+
+
+def label_problem(labels: Sequence[str], vocabulary: Mapping[str, int] | None) -> str | None:
+    """Return what is wrong with the labels of a row, or None."""
+    seen: set[str] = set()
+    for label in labels:
+        if label in seen:
+            return f"labels must be unique, got {short(label)} twice"
+        if CONTROL.search(label):
+            return f"labels must be names without control characters, got {short(label)}"
+        seen.add(label)
+        if vocabulary is not None and label not in vocabulary:
+            return (
+                f"labels must be among the {len(vocabulary)} of the vocabulary, got {short(label)}"
+            )
+    return None
+
+
+class DroppedRows:
+    """Counts the rows that name what systems leave behind, which are no records."""
+
+    def __init__(self) -> None:
+        """Start without any."""
+        self.count = 0
+        self.first = ""
+
+    def takes(self, image: str, place: str) -> bool:
+        """Tell whether a row is one, and count it."""
+        if not is_dropping(image):
+            return False
+        self.first = self.first or f"{place} has {short(image)}"
+        self.count += 1
+        return True
+
+    def warning(self) -> str | None:
+        """Return a sentence on them, None where there are none."""
+        if not self.count:
+            return None
+        return (
+            f"{self.first}: {self.count:,} rows name hidden files or those of a system or program, "
+            "which are no images; they are left out"
+        )
