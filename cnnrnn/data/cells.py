@@ -65,9 +65,14 @@ def shown_delimiter(cells: Iterable[str], names: Container[str] = ()) -> str | N
     found: set[str] = set()
     for text in cells:
         signs = [sign for sign in DELIMITERS if sign in text and sign not in found]
-        if signs and text.strip() not in names and not _LIST.fullmatch(text.strip()):
+        if signs and text.strip() not in names and not is_list(text):
             found.update(signs)
     return next((sign for sign in DELIMITERS if sign in found), None)
+
+
+def is_list(text: str) -> bool:
+    """Tell whether a cell is a list of strings."""
+    return _LIST.fullmatch(text.strip()) is not None
 
 
 def looks_separated_by_spaces(cells: Iterable[str]) -> str | None:

@@ -17,6 +17,7 @@ class Row(NamedTuple):
     """A line of a file.
 
     Attributes:
+        file: that holds it.
         line: its number.
         image: path inside the image folder, or as it is named where it is none.
         labels: unique, in any order.
@@ -24,6 +25,7 @@ class Row(NamedTuple):
         unknown: labels that are neither present nor absent.
     """
 
+    file: Path
     line: int
     image: str
     labels: tuple[str, ...]
@@ -31,19 +33,11 @@ class Row(NamedTuple):
     unknown: tuple[str, ...] = ()
 
 
-class _Record:
-    """The rows of an image."""
-
-    def __init__(self, file: Path, row: Row, image: str) -> None:
-        self.file, self.row, self.image = file, row, image
-        self.labels, self.unknown = set(row.labels), set(row.unknown)
-
-
 def dataset_of_rows(
     source: str,
     path: Path,
     folder: Folder,
-    files: Iterable[tuple[Path, Sequence[Row]]],
+    tables: Iterable[Sequence[Row]],
     vocabulary: Mapping[str, int] | None,
     ordered: Iterable[str],
     on_bad_image: OnBadImage,
@@ -55,17 +49,17 @@ def dataset_of_rows(
         source: the spec, for messages.
         path: what was read, for messages.
         folder: holds the images.
-        files: each with its rows.
+        tables: the rows of each file.
         vocabulary: the labels with their numbers; None takes those that occur.
         ordered: labels that come first without a vocabulary; the others follow, sorted.
         on_bad_image: as for `load_dataset`.
         problems: as for `load_dataset`, and so is what is raised.
     """
-    records: dict[str, _Record] = {}
+    records: dict[str, Row] = {}  # by the image's path
     joined = 0
-    for file, rows in files:
+    for rows in tables:
         with problems.part():
-            joined += _add_rows(records, file, folder, rows, on_bad_image, problems)
+            joined += _add_rows(records, folder, rows, on_bad_image, problems)
     if joined:
         problems.note(
             f"{path}: {joined:,} rows are joined to an earlier one of the same image, "
@@ -76,34 +70,38 @@ def dataset_of_rows(
     names = list(vocabulary or ())
     if vocabulary is None:
         first = list(dict.fromkeys(ordered))
-        found = {label for record in records.values() for label in (record.labels | record.unknown)}
+        found: set[str] = set()
+        for row in records.values():
+            found.update(row.labels, row.unknown)
         names = [*first, *sorted(found - set(first))]
     if not names:
         raise EmptySourceError(f"{path} must hold at least one label, got none in any row")
     index = {name: position for position, name in enumerate(names)}
-    splits = usual_split_names(path, dict.fromkeys(r.row.split for r in records.values()))
-    has_unknown = any(record.unknown for record in records.values())
+    splits = usual_split_names(path, dict.fromkeys(row.split for row in records.values()))
+    has_unknown = any(row.unknown for row in records.values())
     result = Records()
-    for record in records.values():
-        unknown = [index[label] for label in record.unknown - record.labels]
+    for row in records.values():
+        unknown = [index[label] for label in row.unknown if label not in row.labels]
         result.add(
-            splits[record.row.split],
-            [index[label] for label in record.labels],
-            folder.path / record.image,
+            splits[row.split],
+            [index[label] for label in row.labels],
+            folder.path / row.image,
             unknown=unknown if has_unknown else None,
         )
     return result.dataset(source, names)
 
 
 def _add_rows(
-    records: dict[str, _Record],
-    file: Path,
+    records: dict[str, Row],
     folder: Folder,
     rows: Sequence[Row],
     on_bad_image: OnBadImage,
     problems: Problems,
 ) -> int:
     """Add the rows of a file to the records by the image's path; return how many were joined."""
+    if not rows:
+        return 0
+    file = rows[0].file
     first: dict[str, int] = {}
     place = [first.setdefault(os.path.normpath(row.image), i) for i, row in enumerate(rows)]
     distinct = list(first.values())
@@ -117,19 +115,22 @@ def _add_rows(
         if position not in actual:
             continue
         image = actual[position]
-        record = records.setdefault(os.path.normpath(image), _Record(file, row, image))
-        if record.row is row:
-            continue
-        if record.row.split != row.split:
+        key = os.path.normpath(image)
+        earlier = records.get(key)
+        if earlier is None:
+            records[key] = row if row.image == image else row._replace(image=image)
+        elif earlier.split != row.split:
             problems.add(
                 f"{file}, line {row.line}: an image must be in one split, got {short(row.image)} "
-                f"in {row.split}, and in {record.row.split} by {record.file.name}, line "
-                f"{record.row.line}"
+                f"in {row.split}, and in {earlier.split} by {earlier.file.name}, line "
+                f"{earlier.line}"
             )
-            continue
-        joined += 1
-        record.labels |= set(row.labels)
-        record.unknown |= set(row.unknown)
+        else:
+            joined += 1
+            records[key] = earlier._replace(
+                labels=tuple({*earlier.labels, *row.labels}),
+                unknown=tuple({*earlier.unknown, *row.unknown}),
+            )
     return joined
 
 

@@ -573,3 +573,12 @@ def test_a_path_that_looks_like_options(file: Path) -> None:
     assert len(load_dataset(f"csv:{odd}")) == 4
     with pytest.raises(DataError, match="folder has no options, got 'labels'"):
         load_dataset(f"folder:{file.parent},labels=x")
+
+
+def test_lists_alone_need_no_delimiter(file: Path) -> None:
+    """Their words come together again and again, which says nothing of white space."""
+    cells = ["['a b', 'c']", "['c', 'a b']", "['c']", "['a b', 'd', 'c']"]
+    names = [row[0] for row in sources.CSV_ROWS]
+    lines = [f'{name},"{cell}"\n' for name, cell in zip(names, cells, strict=True)]
+    file.write_text("image,labels\n" + "".join(lines))
+    assert label_names(load_table(file)) == [["a b", "c"], ["a b", "c"], ["c"], ["a b", "c", "d"]]

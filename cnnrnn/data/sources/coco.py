@@ -116,7 +116,7 @@ def _read_split(
     }
     records.splits[source.split] = []
     for i, name in kept.items():
-        objects = [(label_of[a["category_id"]], a["bbox"]) for a in coco.imgToAnns[ids[i]]]
+        objects = [(label_of[a["category_id"]], a.get("bbox")) for a in coco.imgToAnns[ids[i]]]
         records.add(
             source.split,
             [label for label, _ in objects],
@@ -306,21 +306,21 @@ def _checked(
             problems.add(f"{file}: annotations[{position}] must be an object, got "
                          f"{_kind(annotation)}")  # fmt: skip
             continue
-        image = _reference(file, position, annotation, "image_id", image_ids, "images", problems)
-        category = _reference(
-            file, position, annotation, "category_id", category_ids, "categories", problems
-        )
+        image, category = annotation.get("image_id"), annotation.get("category_id")
+        if type(image) is not int or image not in image_ids:
+            image = _reference(file, position, annotation, "image_id", image_ids, problems)
+        if type(category) is not int or category not in category_ids:
+            category = _reference(file, position, annotation, "category_id", category_ids, problems)
         if image is None or category is None or image not in kept:
             continue  # what refers to a record that was left out is left out too
         if category not in usable:
             lost[category] += category in unusable
             continue
-        box = annotation.get("bbox")
-        if "bbox" in annotation and not _is_box(box):
-            broken.add(f"{_name(position, annotation)} has {short(box)}")
-            box = None
-        annotations.append({"id": position, "image_id": image, "category_id": category,
-                            "bbox": box})  # fmt: skip
+        own = annotation.get("id")
+        annotation |= {"id": position, "image_id": image, "category_id": category}
+        if "bbox" in annotation and not _is_box(annotation["bbox"]):
+            broken.add(f"{_name(position, own)} has {short(annotation.pop('bbox'))}")
+        annotations.append(annotation)
     for category, expected in unusable.items():
         warnings.warn(
             f"{file}: category {short(category)} must have {expected}; its {lost[category]:,} "
@@ -421,8 +421,8 @@ def _categories(
     return kept, ids, unusable
 
 
-def _name(position: int, annotation: dict[str, Any]) -> str:
-    own = annotation.get("id")
+def _name(position: int, own: object) -> str:
+    """Name an annotation by its own id, or by its position without one."""
     return f"annotations[{position}]" if own is None else f"annotation {short(own)}"
 
 
@@ -432,17 +432,17 @@ def _reference(
     annotation: dict[str, Any],
     key: str,
     ids: set[Id],
-    of: str,
     problems: Problems,
 ) -> Id | None:
     """Return the id of the record that an annotation refers to, None where there is none."""
+    of = "images" if key == "image_id" else "categories"
     value = _id(annotation.get(key))
     if value is not None and value in ids:
         return value
     found = short(annotation[key]) if key in annotation else "none"
     problems.add(
-        f"{file}: {_name(position, annotation)} must have an {key} among the {len(ids)} ids of "
-        f"{of}, got {found}",
+        f"{file}: {_name(position, annotation.get('id'))} must have an {key} among the "
+        f"{len(ids)} ids of {of}, got {found}",
         f"{file}: an annotation must have an {key} among the ids of {of}",
     )
     return None

@@ -73,7 +73,7 @@ def load_json_lines(
             labels = _labels(place, key, record[key])
             if (problem := label_problem(labels, vocabulary)) is not None:
                 raise DataError(f"{place}: {problem}")
-            rows.append(Row(number, image, labels, _split(place, record)))
+            rows.append(Row(path, number, image, labels, _split(place, record)))
     if left_out:
         warnings.warn(
             f"{path}: {len(left_out):,} lines have an error or no labels, the first: "
@@ -83,7 +83,7 @@ def load_json_lines(
     if (text := dropped.warning()) is not None:
         warnings.warn(text, stacklevel=3)
     return dataset_of_rows(
-        f"jsonl:{path}", path, folder, [(path, rows)], vocabulary, (), on_bad_image, problems
+        f"jsonl:{path}", path, folder, [rows], vocabulary, (), on_bad_image, problems
     )
 
 

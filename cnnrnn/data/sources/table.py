@@ -14,6 +14,7 @@ from cnnrnn.data.cells import (
     NO_LABELS,
     CellError,
     cell_labels,
+    is_list,
     looks_separated_by_spaces,
     shown_delimiter,
 )
@@ -105,12 +106,12 @@ def load_table(
         warnings.warn(text, stacklevel=3)
     delimiter = _delimiter(path, tables, options, vocabulary, problems)
     own = dict.fromkeys(name for table in tables for name in table.own_labels)
-    files = [(table.file, _rows(table, own, delimiter, vocabulary, problems)) for table in tables]
+    rows = [_rows(table, own, delimiter, vocabulary, problems) for table in tables]
     without = sum(table.without for table in tables)
     if without:
         problems.note(f"{path}: {without:,} cells of labels hold a word for none, such as nan")
     return dataset_of_rows(
-        f"csv:{path}", path, folder, files, vocabulary, own, on_bad_image, problems
+        f"csv:{path}", path, folder, rows, vocabulary, own, on_bad_image, problems
     )
 
 
@@ -324,9 +325,14 @@ def _delimiter(
 
 def _check_spaces(tables: list[_Table], problems: Problems) -> None:
     """Find cells of several words, where no sign separates labels."""
-    cells = {line.cell for table in tables for line in table.lines}
+    cells = {line.cell for table in tables for line in table.lines if not is_list(line.cell)}
     several = looks_separated_by_spaces(cells)
-    places = ((t.file, line) for t in tables for line in t.lines if " " in line.cell.strip())
+    places = (
+        (table.file, line)
+        for table in tables
+        for line in table.lines
+        if " " in line.cell.strip() and line.cell in cells
+    )
     file, first = next(places, (None, None))
     if first is None:
         return
@@ -363,29 +369,47 @@ def _rows(
             + "; these labels are unknown in its rows",
             stacklevel=4,
         )
+    read: dict[str, tuple[str, ...] | None] = {}  # cells that are right
     rows = []
-    for line in table.lines:
-        place = f"{table.file}, line {line.number}"
-        try:
-            labels = cell_labels(line.cell, delimiter, vocabulary or ())
-        except CellError as error:
-            problems.add(f"{place}: {error}")
-            continue
-        if labels is None:
-            table.without += 1
-            labels = ()
+    table.lines.reverse()
+    while table.lines:  # each goes as its row comes
+        line = table.lines.pop()
         unknown: tuple[str, ...] = ()
         if table.own_labels:
-            marked = zip(table.own_labels, line.marks, strict=True)
-            marks = list(marked)
+            marks = list(zip(table.own_labels, line.marks, strict=True))
             labels = tuple(name for name, mark in marks if mark == _PRESENT)
             unknown = (*(name for name, mark in marks if mark == _UNKNOWN), *lacking)
-        problem = label_problem((*labels, *unknown), vocabulary)
-        if problem is not None:
-            problems.add(f"{place}: {problem}")
+            problem = label_problem((*labels, *unknown), vocabulary)
         else:
-            rows.append(Row(line.number, line.image, labels, line.split, unknown))
+            labels, problem = _labels_of_cell(line.cell, delimiter, vocabulary, read)
+            table.without += read.get(line.cell, ()) is None
+        if problem is not None:
+            problems.add(f"{table.file}, line {line.number}: {problem}")
+        else:
+            rows.append(Row(table.file, line.number, line.image, labels, line.split, unknown))
     return rows
+
+
+def _labels_of_cell(
+    cell: str,
+    delimiter: str | None,
+    vocabulary: Mapping[str, int] | None,
+    read: dict[str, tuple[str, ...] | None],
+) -> tuple[tuple[str, ...], str | None]:
+    """Return the labels of a cell, and what is wrong with them; `read` keeps those that are right.
+
+    There None stands for a word for no labels.
+    """
+    if cell not in read:
+        try:
+            labels = cell_labels(cell, delimiter, vocabulary or ())
+        except CellError as error:
+            return (), str(error)
+        problem = label_problem(labels or (), vocabulary)
+        if problem is not None:
+            return (), problem
+        read[cell] = labels
+    return read[cell] or (), None
 
 
 def _opened(
