@@ -119,3 +119,11 @@ def test_errors(tmp_path: Path) -> None:
     write(tmp_path, "val/cat/1.png", "valid/cat/1.png")
     with pytest.raises(DataError, match="one name for a split, got 'val' and 'valid', which both"):
         load_folder(tmp_path)
+
+
+def test_a_stray_picture_beside_the_labels_of_a_split(tmp_path: Path) -> None:
+    write(tmp_path, "train/cat/1.png", "train/stray.png", "test/unlabelled.png")
+    message = "2 images are in no folder of a label, the first: 'test/unlabelled.png'"
+    with pytest.warns(UserWarning, match=message):
+        dataset = load_folder(tmp_path)
+    assert read(dataset) == {"train": {f"{tmp_path}/train/cat/1.png": ["cat"]}}

@@ -153,6 +153,13 @@ def test_without_a_delimiter_a_cell_is_one_label(file: Path) -> None:
     assert label_names(dataset) == [["sky, sea"], ["sky;land"]]
 
 
+def test_a_delimiter_that_no_cell_has(file: Path) -> None:
+    file.write_text("image,labels\na.png,sky|sea\nsub/b.png,sky\n")
+    with pytest.warns(UserWarning, match="no cell of labels has the delimiter ';', some have '|'"):
+        dataset = load_dataset(f"csv:{file},delimiter=;")
+    assert label_names(dataset) == [["sky|sea"], ["sky"]]
+
+
 def test_names_may_hold_white_space(file: Path) -> None:
     file.write_text("image,labels\na.png,traffic light\nsub/b.png,sky\n")
     with pytest.warns(UserWarning, match="line 2: 'traffic light' is taken for one label"):

@@ -305,6 +305,16 @@ def test_the_picture_of_an_annotation(root: Path) -> None:
     assert load_voc(root).image_paths[0] == pictures / "000001.Tiff"  # type: ignore[index]
 
 
+def test_names_that_differ_in_case(root: Path) -> None:
+    (root / "Annotations" / "2008_000003.xml").rename(root / "Annotations" / "2008_000003.XML")
+    file = root / "ImageSets" / "Main" / "train.txt"
+    (root / "JPEGImages" / "000002.jpg").rename(root / "JPEGImages" / "000002.JPG")
+    problems = Problems()
+    dataset = load_voc(root, problems=problems)
+    assert dataset.image_paths[2] == root / "JPEGImages" / "000002.JPG"  # type: ignore[index]
+    assert [n for n in problems.notes if f"{file}: 1 names differ from their files" in n]
+
+
 def test_two_annotations_of_one_picture(root: Path) -> None:
     (root / "JPEGImages" / "000001.jpg").unlink()
     file = root / "Annotations" / "000001.xml"

@@ -89,7 +89,7 @@ def _has_splits(root: Path, images: Iterable[str]) -> bool:
         if rest:
             (with_images if len(rest) == 1 else with_folders).add(top)
     splits = {top for top in with_folders if usual_split_name(top) in ("train", "val", "test")}
-    if splits - with_images:
+    if splits:
         return True
     if with_folders and not with_images:
         raise DataError(

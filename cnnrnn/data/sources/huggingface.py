@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,9 +70,10 @@ def load_huggingface(
                 elif picture is not None:
                     rows.append((usual[split], picture, found))
     if left_out:
-        problems.note(
+        warnings.warn(
             f"{source}: {len(left_out):,} rows have no labels and are left out, the first: "
-            f"{left_out[0]}"
+            f"{left_out[0]}",
+            stacklevel=3,
         )
     if not rows:
         raise EmptySourceError(f"{source} must hold at least one image with labels, got none")

@@ -40,7 +40,8 @@ def load_features(
         The dataset, its features as float32.
     """
     path = Path(path)
-    if path.name.lower().removesuffix(".gz").endswith(".arff"):
+    inside = path.iterdir() if path.is_dir() else [path]
+    if any(file.name.lower().removesuffix(".gz").endswith(".arff") for file in inside):
         raise DataError(
             f"{path} must be .npz or svmlight text, got ARFF: convert it, for example with "
             "scikit-multilearn's load_from_arff, which reads Mulan's XML of labels, and "

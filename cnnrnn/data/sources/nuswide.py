@@ -64,15 +64,17 @@ def load_nuswide(
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"{root} must be NUS-WIDE's folder, found no such folder")
-    folder = _image_folder(root, images)
-    names, places = _read_image_lists(_image_lists(root, options))
+    folder = Folder(_image_folder(root, images), follow_links)
+    names, places = _read_image_lists(_image_lists(root, options), folder)
     right = _right_names(names, places, problems)
     if options.labels == "tags":
         label_names, rows, labels = _read_tags(root, len(names), problems)
     else:
         label_names, rows, labels = _read_concepts(root, places, problems)
-    splits = _read_splits(root, options, {os.path.normpath(names[i]): i for i in right}, problems)
-    found = Folder(folder, follow_links).existing(
+    splits = _read_splits(
+        root, options, folder, {os.path.normpath(names[i]): i for i in right}, problems
+    )
+    found = folder.existing(
         places[0].file, lambda i: f"line {_line(places, right[i])}", [names[i] for i in right],
         on_bad_image, problems,
     )  # fmt: skip
@@ -93,7 +95,7 @@ def load_nuswide(
         label_indices=labels[order],
         splits={name: position[members][position[members] >= 0] for name, members in splits.items()}
         or {"all": np.arange(len(kept))},
-        images=tuple(folder / name for name in found.values()),
+        images=tuple(folder.path / name for name in found.values()),
     )
 
 
@@ -141,18 +143,20 @@ def _image_lists(root: Path, options: NusWideOptions) -> list[tuple[Path, str]]:
     ]
 
 
-def _read_image_lists(lists: list[tuple[Path, str]]) -> tuple[list[str], list[_ImageList]]:
+def _read_image_lists(
+    lists: list[tuple[Path, str]], folder: Folder
+) -> tuple[list[str], list[_ImageList]]:
     names: list[str] = []
     places = []
     for file, split in lists:
-        lines = _read_image_list(file)
+        lines = _read_image_list(file, folder)
         places.append(_ImageList(file, split, len(names), len(lines)))
         names += lines
     return names, places
 
 
-def _read_image_list(file: Path) -> list[str]:
-    return [line.strip().replace("\\", "/") for line in read_lines(file)]
+def _read_image_list(file: Path, folder: Folder) -> list[str]:
+    return [folder.inside(line.strip())[0] for line in read_lines(file)]
 
 
 def _line(places: list[_ImageList], row: int) -> str:
@@ -306,7 +310,11 @@ def _slow_bits(
 
 
 def _read_splits(
-    root: Path, options: NusWideOptions, rows: dict[str, int], problems: Problems
+    root: Path,
+    options: NusWideOptions,
+    folder: Folder,
+    rows: dict[str, int],
+    problems: Problems,
 ) -> dict[str, npt.NDArray[np.int64]]:
     """Return the rows of each split, by the options' files or the set's own."""
     files = {
@@ -323,7 +331,7 @@ def _read_splits(
     for name, file in files.items():
         with problems.part():
             members: dict[int, None] = {}
-            for number, image in enumerate(_read_image_list(file), 1):
+            for number, image in enumerate(_read_image_list(file, folder), 1):
                 row = rows.get(os.path.normpath(image))
                 if row is None:
                     problems.add(

@@ -310,9 +310,17 @@ def _delimiter(
 ) -> str | None:
     """Return what separates the labels of a cell: as asked, or the first sign that any cell has."""
     cells = [line.cell for table in tables for line in table.lines if line.cell]
-    if options.delimiter is not None or not cells:
+    if not cells or options.delimiter in ("none", "space"):
         return None if options.delimiter == "none" else options.delimiter
     found = shown_delimiter(cells, vocabulary or ())
+    if options.delimiter is not None:
+        if found is not None and not any(options.delimiter in cell for cell in cells):
+            warnings.warn(
+                f"{path}: no cell of labels has the delimiter {short(options.delimiter)}, some "
+                f"have {short(found)}",
+                stacklevel=4,
+            )
+        return options.delimiter
     if found is not None:
         problems.note(f"{path}: labels are separated by {short(found)}")
         return found

@@ -7,7 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,7 +98,7 @@ def load_voc(
         annotations = Folder(_annotation_folder(root), follow_links)
         splits = _annotated(_read_splits(lists, annotations, problems), annotations, problems)
         members = {split.name: list(split.lines) for split in splits}
-        file_of = {i: annotations.path / f"{i}.xml" for split in splits for i in split.lines}
+        file_of = {i: file for split in splits for i, file in split.annotations.items()}
         place = lists
     notes: dict[str, _Annotation] = {}
     for image_id, file in file_of.items():
@@ -161,6 +161,7 @@ class _Split:
     file: Path
     lines: Mapping[str, int]  # image id to line number, of the images that are right so far
     listed: frozenset[str]  # every image id
+    annotations: Mapping[str, Path] = field(default_factory=dict)  # of the images in `lines`
 
 
 def _lists(root: Path) -> Path | None:
@@ -401,7 +402,8 @@ def _annotated(splits: list[_Split], annotations: Folder, problems: Problems) ->
                 f"{annotations.path / image_ids[i]}.xml, found no such file"
             )
         lines = {image_ids[i]: split.lines[image_ids[i]] for i in kept}
-        result.append(_Split(split.name, split.file, lines, split.listed))
+        files = {image_ids[i]: annotations.path / name for i, name in kept.items()}
+        result.append(_Split(split.name, split.file, lines, split.listed, files))
     return result
 
 
