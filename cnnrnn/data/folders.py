@@ -13,7 +13,8 @@ from cnnrnn.config import OnBadImage
 from cnnrnn.data.dataset import CONTROL, DataError, is_text
 from cnnrnn.data.files import Problems, cut, is_dropping, short
 
-_PLAIN_NAME = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)*", re.ASCII)  # most are, which spares the closer look
+# Most are, which spares the closer look.
+_PLAIN_NAME = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)*", re.ASCII)
 
 Listing = dict[str, str]
 """The regular files of a folder: name to the target of a link, "" for no link."""
