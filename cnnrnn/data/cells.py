@@ -42,9 +42,11 @@ def cell_labels(
         return ()
     if text in names:
         return (text,)
-    if (listed := _list_labels(text)) is not None:
-        return listed
     cell = _unquoted(text)
+    if not cell:
+        return ()
+    if (listed := _list_labels(cell)) is not None:
+        return listed
     if cell.lower() in NO_LABELS:
         return None
     pieces = [cell]
@@ -72,7 +74,7 @@ def shown_delimiter(cells: Iterable[str], names: Container[str] = ()) -> str | N
 
 def is_list(text: str) -> bool:
     """Tell whether a cell is a list of strings."""
-    return _LIST.fullmatch(text.strip()) is not None
+    return _LIST.fullmatch(_unquoted(text.strip())) is not None
 
 
 def looks_separated_by_spaces(cells: Iterable[str]) -> str | None:
@@ -85,6 +87,8 @@ def looks_separated_by_spaces(cells: Iterable[str]) -> str | None:
 
 def _list_labels(text: str) -> tuple[str, ...] | None:
     """Return the strings of a list, None where the text is no list."""
+    if text == "set()":
+        return ()
     if text[0] not in _BRACKETS or text[-1] != _BRACKETS[text[0]]:
         return None
     values = _parsed(text)

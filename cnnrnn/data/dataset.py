@@ -437,8 +437,14 @@ def usual_split_name(name: str) -> str:
     return _SPLITS.get(name.strip().lower(), name)
 
 
-def usual_split_names(place: object, names: Iterable[str]) -> dict[str, str]:
+def usual_split_names(place: object, names: Iterable[str], apart: bool = True) -> dict[str, str]:
     """Return the `usual_split_name` of each split of a source.
+
+    Args:
+        place: the source, for messages.
+        names: of its splits.
+        apart: each names a part of its own, such as a file; else names of records, where `train`
+            and `Train` are one.
 
     Raises:
         DataError: two names mean one split.
@@ -448,7 +454,7 @@ def usual_split_names(place: object, names: Iterable[str]) -> dict[str, str]:
     for name in names:
         usual[name] = usual_split_name(name)
         other = meant.setdefault(usual[name], name)
-        if other != name:
+        if other != name and (apart or other.strip().lower() != name.strip().lower()):
             raise DataError(
                 f"{place} must have one name for a split, got {other!r} and {name!r}, which both "
                 f"mean {usual[name]}"
@@ -505,7 +511,7 @@ def _given_splits(
         return {usual[name]: np.asarray(members) for name, members in splits.items()}
     if isinstance(splits, str) or len(splits) != count:
         raise DataError(f"splits must name the split of each of the {count} images, got {splits!r}")
-    usual = usual_split_names("splits", dict.fromkeys(splits))
+    usual = usual_split_names("splits", dict.fromkeys(splits), apart=False)
     members: dict[str, list[int]] = {}
     for position, name in enumerate(splits):
         members.setdefault(usual[name], []).append(position)

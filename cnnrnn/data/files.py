@@ -61,6 +61,11 @@ def read_text(file: Path, encoding: str | None = None, *, option: bool = False) 
         DataError: it cannot be read or is in another encoding.
     """
     data = read_bytes(file)
+    if option and encoding is None and 0 in data[:2]:
+        raise DataError(
+            f"{file}, line 1: text must be UTF-8, got byte 0x00: encoding=NAME says another, such "
+            "as encoding=utf-16-le"
+        )
     if encoding is None:
         encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else None
     try:
@@ -127,17 +132,16 @@ def files_by_split(folder: Path, suffixes: Sequence[str], what: str) -> list[Pat
     Raises:
         DataError: there is none, or two are of one split.
     """
+    found = [file for file in folder.iterdir() if file.suffix.lower() in suffixes]
     files = sorted(
-        file
-        for file in folder.iterdir()
-        if file.suffix.lower() in suffixes and not is_dropping(file.name)
+        (file for file in found if not is_dropping(file.name)), key=lambda f: (f.stem.lower(), f)
     )
     if not files:
         raise DataError(
             f"{folder} must hold a {what} per split, such as train{suffixes[0]}, found none"
         )
     for first, second in zip(files, files[1:], strict=False):
-        if first.stem == second.stem:
+        if first.stem.lower() == second.stem.lower():
             raise DataError(
                 f"{folder} must hold one {what} per split, found {first.name} and {second.name}"
             )

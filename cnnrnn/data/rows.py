@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cnnrnn.config import OnBadImage
-from cnnrnn.data.dataset import CONTROL, Dataset, Records, usual_split_names
+from cnnrnn.data.dataset import CONTROL, Dataset, Records, usual_split_name, usual_split_names
 from cnnrnn.data.files import EmptySourceError, Problems, is_dropping, short
 from cnnrnn.data.folders import Folder
 
@@ -77,7 +77,8 @@ def dataset_of_rows(
     if not names:
         raise EmptySourceError(f"{path} must hold at least one label, got none in any row")
     index = {name: position for position, name in enumerate(names)}
-    splits = usual_split_names(path, dict.fromkeys(row.split for row in records.values()))
+    found_splits = dict.fromkeys(row.split for row in records.values())
+    splits = usual_split_names(path, found_splits, apart=False)
     has_unknown = any(row.unknown for row in records.values())
     result = Records()
     for row in records.values():
@@ -119,7 +120,7 @@ def _add_rows(
         earlier = records.get(key)
         if earlier is None:
             records[key] = row if row.image == image else row._replace(image=image)
-        elif earlier.split != row.split:
+        elif usual_split_name(earlier.split) != usual_split_name(row.split):
             problems.add(
                 f"{file}, line {row.line}: an image must be in one split, got {short(row.image)} "
                 f"in {row.split}, and in {earlier.split} by {earlier.file.name}, line "

@@ -20,6 +20,7 @@ CELLS: dict[str, tuple[str, ...] | None] = {
     # lists
     "[]": (), "[ ]": (), "()": (), "{}": (), "['cat']": ("cat",), '["cat", "dog"]': ("cat", "dog"),
     "['cat', 'dog',]": ("cat", "dog"), "('cat', 'dog')": ("cat", "dog"), "('cat',)": ("cat",),
+    "\"['cat', 'dog']\"": ("cat", "dog"), "set()": (), "{'dog', 'cat'}": ("cat", "dog"),
     "[u'cat', u'dog']": ("cat", "dog"), "['sea; deep', \"men's\"]": ("sea; deep", "men's"),
     '["\\u00e9t\\u00e9"]': ("été",), "['it\\'s', ' a ']": ("it's", "a"), "['', 'cat']": ("cat",),
     # brackets that belong to a name

@@ -100,11 +100,21 @@ def test_names_of_splits(file: Path, usual: str, name: str) -> None:
     assert members(load_table(file)) == {"train": [0, 1], "val": [2], "test": [3]}
     other = "test" if usual != "test" else "val"
     file.write_text(text.replace(f",{other}\n", f",{name}\n"))
-    with pytest.raises(DataError, match=f"one name for a split, got .* which both mean {usual}"):
-        load_table(file)
+    if name.strip().lower() == usual:
+        assert len(load_table(file).splits) == 2
+    else:
+        with pytest.raises(DataError, match=f"one name for a split, got .* both mean {usual}"):
+            load_table(file)
     file.write_text("image,labels\na.png,sky\n")
     file.rename(file.with_name(f"{name.strip()}.csv"))
     assert members(load_table(file.parent)) == {usual: [0]}
+
+
+def test_tables_of_one_split(file: Path) -> None:
+    file.rename(file.with_name("train.csv"))
+    (file.parent / "Train.tsv").write_text("image\tlabels\na.png\tsky\n")
+    with pytest.raises(DataError, match="one table per split, found Train.tsv and train.csv"):
+        load_table(file.parent)
 
 
 def test_other_splits_keep_their_names(file: Path) -> None:
@@ -464,6 +474,10 @@ def test_errors_of_encodings(file: Path) -> None:
         load_table(file)
     with pytest.raises(DataError, match="line 2: text must be ascii, got byte 0xe9: encoding=NAME"):
         load_dataset(f"csv:{file},encoding=ascii")
+    file.write_bytes("image,labels\na.png,sky\n".encode("utf-16-le"))
+    with pytest.raises(DataError, match="line 1: text must be UTF-8, got byte 0x00: encoding=NAME"):
+        load_table(file)
+    assert label_names(load_dataset(f"csv:{file},encoding=utf-16-le")) == [["sky"]]
     for name in ("klingon", "zip"):
         with pytest.raises(DataError, match=f"encoding must be one that Python knows, .*'{name}'"):
             load_dataset(f"csv:{file},encoding={name}")

@@ -178,5 +178,8 @@ def _splits(
         raise DataError(
             f"{path}: split must name at most {MAX_SPLITS} splits, got {len(members):,}"
         )
-    usual = usual_split_names(path, members)
-    return {usual[name]: np.asarray(rows, dtype=np.int64) for name, rows in members.items()}
+    usual = usual_split_names(path, members, apart=False)
+    splits: dict[str, list[int]] = {}
+    for name, rows in members.items():
+        splits.setdefault(usual[name], []).extend(rows)
+    return {name: np.array(sorted(rows), dtype=np.int64) for name, rows in splits.items()}

@@ -339,7 +339,7 @@ def _check_spaces(tables: list[_Table], problems: Problems) -> None:
         (table.file, line)
         for table in tables
         for line in table.lines
-        if " " in line.cell.strip() and line.cell in cells
+        if " " in line.cell.strip() and line.cell in cells and line.cell.strip()[0].isalnum()
     )
     file, first = next(places, (None, None))
     if first is None:
