@@ -366,6 +366,15 @@ def test_categories_of_one_name_are_joined(single: tuple[Path, Path]) -> None:
     ]
 
 
+def test_a_category_twice(single: tuple[Path, Path]) -> None:
+    data = document()
+    data["categories"].append({"id": "90", "name": "dog "})
+    assert load_changed(single, data).label_names == ("dog", "cat", "bird")
+    data["categories"][-1]["name"] = "fox"
+    with pytest.raises(DataError, match="ids of categories must be unique, got '90' again at cat"):
+        load_changed(single, data)
+
+
 def test_backslashes_and_absolute_paths(single: tuple[Path, Path]) -> None:
     data = image_7("file_name", to="sub\\b.png")
     data["images"][0]["file_name"] = str(single[1].resolve() / "a.png")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -146,7 +147,6 @@ BAD_XML = {
 
 
 BAD_BOXES = {
-    "no box": (XML.replace("bndbox>", "b>"), "object 1: a bndbox is missing"),
     "no xmin": (XML.replace(BOX, ""), "object 1: xmin must be a number below 1e9, got none"),
     "xmin nan": (XML.replace(BOX, "<xmin>nan</xmin>"), "object 1: xmin must .*got 'nan'"),
     "xmin inf": (XML.replace(BOX, "<xmin>-inf</xmin>"), "object 1: xmin must .*got '-inf'"),
@@ -167,6 +167,15 @@ def test_a_broken_box_is_no_box(root: Path, case: str) -> None:
     assert dataset.labels(0).tolist() == [DOG, PERSON]
     boxes = dataset.boxes
     assert boxes is not None and DOG not in boxes.label_indices[: boxes.indptr[1]].tolist()
+
+
+def test_a_missing_box_is_no_box(root: Path) -> None:
+    (root / "Annotations" / "000001.xml").write_text(XML.replace("bndbox>", "b>"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dataset = load_voc(root)
+    assert dataset.labels(0).tolist() == [DOG, PERSON]
+    assert dataset.boxes is not None and dataset.boxes.indptr.tolist() == [0, 0, 1, 2, 2]
 
 
 # Own data sets in VOC's format.
@@ -210,7 +219,7 @@ def test_own_names_without_lists(
     dataset = load_voc(tmp_path, problems=problems)
     assert dataset.label_names == ("crane", "lorry") and read_labels(dataset) == EXPECTED
     assert {name: len(rows) for name, rows in dataset.splits.items()} == {"all": 3}
-    assert [n for n in problems.notes if "the labels are the 2 names that occur" in n]
+    assert [n for n in problems.notes if "the labels are the names that occur, 2, as" in n]
 
 
 def test_folders_that_are_named_like_splits(tmp_path: Path) -> None:
@@ -260,7 +269,7 @@ def test_labels_of_a_file(tmp_path: Path) -> None:
 IDS = ["shot 7 (2)", "a.b.c", "x+y,z", "Grün", "-1", "sub/deep"]
 
 
-@pytest.mark.parametrize("written", ["{}", "{}.jpg", " {} "])
+@pytest.mark.parametrize("written", ["{}", "{}.jpg", " {} ", "{}.xml"])
 def test_ids_are_any_file_names(tmp_path: Path, written: str) -> None:
     main = tmp_path / "ImageSets" / "Main"
     main.mkdir(parents=True)

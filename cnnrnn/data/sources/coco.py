@@ -142,11 +142,12 @@ def _layout(root: Path, images: Path | None) -> list[_Source]:
     )
     if roboflow:
         splits = usual_split_names(root, (file.parent.name for file in roboflow))
-        return [
-            _Source(splits[file.parent.name], file,
-                    (file.parent,) if images is None else (images / file.parent.name, images))
-            for file in roboflow
-        ]  # fmt: skip
+        sources = []
+        for file in roboflow:
+            own = file.parent
+            folders = (own, own / "images") if images is None else (images / own.name, images)
+            sources.append(_Source(splits[own.name], file, folders))
+        return sources
     for file in (root / _LABEL_STUDIO, root / _ROBOFLOW):
         if file.is_file():
             beside = (root / "images", root) if images is None else (images,)
@@ -398,14 +399,10 @@ def _categories(
     kept: Objects = []
     ids: set[Id] = set()
     unusable: dict[Id, str] = {}
-    for category in _with_ids(file, "categories", records, problems):
+    for category in _with_ids(file, "categories", _without_repeats(records), problems):
         own: Id = category["id"]
-        name: Any = category.get("name")
+        name = _category_name(category)
         ids.add(own)
-        if type(name) in (int, float):
-            name = str(name)
-        if isinstance(name, str):
-            name = name.strip()
         if (expected := expected_name(name)) is not None:
             unusable[own] = f"{expected}, got {short(name)}"
             continue
@@ -419,6 +416,29 @@ def _categories(
         raise DataError(f"{file}: category {short(first)} must have {unusable[first]}, and so must "
                         "every other")  # fmt: skip
     return kept, ids, unusable
+
+
+def _category_name(category: dict[str, Any]) -> Any:
+    """Return a category's name as text, or what it has in its place."""
+    name = category.get("name")
+    if type(name) in (int, float):
+        return str(name)
+    return name.strip() if isinstance(name, str) else name
+
+
+def _without_repeats(categories: list[Any]) -> list[Any]:
+    """Leave out categories that have the id and the name of an earlier one."""
+    seen: set[tuple[Id, str]] = set()
+    kept = []
+    for category in categories:
+        own = _id(category.get("id")) if isinstance(category, dict) else None
+        name = None if own is None else _category_name(category)
+        if own is not None and isinstance(name, str):
+            if (own, name) in seen:
+                continue
+            seen.add((own, name))
+        kept.append(category)
+    return kept
 
 
 def _name(position: int, own: object) -> str:

@@ -293,8 +293,8 @@ def _vocabulary(root: Path, notes: Mapping[str, _Annotation], problems: Problems
     if not others:
         return VOC_LABELS
     problems.note(
-        f"{root}: the labels are the {len(names)} names that occur, as {listed(others, 5)} are "
-        "not among VOC's 20"
+        f"{root}: the labels are the names that occur, {len(names)}, as these are not among VOC's "
+        f"20: {listed(others, 5)}"
     )
     return names
 
@@ -327,7 +327,8 @@ def _read_ids(file: Path, annotations: Folder, problems: Problems) -> dict[str, 
     for number, line in enumerate(read_lines(file), 1):
         image_id, problem = annotations.inside(line.strip())
         stem, suffix = os.path.splitext(image_id)
-        if suffix.lower() in IMAGE_SUFFIXES and not annotations.has(f"{image_id}.xml"):
+        is_file = suffix.lower() in (*IMAGE_SUFFIXES, ".xml")
+        if is_file and not annotations.has(f"{image_id}.xml"):
             image_id = stem
         if problem is not None:
             problems.add(
@@ -467,10 +468,10 @@ def _is_difficult(place: str, element: Any) -> bool:
 
 
 def _box(element: Any) -> tuple[tuple[float, float, float, float] | None, str | None]:
-    """Return left, top, width and height of an object, or None and what is wrong."""
+    """Return left, top, width and height of an object, or None and what is wrong with them."""
     box = element.find("bndbox")
     if box is None:
-        return None, "a bndbox is missing"
+        return None, None
     edges = []
     for side in ("xmin", "ymin", "xmax", "ymax"):
         text = _text(box, side)
