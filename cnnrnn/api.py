@@ -173,7 +173,6 @@ def train(
     from cnnrnn.training.run import train as train_run
 
     config = config or TrainConfig()
-    say(describe_splits(dataset, config))
     result = train_run(
         dataset,
         Path(out),
@@ -181,6 +180,7 @@ def train(
         search or SearchConfig(),
         config,
         resume=resume,
+        on_start=lambda: say(describe_splits(dataset, config)),
         say=say,
     )
     return result.model

@@ -55,7 +55,8 @@ def run_train(options: Namespace) -> int:
     unsaved = ("config", "preset", "resume")
     resolved = {k: v for k, v in options.as_dict().items() if k not in unsaved}
 
-    def save_options() -> None:
+    def start() -> None:
+        say(describe_splits(dataset, config))
         if options.resume and (out / "config.yaml").exists():
             return
         text = yaml_text(resolved)
@@ -66,11 +67,9 @@ def run_train(options: Namespace) -> int:
     with join(resolve_device(config.device)) as ranks:
         with ranks.first_goes_ahead():  # it may write the data set
             dataset = _dataset(options, config.on_bad_image)
-        if ranks.first:
-            say(describe_splits(dataset, config))
         if len(orders) == 1 and options.member_orders is None:
             result = train(
-                dataset, out, model, search, config, resume=options.resume, on_start=save_options,
+                dataset, out, model, search, config, resume=options.resume, on_start=start,
                 say=say, progress=terminal_progress, ranks=ranks,
             )  # fmt: skip
         elif ranks.size > 1:
@@ -80,7 +79,7 @@ def run_train(options: Namespace) -> int:
         else:
             result = train_ensemble(
                 dataset, out, model, search, config, orders, resume=options.resume,
-                on_start=save_options, say=say, progress=terminal_progress,
+                on_start=start, say=say, progress=terminal_progress,
             )  # fmt: skip
     if not ranks.first:
         return 0

@@ -210,7 +210,9 @@ def test_hold_out_where_there_is_no_val_split(tmp_path):
 
 def test_a_source_without_training_images(tmp_path, data):
     with pytest.raises(DataError, match="has no split named train, only test, val"):
-        training_splits(replace(data, splits={k: data.splits[k] for k in ("val", "test")}), QUICK)
+        training_splits(
+            data.with_changes(splits={k: data.splits[k] for k in ("val", "test")}), QUICK
+        )
 
 
 def test_nothing_to_train(tmp_path, data):
