@@ -211,11 +211,11 @@ class Problems:
         self.notes: list[str] = []
 
     def add(self, message: str, kind: str | None = None) -> None:
-        """Raise `DataError`, or keep the message; None takes its words as its kind."""
+        """Raise `DataError`, or keep the message; its kind are its words, or those given."""
         if not self.keep:
             raise DataError(message)
         self.messages.append(message)
-        self.kinds.append(kind or _VALUES.sub("", message))
+        self.kinds.append(_VALUES.sub("", kind or message))
 
     def note(self, message: str) -> None:
         """Keep how something was read, with no loss."""
@@ -235,5 +235,5 @@ class Problems:
             self.add(str(error))
 
 
-# What differs in messages of one kind: quoted values, paths and words with digits.
-_VALUES = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\S*[\d/\\]\S*""")
+# What differs in messages of one kind: quoted values, file names and words with digits.
+_VALUES = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\S*(?:[\d/\\]|\w\.\w)\S*""")

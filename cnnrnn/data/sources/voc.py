@@ -400,7 +400,8 @@ def _annotated(splits: list[_Split], annotations: Folder, problems: Problems) ->
         for i in missing:
             problems.add(
                 f"{split.file}: {places[i]} must have an annotation in "
-                f"{annotations.path / image_ids[i]}.xml, found no such file"
+                f"{annotations.path / image_ids[i]}.xml, found no such file",
+                f"{split.file}: an image must have an annotation",
             )
         lines = {image_ids[i]: split.lines[image_ids[i]] for i in kept}
         files = {image_ids[i]: annotations.path / name for i, name in kept.items()}
