@@ -244,11 +244,13 @@ class Folder:
         return same[0] if len(same) == 1 else base
 
 
-def files_below(folder: Path, follow_links: bool = False) -> list[str]:
+def files_below(folder: Path, suffixes: tuple[str, ...], follow_links: bool = False) -> list[str]:
     """Return the regular files in a folder and below as relative paths, sorted; no droppings.
 
     Args:
         folder: the folder; a link to one is followed.
+        suffixes: of the files that count, in lower case: others are left out where they are links
+            that lead out of the folder.
         follow_links: links may lead out of it. A folder that was entered already is not again.
 
     Raises:
@@ -269,6 +271,8 @@ def files_below(folder: Path, follow_links: bool = False) -> list[str]:
                     if entry.is_symlink():
                         target = os.path.realpath(entry.path)
                         if not follow_links and not _is_inside(target, root):
+                            if not entry.is_dir() and not path.lower().endswith(suffixes):
+                                continue
                             raise DataError(
                                 f"{folder} must hold its files itself, got {path} which links to "
                                 f"{target}: follow_links allows it"

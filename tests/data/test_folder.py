@@ -103,6 +103,9 @@ def test_links(tmp_path: Path) -> None:
         load_folder(root)
     dataset = load_dataset(f"folder:{root}", follow_links=True)
     assert sorted(path.name for path in dataset.image_paths or ()) == ["1.png", "2.png", "3.png"]
+    (root / "dog").unlink()
+    (root / "cat" / "notes.txt").symlink_to(tmp_path / "outside" / "2.png")  # no picture's name
+    assert len(load_folder(root)) == 1
     (tmp_path / "link").symlink_to(tmp_path / "outside")
     (tmp_path / "outside" / "again").unlink()
     assert len(load_folder(tmp_path / "link", problems=Problems(keep=True))) == 1

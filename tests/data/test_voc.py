@@ -232,6 +232,16 @@ def test_folders_that_are_named_like_splits(tmp_path: Path) -> None:
     assert [paths[i].parent.name for i in dataset.splits["val"]] == ["valid"] * 3
 
 
+def test_pictures_without_annotations_are_counted(tmp_path: Path) -> None:
+    """As in the Oxford pets, whose XML files lie below `annotations` with droppings among them."""
+    write_own(tmp_path / "annotations" / "xmls", tmp_path / "images")
+    (tmp_path / "annotations" / "xmls" / "._b1.xml").write_bytes(b"\0\5")
+    sources.write_picture(tmp_path / "images" / "other.jpg")
+    message = "1 images have no annotation, the first: 'images/other.jpg'; they are left out"
+    with pytest.warns(UserWarning, match=message):
+        assert read_labels(load_voc(tmp_path)) == EXPECTED
+
+
 def test_pictures_apart_from_the_folder(tmp_path: Path) -> None:
     write_own(tmp_path / "xml", tmp_path / "elsewhere")
     dataset = load_dataset(f"voc:{tmp_path / 'xml'}", images=tmp_path / "elsewhere")

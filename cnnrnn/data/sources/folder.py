@@ -35,7 +35,7 @@ def load_folder(
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"{root} must be a folder with a folder of images per label, found none")
-    names = files_below(root, follow_links)
+    names = files_below(root, IMAGE_SUFFIXES, follow_links)
     images = [name for name in names if _is_image(name)]
     if len(images) < len(names):
         first = next(name for name in names if not _is_image(name))

@@ -113,12 +113,15 @@ def load_voc(
         _check_label_files(split, label_names, notes, problems)
 
     folder = Folder(_image_folder(root, images, lists is not None), follow_links)
-    look = _in_folder if lists is not None else _Pictures(folder.path, follow_links).look
+    pictures = None if lists is not None else _Pictures(folder.path, follow_links)
+    look = _in_folder if pictures is None else pictures.look
     names = [look(folder, image_id, notes[image_id].file_name) for image_id in notes]
     ids = list(notes)
     kept = folder.existing(place, lambda i: f"image {ids[i]}", names, on_bad_image, problems)
     if not kept:
         raise EmptySourceError(f"{root} must hold at least one image, got none in any split")
+    if pictures is not None:
+        pictures.warn_of_others(set(names))
     records = Records()
     index = {name: position for position, name in enumerate(label_names)}
     position: dict[str, int] = {}
@@ -191,7 +194,8 @@ def _data_folder(root: Path) -> Path:
 
 def _annotations_below(root: Path, follow_links: bool) -> list[str]:
     """Return the XML files in a folder and below; those in `Annotations` alone if there are any."""
-    found = [name for name in files_below(root, follow_links) if name.lower().endswith(".xml")]
+    files = files_below(root, (".xml",), follow_links)
+    found = [name for name in files if name.lower().endswith(".xml")]
     if not found:
         raise DataError(
             f"{root} must hold ImageSets/Main, or a VOC<year> folder that does, or annotations as "
@@ -251,9 +255,10 @@ class _Pictures:
 
     def __init__(self, root: Path, follow_links: bool) -> None:
         """List them."""
+        self._root = root
         self._of_stem: dict[str, list[str]] = {}
         self._of_name: dict[str, list[str]] = {}
-        for name in files_below(root, follow_links):
+        for name in files_below(root, IMAGE_SUFFIXES, follow_links):
             stem, suffix = os.path.splitext(name)
             if suffix.lower() in IMAGE_SUFFIXES:
                 self._of_stem.setdefault(folded(os.path.basename(stem)), []).append(name)
@@ -273,6 +278,16 @@ class _Pictures:
             if likeliest:
                 return likeliest[0]
         return f"{image_id}.jpg"
+
+    def warn_of_others(self, annotated: set[str]) -> None:
+        """Say how many images have no annotation."""
+        others = [n for names in self._of_name.values() for n in names if n not in annotated]
+        if others:
+            warnings.warn(
+                f"{self._root}: {len(others):,} images have no annotation, the first: "
+                f"{short(min(others))}; they are left out",
+                stacklevel=4,
+            )
 
 
 def _warn_of_boxes(root: Path, notes: Mapping[str, _Annotation]) -> None:
