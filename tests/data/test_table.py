@@ -589,6 +589,14 @@ def test_a_table_without_labels_beside_others(file: Path, text: str) -> None:
         load_table(file.parent)
 
 
+def test_a_table_without_the_split_that_is_asked_for(file: Path) -> None:
+    (file.parent / "more.csv").write_text("image,labels\na.png,sky\n")
+    with pytest.raises(
+        DataError, match="more.csv must have a column of split, 'split' .*found 'ima"
+    ):
+        load_dataset(f"csv:{file.parent},split=split")
+
+
 def test_a_path_that_looks_like_options(file: Path) -> None:
     odd = file.rename(file.with_name("x,labels=tags.csv"))
     assert len(load_dataset(f"csv:{odd}")) == 4

@@ -486,7 +486,7 @@ def _column(
         if candidate in cells:
             return cells.index(candidate)
     expected = " or ".join(defaults) if name is None else short(name)
-    raise _NoColumnError(
+    raise (DataError if what == "split" else _NoColumnError)(
         f"{file} must have a column of {what}, {expected} ({what}=COLUMN names another), found "
         f"{', '.join(map(short, header)) or 'nothing'} in the header row"
     )
