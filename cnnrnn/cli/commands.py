@@ -274,7 +274,7 @@ def _known_labels(options: Namespace) -> list[str] | list[list[str]]:
 
     dataset = load_dataset(options.known_from)
     if dataset.image_paths is None:
-        raise ValueError(f"--known_from must name images, {options.known_from} holds features")
+        raise ValueError(f"--known_from must name image files, {options.known_from} does not")
     names = dataset.label_names
     of_path = {
         path.resolve(): [names[label] for label in dataset.labels(i)]

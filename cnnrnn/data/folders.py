@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import unicodedata
@@ -70,9 +71,7 @@ class Folder:
         self._roots = (os.path.abspath(path), self._root)
         self._listings: dict[str, Listing | None] = {}  # None: a link leads out
         self._actual: dict[str, str] = {}  # folder as named: as it is on disk
-        self._folded: dict[str, dict[str, list[str]]] = {}
-        self._entries: dict[str, set[str]] = {}
-        self._folded_entries: dict[str, set[str]] = {}
+        self._spellings: dict[str, dict[str, list[str]]] = {}
 
     def inside(self, name: object) -> tuple[str, str | None]:
         """Return a name as a path inside the folder with slashes, and why it is none, or None.
@@ -176,14 +175,8 @@ class Folder:
 
     def has(self, name: str) -> bool:
         """Tell whether there is a file of that name, or a link, wherever it leads."""
-        above, base, parent = self._split(name)
-        if parent not in self._entries:
-            try:
-                self._entries[parent] = set(os.listdir(os.path.join(self._root, parent)))
-            except OSError:
-                self._entries[parent] = set()
-            self._folded_entries[parent] = {folded(entry) for entry in self._entries[parent]}
-        return base in self._entries[parent] or folded(base) in self._folded_entries[parent]
+        _, base, parent = self._split(name)
+        return folded(base) in self._spellings_in(parent)
 
     def _split(self, name: str) -> tuple[str, str, str]:
         """Return the folder and file of a name, and that folder as it is on disk."""
@@ -225,10 +218,7 @@ class Folder:
             if os.path.isdir(os.path.join(path, part)):
                 actual = os.path.join(actual, part)
                 continue
-            try:
-                same = [entry for entry in os.listdir(path) if folded(entry) == folded(part)]
-            except OSError:
-                return named
+            same = self._spellings_in(actual).get(folded(part), [])
             if len(same) != 1 or not os.path.isdir(os.path.join(path, same[0])):
                 return named
             actual = os.path.join(actual, same[0])
@@ -236,12 +226,19 @@ class Folder:
 
     def _other_spelling(self, parent: str, listing: Listing, base: str) -> str:
         """Return the only file whose name differs in case or normal form alone, else the name."""
-        if parent not in self._folded:
-            self._folded[parent] = {}
-            for name in listing:
-                self._folded[parent].setdefault(folded(name), []).append(name)
-        same = self._folded[parent].get(folded(base), [])
+        same = [
+            name for name in self._spellings_in(parent).get(folded(base), []) if name in listing
+        ]
         return same[0] if len(same) == 1 else base
+
+    def _spellings_in(self, folder: str) -> dict[str, list[str]]:
+        """Return what a folder below holds by `folded` name; nothing where it cannot be listed."""
+        if folder not in self._spellings:
+            found = self._spellings[folder] = {}
+            with contextlib.suppress(OSError):
+                for name in os.listdir(os.path.join(self._root, folder)):
+                    found.setdefault(folded(name), []).append(name)
+        return self._spellings[folder]
 
 
 def files_below(folder: Path, suffixes: tuple[str, ...], follow_links: bool = False) -> list[str]:
