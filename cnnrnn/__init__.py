@@ -9,9 +9,9 @@ from cnnrnn import _build_check as _build_check
 
 if TYPE_CHECKING:
     from cnnrnn import metrics
-    from cnnrnn.api import load, predict, predict_features, predict_iter
+    from cnnrnn.api import load, predict, predict_features, predict_iter, train
     from cnnrnn.config import ModelConfig, Preprocessing, SearchConfig, TrainConfig
-    from cnnrnn.data import BadImageError, DataError, load_dataset
+    from cnnrnn.data import BadImageError, DataError, Dataset, load_dataset
     from cnnrnn.export import OnnxModelError, OnnxPredictor, ProviderError, export_onnx
     from cnnrnn.model.checkpoint import CheckpointError
     from cnnrnn.model.classifier import CNNRNN
@@ -28,6 +28,7 @@ _HOMES = {
     "CNNRNN": "cnnrnn.model.classifier",
     "CheckpointError": "cnnrnn.model.checkpoint",
     "DataError": "cnnrnn.data",
+    "Dataset": "cnnrnn.data",
     "Ensemble": "cnnrnn.model.ensemble",
     "Head": "cnnrnn.network.head",
     "ImageEmbedding": "cnnrnn.network.head",
@@ -49,6 +50,7 @@ _HOMES = {
     "predict_features": "cnnrnn.api",
     "predict_iter": "cnnrnn.api",
     "set_log_probs": "cnnrnn.model.ensemble",
+    "train": "cnnrnn.api",
 }
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "CNNRNN",
     "CheckpointError",
     "DataError",
+    "Dataset",
     "Ensemble",
     "Head",
     "ImageEmbedding",
@@ -79,6 +82,7 @@ __all__ = [
     "predict_features",
     "predict_iter",
     "set_log_probs",
+    "train",
 ]
 
 

@@ -1,9 +1,10 @@
-"""The calls with a model named: `load`, `predict` and what goes with it."""
+"""The calls with a model named: `load`, `predict` and what goes with it; and `train`."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnnrnn.config import Decide, OnBadImage, Precision
+from cnnrnn.config import (
+    Decide,
+    ModelConfig,
+    OnBadImage,
+    Precision,
+    SearchConfig,
+    TrainConfig,
+)
+from cnnrnn.data import Dataset
+from cnnrnn.data.splits import describe_splits
 from cnnrnn.machine.devices import resolve_device
 from cnnrnn.model.classifier import CNNRNN, load_checkpoint
 from cnnrnn.model.ensemble import Ensemble, load_model
 from cnnrnn.prediction.known import Names
 from cnnrnn.prediction.result import Prediction
+
+_log = logging.getLogger(__name__)
 
 DEMO_MODEL = Path(__file__).parent / "scenes_model"
 
@@ -126,6 +138,52 @@ def predict_features(
         decide=decide,
         threshold=threshold,
     )
+
+
+def train(
+    dataset: Dataset,
+    *,
+    out: str | Path,
+    model: ModelConfig | None = None,
+    config: TrainConfig | None = None,
+    search: SearchConfig | None = None,
+    resume: bool = False,
+    say: Callable[[str], None] = _log.info,
+) -> CNNRNN:
+    """Train a model, as `cnnrnn train` does.
+
+    Args:
+        dataset: images or features with their labels, of `load_dataset` or made by `Dataset`.
+        out: folder for the run; created if missing.
+        model: the architecture; by default `ModelConfig()`.
+        config: the recipe; by default `TrainConfig()`.
+        search: the search; by default `SearchConfig()`.
+        resume: resume after the last epoch that the run in `out` finished, or start it.
+        say: gets what each split is used for, a line per epoch and notable facts; by default they
+            are logged.
+
+    Returns:
+        The model of the best epoch, calibrated, in eval mode; it is also in `out/best`.
+
+    Raises:
+        DataError: the data lacks a usable training split.
+        ValueError: the options leave nothing to train, or do not fit the data.
+        ModuleNotFoundError: an option needs an extra that is not installed.
+    """
+    from cnnrnn.training.run import train as train_run
+
+    config = config or TrainConfig()
+    result = train_run(
+        dataset,
+        Path(out),
+        model or ModelConfig(),
+        search or SearchConfig(),
+        config,
+        resume=resume,
+        on_start=lambda: say(describe_splits(dataset, config)),
+        say=say,
+    )
+    return result.model
 
 
 def load(path: str | Path | None = None, *, device: str = "cpu") -> CNNRNN | Ensemble:

@@ -457,16 +457,66 @@ class NusWideOptions:
 
 
 @dataclass(frozen=True)
+class VocOptions:
+    """What to read of a `voc:` source.
+
+    Attributes:
+        labels: file with the labels, one per line, in their order; None takes VOC's 20, or the
+            names that occur where one of them is none of these.
+    """
+
+    labels: str | None = None
+
+
+@dataclass(frozen=True)
+class JsonLinesOptions:
+    """How a `jsonl:` source is laid out.
+
+    Attributes:
+        images: the folder that image paths start from; None takes that of the file.
+        vocabulary: file with the labels, one per line, in their order; None takes the labels that
+            occur, sorted.
+    """
+
+    images: str | None = None
+    vocabulary: str | None = None
+
+
+@dataclass(frozen=True)
+class HuggingFaceOptions:
+    """What to read of an `hf:` source.
+
+    Attributes:
+        image: column of images; None takes the only one of that type.
+        labels: column of labels, or `a,b,c` for columns that are one label each; None takes the
+            column of class labels or of lists, or all others where they are true and false.
+        config: the configuration of a dataset that has several.
+        vocabulary: file with the names of numbered labels, one per line, label 0 first.
+    """
+
+    image: str | None = None
+    labels: str | None = None
+    config: str | None = None
+    vocabulary: str | None = None
+
+
+@dataclass(frozen=True)
 class TableOptions:
     """How a `csv:` source is laid out.
 
     Attributes:
         image: column of image paths; None takes the first of image, fname, file_name, filename,
             image_name, image_path, path, file that there is.
-        labels: column of labels; None takes the first of labels, tags, label.
+        labels: column of labels, or of 0 and 1 for the label that it is named by; `a,b,c` or `a..z`
+            for several of the latter. None takes the first of labels, tags, label, or all other
+            columns where they hold 0 and 1.
         split: column of split names, or of true and false where its name is `is_valid`; None
             takes split or is_valid where there is one.
-        delimiter: between the labels of an image; `space` is any white space.
+        delimiter: between the labels of an image; `space` is any white space, `none` takes a cell
+            for one label. None takes the first of `;`, `|` and `,` that any cell has.
+        separator: between the cells of a row: comma, semicolon, tab or pipe, by name or as a sign;
+            None takes what fits the header.
+        encoding: of the table; None takes UTF-8, or UTF-16 with a byte order mark.
         suffix: added to each image path.
         vocabulary: file with the labels, one per line, in their order; None takes the labels that
             occur, sorted.
@@ -476,12 +526,19 @@ class TableOptions:
     labels: str | None = None
     split: str | None = None
     delimiter: str | None = None
+    separator: str | None = None
+    encoding: str | None = None
     suffix: str = ""
     vocabulary: str | None = None
 
     def __post_init__(self) -> None:
-        """Check the delimiter."""
+        """Check delimiter and separator."""
         _require(self.delimiter != "", "delimiter must not be empty, got ''")
+        separators = (None, "comma", "semicolon", "tab", "pipe", ",", ";", "\t", "|")
+        _require(
+            self.separator in separators,
+            f"separator must be comma, semicolon, tab or pipe, got {self.separator!r}",
+        )
 
 
 @dataclass(frozen=True)

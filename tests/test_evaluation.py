@@ -3,7 +3,6 @@ from __future__ import annotations
 import csv
 import itertools
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +44,7 @@ def test_unknown_labels_reach_the_measures_in_path_order(tmp_path: Path) -> None
     for value in (1, -1):
         rows, labels = np.nonzero(states == value)
         parts += [np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=40))]), labels]
-    dataset = Dataset(
+    dataset = Dataset.from_arrays(
         "features:here",
         NAMES,
         parts[0],
@@ -75,8 +74,10 @@ def test_unknown_labels_reach_the_measures_in_path_order(tmp_path: Path) -> None
 
 def test_a_source_with_some_of_the_labels() -> None:
     def dataset(names: tuple[str, ...]) -> Dataset:
-        return Dataset("csv:x.csv", names, np.array([0, 2, 3]), np.array([0, 1, 1], np.int32),
-                       features=np.ones((2, 4), np.float32))  # fmt: skip
+        return Dataset.from_arrays(
+            "csv:x.csv", names, np.array([0, 2, 3]), np.array([0, 1, 1], np.int32),
+            features=np.ones((2, 4), np.float32),
+        )  # fmt: skip
 
     evaluation = evaluate(feature_model(), dataset(("b", "c")), k=None)
     assert evaluation.targets.int().tolist() == [[1, 0, 1], [1, 0, 0]]
@@ -103,9 +104,9 @@ def test_recall_of_objects_takes_the_largest_box_of_a_label_in_an_image() -> Non
     indptr = np.array([0, 3, 3, 4])
     xywh = np.array([[0, 0, 2, 3], [5, 5, 4, 4], [0, 0, 1, 1], [0, 0, 10, 2]], np.float32)
     boxes = Boxes(indptr, np.array([2, 2, 0, 1], np.int32), xywh)
-    dataset = Dataset(
+    dataset = Dataset.from_arrays(
         "coco:here", NAMES, np.array([0, 2, 2, 3]), np.array([0, 2, 1], np.int32),
-        image_paths=tuple(Path(f"{i}.png") for i in range(3)), boxes=boxes,
+        images=tuple(Path(f"{i}.png") for i in range(3)), boxes=boxes,
     )  # fmt: skip
     sets = torch.tensor([[False, True, True], [True, True, True], [True, False, True]])
     recall = object_recall(sets, dataset)
@@ -114,7 +115,7 @@ def test_recall_of_objects_takes_the_largest_box_of_a_label_in_an_image() -> Non
     with pytest.raises(ValueError, match=r"sets must be \[3, 3\], got \[3, 2\]"):
         object_recall(sets[:, :2], dataset)
     with pytest.raises(DataError, match="must have boxes"):
-        object_recall(sets[:1], replace(dataset.select([0]), boxes=None))
+        object_recall(sets[:1], dataset.select([0]).with_changes(boxes=None))
 
 
 def test_nll_of_an_ensemble_is_that_of_the_mixture() -> None:
@@ -144,8 +145,10 @@ def test_nll_in_an_order_with_several_paths_is_a_bound() -> None:
         scores, _ = model.head(features, path.expand(5, 3))
         all_orders += (-sequence_loss(scores, path.expand(5, 3), "unique")).double().exp().detach()
     assert (model.set_nll(features, targets) > -all_orders.log()).all()
-    dataset = Dataset("features:here", NAMES, np.arange(0, 18, 3), np.tile(np.arange(3), 5),
-                      features=features.numpy())  # fmt: skip
+    dataset = Dataset.from_arrays(
+        "features:here", NAMES, np.arange(0, 18, 3), np.tile(np.arange(3), 5),
+        features=features.numpy(),
+    )  # fmt: skip
     assert evaluate(model, dataset, k=None).nll_is_bound
 
 
@@ -184,7 +187,7 @@ def test_known_labels_are_told_and_the_others_measured() -> None:
     generator = np.random.default_rng(0)
     labels = generator.random((60, 3)) < 0.6
     rows, columns = np.nonzero(labels)
-    dataset = Dataset(
+    dataset = Dataset.from_arrays(
         "features:here", NAMES,
         np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=60))]),
         columns.astype(np.int32),

@@ -17,7 +17,6 @@ import json
 import statistics
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +80,7 @@ def with_labels(dataset: Dataset, labels: Matrix) -> Dataset:
     """Return a dataset whose records have other labels [n, L], all in one split."""
     pointers, indices = csr([np.flatnonzero(row).tolist() for row in labels])
     records = {"all": np.arange(len(dataset))}
-    return replace(dataset, label_indptr=pointers, label_indices=indices, splits=records)
+    return dataset.with_changes(label_indptr=pointers, label_indices=indices, splits=records)
 
 
 @torch.no_grad()
@@ -114,7 +113,7 @@ def cross_fitted(
     seconds = dict.fromkeys(("training", "judging", "training independent"), 0.0)
     for held in stratified_folds(dataset, folds, config.seed):
         others = np.setdiff1d(np.arange(n), held)
-        rest = replace(dataset.select(others), splits={"all": np.arange(len(others))})
+        rest = dataset.select(others).with_changes(splits={"all": np.arange(len(others))})
         data = with_fixed_splits(rest, config)
         scored = dataset.select(held)
         assert scored.features is not None

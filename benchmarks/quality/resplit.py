@@ -13,7 +13,6 @@ import argparse
 import json
 import statistics
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,8 @@ def redrawn(dataset: Dataset, seed: int) -> Dataset:
     records = np.random.default_rng(seed).permutation(len(dataset))
     ends = np.cumsum([len(rows) for rows in dataset.splits.values()])
     parts = np.split(records, ends[:-1])
-    return replace(
-        dataset, splits={name: np.sort(p) for name, p in zip(dataset.splits, parts, strict=True)}
+    return dataset.with_changes(
+        splits={name: np.sort(p) for name, p in zip(dataset.splits, parts, strict=True)}
     )
 
 

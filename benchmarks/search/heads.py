@@ -165,7 +165,7 @@ def _train(
     """Train on the first images and keep the best epoch as checkpoint folder `target`."""
     seen = slice(TRAIN_IMAGES + VAL_IMAGES)
     rows, labels = np.nonzero(sets[seen])
-    dataset = Dataset(
+    dataset = Dataset.from_arrays(
         source="sampled label sets",
         label_names=tuple(f"label {i}" for i in range(sets.shape[1])),
         label_indptr=np.searchsorted(rows, np.arange(seen.stop + 1)),

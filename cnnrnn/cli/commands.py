@@ -21,12 +21,20 @@ from cnnrnn.cli.output import (
     write_json,
     yaml_text,
 )
-from cnnrnn.config import CompareConfig, LabelOrder, ModelConfig, SearchConfig, TrainConfig
+from cnnrnn.config import (
+    CompareConfig,
+    LabelOrder,
+    ModelConfig,
+    OnBadImage,
+    SearchConfig,
+    TrainConfig,
+)
 from cnnrnn.machine.words import without_nan
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
+    from cnnrnn.data import Dataset
     from cnnrnn.export import OnnxPredictor
     from cnnrnn.training.ensemble import EnsembleResult
     from cnnrnn.training.run import TrainResult
@@ -34,7 +42,7 @@ if TYPE_CHECKING:
 
 def run_train(options: Namespace) -> int:
     """Train a model or an ensemble."""
-    from cnnrnn.data import load_dataset
+    from cnnrnn.data.splits import describe_splits
     from cnnrnn.machine.devices import resolve_device
     from cnnrnn.machine.distributed import join
     from cnnrnn.machine.files import write_whole
@@ -47,7 +55,8 @@ def run_train(options: Namespace) -> int:
     unsaved = ("config", "preset", "resume")
     resolved = {k: v for k, v in options.as_dict().items() if k not in unsaved}
 
-    def save_options() -> None:
+    def start() -> None:
+        say(describe_splits(dataset, config))
         if options.resume and (out / "config.yaml").exists():
             return
         text = yaml_text(resolved)
@@ -57,12 +66,10 @@ def run_train(options: Namespace) -> int:
     result: TrainResult | EnsembleResult
     with join(resolve_device(config.device)) as ranks:
         with ranks.first_goes_ahead():  # it may write the data set
-            dataset = load_dataset(
-                options.data, images=options.images, on_bad_image=config.on_bad_image
-            )
+            dataset = _dataset(options, config.on_bad_image)
         if len(orders) == 1 and options.member_orders is None:
             result = train(
-                dataset, out, model, search, config, resume=options.resume, on_start=save_options,
+                dataset, out, model, search, config, resume=options.resume, on_start=start,
                 say=say, progress=terminal_progress, ranks=ranks,
             )  # fmt: skip
         elif ranks.size > 1:
@@ -72,13 +79,22 @@ def run_train(options: Namespace) -> int:
         else:
             result = train_ensemble(
                 dataset, out, model, search, config, orders, resume=options.resume,
-                on_start=save_options, say=say, progress=terminal_progress,
+                on_start=start, say=say, progress=terminal_progress,
             )  # fmt: skip
     if not ranks.first:
         return 0
     print(metrics_table(result.metrics, f"validation, {len(result.model.labels)} labels"))
     print(f"best checkpoint: {out / 'best'}")
     return 0
+
+
+def _dataset(options: Namespace, on_bad_image: OnBadImage) -> Dataset:
+    from cnnrnn.data import load_dataset
+
+    return load_dataset(
+        options.data, images=options.images, on_bad_image=on_bad_image,
+        follow_links=options.follow_links,
+    )  # fmt: skip
 
 
 def _run_folder(options: Namespace) -> Path:
@@ -119,7 +135,6 @@ def run_compare(options: Namespace) -> int:
         frozen_features,
         text_table,
     )
-    from cnnrnn.data import load_dataset
     from cnnrnn.machine.devices import resolve_device
     from cnnrnn.machine.distributed import started_by_torchrun
     from cnnrnn.machine.progress import terminal_progress
@@ -139,7 +154,7 @@ def run_compare(options: Namespace) -> int:
     compared = CompareConfig(seeds, methods, **{name: options[name] for name in others})
     chosen_methods(compared, model, search)  # a wrong name fails before data is read
     out = _run_folder(options)
-    dataset = load_dataset(options.data, images=options.images, on_bad_image=config.on_bad_image)
+    dataset = _dataset(options, config.on_bad_image)
     if dataset.features is None:
         if not model.freeze_backbone:
             raise ValueError(
@@ -171,7 +186,6 @@ def run_compare(options: Namespace) -> int:
 def run_evaluate(options: Namespace) -> int:
     """Measure a model on labelled data."""
     from cnnrnn.api import resolve_model
-    from cnnrnn.data import load_dataset
     from cnnrnn.evaluation import evaluate, write_per_label
     from cnnrnn.machine.progress import terminal_progress
 
@@ -180,7 +194,7 @@ def run_evaluate(options: Namespace) -> int:
     if options.reveal is not None and options.reveal < 1:
         raise ValueError(f"--reveal must be at least 1, got {options.reveal}")
     model = resolve_model(options.model, options.device)
-    dataset = load_dataset(options.data, images=options.images, on_bad_image=options.on_bad_image)
+    dataset = _dataset(options, options.on_bad_image)
     if options.split != "all" or "all" in dataset.splits:
         dataset = dataset.split(options.split)
     search = None
@@ -260,7 +274,7 @@ def _known_labels(options: Namespace) -> list[str] | list[list[str]]:
 
     dataset = load_dataset(options.known_from)
     if dataset.image_paths is None:
-        raise ValueError(f"--known_from must name images, {options.known_from} holds features")
+        raise ValueError(f"--known_from must name image files, {options.known_from} does not")
     names = dataset.label_names
     of_path = {
         path.resolve(): [names[label] for label in dataset.labels(i)]
@@ -359,11 +373,11 @@ def run_data(options: Namespace) -> int:
             f"--labels and --workers must be at least 0, got {options.labels} and {options.workers}"
         )
     report = check_source(
-        options.source, images=options.images, workers=options.workers,
-        pairs=options.labels, progress=terminal_progress,
+        options.source, images=options.images, follow_links=options.follow_links,
+        workers=options.workers, pairs=options.labels, progress=terminal_progress,
     )  # fmt: skip
     with opened(None) as stream:
-        print("\n".join(report.lines(options.labels)), file=stream)
+        print("\n".join(report.lines(options.labels, options["all"])), file=stream)
     if options.json is not None:
         write_json(options.json, report.as_dict(), ascii_only=True)
     if options.suspects is not None:
@@ -400,7 +414,10 @@ def _write_suspects(options: Namespace) -> str:
 
     model = resolve_model(options.model, options.device)
     # The report has named the images that cannot be read.
-    source = load_dataset(options.source, images=options.images, on_bad_image="skip")
+    source = load_dataset(
+        options.source, images=options.images, on_bad_image="skip",
+        follow_links=options.follow_links,
+    )  # fmt: skip
     dataset = source if options.split is None else source.split(options.split)
     checkpoint = find_checkpoint(options.model)
     common: dict[str, Any] = {

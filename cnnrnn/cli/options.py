@@ -64,15 +64,21 @@ def _add_data(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--data", type=str, required=True,
         help="coco:ROOT, coco:FILE.json with --images, voc:ROOT, nuswide:ROOT, csv:FILE, "
-        "scenes:ROOT or features:FILE; docs/data.md has their options",
+        "folder:ROOT, jsonl:FILE, hf:PATH_OR_NAME, scenes:ROOT or features:FILE; docs/data.md has "
+        "their options",
     )  # fmt: skip
     _add_images(parser)
 
 
 def _add_images(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--images", type=str | None, help="image folder of a coco: JSON, nuswide: or csv: source"
-    )
+        "--images", type=str | None,
+        help="image folder of a coco:, voc:, nuswide:, csv: or jsonl: source",
+    )  # fmt: skip
+    parser.add_argument(
+        "--follow_links", action="store_true",
+        help="follow links to pictures and folders that lead out of the image folder",
+    )  # fmt: skip
 
 
 def _train_parser(preset: str) -> ArgumentParser:
@@ -284,6 +290,9 @@ def _data_check_parser() -> ArgumentParser:
     _add_images(parser)
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
     parser.add_argument("--labels", type=int, default=20, help="labels and pairs to show")
+    parser.add_argument(
+        "--all", action="store_true", help="list every problem, not the first three of a kind"
+    )
     parser.add_argument("--json", type=str | None, help="write the whole report as JSON")
     parser.add_argument(
         "--suspects", type=str | None,

@@ -77,11 +77,10 @@ def frozen_features(
     splits = {
         name: position[records][position[records] >= 0] for name, records in dataset.splits.items()
     }
-    return replace(
-        dataset.select(features.kept),
+    return dataset.select(features.kept).with_changes(
         splits=splits,
         features=features.values.numpy(),
-        image_paths=None,
+        images=None,
         boxes=None,
     )
 
@@ -222,7 +221,7 @@ def compared_splits(dataset: Dataset, config: TrainConfig, test_split: str) -> D
                 f"{option} must be another split than test_split, got {name!r} for both"
             )
     others = {name: records for name, records in dataset.splits.items() if name != test_split}
-    fixed = with_fixed_splits(replace(dataset, splits=others), config).splits
+    fixed = with_fixed_splits(dataset.with_changes(splits=others), config).splits
     for name in ("train", "val"):
         shared = np.intersect1d(fixed[name], test)
         if len(shared):
@@ -231,7 +230,7 @@ def compared_splits(dataset: Dataset, config: TrainConfig, test_split: str) -> D
                 f"{dataset.record_name(int(shared[0]))}; name other splits"
             )
     splits = {"train": fixed["train"], "val": fixed["val"], "test": np.asarray(test)}
-    return replace(dataset, splits=splits)
+    return dataset.with_changes(splits=splits)
 
 
 def _schedule(

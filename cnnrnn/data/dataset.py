@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 MAX_SPLITS = 100
@@ -20,8 +24,31 @@ MAX_SPLITS = 100
 Indices = Sequence[int] | npt.NDArray[np.integer[Any]] | torch.Tensor
 
 
+_SPLITS = {
+    "train": "train", "training": "train",
+    "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+
+
 class DataError(ValueError):
     """Wrong data; the message is one sentence naming file, record, expected and found."""
+
+
+@runtime_checkable
+class StoredImage(Protocol):
+    """An image inside a larger file, read when it is needed."""
+
+    @property
+    def identity(self) -> str:
+        """Another text where the content may be another."""
+
+    def read(self) -> bytes:
+        """Return the bytes of an image file."""
+
+
+ImageSource: TypeAlias = "Path | bytes | Image.Image | StoredImage"
+"""What a record's image is read from: an image file, its bytes, or an image in memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,9 +66,12 @@ class Boxes:
     xywh: npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Dataset:
     """Records with label sets; images, features and boxes stay aligned with them.
+
+    Made of images and their labels, `Dataset(images=["a.jpg", ...], labels=[["cat"], ...])`, or of
+    arrays by `from_arrays`.
 
     Attributes:
         source: the spec it came from, for messages and cache keys.
@@ -49,7 +79,7 @@ class Dataset:
         label_indptr: [n+1] int64; record i owns `label_indices[indptr[i]:indptr[i+1]]`.
         label_indices: int32, ascending and unique within a record.
         splits: split name to record indices, int64.
-        image_paths: n paths, or None.
+        images: n files, their bytes, or images in memory; or None.
         features: [n, F] float32, finite, or None.
         boxes: boxes of the records, or None.
         rows: [n] int64, each record's number in its source; 0..n-1 unless records were selected.
@@ -67,15 +97,89 @@ class Dataset:
     label_indptr: npt.NDArray[np.int64]
     label_indices: npt.NDArray[np.int32]
     splits: Mapping[str, npt.NDArray[np.int64]] = field(default_factory=dict)
-    image_paths: tuple[Path, ...] | None = None
+    images: tuple[ImageSource, ...] | None = None
     features: npt.NDArray[np.float32] | None = None
     boxes: Boxes | None = None
     rows: npt.NDArray[np.int64] = None  # type: ignore[assignment]  # filled in below
     unknown_indptr: npt.NDArray[np.int64] | None = None
     unknown_indices: npt.NDArray[np.int32] | None = None
 
-    def __post_init__(self) -> None:
-        """Check that the parts fit together and bring arrays to their types."""
+    def __init__(
+        self,
+        images: Sequence[str | os.PathLike[str] | bytes | Image.Image],
+        labels: Sequence[Iterable[str]],
+        splits: Sequence[str] | Mapping[str, Sequence[int]] | None = None,
+        label_names: Sequence[str] | None = None,
+    ) -> None:
+        """Take images with the labels of each.
+
+        Args:
+            images: n paths, bytes of image files, or PIL images.
+            labels: for each image its labels, none or more, in any order.
+            splits: the split of each image, or split names with the numbers of their images; None
+                puts all into one split, `all`.
+            label_names: the labels in their order; None takes those that occur, sorted.
+
+        Raises:
+            TypeError: an image is none of these, or the labels of an image are no list of strings.
+            DataError: there are not as many labels as images, a label is not among `label_names`,
+                or a split does not fit.
+        """
+        names, indptr, indices = _named_sets(labels, label_names)
+        self._fill(
+            source="python:Dataset",
+            label_names=names,
+            label_indptr=indptr,
+            label_indices=indices,
+            splits=_given_splits(splits, len(indptr) - 1),
+            images=tuple(map(_given_image, range(len(images)), images)),
+        )
+
+    @classmethod
+    def from_arrays(
+        cls,
+        source: str,
+        label_names: tuple[str, ...],
+        label_indptr: npt.NDArray[np.integer[Any]],
+        label_indices: npt.NDArray[np.integer[Any]],
+        splits: Mapping[str, npt.NDArray[np.integer[Any]]] | None = None,
+        images: tuple[ImageSource, ...] | None = None,
+        features: npt.NDArray[np.floating[Any]] | None = None,
+        boxes: Boxes | None = None,
+        rows: npt.NDArray[np.int64] | None = None,
+        unknown_indptr: npt.NDArray[np.integer[Any]] | None = None,
+        unknown_indices: npt.NDArray[np.integer[Any]] | None = None,
+    ) -> Dataset:
+        """Return a dataset of its attributes.
+
+        Raises:
+            DataError: they do not fit together.
+        """
+        dataset = cls.__new__(cls)
+        dataset._fill(
+            source=source,
+            label_names=label_names,
+            label_indptr=label_indptr,
+            label_indices=label_indices,
+            splits={} if splits is None else splits,
+            images=images,
+            features=features,
+            boxes=boxes,
+            rows=rows,
+            unknown_indptr=unknown_indptr,
+            unknown_indices=unknown_indices,
+        )
+        return dataset
+
+    def with_changes(self, **changes: Any) -> Dataset:
+        """Return a dataset with other attributes in the place of some."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Dataset.from_arrays(**own | changes)
+
+    def _fill(self, **parts: object) -> None:
+        """Set the attributes, check that they fit together and bring arrays to their types."""
+        for part in fields(self):
+            self._set(part.name, parts.get(part.name))
         self._check_names()
         indptr, indices = self._checked_sets("label_", self.label_indptr, self.label_indices)
         count = len(indptr) - 1
@@ -87,8 +191,8 @@ class Dataset:
         self._set("rows", rows.astype(np.int64, copy=False))
         if self.rows.shape != (count,):
             self._fail(f"rows must be [{count}], got {list(self.rows.shape)}")
-        if self.image_paths is not None and len(self.image_paths) != count:
-            self._fail(f"image_paths must hold {count} paths, got {len(self.image_paths)}")
+        if self.images is not None and len(self.images) != count:
+            self._fail(f"images must be {count} like the label sets, got {len(self.images)}")
         self._check_features(count)
         self._check_boxes(count)
         self._check_splits(count)
@@ -277,13 +381,12 @@ class Dataset:
         if unknown_indptr is not None and unknown_indices is not None:
             unknown_indptr, positions = _csr_rows(unknown_indptr, chosen)
             unknown_indices = unknown_indices[positions]
-        paths = self.image_paths
-        return replace(
-            self,
+        images = self.images
+        return self.with_changes(
             label_indptr=label_indptr,
             label_indices=self.label_indices[label_positions],
             splits={},
-            image_paths=None if paths is None else tuple(paths[i] for i in chosen),
+            images=None if images is None else tuple(images[i] for i in chosen),
             features=None if self.features is None else self.features[chosen],
             boxes=boxes,
             rows=self.rows[chosen],
@@ -297,20 +400,122 @@ class Dataset:
         Raises:
             DataError: there is no such split; the message lists those that exist.
         """
-        if name not in self.splits:
-            raise DataError(
-                f"{self.source} has no split {name!r}, expected one of: "
-                f"{', '.join(self.splits) or '(none)'}"
-            )
-        return self.select(self.splits[name])
+        return self.select(self.splits[self.split_name(name)])
+
+    def split_name(self, name: str) -> str:
+        """Return the name here of a split that is asked for, such as `val` for `validation`.
+
+        Raises:
+            DataError: there is no such split; the message lists those that exist.
+        """
+        for candidate in (name, usual_split_name(name)):
+            if candidate in self.splits:
+                return candidate
+        raise DataError(
+            f"{self.source} has no split {name!r}, expected one of: "
+            f"{', '.join(self.splits) or '(none)'}"
+        )
+
+    @property
+    def image_paths(self) -> tuple[Path, ...] | None:
+        """The n image files; None without images, or where some are in no file of their own."""
+        if self.images is None or not all(isinstance(image, Path) for image in self.images):
+            return None
+        return cast("tuple[Path, ...]", self.images)
 
     def record_name(self, index: int) -> str:
         """Return the record's image path, or `row i of FILE`, for messages."""
         if not 0 <= index < len(self):
             raise IndexError(f"record must be in 0..{len(self) - 1}, got {index}")
-        if self.image_paths is not None:
-            return str(self.image_paths[index])
+        if self.images is not None and isinstance(self.images[index], Path):
+            return str(self.images[index])
         return f"row {self.rows[index]} of {_location(self.source)}"
+
+
+def usual_split_name(name: str) -> str:
+    """Return train, val or test for their other names, in any case; other names as they are."""
+    return _SPLITS.get(name.strip().lower(), name)
+
+
+def usual_split_names(place: object, names: Iterable[str], apart: bool = True) -> dict[str, str]:
+    """Return the `usual_split_name` of each split of a source.
+
+    Args:
+        place: the source, for messages.
+        names: of its splits.
+        apart: each names a part of its own, such as a file; else names of records, where `train`
+            and `Train` are one.
+
+    Raises:
+        DataError: two names mean one split.
+    """
+    usual: dict[str, str] = {}
+    meant: dict[str, str] = {}
+    for name in names:
+        usual[name] = usual_split_name(name)
+        other = meant.setdefault(usual[name], name)
+        if other != name and (apart or other.strip().lower() != name.strip().lower()):
+            raise DataError(
+                f"{place} must have one name for a split, got {other!r} and {name!r}, which both "
+                f"mean {usual[name]}"
+            )
+    return usual
+
+
+def _given_image(position: int, image: object) -> ImageSource:
+    """Return an image that was passed, a path as `Path`."""
+    from PIL import Image
+
+    if isinstance(image, (str, os.PathLike)):
+        return Path(image)
+    if isinstance(image, (bytes, Image.Image)):
+        return image
+    raise TypeError(
+        f"image {position} must be a path, the bytes of an image file or a PIL image, got "
+        f"{type(image).__name__}"
+    )
+
+
+def _named_sets(
+    labels: Sequence[Iterable[str]], label_names: Sequence[str] | None
+) -> tuple[tuple[str, ...], npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+    """Return label names, and compressed rows of the labels of each image."""
+    sets = []
+    for position, given in enumerate(labels):
+        own = None if isinstance(given, (str, bytes)) else list(given)
+        if own is None or not all(isinstance(label, str) for label in own):
+            raise TypeError(f"labels of image {position} must be a list of strings, got {given!r}")
+        sets.append(own)
+    names = sorted({label for own in sets for label in own})
+    names = names if label_names is None else list(label_names)
+    index = {name: position for position, name in enumerate(names)}
+    for position, own in enumerate(sets):
+        for label in own:
+            if label not in index:
+                raise DataError(
+                    f"labels of image {position} must be among the {len(names)} of label_names, "
+                    f"got {label!r}"
+                )
+    indptr, indices = csr(sorted({index[label] for label in own}) for own in sets)
+    return tuple(names), indptr, indices
+
+
+def _given_splits(
+    splits: Sequence[str] | Mapping[str, Sequence[int]] | None, count: int
+) -> dict[str, npt.NDArray[np.int64]]:
+    """Return the record numbers of each split."""
+    if splits is None:
+        return {"all": np.arange(count)}
+    if isinstance(splits, Mapping):
+        usual = usual_split_names("splits", splits)
+        return {usual[name]: np.asarray(members) for name, members in splits.items()}
+    if isinstance(splits, str) or len(splits) != count:
+        raise DataError(f"splits must name the split of each of the {count} images, got {splits!r}")
+    usual = usual_split_names("splits", dict.fromkeys(splits), apart=False)
+    members: dict[str, list[int]] = {}
+    for position, name in enumerate(splits):
+        members.setdefault(usual[name], []).append(position)
+    return {name: np.array(numbers, np.int64) for name, numbers in members.items()}
 
 
 def _is_integers(values: npt.NDArray[Any]) -> bool:
@@ -386,7 +591,7 @@ class Records:
     def __init__(self) -> None:
         """Start without records."""
         self.splits: dict[str, list[int]] = {}
-        self._images: list[Path] = []
+        self._images: list[ImageSource] = []
         self._labels, self._unknown, self._box_labels = _Rows(), _Rows(), _Rows()
         self._xywh = array("f")
 
@@ -398,7 +603,7 @@ class Records:
         self,
         split: str | None,
         labels: Iterable[int],
-        image: Path | None = None,
+        image: ImageSource | None = None,
         *,
         unknown: Iterable[int] | None = None,
         boxes: Sequence[tuple[int, Sequence[float]]] = (),
@@ -408,7 +613,7 @@ class Records:
         Args:
             split: its split; None leaves that to `splits`.
             labels: in any order, repeats allowed.
-            image: its file; all records have one, or none has.
+            image: its file or content; all records have one, or none has.
             unknown: labels that are neither present nor absent; all records have some, which may be
                 none, or all have None.
             boxes: label and left, top, width and height of each object.
@@ -434,13 +639,13 @@ class Records:
         label_indptr, label_indices = self._labels.arrays()
         unknown = self._unknown.arrays() if len(self._unknown) else (None, None)
         xywh = np.array(self._xywh).reshape(-1, 4)
-        return Dataset(
+        return Dataset.from_arrays(
             source=source,
             label_names=tuple(label_names),
             label_indptr=label_indptr,
             label_indices=label_indices,
             splits={name: np.array(members, np.int64) for name, members in self.splits.items()},
-            image_paths=tuple(self._images) if self._images else None,
+            images=tuple(self._images) if self._images else None,
             features=features,
             boxes=Boxes(*self._box_labels.arrays(), xywh) if len(xywh) else None,
             unknown_indptr=unknown[0],

@@ -1,19 +1,21 @@
-"""The files of a source: their text, the names in it, and the files that the names refer to."""
+"""The files of a source: their text, names in it, and what is wrong with it."""
 
 from __future__ import annotations
 
+import codecs
+import logging
 import os
 import re
 import stat
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
-from cnnrnn.config import OnBadImage
-from cnnrnn.data.dataset import CONTROL, DataError, is_text
+from cnnrnn.data.dataset import DataError, is_text
 
-_PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)  # most are, which spares the closer look
+_DROPPINGS = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx"}
+
+_log = logging.getLogger(__name__)
 
 
 def read_bytes(file: Path) -> bytes:
@@ -47,19 +49,37 @@ def read_blocks(file: Path, size: int = 1 << 22) -> Iterator[bytes]:
         raise DataError(f"{short(str(file))} must be a file name, got {error}") from error
 
 
-def read_text(file: Path) -> str:
-    """Read a UTF-8 file, with or without a byte order mark.
+def read_text(file: Path, encoding: str | None = None, *, option: bool = False) -> str:
+    """Read a text file without its byte order mark.
+
+    Args:
+        file: the file.
+        encoding: of the file; None takes UTF-8, or UTF-16 where its byte order mark says so.
+        option: the message may name the option `encoding=`.
 
     Raises:
-        DataError: it cannot be read or is no UTF-8.
+        DataError: it cannot be read or is in another encoding.
     """
     data = read_bytes(file)
+    if option and encoding is None and 0 in data[:2]:
+        raise DataError(
+            f"{file}, line 1: text must be UTF-8, got byte 0x00: encoding=NAME says another, such "
+            "as encoding=utf-16-le"
+        )
+    if encoding is None:
+        encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else None
     try:
-        return data.decode("utf-8-sig")
+        return data.decode(encoding or "utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
+        remedy = ": encoding=NAME says another, such as encoding=cp1252" if option else ""
         raise DataError(
-            f"{file}, line {line}: text must be UTF-8, got byte 0x{data[error.start]:02x}"
+            f"{file}, line {line}: text must be {encoding or 'UTF-8'}, got byte "
+            f"0x{data[error.start]:02x}{remedy}"
+        ) from error
+    except LookupError as error:
+        raise DataError(
+            f"{file}: encoding must be one that Python knows, such as cp1252, got {encoding!r}"
         ) from error
 
 
@@ -101,77 +121,6 @@ def read_vocabulary(file: str | None, problems: Problems) -> list[str] | None:
     return None if file is None else read_names(Path(file).expanduser(), "label", problems)
 
 
-def name_problem(name: object) -> str | None:
-    """Return why a name is not a path inside a folder, or None if it is one."""
-    if not isinstance(name, str):
-        return "not a string"
-    if _PLAIN_NAME.fullmatch(name):
-        return None
-    if not PurePosixPath(name).name:
-        return "empty" if not PurePosixPath(name).is_absolute() else "absolute"
-    if CONTROL.search(name) or not is_text(name):
-        return "not a file name"
-    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://|data:", name):
-        return "a URL"
-    windows = PureWindowsPath(name)
-    if PurePosixPath(name).is_absolute() or windows.drive or windows.root:
-        return "absolute"
-    if ".." in windows.parts:  # splits at both kinds of slash
-        return "leaves the folder"
-    return None
-
-
-def existing_images(
-    file: Path,
-    folder: Path,
-    record: Callable[[int], str],
-    names: Sequence[str],
-    on_bad_image: OnBadImage,
-    problems: Problems,
-) -> list[int]:
-    """Return the positions of the names whose image files exist.
-
-    Args:
-        file: what names them, for messages.
-        folder: the image folder; links may not lead out of it.
-        record: names the record of a position, for messages.
-        names: paths inside the folder, checked by `name_problem`.
-        on_bad_image: with `error` a missing file is a problem, `skip` leaves it out with one
-            warning.
-        problems: collects links that lead out of the folder, and missing files.
-
-    Raises:
-        DataError: with `skip`, every file is missing.
-    """
-    kept, missing = find_files(file, folder, record, names, problems)
-
-    def message(position: int) -> str:
-        place = folder / names[position]
-        shown = _cut(str(place), len(str(folder)) + 200)
-        return f"{file}: {record(position)} must exist as {shown}, found no such file"
-
-    if problems.keep:
-        for position in missing:
-            problems.add(message(position))
-    elif missing:
-        text = f"{message(missing[0])} ({len(missing)} of {len(names)} images are missing)"
-        if on_bad_image == "error" or not kept:
-            raise DataError(text)
-        warnings.warn(f"{text}; they are left out", stacklevel=4)
-    return kept
-
-
-def given_folder(source: Path, images: str | Path) -> Path:
-    """Return the image folder that is given for a source.
-
-    Raises:
-        DataError: there is no such folder.
-    """
-    if not Path(images).is_dir():
-        raise DataError(f"{source} must come with an existing image folder, got {images}")
-    return Path(images)
-
-
 def files_by_split(folder: Path, suffixes: Sequence[str], what: str) -> list[Path]:
     """Return the files `<split><suffix>` of a folder, by name.
 
@@ -183,78 +132,32 @@ def files_by_split(folder: Path, suffixes: Sequence[str], what: str) -> list[Pat
     Raises:
         DataError: there is none, or two are of one split.
     """
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in suffixes)
+    found = [file for file in folder.iterdir() if file.suffix.lower() in suffixes]
+    files = sorted(
+        (file for file in found if not is_dropping(file.name)), key=lambda f: (f.stem.lower(), f)
+    )
     if not files:
         raise DataError(
             f"{folder} must hold a {what} per split, such as train{suffixes[0]}, found none"
         )
     for first, second in zip(files, files[1:], strict=False):
-        if first.stem == second.stem:
+        if first.stem.lower() == second.stem.lower():
             raise DataError(
                 f"{folder} must hold one {what} per split, found {first.name} and {second.name}"
             )
     return files
 
 
-def find_files(
-    file: Path,
-    folder: Path,
-    record: Callable[[int], str],
-    names: Sequence[str],
-    problems: Problems,
-) -> tuple[list[int], list[int]]:
-    """Look for files, listing each folder once; arguments as in `existing_images`.
+def is_dropping(name: str) -> bool:
+    """Tell whether a relative path is what systems and programs leave behind, and no data.
 
-    Returns:
-        The positions of the names that are regular files, and of those that are not there.
+    These are hidden files and folders (`._a.jpg`, `.DS_Store`, `.ipynb_checkpoints/`), and those of
+    Windows, of archives and of open documents (`Thumbs.db`, `__MACOSX/`, `~$a.csv`).
     """
-    root = os.path.realpath(folder)
-    listings: dict[str, dict[str, str]] = {}
-    kept: list[int] = []
-    missing: list[int] = []
-    for position, name in enumerate(names):
-        parent, base = os.path.split(os.path.normpath(name))
-        if parent not in listings:
-            listings[parent] = {}
-            with problems.part():
-                listings[parent] = _list_files(file, folder, root, parent, record(position), name)
-        target = listings[parent].get(base)
-        if target is None:
-            missing.append(position)
-        elif target and not _is_inside(target, root):
-            problems.add(
-                f"{file}: {record(position)} must be a file inside {folder}, got "
-                f"{_cut(name)} which links to {target}"
-            )
-        else:
-            kept.append(position)
-    return kept, missing
-
-
-def _list_files(
-    file: Path, folder: Path, root: str, parent: str, record: str, name: str
-) -> dict[str, str]:
-    """Return the regular files of a folder: name to the target of a link, "" for no link."""
-    path = os.path.join(root, parent)
-    real = os.path.realpath(path)
-    if not _is_inside(real, root):
-        raise DataError(
-            f"{file}: {record} must be a file inside {folder}, got {_cut(name)} which leads "
-            f"to {real}"
-        )
-    try:
-        with os.scandir(path) as entries:
-            return {
-                entry.name: os.path.realpath(entry.path) if entry.is_symlink() else ""
-                for entry in entries
-                if entry.is_file()
-            }
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except OSError as error:
-        raise DataError(
-            f"{file}: the folder of {record}, {_cut(path)}, cannot be listed: {error.strerror}"
-        ) from error
+    return any(
+        part.startswith((".", "~$")) and part not in (".", "..") or part.lower() in _DROPPINGS
+        for part in name.replace("\\", "/").split("/")
+    )
 
 
 def kind_of_path(path: Path) -> str:
@@ -262,10 +165,6 @@ def kind_of_path(path: Path) -> str:
     if path.is_dir():
         return "a folder"
     return "something that is not a file" if path.exists() else "no such file"
-
-
-def _is_inside(path: str, root: str) -> bool:
-    return path == root or path.startswith(root.rstrip(os.sep) + os.sep)
 
 
 def short(value: object) -> str:
@@ -276,13 +175,14 @@ def short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _cut(text: str, most: int = 200) -> str:
+def cut(text: str, most: int = 200) -> str:
+    """Return a text for a message, cut to so many characters."""
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def reason(error: BaseException) -> str:
     """Return what a library says about broken data, cut to one short line."""
-    return _cut(" ".join(str(error).split()) or type(error).__name__)
+    return cut(" ".join(str(error).split()) or type(error).__name__)
 
 
 class EmptySourceError(DataError):
@@ -299,18 +199,28 @@ class Problems:
 
     Attributes:
         messages: what was kept.
+        kinds: of each message; messages of one kind differ in record and value only.
+        notes: how the source was read, where that is not plain: one sentence each.
     """
 
     def __init__(self, keep: bool = False) -> None:
         """Start without problems."""
         self.keep = keep
         self.messages: list[str] = []
+        self.kinds: list[str] = []
+        self.notes: list[str] = []
 
-    def add(self, message: str) -> None:
-        """Raise `DataError`, or keep the message."""
+    def add(self, message: str, kind: str | None = None) -> None:
+        """Raise `DataError`, or keep the message; its kind are its words, or those given."""
         if not self.keep:
             raise DataError(message)
         self.messages.append(message)
+        self.kinds.append(_VALUES.sub("", kind or message))
+
+    def note(self, message: str) -> None:
+        """Keep how something was read, with no loss."""
+        self.notes.append(message)
+        _log.info("%s", message)
 
     @contextmanager
     def part(self) -> Iterator[None]:
@@ -322,4 +232,8 @@ class Problems:
                 raise
             if self.messages and isinstance(error, EmptySourceError):
                 return
-            self.messages.append(str(error))
+            self.add(str(error))
+
+
+# What differs in messages of one kind: quoted values, file names and words with digits.
+_VALUES = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|\S*(?:[\d/\\]|\w\.\w)\S*""")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import stat
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +20,7 @@ import torch.utils.data
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from cnnrnn.config import OnBadImage, Preprocessing
-from cnnrnn.data.dataset import DataError, Dataset
+from cnnrnn.data.dataset import DataError, Dataset, ImageSource, StoredImage
 from cnnrnn.machine.extras import from_extra
 
 MAX_PIXELS = 178_956_970
@@ -25,6 +29,15 @@ MAX_PIXELS = 178_956_970
 # Raster formats that Pillow decodes itself and refuses when truncated: EPS would start
 # Ghostscript, and half a JPEG 2000 file gives an image.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff",
+    ".ppm", ".pgm", ".heic", ".heif",
+)  # fmt: skip
+"""Names of files that are taken for images end so, in any case."""
+
+_HEIF_BRANDS = {b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx",
+                                              b"mif1", b"msf1")}  # fmt: skip
 
 # EXIF's orientation to what turns the image upright.
 _UPRIGHT = {
@@ -41,6 +54,9 @@ _FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
+
+
+_lock = threading.Lock()  # Pillow loads lazily, and one image or open file may come twice
 
 
 class BadImageError(DataError):
@@ -63,12 +79,18 @@ class BadImageError(DataError):
         return type(self), (self.path, self.reason, self.record)
 
 
-def decode_image(path: str | Path, record: str | None = None) -> Image.Image:
+def decode_image(
+    image: str | Path | bytes | BinaryIO | StoredImage,
+    record: str | None = None,
+    *,
+    name: str = "the image",
+) -> Image.Image:
     """Read an image file completely.
 
     Args:
-        path: the file.
+        image: the file, its bytes, or an open file.
         record: named in the error, beside the path.
+        name: of what is in no file, for the error.
 
     Returns:
         The first frame as RGB, upright by its EXIF orientation; see `to_rgb` for colours.
@@ -76,29 +98,124 @@ def decode_image(path: str | Path, record: str | None = None) -> Image.Image:
     Raises:
         BadImageError: the file is missing, not an image, truncated, or larger than `MAX_PIXELS`.
     """
+    place = image if isinstance(image, (str, Path)) else name
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
-            kind = "a folder" if os.path.isdir(path) else "something that is not a file"
-            raise BadImageError(path, kind, record)
-        with open(path, "rb") as handle, Image.open(handle, formats=_known_formats()) as image:
-            _check_size(image, path, record)
-            image.load()
-            return to_rgb(image)
+        with _opened(image, record) as handle:
+            start = handle.read(32)
+            handle.seek(0)
+            with Image.open(handle, formats=_known_formats()) as opened:
+                _check_size(opened, place, record)
+                opened.load()
+                return to_rgb(opened)
     except (BadImageError, MemoryError):
         raise
     except FileNotFoundError as error:
-        raise BadImageError(path, "no such file", record) from error
+        raise BadImageError(place, "no such file", record) from error
     except UnidentifiedImageError as error:
-        raise BadImageError(path, "no image in a known format", record) from error
+        reason = "no image in a known format"
+        if start[4:12] in _HEIF_BRANDS and "HEIF" not in _known_formats():
+            reason = "a HEIF image, which only pillow-heif reads: pip install pillow-heif"
+        raise BadImageError(place, reason, record) from error
     except Exception as error:  # Pillow's decoders raise nearly anything on broken files
         text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise BadImageError(path, " ".join(text.split()), record) from error
+        raise BadImageError(place, " ".join(text.split()), record) from error
+
+
+@contextmanager
+def _opened(
+    image: str | Path | bytes | BinaryIO | StoredImage, record: str | None
+) -> Iterator[BinaryIO]:
+    """Open what an image is read from; an open file is read from its start."""
+    if isinstance(image, (str, Path)):
+        if not stat.S_ISREG(os.stat(image).st_mode):  # opening a pipe would wait for ever
+            kind = "a folder" if os.path.isdir(image) else "something that is not a file"
+            raise BadImageError(image, kind, record)
+        with open(image, "rb") as handle:
+            yield handle
+    elif isinstance(image, bytes):
+        yield io.BytesIO(image)
+    else:
+        with _lock:
+            if isinstance(image, io.IOBase) and image.seekable():
+                image.seek(0)
+            data = image.read()
+        yield io.BytesIO(data)
+
+
+def read_source(image: ImageSource, record: str) -> Image.Image:
+    """Return a record's image as upright RGB.
+
+    Raises:
+        BadImageError: as `decode_image`.
+    """
+    if isinstance(image, Image.Image):
+        return from_pil(image, record)
+    if isinstance(image, Path):
+        return decode_image(image, record)
+    return decode_image(image, name=record)
+
+
+def from_pil(image: Image.Image, name: str) -> Image.Image:
+    """Return a Pillow image as upright RGB.
+
+    Args:
+        image: the image.
+        name: of it, for the error.
+
+    Raises:
+        BadImageError: it has no pixels, or its file is broken.
+    """
+    try:
+        if 0 in image.size:
+            raise ValueError(f"{image.width}x{image.height} pixels")
+        with _lock:
+            return to_rgb(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # a file opened lazily is decoded here; see `decode_image`
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BadImageError(name, reason) from error
+
+
+def image_identity(image: ImageSource) -> bytes:
+    """Return bytes that differ where an image may be another: of a file its path, size and time."""
+    if isinstance(image, Path):
+        try:
+            status = os.stat(image)
+        except OSError as error:
+            return os.fsencode(image) + f" {error.strerror}\n".encode()
+        return os.fsencode(image) + f" {status.st_size} {status.st_mtime_ns}\n".encode()
+    if isinstance(image, StoredImage):
+        return image.identity.encode()
+    return image_digest(image)
+
+
+def image_digest(image: ImageSource) -> bytes:
+    """Return a digest of an image's content: of its file, or of its pixels where it has none.
+
+    Raises:
+        OSError: its file cannot be read.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    if isinstance(image, Path):
+        with open(image, "rb") as handle:
+            return hashlib.file_digest(handle, lambda: digest).digest()
+    if isinstance(image, Image.Image):
+        digest.update(f"{image.mode} {image.size}".encode() + image.tobytes())
+    else:
+        digest.update(image if isinstance(image, bytes) else image.read())
+    return digest.digest()
 
 
 @cache
 def _known_formats() -> tuple[str, ...]:
     Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)  # an older Pillow has no AVIF
+    with suppress(ModuleNotFoundError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    known = (*_FORMATS, "HEIF")
+    return tuple(name for name in known if name in Image.OPEN)  # an older Pillow has no AVIF
 
 
 def _check_size(image: Image.Image, path: str | Path, record: str | None) -> None:
@@ -225,7 +342,7 @@ class ImageRecords(torch.utils.data.Dataset[tuple[int, "torch.Tensor | BadImageE
     Item i is (i, uint8 [3, S, S]), or (i, BadImageError) where `on_bad_image` is `skip`.
 
     Args:
-        dataset: must have image paths, else `DataError`.
+        dataset: must have images, else `DataError`.
         preprocessing: side and filter of the square input.
         augment: flip at random and shift by up to 1/16 of the side, with torchvision.
         augment_seed: what is drawn for a record depends on this and its number alone; None draws
@@ -242,11 +359,11 @@ class ImageRecords(torch.utils.data.Dataset[tuple[int, "torch.Tensor | BadImageE
         augment_seed: int | None = None,
         on_bad_image: OnBadImage = "error",
     ) -> None:
-        """Keep the paths; nothing is opened yet."""
-        if dataset.image_paths is None:
+        """Keep the images; nothing is opened yet."""
+        if dataset.images is None:
             raise DataError(f"{dataset.source} must have image files, got a source without any")
         self.dataset = dataset
-        self.paths = dataset.image_paths
+        self.images = dataset.images
         self.preprocessing = preprocessing
         self.on_bad_image = on_bad_image
         self.augment = _augmentation(preprocessing.image_size) if augment else None
@@ -254,13 +371,13 @@ class ImageRecords(torch.utils.data.Dataset[tuple[int, "torch.Tensor | BadImageE
 
     def __len__(self) -> int:
         """Return the number of records."""
-        return len(self.paths)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[int, torch.Tensor | BadImageError]:
         """Return the record index with its image, or with what is wrong with it."""
         record = f"record {self.dataset.rows[index]} of {self.dataset.source}"
         try:
-            image = to_tensor(decode_image(self.paths[index], record), self.preprocessing)
+            image = to_tensor(read_source(self.images[index], record), self.preprocessing)
         except BadImageError as error:
             if self.on_bad_image == "error":
                 raise
@@ -341,7 +458,7 @@ def image_batches(
     """Read the images of a dataset once, in batches.
 
     Args:
-        dataset: must have image paths.
+        dataset: must have images.
         preprocessing: side and filter of the square input.
         batch_size: images per batch; the last batch may be smaller, and so is one with images
             left out. A batch in which every image is bad is not returned.
@@ -355,7 +472,7 @@ def image_batches(
         pick: selects from the batches of record numbers what this process reads.
 
     Raises:
-        DataError: the dataset has no image paths, or with `skip` no image at all can be read.
+        DataError: the dataset has no images, or with `skip` no image at all can be read.
         BadImageError: an image cannot be read and `on_bad_image` is `error`.
     """
     if batch_size < 1:

@@ -6,23 +6,31 @@ import dataclasses
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cnnrnn.config import NusWideOptions, OnBadImage, SvmlightOptions, TableOptions
+from cnnrnn.config import (
+    HuggingFaceOptions,
+    JsonLinesOptions,
+    NusWideOptions,
+    OnBadImage,
+    SvmlightOptions,
+    TableOptions,
+    VocOptions,
+)
 from cnnrnn.data.dataset import DataError, Dataset
 from cnnrnn.data.files import Problems
 
-_KINDS = (
-    "coco:ROOT, coco:FILE.json (with images=FOLDER), voc:ROOT, nuswide:ROOT, csv:FILE, "
-    "scenes:ROOT, features:FILE"
-)
 _OPTIONS: dict[str, Any] = {
-    "coco": None, "voc": None, "nuswide": NusWideOptions, "csv": TableOptions, "scenes": None,
+    "coco": None, "voc": VocOptions, "nuswide": NusWideOptions, "csv": TableOptions,
+    "folder": None, "jsonl": JsonLinesOptions, "hf": HuggingFaceOptions, "scenes": None,
     "features": SvmlightOptions,
 }  # fmt: skip
-_WITH_IMAGE_FOLDER = ("coco", "nuswide", "csv")
+KINDS = (
+    "coco:ROOT, coco:FILE.json (with images=FOLDER), voc:ROOT, nuswide:ROOT, csv:FILE, "
+    "folder:ROOT, jsonl:FILE, hf:PATH_OR_NAME, scenes:ROOT, features:FILE"
+)
+_WITH_IMAGE_FOLDER = ("coco", "voc", "nuswide", "csv", "jsonl")
 
 _log = logging.getLogger(__name__)
 
@@ -32,19 +40,23 @@ def load_dataset(
     *,
     images: str | Path | None = None,
     on_bad_image: OnBadImage = "error",
+    follow_links: bool = False,
     problems: Problems | None = None,
 ) -> Dataset:
     """Read the dataset that a spec names.
 
     Args:
         spec: `coco:ROOT`, `coco:FILE.json`, `voc:ROOT`, `nuswide:ROOT`, `csv:FILE`, `csv:FOLDER`,
-            `scenes:ROOT`, `features:FILE` or `features:FOLDER`. A missing scenes folder is
-            generated first. Options follow a comma, as in
-            `csv:FILE,labels=tags,delimiter=space` (`TableOptions`),
-            `nuswide:ROOT,labels=tags` (`NusWideOptions`) and
-            `features:FILE.svm,vocabulary=FILE,features=500,first=1` (`SvmlightOptions`).
-        images: image folder of a `coco:`, `nuswide:` or `csv:` source.
+            `folder:ROOT`, `jsonl:FILE`, `hf:PATH_OR_NAME`, `scenes:ROOT`, `features:FILE` or
+            `features:FOLDER`. A missing scenes folder is generated first. Options follow a comma,
+            as in `csv:FILE,labels=tags,delimiter=space` (`TableOptions`), `voc:ROOT,labels=FILE`
+            (`VocOptions`), `nuswide:ROOT,labels=tags` (`NusWideOptions`),
+            `jsonl:FILE,images=FOLDER` (`JsonLinesOptions`), `hf:NAME,labels=objects`
+            (`HuggingFaceOptions`) and `features:FILE.svm,vocabulary=FILE,features=500,first=1`
+            (`SvmlightOptions`).
+        images: image folder of a `coco:`, `voc:`, `nuswide:`, `csv:` or `jsonl:` source.
         on_bad_image: `error` stops at a missing image, `skip` leaves it out with a warning.
+        follow_links: links to pictures and folders may lead out of the image folder.
         problems: collects what is wrong with the source; without it the first problem is raised.
 
     Returns:
@@ -58,7 +70,7 @@ def load_dataset(
         raise ValueError(f"on_bad_image must be one of error, skip, got {on_bad_image!r}")
     kind, _, location = spec.partition(":")
     if kind not in _OPTIONS or not location or "\0" in location:
-        raise DataError(f"data must be one of {_KINDS}, got {spec!r}")
+        raise DataError(f"data must be one of {KINDS}, got {spec!r}")
     if images is not None and kind not in _WITH_IMAGE_FOLDER:
         raise DataError(
             f"images is only for {', '.join(_WITH_IMAGE_FOLDER)} sources, got {spec!r} and "
@@ -72,11 +84,24 @@ def load_dataset(
         from cnnrnn.data.sources.npz import load_features
 
         return load_features(path, options, problems=problems)
-    common: dict[str, Any] = {"on_bad_image": on_bad_image, "problems": problems}
+    if kind == "hf":
+        from cnnrnn.data.sources.huggingface import load_huggingface
+
+        return load_huggingface(location, options, problems=problems)
+    common: dict[str, Any] = {"follow_links": follow_links, "problems": problems}
+    if kind == "folder":
+        from cnnrnn.data.sources.folder import load_folder
+
+        return load_folder(path, **common)
+    common["on_bad_image"] = on_bad_image
     if kind == "voc":
         from cnnrnn.data.sources.voc import load_voc
 
-        return load_voc(path, **common)
+        return load_voc(path, images, options, **common)
+    if kind == "jsonl":
+        from cnnrnn.data.sources.json_lines import load_json_lines
+
+        return load_json_lines(path, images, options, **common)
     if kind == "nuswide":
         from cnnrnn.data.sources.nuswide import load_nuswide
 
@@ -92,18 +117,21 @@ def load_dataset(
         return load_coco(path, images, **common)
     if not path.exists():
         _generate_scenes(path)
-    return replace(load_coco(path, **common), source=f"scenes:{path}")
+    return load_coco(path, **common).with_changes(source=f"scenes:{path}")
 
 
 def _split_options(kind: str, location: str) -> tuple[str, dict[str, str]]:
-    """Split `PATH,name=value,...` at the commas before a name."""
-    if _OPTIONS[kind] is None:
-        return location, {}
-    known = [field.name for field in dataclasses.fields(_OPTIONS[kind])]
+    """Split `PATH,name=value,...` at the commas before a name, unless there is such a path."""
     path, *words = re.split(r",(?=[a-z_]+=)", location)
+    if words and Path(location).expanduser().exists():
+        return location, {}
+    kept = _OPTIONS[kind]
+    known = [] if kept is None else [field.name for field in dataclasses.fields(kept)]
     options: dict[str, str] = {}
     for word in words:
         name, _, value = word.partition("=")
+        if not known:
+            raise DataError(f"{kind} has no options, got {name!r} in {kind}:{location}")
         if name not in known:
             raise DataError(f"an option of {kind} must be one of {', '.join(known)}, got {name!r}")
         if name in options:

@@ -16,15 +16,17 @@ import numpy.typing as npt
 import torch
 
 from cnnrnn.data import load_dataset
-from cnnrnn.data.dataset import Dataset
+from cnnrnn.data.dataset import Dataset, ImageSource
 from cnnrnn.data.files import Problems
-from cnnrnn.data.images import BadImageError, decode_image
+from cnnrnn.data.images import BadImageError, image_digest, read_source
 from cnnrnn.machine.progress import Progress, no_progress
 
 CO_OCCURRENCE_LABELS = 1000
 """Pairs are counted among this many labels, the most frequent ones."""
 VISITED_PREFIXES = 1000
 SHOWN_DUPLICATES = 20
+SHOWN_PROBLEMS = 3
+"""Of a kind."""
 _BLOCK = 8192  # records whose label matrix is made at once
 
 
@@ -76,7 +78,9 @@ class SourceReport:
     Attributes:
         source: the spec.
         problems: one sentence each, naming file and record.
-        warnings: what was left out by rule.
+        kinds: of each problem; those of one kind differ in record and value only.
+        warnings: what was left out by rule, or looks wrong.
+        notes: how the source was read, where that is not plain.
         records: read without a problem so far as labels go; unreadable images are among them.
         splits: name to counts.
         label_counts: name to records that have it, most frequent first.
@@ -94,6 +98,8 @@ class SourceReport:
     source: str
     problems: list[str]
     warnings: list[str]
+    notes: list[str] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
     records: int = 0
     splits: dict[str, SplitCounts] = field(default_factory=dict)
     label_counts: dict[str, int] = field(default_factory=dict)
@@ -110,13 +116,19 @@ class SourceReport:
         """Return everything as values that JSON can hold."""
         return asdict(self)
 
-    def lines(self, labels: int = 20) -> list[str]:
-        """Return the report as lines of text, with at most `labels` labels and pairs."""
+    def lines(self, labels: int = 20, every: bool = False) -> list[str]:
+        """Return the report as lines of text.
+
+        Args:
+            labels: how many labels and pairs to show.
+            every: show every problem and group of duplicates, not the first few of a kind.
+        """
         lines = [f"{self.source}: {self.records:,} records, {len(self.label_counts):,} labels"]
         if self.records:
-            lines += [*self._split_lines(), *self._label_lines(labels), *self._content_lines()]
-        lines += [f"left out: {note}" for note in self.warnings]
-        lines += [f"problem: {problem}" for problem in self.problems]
+            lines += self._split_lines() + self._label_lines(labels) + self._content_lines(every)
+        lines += [f"note: {note}" for note in self.notes]
+        lines += [f"warning: {text}" for text in self.warnings]
+        lines += self._problem_lines(len(self.problems) if every else SHOWN_PROBLEMS)
         count = len(self.problems)
         lines.append(f"{f'{count:,}' if count else 'no'} problem{'' if count == 1 else 's'}")
         return lines
@@ -162,17 +174,36 @@ class SourceReport:
             f"{100 * self.prefixes.visited_share:.1f} %",
         ]
 
-    def _content_lines(self) -> list[str]:
+    def _problem_lines(self, shown: int) -> list[str]:
+        """Return the first problems of each kind, and how many more there are."""
+        of_kind: dict[str, list[str]] = {}
+        for kind, problem in zip(self.kinds, self.problems, strict=True):
+            of_kind.setdefault(kind, []).append(problem)
+        lines = []
+        for problems in of_kind.values():
+            lines += [f"problem: {problem}" for problem in problems[:shown]]
+            if len(problems) > shown:
+                lines.append(
+                    f"  and {len(problems) - shown:,} more of this kind, {len(problems):,} in all "
+                    "(--all lists them)"
+                )
+        return lines
+
+    def _content_lines(self, every: bool) -> list[str]:
         copies = sum(len(group) - 1 for group in self.duplicates)
         lines = [
             f"duplicates: {copies:,} records repeat the content of another, in "
             f"{len(self.duplicates):,} groups; {self.duplicates_across_splits:,} groups across "
             f"splits, {self.duplicates_with_other_labels:,} with different labels"
         ]
-        lines += [f"  {' = '.join(group[:4])}" + (" = ..." if len(group) > 4 else "")
-                  for group in self.duplicates[:SHOWN_DUPLICATES]]  # fmt: skip
-        if len(self.duplicates) > SHOWN_DUPLICATES:
-            lines.append(f"  and {len(self.duplicates) - SHOWN_DUPLICATES:,} more groups")
+        shown = len(self.duplicates) if every else SHOWN_DUPLICATES
+        lines += [
+            f"  {' = '.join(group)}" if every or len(group) <= 4
+            else f"  {' = '.join(group[:4])} = ..."
+            for group in self.duplicates[:shown]
+        ]  # fmt: skip
+        if len(self.duplicates) > shown:
+            lines.append(f"  and {len(self.duplicates) - shown:,} more groups")
         return [*lines, f"unreadable images: {self.unreadable:,}"]
 
 
@@ -180,6 +211,7 @@ def check_source(
     spec: str,
     *,
     images: str | Path | None = None,
+    follow_links: bool = False,
     workers: int = 0,
     pairs: int = 20,
     progress: Progress = no_progress,
@@ -189,6 +221,7 @@ def check_source(
     Args:
         spec: as for `load_dataset`.
         images: image folder, as for `load_dataset`.
+        follow_links: as for `load_dataset`.
         workers: processes that decode images; 0 decodes in this one.
         pairs: how many pairs of labels to report.
         progress: told how many images are done.
@@ -204,10 +237,12 @@ def check_source(
         warnings.simplefilter("always")
         dataset = None
         with problems.part():
-            dataset = load_dataset(spec, images=images, problems=problems)
+            dataset = load_dataset(
+                spec, images=images, follow_links=follow_links, problems=problems
+            )
     notes = [str(warning.message) for warning in caught]
     if dataset is None:
-        return SourceReport(spec, problems.messages, notes)
+        return SourceReport(spec, problems.messages, notes, problems.notes, problems.kinds)
     digests = _read_contents(dataset, workers, problems, progress)
     groups = _groups(digests)
     member = _memberships(dataset)
@@ -220,6 +255,8 @@ def check_source(
         source=spec,
         problems=problems.messages,
         warnings=notes,
+        notes=problems.notes,
+        kinds=problems.kinds,
         records=len(dataset),
         splits={name: _split_counts(dataset, rows) for name, rows in dataset.splits.items()},
         label_counts={dataset.label_names[i]: int(counts[i]) for i in order},
@@ -232,7 +269,7 @@ def check_source(
         duplicates_with_other_labels=sum(
             len({dataset.labels(i).tobytes() for i in group}) > 1 for group in groups
         ),
-        unreadable=0 if dataset.image_paths is None else digests.count(None),
+        unreadable=0 if dataset.images is None else digests.count(None),
     )
 
 
@@ -296,17 +333,18 @@ def _read_contents(
     dataset: Dataset, workers: int, problems: Problems, progress: Progress
 ) -> list[bytes | None]:
     """Return a digest of each record's content, None where its image cannot be read."""
-    if dataset.image_paths is None:
+    if dataset.images is None:
         if dataset.features is None:
             return []
         return [hashlib.blake2b(row.data, digest_size=16).digest() for row in dataset.features]
     digests: list[bytes | None] = []
     with progress("images", len(dataset)) as advance:
-        for digest, reason in _inspect_all(dataset.image_paths, workers):
+        for digest, reason in _inspect_all(dataset.images, workers):
             if reason is not None:
                 record = f"record {dataset.rows[len(digests)]} of {dataset.source}"
-                path = dataset.image_paths[len(digests)]
-                problems.add(str(BadImageError(path, reason, record)))
+                image = dataset.images[len(digests)]
+                path, place = (image, record) if isinstance(image, Path) else (record, None)
+                problems.add(str(BadImageError(path, reason, place)), f"unreadable, {reason}")
             digests.append(digest)
             advance(1)
     return digests
@@ -315,30 +353,25 @@ def _read_contents(
 Content = tuple[bytes | None, str | None]
 
 
-def _inspect_all(paths: Sequence[Path], workers: int) -> Iterator[Content]:
+def _inspect_all(images: Sequence[ImageSource], workers: int) -> Iterator[Content]:
     if workers < 1:
-        yield from map(_inspect, paths)
+        yield from map(_inspect, images)
         return
     with ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(_inspect, paths, chunksize=64)
+        yield from pool.map(_inspect, images, chunksize=64)
 
 
-def _inspect(path: Path) -> Content:
-    """Decode an image; return the digest of its file, or what is wrong with it."""
+def _inspect(image: ImageSource) -> Content:
+    """Decode an image; return the digest of its content, or what is wrong with it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, about odd EXIF blocks
-            decode_image(path)
-        with open(path, "rb") as handle:
-            return hashlib.file_digest(handle, _digest).digest(), None
+            read_source(image, "image")
+        return image_digest(image), None
     except BadImageError as error:
         return None, error.reason
     except OSError as error:
         return None, str(error.strerror)
-
-
-def _digest() -> hashlib.blake2b:
-    return hashlib.blake2b(digest_size=16)
 
 
 def _groups(digests: Sequence[bytes | None]) -> list[list[int]]:

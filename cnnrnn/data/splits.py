@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import warnings
 
 import numpy as np
 import numpy.typing as npt
@@ -107,13 +107,7 @@ def training_splits(dataset: Dataset, config: TrainConfig) -> tuple[Dataset, Dat
     Raises:
         DataError: a split is missing or empty, or training and validation share records.
     """
-    if config.train_split is None and dataset.splits and not {"train", "all"} & {*dataset.splits}:
-        raise DataError(
-            f"{dataset.source} has no split named train, only {', '.join(sorted(dataset.splits))}; "
-            "name another with train_split"
-        )
-    train_name = config.train_split or ("train" if "train" in dataset.splits else "all")
-    val_name = config.val_split or ("val" if "val" in dataset.splits else None)
+    train_name, val_name = _names_of_splits(dataset, config)
     data = dataset.split(train_name)
     if val_name is not None:
         val = dataset.split(val_name)
@@ -143,16 +137,60 @@ def training_splits(dataset: Dataset, config: TrainConfig) -> tuple[Dataset, Dat
     return _training_records(data.select(rest), config), data.select(held)
 
 
+def _names_of_splits(dataset: Dataset, config: TrainConfig) -> tuple[str, str | None]:
+    """Return the split to train on, and the one to validate on or None.
+
+    Raises:
+        DataError: there is no such split.
+    """
+    if config.train_split is None and dataset.splits and not {"train", "all"} & {*dataset.splits}:
+        raise DataError(
+            f"{dataset.source} has no split named train, only {', '.join(sorted(dataset.splits))}; "
+            "name another with train_split"
+        )
+    train_name = config.train_split or ("train" if "train" in dataset.splits else "all")
+    val_name = config.val_split or ("val" if "val" in dataset.splits else None)
+    return (
+        dataset.split_name(train_name), None if val_name is None else dataset.split_name(val_name)
+    )  # fmt: skip
+
+
+def describe_splits(dataset: Dataset, config: TrainConfig) -> str:
+    """Return a sentence that says what `training_splits` uses each split for.
+
+    Warns of splits other than `test` that hold records which are not used.
+    """
+    train_name, val_name = _names_of_splits(dataset, config)
+    train = dataset.splits[train_name]
+    used, validating = train, f"{100 * config.val_fraction:g} % of its records"
+    if val_name is not None and not len(np.intersect1d(train, dataset.splits[val_name])):
+        used = np.concatenate([train, dataset.splits[val_name]])
+        validating = f"{val_name} ({len(dataset.splits[val_name]):,})"
+    text = f"training on {train_name} ({len(train):,} records), validating on {validating}"
+    unused = [n for n, records in dataset.splits.items() if len(np.setdiff1d(records, used))]
+    if "test" in unused:
+        text += f"; test ({len(dataset.splits['test']):,}) is left for `cnnrnn evaluate`"
+        unused.remove("test")
+    if unused:
+        listed = ", ".join(f"{name} ({len(dataset.splits[name]):,})" for name in unused)
+        warnings.warn(
+            f"{dataset.source}: training does not use the split{'s' * (len(unused) > 1)} {listed}; "
+            "train_split and val_split name others",
+            stacklevel=2,
+        )
+    return text
+
+
 def with_fixed_splits(dataset: Dataset, config: TrainConfig) -> Dataset:
     """Return a dataset whose splits `train` and `val` are those of `training_splits`.
 
     The held-out images depend on the seed; with fixed splits several trainings hold out the same
     ones. Other splits except `all` stay.
     """
-    numbered = replace(dataset, rows=np.arange(len(dataset)))
+    numbered = dataset.with_changes(rows=np.arange(len(dataset)))
     train_part, val_part = training_splits(numbered, config)
     others = {name: records for name, records in dataset.splits.items() if name != "all"}
-    return replace(dataset, splits={**others, "train": train_part.rows, "val": val_part.rows})
+    return dataset.with_changes(splits={**others, "train": train_part.rows, "val": val_part.rows})
 
 
 def _training_records(data: Dataset, config: TrainConfig) -> Dataset:

@@ -204,12 +204,12 @@ def cross_fitted_suspects(
             on_bad_image=on_bad_image, progress=progress,
         )  # fmt: skip
         numbers = features.kept
-        data = replace(dataset.select(numbers), features=features.values.numpy())
+        data = dataset.select(numbers).with_changes(features=features.values.numpy())
     found = []
     for fold, held in enumerate(stratified_folds(data, folds, config.seed), 1):
         rest = np.setdiff1d(np.arange(len(data)), held)
         say(f"fold {fold} of {folds}: trained on {len(rest):,} records, {len(held):,} are judged")
-        others = replace(data.select(rest), splits={"all": np.arange(len(rest))})
+        others = data.select(rest).with_changes(splits={"all": np.arange(len(rest))})
         with tempfile.TemporaryDirectory() as folder:
             fitted = train(
                 others, Path(folder), recipe.model, recipe.search, config, say=say,

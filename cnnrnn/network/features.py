@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import warnings
 import zlib
 from collections.abc import Callable
@@ -25,7 +24,13 @@ from torch import Tensor
 
 from cnnrnn.config import OnBadImage, Preprocessing
 from cnnrnn.data import BadImageError, DataError, Dataset
-from cnnrnn.data.images import ImageRecords, Record, normalize, report_bad_images
+from cnnrnn.data.images import (
+    ImageRecords,
+    Record,
+    image_identity,
+    normalize,
+    report_bad_images,
+)
 from cnnrnn.machine.distributed import ALONE, Ranks
 from cnnrnn.machine.files import weights_digest, write_whole
 from cnnrnn.machine.progress import Progress, no_progress
@@ -198,14 +203,8 @@ def _cache_key(backbone: Backbone, dataset: Dataset) -> str:
     digest.update(backbone.name.encode())
     digest.update(weights_digest(backbone.state_dict().items()).encode())
     digest.update(json.dumps(asdict(backbone.preprocessing)).encode())
-    for path in dataset.image_paths or ():
-        digest.update(os.fsencode(path))
-        try:
-            status = os.stat(path)
-        except OSError as error:
-            digest.update(f" {error.strerror}\n".encode())
-        else:
-            digest.update(f" {status.st_size} {status.st_mtime_ns}\n".encode())
+    for image in dataset.images or ():
+        digest.update(image_identity(image))
     return digest.hexdigest()
 
 

@@ -1,8 +1,7 @@
-"""What may be predicted: paths, folders, PIL images, arrays and tensors, all made tensors."""
+"""What may be predicted: paths, folders, bytes, open files, PIL images, arrays and tensors."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,8 @@ from torch.nn import functional
 
 from cnnrnn.config import OnBadImage, Preprocessing
 from cnnrnn.data import BadImageError, DataError
-from cnnrnn.data.images import decode_image, to_rgb, to_tensor
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-
-
-_pil_lock = threading.Lock()  # Pillow loads an image lazily, and one image may come twice
+from cnnrnn.data.files import is_dropping
+from cnnrnn.data.images import IMAGE_SUFFIXES, decode_image, from_pil, to_tensor
 
 
 @dataclass(frozen=True)
@@ -39,12 +34,13 @@ def read_image(
 ) -> Item:
     """Decode, resize and check one image."""
     source = str(image) if isinstance(image, (str, Path)) else str(position)
-    if isinstance(image, (str, Path, Image.Image)):
+    if isinstance(image, (str, Path, bytes, Image.Image)) or _is_open_file(image):
+        name = f"image {position}"
         try:
             rgb = (
-                _from_pil(image, position)
+                from_pil(image, name)
                 if isinstance(image, Image.Image)
-                else decode_image(image)
+                else decode_image(image, name=name)
             )
             return Item(position, source, to_tensor(rgb, preprocessing))
         except BadImageError as error:
@@ -56,7 +52,8 @@ def read_image(
     if isinstance(image, Tensor):
         return Item(position, source, _from_tensor(image, position, preprocessing))
     raise TypeError(
-        f"image {position} must be a path, PIL image, array or tensor, got {type(image).__name__}"
+        f"image {position} must be a path, bytes or an open file, a PIL image, an array or a "
+        f"tensor, got {type(image).__name__}"
     )
 
 
@@ -67,7 +64,7 @@ def single_images(images: Any) -> Iterator[Any]:
         yield from folder_images(path) if path.is_dir() else (path,)
     elif isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4:
         yield from images
-    elif isinstance(images, (Image.Image, np.ndarray, Tensor)):
+    elif isinstance(images, (bytes, Image.Image, np.ndarray, Tensor)) or _is_open_file(images):
         yield images
     elif _is_list(images):
         for image in images:
@@ -76,12 +73,17 @@ def single_images(images: Any) -> Iterator[Any]:
 
 def are_images(images: Any) -> bool:
     """Whether something is an image, names some, or may hold some."""
-    return isinstance(images, (str, Path, Image.Image, np.ndarray, Tensor)) or _is_list(images)
+    one = (str, Path, bytes, Image.Image, np.ndarray, Tensor)
+    return isinstance(images, one) or _is_open_file(images) or _is_list(images)
+
+
+def _is_open_file(image: Any) -> bool:
+    return callable(getattr(image, "read", None))
 
 
 def _is_list(images: Any) -> bool:
-    """Whether something is iterated over; the bytes of a file or a mapping's keys are a mistake."""
-    return isinstance(images, Iterable) and not isinstance(images, (bytes, bytearray, Mapping, Set))
+    """Whether something is iterated over; the keys of a mapping are a mistake."""
+    return isinstance(images, Iterable) and not isinstance(images, (bytearray, Mapping, Set))
 
 
 def folder_images(folder: Path) -> list[Path]:
@@ -93,24 +95,13 @@ def folder_images(folder: Path) -> list[Path]:
     found = sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not is_dropping(str(path.relative_to(folder)))
+        and path.is_file()
     )
     if not found:
         raise DataError(f"{folder} holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
     return found
-
-
-def _from_pil(image: Image.Image, position: int) -> Image.Image:
-    try:
-        if 0 in image.size:
-            raise ValueError(f"{image.width}x{image.height} pixels")
-        with _pil_lock:
-            return to_rgb(image)
-    except MemoryError:
-        raise
-    except Exception as error:  # a file opened lazily is decoded here; see `decode_image`
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise BadImageError(f"image {position}", reason) from error
 
 
 def _from_array(array: np.ndarray[Any, Any], position: int) -> Image.Image:

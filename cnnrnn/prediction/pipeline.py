@@ -62,8 +62,8 @@ def predict_images(
     """Decode in threads, run the model, search and decide, one batch ahead of another."""
     if not are_images(images):
         raise TypeError(
-            "images must be a path, a folder, a PIL image, an array, a tensor, or a list of "
-            f"these, got {type(images).__name__}"
+            "images must be a path, a folder, bytes or an open file, a PIL image, an array, a "
+            f"tensor, or a list of these, got {type(images).__name__}"
         )
     if workers is None:
         workers = 0 if isinstance(images, Iterator) else default_workers()

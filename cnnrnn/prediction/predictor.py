@@ -98,8 +98,9 @@ class Predictor(ABC):
         """Predict the label set of each image, in the order given.
 
         Args:
-            images: a path, a folder, a PIL image, an array [H, W, 3] or [B, H, W, 3] of uint8 RGB,
-                a tensor [3, H, W] or [B, 3, H, W] of uint8 or of float in 0..1, or a list of these.
+            images: a path, a folder, the bytes of an image file or a file open in binary mode, a
+                PIL image, an array [H, W, 3] or [B, H, W, 3] of uint8 RGB, a tensor [3, H, W] or
+                [B, 3, H, W] of uint8 or of float in 0..1, or a list of these.
                 A folder stands for the pictures in it and below, sorted by path. A file for ONNX
                 Runtime that takes uint8 pictures takes no float tensors.
             known: names of labels that are known to be present: a list for all images, or a list

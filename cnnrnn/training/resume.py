@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cnnrnn.config import ModelConfig, SearchConfig, TrainConfig
 from cnnrnn.data import Dataset
+from cnnrnn.data.images import image_identity
 from cnnrnn.machine.files import weights_digest, write_whole
 from cnnrnn.model.checkpoint import read_options
 from cnnrnn.network.backbones import Backbone
@@ -213,7 +214,10 @@ def data_digest(data: Dataset) -> str:
         if array is not None:
             digest.update(f"{array.dtype} {array.shape}".encode())
             digest.update(array.tobytes())
-    for path in data.image_paths or ():
-        digest.update(os.fsencode(path.name))
-        digest.update(f" {path.stat().st_size if path.exists() else None}\n".encode())
+    for image in data.images or ():
+        if not isinstance(image, Path):
+            digest.update(image_identity(image))
+            continue
+        digest.update(os.fsencode(image.name))
+        digest.update(f" {image.stat().st_size if image.exists() else None}\n".encode())
     return digest.hexdigest()

@@ -44,7 +44,7 @@ def split_of(features, targets):
     """A split of feature vectors with targets, both tensors."""
     rows = [row.nonzero()[:, 0].tolist() for row in targets]
     names = tuple(f"label {i}" for i in range(targets.shape[1]))
-    data = Dataset("features:made up", names, *csr(rows), features=features.numpy())
+    data = Dataset.from_arrays("features:made up", names, *csr(rows), features=features.numpy())
     return Split(data, targets, features)
 
 
@@ -220,9 +220,11 @@ def test_without_recurrence_a_state_is_a_function_of_the_last_label_alone(cell, 
 @pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
 def test_training_keeps_the_recurrence_away(tmp_path, cell, optimizer):
     split = separable(60, 0)
-    data = Dataset("features:made up", split.dataset.label_names, split.dataset.label_indptr,
-                   split.dataset.label_indices, features=split.features.numpy(),
-                   splits={"train": np.arange(40), "val": np.arange(40, 60)})  # fmt: skip
+    data = Dataset.from_arrays(
+        "features:made up", split.dataset.label_names, split.dataset.label_indptr,
+        split.dataset.label_indices, features=split.features.numpy(),
+        splits={"train": np.arange(40), "val": np.arange(40, 60)},
+    )  # fmt: skip
     config = TrainConfig(device="cpu", epochs=3, optimizer=optimizer, batch_size=8, seed=1)
     model_config = ModelConfig(trunk_dim=0, hidden_dim=32, joint_dim=5, cell=cell)
     model = train(

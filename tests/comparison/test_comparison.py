@@ -262,7 +262,7 @@ def test_an_ensemble_of_other_members_is_made_anew(separable, tmp_path):
 
 
 def test_a_setting_that_diverges_is_left_out(separable, tmp_path):
-    huge = replace(separable, features=separable.features * np.float32(1e30))
+    huge = separable.with_changes(features=separable.features * np.float32(1e30))
     config = CompareConfig(seeds=(0,), methods=("squared",), settings=1)
     with pytest.raises(NonFiniteLossError):
         compare(huge, tmp_path / "all", HEAD, SEARCH, replace(HASTY, feature_rms=0.0), config)
@@ -302,7 +302,7 @@ def test_other_options_and_other_data_are_named(separable, tmp_path):
     features = separable.features.copy()
     features[-1, -1] += 1
     with pytest.raises(ValueError, match="other options or data: data is '[0-9a-f]+' there"):
-        compare(replace(separable, features=features), tmp_path, HEAD, SEARCH, HASTY, config)
+        compare(separable.with_changes(features=features), tmp_path, HEAD, SEARCH, HASTY, config)
     (tmp_path / "results.json").write_text('{"options": {}, "results": 3}')
     with pytest.raises(ValueError, match="must hold the results of a comparison, got KeyError"):
         compare(separable, tmp_path, HEAD, SEARCH, HASTY, config)
@@ -353,7 +353,7 @@ def test_what_is_tested_on_is_in_no_other_split(tmp_path, options, message):
     dataset = load_dataset(
         f"features:{write_separable(tmp_path / 'f.npz', (('train', 9), ('test', 5)))}"
     )
-    dataset = replace(dataset, splits={**dataset.splits, "all": np.arange(14)})
+    dataset = dataset.with_changes(splits={**dataset.splits, "all": np.arange(14)})
     with pytest.raises(DataError, match=message):
         compare(dataset, tmp_path / "out", HEAD, SEARCH, replace(HASTY, **options))
 

@@ -114,6 +114,29 @@ def write_csv(root: Path) -> Path:
     return file
 
 
+def write_columns(root: Path) -> Path:
+    """A table with a column per label."""
+    root.mkdir(parents=True)
+    lines = ["image;sky;sea;split"]
+    for grey, marks in enumerate(("1;0;train", "?;1;train", "0;-1;val")):
+        write_picture(root / f"{grey}.png", grey)
+        lines.append(f"{grey}.png;{marks}")
+    file = root / "labels.csv"
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+def write_json_lines(root: Path) -> Path:
+    root.mkdir(parents=True)
+    file = root / "list.jsonl"
+    lines = []
+    for grey, (name, labels, split) in enumerate(CSV_ROWS):
+        write_picture(root / name, grey)
+        lines.append({"image": name, "labels": labels.split(";") if labels else [], "split": split})
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
 SVMLIGHT = "0,2 1:0.5 3:2\n\n 2:1e-3 # no labels\n2 1:-1\n"
 
 

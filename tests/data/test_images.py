@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import pickle
@@ -194,6 +195,50 @@ def test_bad_files_name_path_and_record(tmp_path: Path) -> None:
         assert isinstance(error, DataError)
 
 
+@pytest.mark.parametrize(("suffix", "form"), [(".pgm", "ppm"), (".jfif", "jpeg"), (".jpe", "jpeg")])
+def test_other_suffixes(tmp_path: Path, suffix: str, form: str) -> None:
+    Image.new("L", (8, 6), 77).save(tmp_path / f"a{suffix}", form)
+    assert decode_image(tmp_path / f"a{suffix}").getpixel((0, 0)) == (77, 77, 77)
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"mif1", b"hevc"])
+def test_heif_names_what_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, brand: bytes
+) -> None:
+    monkeypatch.setattr("cnnrnn.data.images._known_formats", lambda: ("JPEG", "PNG"))
+    data = b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1heic"
+    (tmp_path / "a.heic").write_bytes(data)
+    message = "found: a HEIF image, which only pillow-heif reads: pip install pillow-heif"
+    for image in (tmp_path / "a.heic", data):
+        with pytest.raises(BadImageError, match=message):
+            decode_image(image)
+    monkeypatch.setattr("cnnrnn.data.images._known_formats", lambda: ("JPEG", "HEIF"))
+    with pytest.raises(BadImageError, match="found: "):
+        decode_image(data)
+
+
+def test_heif_is_read_where_its_library_is(tmp_path: Path) -> None:
+    heif = pytest.importorskip("pillow_heif")
+    heif.register_heif_opener()
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "a.heic")
+    red, green, _ = decode_image(tmp_path / "a.heic").getpixel((8, 8))  # type: ignore[misc]
+    assert red > 200 and green < 60
+
+
+def test_bytes_and_open_files_are_like_files(tmp_path: Path) -> None:
+    file = tmp_path / "a.png"
+    Image.new("RGB", (8, 6), (1, 2, 3)).save(file)
+    with open(file, "rb") as handle:
+        handle.read(5)
+        for image in (file.read_bytes(), io.BytesIO(file.read_bytes()), handle, handle):
+            assert decode_image(image).tobytes() == decode_image(file).tobytes()
+    file.write_bytes(file.read_bytes()[:40])
+    with open(file, "rb") as handle:
+        for image in (file.read_bytes(), handle):
+            with pytest.raises(BadImageError, match="picture 7 must be a readable image, found: "):
+                decode_image(image, name="picture 7")
+
+
 def test_jpeg_2000_is_not_read(tmp_path: Path) -> None:
     """Its decoder makes a picture of a file that is cut short."""
     file = save(tmp_path / "x.jp2", noise())
@@ -363,12 +408,12 @@ def grey_dataset(folder: Path, count: int, bad: tuple[int, ...] = ()) -> Dataset
     for i in bad:
         data = (folder / f"{i}.png").read_bytes()
         (folder / f"{i}.png").write_bytes(data[: len(data) // 2])
-    return Dataset(
+    return Dataset.from_arrays(
         source="coco:here",
         label_names=tuple(f"label {i}" for i in range(count)),
         label_indptr=np.arange(count + 1),
         label_indices=np.arange(count),
-        image_paths=tuple(folder / f"{i}.png" for i in range(count)),
+        images=tuple(folder / f"{i}.png" for i in range(count)),
     )
 
 
@@ -448,7 +493,7 @@ def test_batches_without_any_picture(tmp_path: Path) -> None:
 def test_image_batches_checks_its_arguments(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         image_batches(grey_dataset(tmp_path, 1), PREPROCESSING, batch_size=0)
-    features = Dataset("features:f.npz", ("a",), np.array([0, 1]), np.array([0]),
+    features = Dataset.from_arrays("features:f.npz", ("a",), np.array([0, 1]), np.array([0]),
                        features=np.zeros((1, 2)))  # type: ignore[arg-type]  # fmt: skip
     with pytest.raises(DataError, match="features:f.npz must have image files"):
         image_batches(features, PREPROCESSING, batch_size=1)
@@ -486,8 +531,8 @@ def test_augmentation_flips_and_shifts(tmp_path: Path) -> None:
     side = 32
     image = noise(side, side)
     image.save(tmp_path / "0.png")
-    dataset = Dataset("coco:here", ("a",), np.array([0, 0]), np.array([], np.int32),
-                      image_paths=(tmp_path / "0.png",))  # fmt: skip
+    dataset = Dataset.from_arrays("coco:here", ("a",), np.array([0, 0]), np.array([], np.int32),
+                      images=(tmp_path / "0.png",))  # fmt: skip
     records = ImageRecords(dataset, Preprocessing(image_size=side), augment=True)
     pixels = np.asarray(image)
     padded = np.pad(pixels, ((2, 2), (2, 2), (0, 0)), mode="reflect")

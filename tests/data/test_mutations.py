@@ -24,6 +24,8 @@ SOURCES: dict[str, Callable[[Path], str]] = {
     "concepts": lambda root: f"nuswide:{sources.write_nuswide(root)}",
     "tags": lambda root: f"nuswide:{sources.write_nuswide(root)},labels=tags",
     "csv": lambda root: f"csv:{sources.write_csv(root)}",
+    "columns": lambda root: f"csv:{sources.write_columns(root)}",
+    "jsonl": lambda root: f"jsonl:{sources.write_json_lines(root)}",
     "svmlight": lambda root: f"features:{sources.write_svmlight(root)}",
     "npz": lambda root: f"features:{sources.write_npz(root / 'f.npz')}",
 }

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import sys
 import time
 import zipfile
@@ -66,6 +67,20 @@ def test_feature_types(tmp_path: Path, dtype: Any, order: Any) -> None:
     assert loaded is not None and loaded.dtype == np.float32 and loaded.flags.c_contiguous
     assert loaded.dtype.isnative
     np.testing.assert_array_equal(loaded, arrays()["features"])
+
+
+def test_names_of_splits(tmp_path: Path) -> None:
+    arrays = {"features": np.eye(3), "labels": np.eye(3), "label_names": np.array(["a", "b", "c"])}
+    np.savez(tmp_path / "f.npz", split=np.array(["Training", "dev", "own"]), **arrays)
+    splits = load_features(tmp_path / "f.npz").splits
+    assert {name: rows.tolist() for name, rows in splits.items()} == {
+        "train": [0], "val": [1], "own": [2]
+    }  # fmt: skip
+    np.savez(tmp_path / "f.npz", split=np.array(["val", "dev", "own"]), **arrays)
+    with pytest.raises(
+        DataError, match="one name for a split, got 'val' and 'dev', which both mean"
+    ):
+        load_features(tmp_path / "f.npz")
 
 
 def test_without_splits(tmp_path: Path) -> None:
@@ -378,6 +393,73 @@ def test_svmlight_layout_errors(text: Path, tmp_path: Path) -> None:
     (text / "train.svm").write_text(" 1:1\n")
     with pytest.raises(DataError, match="train.svm must hold at least one label, got none"):
         load_features(text / "train.svm")
+
+
+@pytest.mark.parametrize("name", ["train.svm", "train.txt", "train.svm.gz", "TRAIN.TXT.GZ"])
+def test_svmlight_files(text: Path, tmp_path: Path, name: str) -> None:
+    data = b"\xef\xbb\xbf" + sources.SVMLIGHT.encode()
+    expected = load_features(text / "train.svm")
+    (tmp_path / "set").mkdir()
+    file = tmp_path / "set" / name
+    file.write_bytes(gzip.compress(data) if name.lower().endswith("gz") else data)
+    (tmp_path / "set" / "._train.svm").write_bytes(b"\0\5")
+    (tmp_path / "set" / "readme.txt").write_text("Not a split.")
+    for place, splits in ((file, {"all"}), (file.parent, {"train"})):
+        dataset = load_features(place)
+        assert dataset.label_names == expected.label_names and set(dataset.splits) == splits
+        np.testing.assert_array_equal(dataset.features, expected.features)
+
+
+@pytest.mark.parametrize("names", [("training", "dev"), ("TRAIN", "Validation")])
+def test_svmlight_names_of_splits(text: Path, names: tuple[str, str]) -> None:
+    (text / "train.svm").rename(text / f"{names[0]}.svm")
+    (text / "test.svm").rename(text / f"{names[1]}.svm")
+    assert set(load_features(text).splits) == {"train", "val"}
+    (text / "val.svm").write_text("1 1:1\n")
+    with pytest.raises(DataError, match="one name for a split, got .* which both mean val"):
+        load_features(text)
+
+
+def test_svmlight_of_extreme_classification(text: Path) -> None:
+    """A header of the numbers of records, features and labels; features are numbered from 0."""
+    (text / "train.svm").write_text("2 5 3\n0,2 1:0.5 3:1\n1 4:2\n")
+    (text / "test.svm").write_text("1 5 3\n2 2:1\n")
+    dataset = load_features(text)
+    assert dataset.features is not None and dataset.label_names == ("0", "1", "2")
+    expected = np.zeros((3, 5), np.float32)  # in the order of the files: test, train
+    expected[[0, 1, 1, 2], [2, 1, 3, 4]] = [1, 0.5, 1, 2]
+    np.testing.assert_array_equal(dataset.features, expected)
+    for lines, message in (
+        ("3 5 3\n0 0:1\n", "train.svm, line 1: the header must count the records, got 3, found 1"),
+        ("1 5 3\n3 0:1\n", r"train.svm, line 2: labels must be in 0\.\.2 as in the vocabulary or"),
+        ("1 5 3\n0 5:1\n", r"train.svm, line 2: feature numbers must be in 0\.\.4, got 5"),
+    ):
+        (text / "train.svm").write_text(lines)
+        with pytest.raises(DataError, match=message):
+            load_features(text / "train.svm")
+
+
+def test_svmlight_that_is_packed_wrongly(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = gzip.compress(b"1 1:1\n" * 1000)
+    file = text / "x.svm.gz"
+    for data in (packed[:-20], b"1 1:1\n", packed[:-6] + b"\0\0" + packed[-4:]):
+        file.write_bytes(data)
+        with pytest.raises(DataError, match="x.svm.gz must be a complete gzip file, got"):
+            load_features(file)
+    monkeypatch.setattr("cnnrnn.data.sources.svmlight.MAX_UNPACKED_BYTES", 1000)
+    monkeypatch.setattr("cnnrnn.data.sources.svmlight.MAX_UNPACKED_RATIO", 2)
+    file.write_bytes(packed)
+    with pytest.raises(DataError, match="must not unpack to more than 2 times its size, got more"):
+        load_features(file)
+
+
+@pytest.mark.parametrize("name", ["x.arff", "x.ARFF", "x.arff.gz"])
+def test_arff_says_how_to_convert(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("@relation marks\n")
+    with pytest.raises(
+        DataError, match="got ARFF: convert it, .*load_from_arff.*dump_svmlight_fil"
+    ):
+        load_dataset(f"features:{tmp_path / name}")
 
 
 def test_svmlight_missing_extra(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

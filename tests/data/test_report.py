@@ -45,7 +45,7 @@ def random_dataset(records: int, labels: int, seed: int) -> Dataset:
     generator = np.random.default_rng(seed)
     matrix = generator.random((records, labels)) < generator.random(labels) / 2
     rows, columns = np.nonzero(matrix)
-    return Dataset(
+    return Dataset.from_arrays(
         source="features:here",
         label_names=tuple(f"label {i}" for i in range(labels)),
         label_indptr=np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=records))]),
@@ -108,7 +108,7 @@ def test_copies_within_overlapping_splits_do_not_leak(tmp_path: Path) -> None:
 
 
 def split_dataset(splits: dict[str, list[int]], contents: list[int]) -> Dataset:
-    return Dataset(
+    return Dataset.from_arrays(
         source="features:here",
         label_names=("a",),
         label_indptr=np.arange(len(contents) + 1),
@@ -206,15 +206,17 @@ def test_everything_wrong_is_named(tmp_path: Path) -> None:
     data = json.loads(file.read_text())
     data["annotations"][0]["image_id"] = 77
     data["annotations"][1]["category_id"] = 88
-    data["annotations"][2]["bbox"] = [1, float("nan"), 3, 4]
+    data["annotations"].append(
+        {"id": 4, "image_id": 0, "category_id": 3, "bbox": [1, float("nan"), 3, 4]}
+    )
     data["images"][1]["file_name"] = "../1.png"
     data["images"].append({"id": 0, "file_name": "0.png"})
     file.write_text(json.dumps(data))
     (root / "val2017" / "2.png").unlink()
     (root / "val2017" / "3.png").write_bytes(b"no picture")
     report = check_source(f"coco:{root}")
-    expected = ("images[2]", "annotation 1 ", "annotation 2 ", "annotation 3 ", "image 1 ",
-                "image 2", "3.png")  # fmt: skip
+    expected = ("images[2]", "annotation 1 ", "annotation 2 ", "image 1 ", "image 2", "3.png")
+    assert len(report.warnings) == 1 and "annotation 4 has [1, nan, 3, 4]" in report.warnings[0]
     for part in expected:
         assert sum(part in problem for problem in report.problems) == 1, (part, report.problems)
     assert len(report.problems) == len(expected)
@@ -262,6 +264,64 @@ def test_on_the_command_line(
     shutil.move(table, tmp_path / "moved.csv")
     words = ["data", "check", f"csv:{tmp_path / 'moved.csv'}", "--images", str(table.parent)]
     assert main(words) == 1 and "line 2 must exist as" in capsys.readouterr().out
+
+
+def test_problems_of_one_kind_are_grouped(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [f"lost {i}.png,sky\n" for i in range(9)] + ["../x.png,sky\n", "c d.png,a;a\n"]
+    lines += [f"cut-{i}.png,sky\n" for i in range(5)]
+    for i in range(5):
+        (table.parent / f"cut-{i}.png").write_bytes(b"no picture")
+    table.write_text("image,labels\na.png,sky\n" + "".join(lines))
+    report = check_source(f"csv:{table}")
+    assert len(report.problems) == len(report.kinds) == 16
+    short, whole = report.lines(), report.lines(every=True)
+    assert [line for line in whole if line.startswith("problem: ")] == [
+        f"problem: {problem}" for problem in report.problems
+    ]
+    shown = [line for line in short if line.startswith(("problem: ", "  and "))]
+    assert len(shown) == 3 + 1 + 3 + 1 + 2
+    assert sum("lost" in line for line in shown) == sum("cut-" in line for line in shown) == 3
+    for count, more in ((9, 6), (5, 2)):
+        text = f"  and {more} more of this kind, {count} in all (--all lists them)"
+        assert shown.count(text) == 1
+    assert short[-1] == whole[-1] == "16 problems"
+    for words, lost in ((["--all"], 9), ([], 3)):
+        assert main(["data", "check", f"csv:{table}", *words]) == 1
+        assert capsys.readouterr().out.count("lost ") == lost
+
+
+def test_how_a_source_was_read_is_in_the_report(table: Path, tmp_path: Path) -> None:
+    table.write_text("image;labels\na.png;x|y\na.png;nan\nA.PNG;x\n", encoding="utf-8")
+    (tmp_path / "outside").mkdir()
+    notes = check_source(f"csv:{table}").notes
+    for part in ("separated by ';'", "separated by '|'", "1 cells of labels hold a word for none",
+                 "rows are joined"):  # fmt: skip
+        assert sum(part in note for note in notes) == 1, (part, notes)
+    lines = check_source(f"csv:{table}").lines()
+    assert sum(line.startswith("note: ") for line in lines) == len(notes)
+
+
+def test_links_are_followed_where_asked(
+    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (table.parent / "a.png").rename(tmp_path / "outside.png")
+    (table.parent / "a.png").symlink_to(tmp_path / "outside.png")
+    assert main(["data", "check", f"csv:{table}"]) == 1
+    assert "follow_links allows it" in capsys.readouterr().out
+    assert main(["data", "check", f"csv:{table}", "--follow-links"]) == 0
+
+
+def test_images_in_memory(monkeypatch: pytest.MonkeyPatch, table: Path) -> None:
+    data = (table.parent / "a.png").read_bytes()
+    dataset = Dataset(images=[data, b"no picture", data], labels=[["x"], ["x"], ["y"]])
+    monkeypatch.setattr("cnnrnn.data.report.load_dataset", lambda *args, **kwargs: dataset)
+    report = check_source("python:Dataset")
+    assert report.unreadable == 1 and report.duplicates == [
+        ["row 0 of Dataset", "row 2 of Dataset"]
+    ]
+    assert report.problems == [
+        "record 1 of python:Dataset must be a readable image, found: no image in a known format"
+    ]
 
 
 def test_what_follows_from_a_problem_is_none(table: Path) -> None:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import time
+import warnings
 
 import numpy as np
 import pytest
 
-from cnnrnn.data import Dataset
-from cnnrnn.data.splits import stratified_folds, stratified_split
+from cnnrnn.config import TrainConfig
+from cnnrnn.data import DataError, Dataset
+from cnnrnn.data.splits import (
+    describe_splits,
+    stratified_folds,
+    stratified_split,
+    training_splits,
+)
 
 
 def dataset_of(targets: np.ndarray) -> Dataset:
     """A dataset with these label sets, [n, L] bool."""
     indptr = np.concatenate([[0], targets.sum(1).cumsum()])
     names = tuple(f"label {i}" for i in range(targets.shape[1]))
-    return Dataset("made:up", names, indptr, targets.nonzero()[1].astype(np.int32))
+    return Dataset.from_arrays("made:up", names, indptr, targets.nonzero()[1].astype(np.int32))
 
 
 def long_tailed(n: int = 3000, num_labels: int = 200, seed: int = 0) -> np.ndarray:
@@ -112,3 +119,61 @@ def test_folds_hold_each_record_once_and_every_label_alike(folds):
 def test_folds_that_are_too_few_or_too_many(folds):
     with pytest.raises(ValueError, match=rf"folds must be in 2..9 for 9 records, got {folds}"):
         stratified_folds(dataset_of(np.zeros((9, 2), bool)), folds, 0)
+
+
+def with_splits(**splits: list[int]) -> Dataset:
+    count = 1 + max(max(rows) for rows in splits.values())
+    return dataset_of(np.ones((count, 1), bool)).with_changes(
+        splits={name: np.array(rows) for name, rows in splits.items()}
+    )
+
+
+@pytest.mark.parametrize(
+    ("splits", "options", "said", "unused"),
+    [
+        (
+            {"train": [0, 1], "val": [2]}, {},
+            "training on train (2 records), validating on val (1)", "",
+        ),
+        (
+            {"all": [0, 1, 2]}, {},
+            "training on all (3 records), validating on 10 % of its records", "",
+        ),
+        (
+            {"train": [0], "val": [1], "trainval": [0, 1], "test": [2, 3]}, {},
+            "training on train (1 records), validating on val (1); test (2) is left for "
+            "`cnnrnn evaluate`", "",
+        ),
+        (
+            {"train": [0], "spare": [1, 2], "val": [3], "odd": [4]}, {},
+            "training on train (1 records), validating on val (1)", "splits spare (2), odd (1)",
+        ),
+        (
+            {"train": [0, 1], "val": [2]}, {"train_split": "validation", "val_split": "TRAINING"},
+            "training on val (1 records), validating on train (2)", "",
+        ),
+        (
+            {"train": [0, 1], "val": [1]}, {"train_split": "train", "val_fraction": 0.5},
+            "training on train (2 records), validating on 50 % of its records", "",
+        ),
+        (
+            {"train": [0, 1], "val": [2]}, {"val_split": "dev"},
+            "training on train (2 records), validating on val (1)", "",
+        ),
+    ],
+)  # fmt: skip
+def test_what_each_split_is_used_for(splits, options, said, unused):
+    config = TrainConfig(**options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert describe_splits(with_splits(**splits), config) == said
+    assert [unused in str(w.message) for w in caught] == ([True] if unused else [])
+
+
+def test_splits_that_are_not_there():
+    data = with_splits(one=[0], two=[1])
+    for use in (describe_splits, training_splits):
+        with pytest.raises(DataError, match="no split named train, only one, two; name another"):
+            use(data, TrainConfig())
+        with pytest.raises(DataError, match="no split 'dev', expected one of: one, two"):
+            use(data, TrainConfig(train_split="one", val_split="dev"))

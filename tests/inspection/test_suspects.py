@@ -182,8 +182,9 @@ def dataset_of(targets, features, names=NAMES, unknown=None, **others):
         parts = dict(zip(("unknown_indptr", "unknown_indices"),
                          csr([np.flatnonzero(row).tolist() for row in unknown.numpy()]),
                          strict=True))  # fmt: skip
-    return Dataset("features:here.npz", names, pointers, indices, features=features.numpy(),
-                   **parts, **others)  # fmt: skip
+    return Dataset.from_arrays(
+        "features:here.npz", names, pointers, indices, features=features.numpy(), **parts, **others
+    )
 
 
 def test_suspects_are_ranked_and_written(tmp_path):

@@ -454,8 +454,9 @@ def test_options_that_make_no_ensemble(tmp_path, file, capsys):
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
-    pictures = replace(load_dataset(f"features:{file}"), features=None,
-                       image_paths=tuple(file for _ in range(240)))  # fmt: skip
+    pictures = load_dataset(f"features:{file}").with_changes(
+        features=None, images=tuple(file for _ in range(240))
+    )
     with pytest.raises(ValueError, match="model.freeze_backbone must be true, got false"):
         train_ensemble(pictures, tmp_path, replace(MODEL, freeze_backbone=False), SEARCH, QUICK,
                        ["rare"])  # fmt: skip

@@ -28,8 +28,10 @@ def dataset(tmp_path):
     for i in range(COUNT):
         paths.append(tmp_path / "pictures" / f"{i}.png")
         Image.fromarray(random.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(paths[-1])
-    return Dataset("test", ("a", "b"), np.arange(COUNT + 1), np.arange(COUNT, dtype=np.int32) % 2,
-                   image_paths=tuple(paths))  # fmt: skip
+    labels = np.arange(COUNT, dtype=np.int32) % 2
+    return Dataset.from_arrays(
+        "test", ("a", "b"), np.arange(COUNT + 1), labels, images=tuple(paths)
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -223,7 +225,7 @@ def test_a_path_that_is_no_text(tmp_path, dataset, cached):
         os.link(dataset.image_paths[0], path)
     except OSError:
         pytest.skip("this file system takes no such name")
-    odd = replace(dataset, image_paths=(type(tmp_path)(path), *dataset.image_paths[1:]))
+    odd = dataset.with_changes(images=(type(tmp_path)(path), *dataset.image_paths[1:]))
     assert cached(odd)[1] == COUNT
     assert cached(odd)[1] == 0
 

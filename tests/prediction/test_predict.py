@@ -341,23 +341,50 @@ def test_an_empty_folder(model, tmp_path):
         model.predict(tmp_path / "empty")
 
 
-@pytest.mark.parametrize("images", [None, 3, b"file.png", {"a": 1}, {"a.png"}, object()])
+@pytest.mark.parametrize("images", [None, 3, bytearray(b"x"), {"a": 1}, {"a.png"}, object()])
 def test_other_types_are_refused(model, images):
     with pytest.raises(TypeError) as error:
         model.predict(images)
     assert str(error.value) == (
-        "images must be a path, a folder, a PIL image, an array, a tensor, or a list of these, "
-        f"got {type(images).__name__}"
+        "images must be a path, a folder, bytes or an open file, a PIL image, an array, a tensor, "
+        f"or a list of these, got {type(images).__name__}"
     )
 
 
-@pytest.mark.parametrize("odd", [None, 3, b"file.png", {"a": 1}])
+@pytest.mark.parametrize("odd", [None, 3, bytearray(b"x"), {"a": 1}])
 def test_an_item_of_another_type_is_named_by_position(model, arrays, odd):
     with pytest.raises(TypeError) as error:
         model.predict([arrays[0], arrays[1:3], odd])
     assert str(error.value) == (
-        f"image 3 must be a path, PIL image, array or tensor, got {type(odd).__name__}"
+        "image 3 must be a path, bytes or an open file, a PIL image, an array or a tensor, "
+        f"got {type(odd).__name__}"
     )
+
+
+def test_bytes_and_open_files(model, folder):
+    files = sorted(folder.glob("*.png"))[:2]
+    expected = model.predict(files)
+    data = [file.read_bytes() for file in files]
+    with open(files[0], "rb") as first, open(files[1], "rb") as second:
+        second.read(10)  # read from its start all the same
+        given = [data, [first, second], [io.BytesIO(one) for one in data], [first, first, second]]
+        for images in given:
+            found = model.predict(images)
+            for one, other in zip(found, [expected[0]] * (len(found) - 2) + expected, strict=True):
+                assert one.scores == other.scores and one.labels == other.labels
+        assert [p.source for p in model.predict([first, data[1]])] == ["0", "1"]
+        assert len(model.predict(first)) == len(model.predict(data[0])) == 1
+    with pytest.raises(BadImageError, match="image 1 must be a readable image, found: no image in"):
+        model.predict([data[0], b"no picture"])
+    assert model.predict([b"no picture"], on_bad_image="skip")[0].error is not None
+
+
+def test_droppings_are_no_pictures(model, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for name in ("._a.png", ".hidden/b.png", "__MACOSX/c.png", ".ipynb_checkpoints/d.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"no picture")
+    assert [p.source for p in model.predict(tmp_path)] == [str(tmp_path / "a.png")]
 
 
 def test_arrays_and_tensors_of_another_shape_or_type(model):

@@ -219,7 +219,7 @@ def test_a_bad_loss_in_a_later_batch_of_a_step_leaves_the_weights(data):
 
 
 def with_splits(data, **splits):
-    return replace(data, splits={name: np.array(rows) for name, rows in splits.items()})
+    return data.with_changes(splits={name: np.array(rows) for name, rows in splits.items()})
 
 
 def test_named_splits(data):

@@ -185,8 +185,8 @@ def test_other_data_is_refused(tmp_path, data):
     features = data.features.copy()
     features[-2] += 1  # a record of val
     with pytest.raises(ResumeError, match="as it was started: validation data must be the same"):
-        train(replace(data, features=features), out, MODEL, SEARCH, QUICK, resume=True)
-    fewer = replace(data, splits=data.splits | {"train": data.splits["train"][1:]})
+        train(data.with_changes(features=features), out, MODEL, SEARCH, QUICK, resume=True)
+    fewer = data.with_changes(splits=data.splits | {"train": data.splits["train"][1:]})
     with pytest.raises(ResumeError, match="training data must be the same, got different ones"):
         train(fewer, out, MODEL, SEARCH, QUICK, resume=True)
 

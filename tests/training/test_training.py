@@ -212,7 +212,9 @@ def test_hold_out_where_there_is_no_val_split(tmp_path):
 
 def test_a_source_without_training_images(tmp_path, data):
     with pytest.raises(DataError, match="has no split named train, only test, val"):
-        training_splits(replace(data, splits={k: data.splits[k] for k in ("val", "test")}), QUICK)
+        training_splits(
+            data.with_changes(splits={k: data.splits[k] for k in ("val", "test")}), QUICK
+        )
 
 
 def test_nothing_to_train(tmp_path, data):
@@ -249,7 +251,7 @@ def test_skipped_pictures_shift_no_labels(tmp_path, frozen):
             paths[-1].write_bytes(paths[-1].read_bytes()[:40])
         labels.append(i * i % 7 % 3)
     splits = {"train": np.arange(40), "val": np.arange(40, 60)}
-    data = Dataset("colours", ("red", "green", "blue"), np.arange(61),
+    data = Dataset.from_arrays("colours", ("red", "green", "blue"), np.arange(61),
                    np.array(labels, dtype=np.int32), splits, tuple(paths))  # fmt: skip
     config = replace(QUICK, warm_epochs=15, epochs=6, batch_size=8, augment=False)
     model = replace(SMALL, freeze_backbone=frozen)

@@ -69,7 +69,7 @@ def many_options(folder, ranks):
 def lonely_image(folder, ranks):
     """193 training images in batches of 32: the last one leaves nothing for process 1."""
     data = features(folder)
-    data = replace(data, splits=data.splits | {"train": data.splits["train"][:193]})
+    data = data.with_changes(splits=data.splits | {"train": data.splits["train"][:193]})
     # Larger features: gradients near 0, of which AdamW takes the sign, are few.
     config = replace(QUICK, feature_rms=1.0)
     return summary(train(data, folder / "lonely_image", MODEL, SEARCH, config, ranks=ranks).model)

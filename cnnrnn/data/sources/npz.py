@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cnnrnn.config import SvmlightOptions
-from cnnrnn.data.dataset import MAX_SPLITS, DataError, Dataset
+from cnnrnn.data.dataset import MAX_SPLITS, DataError, Dataset, usual_split_names
 from cnnrnn.data.files import EmptySourceError, Problems, kind_of_path, reason
-from cnnrnn.data.sources.svmlight import SVMLIGHT_SUFFIXES, load_svmlight
+from cnnrnn.data.sources.svmlight import is_svmlight, load_svmlight
 
 MAX_UNPACKED_BYTES = 1 << 30
 MAX_UNPACKED_RATIO = 500
@@ -32,7 +32,7 @@ def load_features(
         path: an .npz file with `features` [n, F] float, `labels` [n, L] 0/1 or bool,
             `label_names` [L] strings and, optionally, `split` [n] strings; without `split` every
             record is in one split, `all`. Nothing is unpickled. Or what `load_svmlight` reads: a
-            folder, or a file that ends in .svm, .svmlight or .libsvm.
+            folder, or a file that ends in .svm, .svmlight, .libsvm or .txt, also packed with .gz.
         options: of svmlight text.
         problems: as for `load_dataset`, and so is what is raised.
 
@@ -40,7 +40,14 @@ def load_features(
         The dataset, its features as float32.
     """
     path = Path(path)
-    if path.is_dir() or path.suffix.lower() in SVMLIGHT_SUFFIXES:
+    inside = path.iterdir() if path.is_dir() else [path]
+    if any(file.name.lower().removesuffix(".gz").endswith(".arff") for file in inside):
+        raise DataError(
+            f"{path} must be .npz or svmlight text, got ARFF: convert it, for example with "
+            "scikit-multilearn's load_from_arff, which reads Mulan's XML of labels, and "
+            "scikit-learn's dump_svmlight_file(..., multilabel=True)"
+        )
+    if path.is_dir() or is_svmlight(path):
         return load_svmlight(path, options, problems=problems)
     if options not in (None, SvmlightOptions()):
         raise DataError(
@@ -70,7 +77,7 @@ def load_features(
         features, labels = features[kept], labels[kept]
         splits = {name: np.flatnonzero(np.isin(kept, rows)) for name, rows in splits.items()}
     rows, columns = np.nonzero(labels)
-    return Dataset(
+    return Dataset.from_arrays(
         source=f"features:{path}",
         label_names=_strings(path, "label_names", names),
         label_indptr=np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(kept)))]),
@@ -171,4 +178,8 @@ def _splits(
         raise DataError(
             f"{path}: split must name at most {MAX_SPLITS} splits, got {len(members):,}"
         )
-    return {name: np.asarray(rows, dtype=np.int64) for name, rows in members.items()}
+    usual = usual_split_names(path, members, apart=False)
+    splits: dict[str, list[int]] = {}
+    for name, rows in members.items():
+        splits.setdefault(usual[name], []).extend(rows)
+    return {name: np.array(sorted(rows), dtype=np.int64) for name, rows in splits.items()}

@@ -15,14 +15,12 @@ from cnnrnn.data.dataset import DataError, Dataset
 from cnnrnn.data.files import (
     EmptySourceError,
     Problems,
-    existing_images,
-    given_folder,
-    name_problem,
     read_blocks,
     read_lines,
     read_names,
     short,
 )
+from cnnrnn.data.folders import Folder, given_folder, name_problem
 
 _ZERO, _ONE, _LINE_FEED = b"01\n"
 _SPACES = np.frombuffer(b" \t\r\n", dtype=np.uint8)
@@ -36,6 +34,7 @@ def load_nuswide(
     options: NusWideOptions | None = None,
     *,
     on_bad_image: OnBadImage = "error",
+    follow_links: bool = False,
     problems: Problems | None = None,
 ) -> Dataset:
     """Read NUS-WIDE.
@@ -53,6 +52,7 @@ def load_nuswide(
         images: the image folder; None takes `Flickr` or `images` in `root`.
         options: labels, and split files: lists of image names as in `Imagelist.txt`.
         on_bad_image: as for `load_dataset`.
+        follow_links: as for `load_dataset`.
         problems: as for `load_dataset`, and so is what is raised.
 
     Returns:
@@ -64,21 +64,21 @@ def load_nuswide(
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"{root} must be NUS-WIDE's folder, found no such folder")
-    folder = _image_folder(root, images)
-    names, places = _read_image_lists(_image_lists(root, options))
+    folder = Folder(_image_folder(root, images), follow_links)
+    names, places = _read_image_lists(_image_lists(root, options), folder)
     right = _right_names(names, places, problems)
     if options.labels == "tags":
         label_names, rows, labels = _read_tags(root, len(names), problems)
     else:
         label_names, rows, labels = _read_concepts(root, places, problems)
-    splits = _read_splits(root, options, {os.path.normpath(names[i]): i for i in right}, problems)
-    kept = [
-        right[i]
-        for i in existing_images(
-            places[0].file, folder, lambda i: f"line {_line(places, right[i])}",
-            [names[i] for i in right], on_bad_image, problems,
-        )
-    ]  # fmt: skip
+    splits = _read_splits(
+        root, options, folder, {os.path.normpath(names[i]): i for i in right}, problems
+    )
+    found = folder.existing(
+        places[0].file, lambda i: f"line {_line(places, right[i])}", [names[i] for i in right],
+        on_bad_image, problems,
+    )  # fmt: skip
+    kept = [right[i] for i in found]
     if not kept:
         raise EmptySourceError(f"{places[0].file} must name at least one image, found none")
 
@@ -88,14 +88,14 @@ def load_nuswide(
     order = np.lexsort((labels, rows))
     order = order[rows[order] >= 0]
     indptr = np.concatenate([[0], np.cumsum(np.bincount(rows[order], minlength=len(kept)))])
-    return Dataset(
+    return Dataset.from_arrays(
         source=f"nuswide:{root}",
         label_names=tuple(label_names),
         label_indptr=indptr,
         label_indices=labels[order],
         splits={name: position[members][position[members] >= 0] for name, members in splits.items()}
         or {"all": np.arange(len(kept))},
-        image_paths=tuple(folder / names[i] for i in kept),
+        images=tuple(folder.path / name for name in found.values()),
     )
 
 
@@ -143,18 +143,20 @@ def _image_lists(root: Path, options: NusWideOptions) -> list[tuple[Path, str]]:
     ]
 
 
-def _read_image_lists(lists: list[tuple[Path, str]]) -> tuple[list[str], list[_ImageList]]:
+def _read_image_lists(
+    lists: list[tuple[Path, str]], folder: Folder
+) -> tuple[list[str], list[_ImageList]]:
     names: list[str] = []
     places = []
     for file, split in lists:
-        lines = _read_image_list(file)
+        lines = _read_image_list(file, folder)
         places.append(_ImageList(file, split, len(names), len(lines)))
         names += lines
     return names, places
 
 
-def _read_image_list(file: Path) -> list[str]:
-    return [line.strip().replace("\\", "/") for line in read_lines(file)]
+def _read_image_list(file: Path, folder: Folder) -> list[str]:
+    return [folder.inside(line.strip())[0] for line in read_lines(file)]
 
 
 def _line(places: list[_ImageList], row: int) -> str:
@@ -308,7 +310,11 @@ def _slow_bits(
 
 
 def _read_splits(
-    root: Path, options: NusWideOptions, rows: dict[str, int], problems: Problems
+    root: Path,
+    options: NusWideOptions,
+    folder: Folder,
+    rows: dict[str, int],
+    problems: Problems,
 ) -> dict[str, npt.NDArray[np.int64]]:
     """Return the rows of each split, by the options' files or the set's own."""
     files = {
@@ -325,7 +331,7 @@ def _read_splits(
     for name, file in files.items():
         with problems.part():
             members: dict[int, None] = {}
-            for number, image in enumerate(_read_image_list(file), 1):
+            for number, image in enumerate(_read_image_list(file, folder), 1):
                 row = rows.get(os.path.normpath(image))
                 if row is None:
                     problems.add(

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import io
+import os
+import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,11 +16,17 @@ import numpy as np
 import numpy.typing as npt
 
 from cnnrnn.config import SvmlightOptions
-from cnnrnn.data.dataset import DataError, Dataset, Records
+from cnnrnn.data.dataset import (
+    DataError,
+    Dataset,
+    Records,
+    usual_split_name,
+    usual_split_names,
+)
 from cnnrnn.data.files import (
     EmptySourceError,
     Problems,
-    files_by_split,
+    is_dropping,
     read_bytes,
     read_vocabulary,
     reason,
@@ -28,6 +39,9 @@ MAX_UNPACKED_BYTES = 1 << 28
 MAX_UNPACKED_RATIO = 100
 """Features that are larger than both allow, in bytes and to the size of the text, are an error."""
 
+# How files of extreme classification begin: records, features and labels.
+_HEADER = re.compile(rb"\s*(\d{1,9})\s+(\d{1,9})\s+(\d{1,9})\s*", re.ASCII)
+
 
 def load_svmlight(
     path: str | Path,
@@ -37,8 +51,10 @@ def load_svmlight(
 ) -> Dataset:
     """Read feature vectors as svmlight text: `3,17 1:0.5 8:2` has labels 3 and 17.
 
-    A folder is read as one file per split: every `<split>.svm`, `.svmlight` or `.libsvm` in it. A
-    single file is one split, `all`. Features that a line does not name are 0.
+    A folder is read as one file per split: every `<split>.svm`, `.svmlight` or `.libsvm` in it,
+    and `train.txt`, `val.txt` and `test.txt`. A single file is one split, `all`. Each may be
+    packed, `.gz`. Features that a line does not name are 0. Files of extreme classification begin
+    with the numbers of records, features and labels; their first feature is 0.
 
     Args:
         path: the file or the folder.
@@ -54,13 +70,18 @@ def load_svmlight(
     path = Path(path)
     names = read_vocabulary(options.vocabulary, problems)
     parts: list[_Part] = []
-    for file in files_by_split(path, SVMLIGHT_SUFFIXES, "file") if path.is_dir() else [path]:
+    files = _files_of_splits(path) if path.is_dir() else {"all": path}
+    for split, file in files.items():
         with problems.part():
-            parts.append(_read_part(file, None if names is None else len(names), problems))
-    first = options.first
+            parts.append(_read_part(file, split, None if names is None else len(names), problems))
+    first, width = options.first, options.features
+    widths = [part.width for part in parts if part.width is not None]
     if first is None:
-        first = 0 if any((part.features.indices == 0).any() for part in parts) else 1
-    parts = [_within(part, first, options.features, problems) for part in parts]
+        zero = widths or any((part.features.indices == 0).any() for part in parts)
+        first = 0 if zero else 1
+    if width is None and len(widths) == len(parts) > 0:
+        width = max(widths)
+    parts = [_within(part, first, width, problems) for part in parts]
     if not any(part.labels for part in parts):
         raise EmptySourceError(f"{path} must hold at least one record, got none")
     numbers = sorted({label for part in parts for labels in part.labels for label in labels})
@@ -71,29 +92,87 @@ def load_svmlight(
     position = {number: i for i, number in enumerate(numbers)}
     records = Records()
     for part in parts:
-        split = "all" if part.file == path else part.file.stem
-        records.splits[split] = []
+        records.splits[part.split] = []
         for labels in part.labels:
-            records.add(split, [position[label] for label in labels])
-    features = _dense(path, parts, first, options.features)
+            records.add(part.split, [position[label] for label in labels])
+    features = _dense(path, parts, first, width)
     return records.dataset(f"features:{path}", names or map(str, numbers), features)
+
+
+def is_svmlight(path: Path) -> bool:
+    """Tell whether a file is svmlight text by its name."""
+    name = path.name.lower().removesuffix(".gz")
+    return name.endswith((*SVMLIGHT_SUFFIXES, ".txt"))
+
+
+def _files_of_splits(folder: Path) -> dict[str, Path]:
+    """Return the files of a folder by their split; `.txt` files only where named like one."""
+    found: dict[str, Path] = {}
+    for file in sorted(folder.iterdir()):
+        packed = file.suffix.lower() == ".gz"
+        stem, suffix = os.path.splitext(file.name[:-3] if packed else file.name)
+        if is_dropping(file.name) or not is_svmlight(file):
+            continue
+        if suffix.lower() == ".txt" and usual_split_name(stem) not in ("train", "val", "test"):
+            continue
+        if stem in found:
+            raise DataError(
+                f"{folder} must hold one file per split, found {found[stem].name} and {file.name}"
+            )
+        found[stem] = file
+    if not found:
+        raise DataError(
+            f"{folder} must hold a file per split, such as train{SVMLIGHT_SUFFIXES[0]}, found none"
+        )
+    usual = usual_split_names(folder, found)
+    return {usual[split]: file for split, file in found.items()}
 
 
 class _Part(NamedTuple):
     file: Path
+    split: str
     size: int  # bytes
+    width: int | None  # features, by the header
     lines: list[int]  # number of each record's line
     features: Any  # scipy.sparse [n, F+1], feature numbers as they stand in the file
     labels: list[list[int]]  # of each record
 
 
-def _read_part(file: Path, label_count: int | None, problems: Problems) -> _Part:
+def _unpacked(file: Path) -> tuple[bytes, int]:
+    """Return the text of a file without its byte order mark, and the size of the file."""
     data = read_bytes(file)
+    size = len(data)
+    if file.suffix.lower() == ".gz":
+        most = max(MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO * size)
+        try:
+            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(most + 1)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{file} must be a complete gzip file, got {reason(error)}") from error
+        if len(data) > most:
+            raise DataError(
+                f"{file} must not unpack to more than {MAX_UNPACKED_RATIO} times its size, got "
+                f"more than {most} bytes from {size}"
+            )
+    return data.removeprefix(codecs.BOM_UTF8), size
+
+
+def _read_part(file: Path, split: str, label_count: int | None, problems: Problems) -> _Part:
+    data, size = _unpacked(file)
     lines = [
         (number, line)
         for number, line in enumerate(data.split(b"\n"), 1)
         if line.partition(b"#")[0].strip()  # others are no records to scikit-learn either
     ]
+    width = None
+    if lines and (header := _HEADER.fullmatch(lines[0][1])) is not None:
+        count, width, labels_in_all = map(int, header.groups())
+        label_count = labels_in_all if label_count is None else label_count
+        lines = lines[1:]
+        if len(lines) != count:
+            problems.add(
+                f"{file}, line 1: the header must count the records, got {count}, found "
+                f"{len(lines)} lines that are not blank"
+            )
     if b"_" in data:  # Python would take 1_0 as 10
         lines = [entry for entry in lines if _has_plain_numbers(file, entry, problems)]
     try:
@@ -119,7 +198,7 @@ def _read_part(file: Path, label_count: int | None, problems: Problems) -> _Part
         sets.append([int(label) for label in labels[row]])
     if len(kept) < len(lines):
         features = features[kept]
-    return _Part(file, len(data), [lines[row][0] for row in kept], features, sets)
+    return _Part(file, split, size, width, [lines[row][0] for row in kept], features, sets)
 
 
 def _parse(lines: Sequence[tuple[int, bytes]]) -> tuple[Any, list[tuple[float, ...]]]:
@@ -159,7 +238,10 @@ def _label_problem(labels: tuple[float, ...], label_count: int | None) -> str | 
         if not 0 <= label < 2**31 or label != int(label):
             return f"labels must be whole numbers from 0, got {label:g}"
         if label_count is not None and label >= label_count:
-            return f"labels must be in 0..{label_count - 1} as in the vocabulary, got {label:g}"
+            return (
+                f"labels must be in 0..{label_count - 1} as in the vocabulary or header, got "
+                f"{label:g}"
+            )
         if label in seen:
             return f"labels must be unique, got {label:g} twice"
         seen.add(label)
