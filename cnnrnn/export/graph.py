@@ -10,7 +10,6 @@ Letters: B images, N live paths, T the longest path, L labels, H recurrent width
 from __future__ import annotations
 
 import copy
-import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -69,8 +68,8 @@ class _State(NamedTuple):
     done_scores: Tensor  # [B, N], best first
     done_labels: Tensor  # [B, N, T]
     visited: Tensor  # [B, L] probability that a live path is followed by each label
-    log_mass: Tensor  # [B] of all complete paths
-    shares: Tensor  # [B, L] of it, those that hold each label
+    peak: Tensor  # [B, 1] the best score of all complete paths
+    masses: Tensor  # [B, 1+L] over e^peak: of all complete paths, and of those that hold each label
     accepting: Tensor  # [B] bool; False once a literal stop has fixed the result
     marked: Tensor  # [B] bool, a value was not finite that could have changed the result
 
@@ -83,16 +82,6 @@ def top(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     largest, places = values.topk(count, dim=1)
     return largest, places
-
-
-def log_sum(values: Tensor) -> Tensor:
-    """Return log(sum(exp)) of rows, -inf where all are: [B, n] to [B].
-
-    ONNX's ReduceLogSumExp does not say what it makes of a row of -inf.
-    """
-    most = values.amax(1, keepdim=True)
-    most = most.masked_fill(most == -torch.inf, 0.0)
-    return (values - most).exp().sum(1).log() + most[:, 0]
 
 
 class PathSearch(nn.Module):
@@ -189,8 +178,8 @@ class PathSearch(nn.Module):
             done_scores=torch.full_like(begin, -torch.inf).expand(-1, N),
             done_labels=torch.full_like(begin, PAD, dtype=torch.int64)[:, :, None].expand(-1, N, T),
             visited=torch.zeros_like(begin).expand(-1, self.num_labels),
-            log_mass=torch.full_like(begin, -torch.inf)[:, 0],
-            shares=torch.zeros_like(begin).expand(-1, self.num_labels),
+            peak=torch.full_like(begin, torch.finfo(begin.dtype).min),  # finite: -inf - -inf is NaN
+            masses=torch.zeros_like(begin).expand(-1, 1 + self.num_labels),
             accepting=finite | True,
             marked=~finite,
         )
@@ -204,9 +193,9 @@ class PathSearch(nn.Module):
         # Paths of length T can only end, at log-probability 0, unless they lack present labels.
         last, last_labels = state.scores[:, : self.places], state.labels[:, : self.places]
         scores, labels = self._merged(state, last, last_labels)
-        log_mass, shares = self._complete(state, last, self._held(last_labels))
+        peak, masses = self._complete(state, last, self._held(last_labels))
+        shares = masses[:, 1:] / masses[:, :1]  # NaN where no path was found
         marginals = torch.where(images.given[:, None], shares, state.visited)
-        unfit = images.given & (log_mass == -torch.inf)
         marked = state.marked[:, None]
         absent = scores == -torch.inf
         lengths = (labels != PAD).sum(2).masked_fill(absent | marked, 0)
@@ -214,8 +203,8 @@ class PathSearch(nn.Module):
             labels=labels.masked_fill((absent | marked)[:, :, None], PAD),
             lengths=lengths,
             log_probs=scores.masked_fill(marked, torch.nan),
-            marginals=marginals.masked_fill(marked | unfit[:, None], torch.nan),
-            log_evidence=log_mass.masked_fill(state.marked, torch.nan),
+            marginals=marginals.masked_fill(marked, torch.nan),
+            log_evidence=(masses[:, 0].log() + peak[:, 0]).masked_fill(state.marked, torch.nan),
         )
 
     def _loop(self, state: _State, images: _Images) -> _State:
@@ -251,7 +240,7 @@ class PathSearch(nn.Module):
         )  # [B, P, L+1]
         new = extended[:, :W, :L]  # where nothing is known all paths are in the first bank
         if self.search.order == "free" and not first:  # what a path holds may follow again
-            new = new.masked_fill(held[:, :W], -torch.inf)
+            new = new.masked_fill(held[:, :W, 1:] > 0, -torch.inf)
         visited = state.visited + new.exp().sum(1)
         floor_before = self._floor(state.done_scores, state.accepting)
 
@@ -276,7 +265,7 @@ class PathSearch(nn.Module):
             finished, finished_labels = extended[:, :W, L], state.labels[:, :W]
             finished_held = held[:, :W]
         done_scores, done_labels = self._merged(state, finished, finished_labels)
-        log_mass, shares = self._complete(state, finished, finished_held)
+        peak, masses = self._complete(state, finished, finished_held)
 
         accepting = state.accepting
         if self.search.stop == "literal":
@@ -288,11 +277,12 @@ class PathSearch(nn.Module):
         )
         marked = state.marked | (bad & could_enter).any(1)
         settled = scores.amax(1) <= self._floor(done_scores, accepting)
-        live_mass = log_sum(scores[:, :W])
-        if images.banks is not None:
-            live_mass = torch.where(images.given, log_sum(scores), live_mass)
-        most = torch.where(images.given, log_mass, 0.0)
-        stopped = settled & (live_mass < most + math.log(LIVE_MASS_FLOOR))
+        given = images.given[:, None]
+        live_mass = (scores - torch.where(given, peak, 0.0)).exp()
+        if images.banks is not None:  # bank by bank: zeros change no bit of the first one's sum
+            live_mass = live_mass.reshape(B, images.banks.shape[0], W).sum(2)
+        most = torch.where(given, masses[:, :1], 1.0)[:, 0]
+        stopped = settled & (live_mass.sum(1) < LIVE_MASS_FLOOR * most)
         scores = scores.masked_fill(stopped[:, None], -torch.inf)
 
         position = torch.arange(self.max_labels, device=label.device)
@@ -305,8 +295,8 @@ class PathSearch(nn.Module):
             done_scores=done_scores,
             done_labels=done_labels,
             visited=visited,
-            log_mass=log_mass,
-            shares=shares,
+            peak=peak,
+            masses=masses,
             accepting=accepting,
             marked=marked,
         )
@@ -377,7 +367,8 @@ class PathSearch(nn.Module):
         """Return which labels the order lets follow each live path: [B, P, L] bool."""
         if self.search.order == "increasing":
             return self._above_last(state)
-        return ~held if self.search.order == "unique" else torch.ones_like(held)
+        of_labels = held[:, :, 1:]
+        return of_labels == 0 if self.search.order == "unique" else of_labels >= 0
 
     def _above_last(self, state: _State) -> Tensor:
         labels = torch.arange(self.num_labels, device=state.labels.device)
@@ -393,7 +384,7 @@ class PathSearch(nn.Module):
             return images.present.sum(1, keepdim=True), present
         bank = images.banks[:, None].expand(-1, self.places).flatten()
         increasing = self.search.order == "increasing"
-        lacking = present & (self._above_last(state) if increasing else ~held)
+        lacking = present & (self._above_last(state) if increasing else held[:, :, 1:] == 0)
         return bank.expand(held.shape[0], -1), lacking
 
     def _barred(
@@ -412,10 +403,10 @@ class PathSearch(nn.Module):
         return torch.cat([barred, (bank > 0)[:, :, None]], dim=2)
 
     def _held(self, labels: Tensor) -> Tensor:
-        """Return which labels are on each path: [B, P, T] to [B, P, L] bool."""
-        columns = labels + 1  # the first column takes the padding
-        held = torch.zeros(*labels.shape[:2], self.num_labels + 1, device=columns.device)
-        return held.scatter(2, columns, 1.0)[:, :, 1:] > 0
+        """Return 1, and 1 for labels on each path, else 0: [B, P, T] to [B, P, 1+L]."""
+        columns = nn.functional.pad(labels + 1, (0, 1))  # the first column takes the padding, too
+        held = self.label_gates.new_zeros(*labels.shape[:2], 1 + self.num_labels)
+        return held.scatter(2, columns, 1.0)
 
     def _extended(
         self, state: _State, rows: Tensor, label: Tensor, first: bool
@@ -454,14 +445,12 @@ class PathSearch(nn.Module):
         self,
         state: _State,
         finished: Tensor,  # [B, n]
-        held: Tensor,  # [B, n, L]
+        held: Tensor,  # [B, n, 1+L]
     ) -> tuple[Tensor, Tensor]:
-        """Add paths that end: return the log of all complete ones' mass [B] and shares [B, L]."""
-        log_mass = log_sum(torch.cat([state.log_mass[:, None], finished], dim=1))
-        most = log_mass.masked_fill(log_mass == -torch.inf, 0.0)[:, None]
-        kept = (state.log_mass[:, None] - most).exp()
-        new = (finished - most).exp()[:, None] @ held.to(finished.dtype)
-        return log_mass, state.shares * kept + new[:, 0]
+        """Add paths that end to `peak` and `masses` of a state."""
+        peak = torch.maximum(state.peak, finished.amax(1, keepdim=True))
+        new = (finished - peak).exp()[:, None] @ held  # [B, 1, 1+L]
+        return peak, state.masses * (state.peak - peak).exp() + new[:, 0]
 
     def _floor(self, done_scores: Tensor, accepting: Tensor) -> Tensor:
         """Return the score at or below which a live path cannot enter the result: [B]."""

@@ -81,12 +81,12 @@ def exported(tmp_path_factory):
 
 
 @torch.no_grad()
-def by_reference(model, features, **changes):
+def by_reference(model, features, evidence=None, **changes):
     search = replace(model.search, **changes)
     embedding, _ = model.head.embed_with_label_scores(features)
     return reference.beam_search(
         model.head, embedding, search, max_labels=resolve_max_labels(model.head, search),
-        marginals=True,
+        marginals=True, evidence=evidence,
     )  # fmt: skip
 
 
@@ -264,10 +264,12 @@ def test_float16_keeps_the_labels_of_clear_cases(tmp_path, pictures_file):
     pictures = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3), dtype=np.uint8)
     whole, half = OnnxPredictor(pictures_file), OnnxPredictor(tmp_path / "half.onnx")
     assert (tmp_path / "half.onnx").stat().st_size < 0.7 * pictures_file.stat().st_size
-    for mine, theirs in zip(half.predict(pictures), whole.predict(pictures), strict=True):
-        assert mine.scores == pytest.approx(theirs.scores, abs=0.02)
-        lead = theirs.paths[0][1] - theirs.paths[1][1]
-        assert mine.labels == theirs.labels or lead < 0.05
+    for known in ([], ["label 3"]):
+        found, expected = (one.predict(pictures, known=known) for one in (half, whole))
+        for mine, theirs in zip(found, expected, strict=True):
+            assert mine.scores == pytest.approx(theirs.scores, abs=0.02)
+            lead = theirs.paths[0][1] - theirs.paths[1][1]
+            assert mine.labels == theirs.labels or lead < 0.05
 
 
 def test_normalised_pictures_of_any_size(tmp_path):
@@ -280,10 +282,13 @@ def test_normalised_pictures_of_any_size(tmp_path):
         normal = normalize(images, model.backbone.preprocessing)
         with torch.no_grad():
             features = model.features(normal)
-        found = predictor.run(normal)
-        expected = by_reference(model, features)
-        assert torch.equal(found["labels"], expected.labels)
-        torch.testing.assert_close(found["log_probs"], expected.log_probs, rtol=1e-4, atol=1e-4)
+        evidence = torch.zeros(3, L, dtype=torch.int8)
+        evidence[0, 2], evidence[1, 4] = 1, -1
+        for known in (None, evidence):
+            found = predictor.run(normal, evidence=known)
+            expected = by_reference(model, features, known)
+            assert torch.equal(found["labels"], expected.labels)
+            torch.testing.assert_close(found["log_probs"], expected.log_probs, rtol=1e-4, atol=1e-4)
     floats = torch.rand(3, 3, 16, 16)
     assert [p.labels for p in predictor.predict(floats)] == [
         p.labels for p in model.predict(floats)
