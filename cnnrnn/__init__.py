@@ -9,7 +9,7 @@ from cnnrnn import _build_check as _build_check
 
 if TYPE_CHECKING:
     from cnnrnn import metrics
-    from cnnrnn.api import load, predict, predict_features, predict_iter, train
+    from cnnrnn.api import evaluate, load, predict, predict_features, predict_iter, train
     from cnnrnn.config import ModelConfig, Preprocessing, SearchConfig, TrainConfig
     from cnnrnn.data import BadImageError, DataError, Dataset, load_dataset
     from cnnrnn.export import OnnxModelError, OnnxPredictor, ProviderError, export_onnx
@@ -43,6 +43,7 @@ _HOMES = {
     "SearchResult": "cnnrnn.search",
     "TrainConfig": "cnnrnn.config",
     "beam_search": "cnnrnn.search",
+    "evaluate": "cnnrnn.api",
     "export_onnx": "cnnrnn.export",
     "load": "cnnrnn.api",
     "load_dataset": "cnnrnn.data",
@@ -74,6 +75,7 @@ __all__ = [
     "TrainConfig",
     "__version__",
     "beam_search",
+    "evaluate",
     "export_onnx",
     "load",
     "load_dataset",

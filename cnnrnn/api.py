@@ -1,4 +1,4 @@
-"""The calls with a model named: `load`, `predict` and what goes with it; and `train`."""
+"""The calls with a model named: `load`, `predict` and what goes with it; `train` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from cnnrnn.config import (
 )
 from cnnrnn.data import Dataset
 from cnnrnn.data.splits import describe_splits
+from cnnrnn.evaluation import Evaluation
+from cnnrnn.evaluation import evaluate as measure
 from cnnrnn.machine.devices import resolve_device
 from cnnrnn.model.classifier import CNNRNN, load_checkpoint
 from cnnrnn.model.ensemble import Ensemble, load_model
@@ -145,7 +147,7 @@ def train(
     *,
     out: str | Path,
     model: ModelConfig | None = None,
-    config: TrainConfig | None = None,
+    train: TrainConfig | None = None,
     search: SearchConfig | None = None,
     resume: bool = False,
     say: Callable[[str], None] = _log.info,
@@ -156,7 +158,7 @@ def train(
         dataset: images or features with their labels, of `load_dataset` or made by `Dataset`.
         out: folder for the run; created if missing.
         model: the architecture; by default `ModelConfig()`.
-        config: the recipe; by default `TrainConfig()`.
+        train: the recipe; by default `TrainConfig()`.
         search: the search; by default `SearchConfig()`.
         resume: resume after the last epoch that the run in `out` finished, or start it.
         say: gets what each split is used for, a line per epoch and notable facts; by default they
@@ -172,7 +174,7 @@ def train(
     """
     from cnnrnn.training.run import train as train_run
 
-    config = config or TrainConfig()
+    config = train or TrainConfig()
     result = train_run(
         dataset,
         Path(out),
@@ -184,6 +186,53 @@ def train(
         say=say,
     )
     return result.model
+
+
+def evaluate(
+    dataset: Dataset,
+    model: CNNRNN | Ensemble | str | Path,
+    *,
+    split: str | None = None,
+    device: str | None = None,
+    k: int | None = 3,
+    search: SearchConfig | None = None,
+    min_labels: int | None = None,
+    revealed: int | None = None,
+    batch_size: int = 128,
+    workers: int | None = None,
+    on_bad_image: OnBadImage = "error",
+) -> Evaluation:
+    """Measure a model on labelled images or features, as `cnnrnn evaluate` does.
+
+    Args:
+        dataset: of `load_dataset` or made by `Dataset`.
+        model: a model, an ensemble or a checkpoint folder; what is loaded here goes to the `auto`
+            device unless `device` names another.
+        split: of the dataset; all of it by default.
+        device: where to run.
+        k: also measure sets cut to k labels.
+        search: the model's own by default.
+        min_labels: every set and every path has at least so many labels; None for what validation
+            data decided, and the search's own.
+        revealed: also draw so many true labels of each image that has more, and measure the other
+            labels, with the drawn ones known and without.
+        batch_size: images per step.
+        workers: threads that decode; one per core by default, up to 8.
+        on_bad_image: `skip` leaves unreadable images out and warns with their count.
+
+    Returns:
+        `metrics` by decision and metric, `nll` and more.
+
+    Raises:
+        DataError: the dataset is empty, or does not fit the model.
+        ValueError: `revealed` is below 1.
+    """
+    return measure(
+        resolve_model(model, device),
+        dataset if split is None else dataset.split(split),
+        k=k, search=search, min_labels=min_labels, revealed=revealed,
+        batch_size=batch_size, workers=workers, on_bad_image=on_bad_image,
+    )  # fmt: skip
 
 
 def load(path: str | Path | None = None, *, device: str = "cpu") -> CNNRNN | Ensemble:
