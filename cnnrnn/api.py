@@ -25,6 +25,7 @@ from cnnrnn.data.splits import describe_splits
 from cnnrnn.evaluation import Evaluation
 from cnnrnn.evaluation import evaluate as measure
 from cnnrnn.machine.devices import resolve_device
+from cnnrnn.machine.distributed import join
 from cnnrnn.model.classifier import CNNRNN, load_checkpoint
 from cnnrnn.model.ensemble import Ensemble, load_model
 from cnnrnn.prediction.known import Names
@@ -152,10 +153,10 @@ def train(
     resume: bool = False,
     say: Callable[[str], None] = _log.info,
 ) -> CNNRNN:
-    """Train a model, as `cnnrnn train` does.
+    """Train a model, as `cnnrnn train` does one; under torchrun in several processes.
 
     Args:
-        dataset: images or features with their labels, of `load_dataset` or made by `Dataset`.
+        dataset: images with their labels, made by `Dataset`; these or features, of `load_dataset`.
         out: folder for the run; created if missing.
         model: the architecture; by default `ModelConfig()`.
         train: the recipe; by default `TrainConfig()`.
@@ -170,21 +171,25 @@ def train(
     Raises:
         DataError: the data lacks a usable training split.
         ValueError: the options leave nothing to train, or do not fit the data.
+        ResumeError: the run in `out` cannot be resumed with these options and data.
+        NonFiniteLossError: the loss is no longer finite.
         ModuleNotFoundError: an option needs an extra that is not installed.
     """
     from cnnrnn.training.run import train as train_run
 
     config = train or TrainConfig()
-    result = train_run(
-        dataset,
-        Path(out),
-        model or ModelConfig(),
-        search or SearchConfig(),
-        config,
-        resume=resume,
-        on_start=lambda: say(describe_splits(dataset, config)),
-        say=say,
-    )
+    with join(resolve_device(config.device)) as ranks:
+        result = train_run(
+            dataset,
+            Path(out),
+            model or ModelConfig(),
+            search or SearchConfig(),
+            config,
+            resume=resume,
+            on_start=lambda: say(describe_splits(dataset, config)),
+            say=say,
+            ranks=ranks,
+        )
     return result.model
 
 

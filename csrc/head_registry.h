@@ -91,6 +91,7 @@ class HeadRegistry {
     c10::weak_intrusive_ptr<c10::StorageImpl> storage;
     const void* data;
     int64_t version;
+    at::ScalarType type;
     std::vector<int64_t> sizes, strides;
   };
   struct Kept {
@@ -126,8 +127,12 @@ class HeadRegistry {
       if (tensors[i] == nullptr) continue;
       const at::Tensor& tensor = *tensors[i];
       if (tensor.is_inference()) return std::nullopt;
-      kept.weights[i] = TensorKey{tensor.storage().getWeakStorageImpl(), tensor.data_ptr(),
-                                  tensor._version(), tensor.sizes().vec(), tensor.strides().vec()};
+      kept.weights[i] = TensorKey{tensor.storage().getWeakStorageImpl(),
+                                  tensor.data_ptr(),
+                                  tensor._version(),
+                                  tensor.scalar_type(),
+                                  tensor.sizes().vec(),
+                                  tensor.strides().vec()};
     }
     return kept;
   }
@@ -152,7 +157,8 @@ class HeadRegistry {
     return !tensor.is_inference() &&
            key.storage._unsafe_get_target() == tensor.storage().unsafeGetStorageImpl() &&
            key.data == tensor.data_ptr() && key.version == tensor._version() &&
-           key.sizes == tensor.sizes() && key.strides == tensor.strides();
+           key.type == tensor.scalar_type() && key.sizes == tensor.sizes() &&
+           key.strides == tensor.strides();
   }
 
   // Whether a tensor that it was made of is no more.

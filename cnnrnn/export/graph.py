@@ -19,6 +19,7 @@ from cnnrnn.config import SearchConfig
 from cnnrnn.data.images import normalize
 from cnnrnn.labels import PAD
 from cnnrnn.model.classifier import CNNRNN
+from cnnrnn.network.cooccurrence import told
 from cnnrnn.network.head import Head, activated, chain_logits
 from cnnrnn.network.recurrence import lstm_state, paper_state
 from cnnrnn.search.checks import resolve_max_labels
@@ -488,7 +489,7 @@ class ExportedModel(nn.Module):
         self.trunk = copied.head.trunk
         self.image_projection = copied.head.image_projection
         self.label_classifier = copied.head.label_classifier
-        self.register_buffer("cooccurrence", copied.head.cooccurrence)
+        self.register_buffer("cooccurrence", copied.head.cooccurrence if max_known else None)
         self.input_kind = input_kind
         self.calibration = model.calibration
         self.dtype = torch.float16 if half else torch.float32
@@ -522,7 +523,7 @@ class ExportedModel(nn.Module):
         paths = self.search(joint, label_logits, min_labels, evidence, banks)
         known = evidence.long().expand(joint.shape[0], -1)
         if label_scores is not None and self.cooccurrence is not None:
-            label_scores = label_scores + (known == 1).float() @ self.cooccurrence
+            label_scores = told(label_scores, self.cooccurrence, known)
         scores = mixed_given(paths.marginals, label_scores, self.calibration, known)
         outputs = (*paths, scores, joint)
         return outputs if label_scores is None else (*outputs, label_scores)

@@ -28,7 +28,7 @@ from cnnrnn.search.checks import resolve_max_labels
 from cnnrnn.search.packed import head_parameters
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    from onnx import GraphProto, ModelProto
 
 OPSET = 20
 FORMAT = 4
@@ -88,10 +88,23 @@ def export_onnx(
     exported = ExportedModel(model, input_kind, search, loop, max_known, half).eval()
     proto = _exported(exported, model, input_kind, search, dynamic_size)
     _give_defaults(proto, search, len(model.labels))
+    _forget_the_exporter(proto.graph)
     del proto.metadata_props[:]
     metadata = _metadata(model, input_kind, precision, loop, search, max_known)
     onnx.helper.set_model_props(proto, metadata)
     _write(proto, path)
+
+
+def _forget_the_exporter(graph: GraphProto) -> None:
+    """Take off what names the exporter's source files on this machine: most of a small file."""
+    for part in (*graph.node, *graph.value_info, *graph.input, *graph.output):
+        del part.metadata_props[:]
+        part.doc_string = ""
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                _forget_the_exporter(attribute.g)
+    del graph.metadata_props[:]
 
 
 def _write(proto: ModelProto, path: Path) -> None:

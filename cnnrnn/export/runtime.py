@@ -303,6 +303,9 @@ class OnnxPredictor(Predictor):
             given["forbidden"] = forbidden
         if evidence is not None:
             given["evidence"] = evidence
+        for value in self._session.get_inputs():  # a file whose defaults were taken off
+            if value.name not in given:
+                given[value.name] = self._default(value.name)
         given = {name: tensor.to(device).contiguous() for name, tensor in given.items()}
         found = {name: self._empty(name, len(inputs), device) for name in names}
         if len(inputs):
@@ -373,6 +376,13 @@ class OnnxPredictor(Predictor):
             )
         return None, torch.where(forbidden, -1, evidence).to(torch.int8)
 
+    def _default(self, name: str) -> Tensor:
+        """Return an optional input that changes nothing."""
+        if name == "min_labels":
+            return torch.tensor(self.search_config.min_labels)
+        dtype = torch.bool if name == "forbidden" else torch.int8
+        return torch.zeros(1, len(self.labels), dtype=dtype)
+
     def _empty(self, name: str, batch: int, device: torch.device) -> Tensor:
         N, T, L = self.search_config.beam_size, self.max_labels, len(self.labels)
         shapes = dict(zip(OUTPUT_NAMES, ((N, T), (N,), (N,), (L,), (), (L,)), strict=False))
@@ -399,7 +409,7 @@ class OnnxPredictor(Predictor):
             embedding = ImageEmbedding(found["joint"], logits)
             result = search_given(self._head, embedding, search, evidence, on_nonfinite="mark")
             if label_scores is not None and evidence is not None:
-                label_scores = self._head.told(label_scores, evidence)
+                label_scores = self._head.told(label_scores.cpu(), evidence)
             return result.cpu(), label_scores
         names = [name for name in self._output_names if name not in ("scores", "joint")]
         present = [0] if evidence is None else (evidence == 1).sum(1).tolist()
@@ -524,8 +534,6 @@ def _search_head(values: dict[str, Any]) -> Head:
         tied_embedding="input_embedding" not in weights,
         score_bias="score_bias" in weights,
     )
-    if "cooccurrence" in weights:
-        head.cooccurrence = torch.zeros(head.num_labels, head.num_labels)
     missing, unexpected = head.load_state_dict(weights, strict=False)
     if unexpected or any(not name.startswith(_OF_IMAGES) for name in missing):
         raise ValueError(f"head: {unexpected or missing}")

@@ -14,6 +14,7 @@ from cnnrnn.export.graph import LABEL_SCORES
 
 if TYPE_CHECKING:
     import onnxruntime
+    from onnx import ModelProto
 
 Search = Literal["onnx", "native", "compiled"]  # compiled: what native was called
 PROVIDERS = {
@@ -131,6 +132,18 @@ def _provider(provider: str | tuple[str, dict[str, Any]]) -> tuple[str, dict[str
     return PROVIDERS.get(name, name), options
 
 
+def _give_no_evidence(model: ModelProto) -> None:
+    """Give a file without defaults the one that its label scores read: nothing is known."""
+    from onnx import TensorProto, helper
+
+    inputs = {value.name: value for value in model.graph.input}
+    names = {tensor.name for tensor in model.graph.initializer}
+    if "evidence" in inputs and "evidence" not in names:
+        L = inputs["evidence"].type.tensor_type.shape.dim[1].dim_value
+        nothing = helper.make_tensor("evidence", TensorProto.INT8, [1, L], [0] * L)
+        model.graph.initializer.append(nothing)
+
+
 def _embedding_part(path: Path) -> bytes:
     """Return the model up to the image's embedding, without the search."""
     try:
@@ -145,6 +158,7 @@ def _embedding_part(path: Path) -> bytes:
         model = onnx.load(path)
         names = [output.name for output in model.graph.output]
         kept = [name for name in ("joint", LABEL_SCORES) if name in names]
+        _give_no_evidence(model)
         part = Extractor(model).extract_model([model.graph.input[0].name], kept)
     except Exception as error:  # protobuf and onnx raise whatever they please
         reason = " ".join(str(error).split())[:300]

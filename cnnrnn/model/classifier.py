@@ -202,8 +202,6 @@ def _build(folder: Path, description: dict[str, Any]) -> CNNRNN:
         weights = load_file(folder / WEIGHTS_FILE)
         if description["format"] == 1:  # had no scaling of features
             weights.setdefault("head.trunk.feature_scale", head.trunk.feature_scale)
-        if "head.cooccurrence" in weights:  # only of a trained head
-            head.cooccurrence = torch.zeros(len(labels), len(labels))
         model.load_state_dict(weights)
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]

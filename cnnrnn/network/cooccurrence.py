@@ -10,6 +10,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+COUNTED_AT_ONCE = 8192  # images
+
+
+def told(label_scores: Tensor, cooccurrence: Tensor, evidence: Tensor) -> Tensor:
+    """Tell an independent classifier which labels are present.
+
+    Args:
+        label_scores: [n, L] its log-odds.
+        cooccurrence: [L, L] what a label that is present (its row) adds to those of the others.
+        evidence: [1 or n, L] integers, 1 where a label is known to be present.
+    """
+    return label_scores + (evidence == 1).to(label_scores.dtype) @ cooccurrence
+
 
 @dataclass(frozen=True, eq=False)
 class CoOccurrence:
@@ -38,16 +51,20 @@ class CoOccurrence:
             targets: [n, L] bool.
             smoothing: s, images that P(l) is worth; above 0.
         """
-        has = targets.double()
-        share = (has.sum(0) + 0.5) / (len(has) + 1)
-        both = has.T @ has
+        L = targets.shape[1]
+        counts, both = (torch.zeros(size, dtype=torch.float64, device=targets.device)
+                        for size in ((L,), (L, L)))  # fmt: skip
+        for part in targets.split(COUNTED_AT_ONCE):
+            has = part.double()
+            counts += has.sum(0)
+            both += has.T @ has
+        share = (counts + 0.5) / (len(targets) + 1)
 
         def added(together: Tensor, count: Tensor) -> Tensor:
             given = (together + smoothing * share) / (count[:, None] + smoothing)
             return given.clamp(1e-12, 1 - 1e-12).logit() - share.logit()
 
-        counts = has.sum(0)
-        return cls(added(both, counts), added(counts - both, len(has) - counts))
+        return cls(added(both, counts), added(counts - both, len(targets) - counts))
 
     def added(self, evidence: Tensor) -> Tensor:
         """Return what is added to the log-odds of each label: [n, L] int8 to [n, L] float64."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.nn import functional
 
 from cnnrnn.config import Activation, Cell, ModelConfig, Order
 from cnnrnn.labels import PAD, prefix_trie
-from cnnrnn.network.cooccurrence import CoOccurrence
+from cnnrnn.network.cooccurrence import CoOccurrence, told
 from cnnrnn.network.recurrence import LSTMRecurrence, PaperRecurrence, prefix_outputs
 from cnnrnn.network.sampling import Samples, sample_sets
 
@@ -266,6 +267,15 @@ class Head(nn.Module):
         """
         self.cache_generation += 1
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        """Take counts, or none, from whatever head: a new one has none."""
+        there = f"{prefix}cooccurrence" in state_dict
+        L = self.num_labels
+        self.cooccurrence = self.label_embedding.new_zeros(L, L) if there else None
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     def train(self, mode: bool = True) -> Head:
         """Change the mode; weights may have changed undetected when training ends."""
         if self.training and not mode:
@@ -344,8 +354,7 @@ class Head(nn.Module):
         """
         if self.cooccurrence is None:
             return label_scores
-        present = (evidence == 1).to(label_scores.device, self.cooccurrence.dtype)
-        return label_scores + present @ self.cooccurrence
+        return told(label_scores, self.cooccurrence, evidence.to(label_scores.device))
 
     def initial_state(self, count: int) -> tuple[Tensor, Tensor]:
         """Return the zero state before START: output [count, H] and cell [count, H]."""

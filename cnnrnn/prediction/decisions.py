@@ -28,7 +28,7 @@ from cnnrnn.metrics import (
 from cnnrnn.network.head import Head
 from cnnrnn.reveal import metrics_of_others, reveal
 from cnnrnn.search import SearchResult
-from cnnrnn.search.inference import _SMALLEST, Inference, infer, set_nll
+from cnnrnn.search.inference import SMALLEST_PROBABILITY, Inference, infer, set_nll
 
 MIX_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 FEW_POSITIVES = 5
@@ -175,7 +175,7 @@ class _Cuts(NamedTuple):
         A label with `strength` positives lies halfway.
         """
         own, common = (
-            cut.double().clamp(_SMALLEST, 1 - _SMALLEST).logit()
+            cut.double().clamp(SMALLEST_PROBABILITY, 1 - SMALLEST_PROBABILITY).logit()
             for cut in (self.own, self.own.new_tensor(self.common))
         )
         weight = self.positives / (self.positives + strength)

@@ -111,7 +111,7 @@ def _has_room_on_gpu(config: SearchConfig, marginals: bool, evidence: Tensor | N
     elif torch.compiler.is_compiling():  # what is known is not known yet
         return False
     else:
-        banks = 1 + (int((evidence == 1).sum(1).amax()) if evidence.numel() else 0)
+        banks = 1 + (int((evidence == 1).sum(-1).amax()) if evidence.numel() else 0)
     wide = evidence is not None or places > config.beam_size
     if not wide or banks * places <= _C.MAX_CUDA_PATHS:
         return True

@@ -22,7 +22,8 @@ SEARCH_BATCH = 4096
 NLL_BATCH = 512
 
 
-_SMALLEST = 1e-7
+SMALLEST_PROBABILITY = 1e-7
+"""Before it becomes a logit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,7 +214,7 @@ def mixed_scores(marginals: Tensor, label_scores: Tensor | None, weight: float) 
         return marginals
     if weight == 1:
         return label_scores.sigmoid()
-    logits = marginals.clamp(_SMALLEST, 1 - _SMALLEST).logit()
+    logits = marginals.clamp(SMALLEST_PROBABILITY, 1 - SMALLEST_PROBABILITY).logit()
     return ((1 - weight) * logits + weight * label_scores).sigmoid()
 
 

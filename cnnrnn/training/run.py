@@ -353,7 +353,7 @@ class _Run:
             model = load_checkpoint(self.out / "best").to(model.device)
         features, targets = split_features(model, self.val, self.config)
         inference = infer(model.head, features, model.search)
-        kept, counted = model.calibration, model.head.cooccurrence is not None
+        kept, had_counts = model.calibration, model.head.cooccurrence is not None
         model.head.count_cooccurrence(self.training.targets)
         model.calibration = calibrate_known(
             model.head,
@@ -363,8 +363,8 @@ class _Run:
             calibrate(inference, targets, self._in_training()),
         )
         if self.ranks.first:
-            counted |= model.head.cooccurrence is None
-            if model.calibration != kept or not counted:  # a run that had ended has these
+            has_new_counts = model.head.cooccurrence is not None and not had_counts
+            if model.calibration != kept or has_new_counts:  # a run that had ended has these
                 model.save(self.out / "best")
             recurrent = model.head.recurrence.weight_hh.detach()
             warn_if_not_learned(inference.sets, targets, recurrent if trained else None)

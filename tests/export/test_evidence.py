@@ -262,6 +262,21 @@ def test_more_than_the_file_takes(pair, pictures):
     assert np.array_equal(raw["labels"][[0, 2]], expected["labels"][[0, 2]].numpy())
 
 
+def test_a_file_whose_defaults_were_taken_off(pair, pictures, tmp_path):
+    model, file = pair
+    proto = onnx.load(file)
+    kept = [t for t in proto.graph.initializer if t.name not in ("evidence", "min_labels")]
+    assert len(kept) == len(proto.graph.initializer) - 2
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(kept)
+    onnx.save(proto, tmp_path / "model.onnx")
+    for search in ("onnx", "native"):
+        predictor = OnnxPredictor(tmp_path / "model.onnx", search=search, threads=1)
+        for known in ([], [model.labels[1]]):
+            found = predictor.predict(pictures, known=known)
+            assert_same_predictions(found, model.predict(pictures, known=known))
+
+
 def test_forbidden_labels_are_absent_ones(pair, pictures):
     model, file = pair
     first, second, *_ = model.labels

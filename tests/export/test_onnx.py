@@ -215,6 +215,7 @@ def test_a_file_is_checked_complete_and_describes_itself(pictures_file):
         "label_scores": ["batch", L],
     }
     model = picture_model()
+    assert b"graph.py" not in proto.SerializeToString()  # no traces of the exporter's machine
     metadata = {prop.key: prop.value for prop in proto.metadata_props}
     assert json.loads(metadata["labels"]) == list(model.labels)
     assert json.loads(metadata["preprocessing"])["image_size"] == 16

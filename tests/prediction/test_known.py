@@ -318,3 +318,13 @@ def test_pairs_of_too_many_labels_are_not_counted():
     head = Head(MOST_COUNTED_LABELS + 1, 2, 2, 2, chain_term=True)
     head.count_cooccurrence(torch.zeros(1, head.num_labels, dtype=torch.bool))
     assert head.cooccurrence is None
+
+
+def test_heads_with_and_without_counts_take_each_others_weights():
+    counted, plain = (Head(5, 2, 2, 2, chain_term=True) for _ in range(2))
+    counted.count_cooccurrence(torch.rand(20_000, 5) < 0.4)
+    other = Head(5, 2, 2, 2, chain_term=True)
+    other.load_state_dict(counted.state_dict())
+    assert torch.equal(other.cooccurrence, counted.cooccurrence)
+    other.load_state_dict(plain.state_dict())
+    assert other.cooccurrence is None

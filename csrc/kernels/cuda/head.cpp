@@ -50,29 +50,32 @@ int64_t live_paths(const SearchPass& pass) {
   return pass.banked ? kMaxCudaPaths : pass.rules.options.beam_size;
 }
 
-// Images of one call, by how they are searched.
+// Images of one call, by how they are searched. Where nothing is known of any, both lists are empty
+// and all are searched alike.
 struct Groups {
-  std::vector<int32_t> given, others;  // those of which something is known; where none is, neither
-  int places = 0;                      // of a bank
-  int beam_size = 0;
-
-  bool banked() const { return !given.empty() || places > beam_size; }
+  std::vector<int32_t> given, others;
+  int places;  // of a bank
+  bool banked;
+  int64_t live;  // paths of an image, at most
 };
 
 Groups group_images(const SearchOptions& options, const ImageEmbeddings& images, int64_t L) {
-  Groups groups;
-  groups.beam_size = options.beam_size;
+  Groups groups{};
   groups.places = std::max(options.places, options.beam_size);
   int64_t most_present = 0;
+  bool is_given = false;
   for (int64_t image = 0; images.evidence != nullptr && image < images.batch; ++image) {
-    const int8_t* const known = evidence_of(images, image);
-    const bool is_given = std::any_of(known, known + L, [](int8_t value) { return value != 0; });
+    if (image == 0 || images.evidence_stride != 0) {  // else all share one row
+      const int8_t* const known = evidence_of(images, image);
+      is_given = std::any_of(known, known + L, [](int8_t value) { return value != 0; });
+      most_present = std::max<int64_t>(most_present, std::count(known, known + L, int8_t{1}));
+    }
     (is_given ? groups.given : groups.others).push_back(static_cast<int32_t>(image));
-    most_present = std::max<int64_t>(most_present, std::count(known, known + L, int8_t{1}));
   }
   if (groups.given.empty()) groups.others.clear();
-  const int64_t live = (most_present + 1) * groups.places;
-  if (groups.banked() && live > kMaxCudaPaths) {
+  groups.banked = !groups.given.empty() || groups.places > options.beam_size;
+  groups.live = groups.banked ? (most_present + 1) * groups.places : options.beam_size;
+  if (groups.live > kMaxCudaPaths) {
     throw std::invalid_argument(
         std::to_string(most_present) + " known labels need " + std::to_string(most_present + 1) +
         " banks of " + std::to_string(groups.places) + " live paths an image, and a GPU has room " +
@@ -177,12 +180,13 @@ SearchStats CudaHead::search(const SearchOptions& options, const ImageEmbeddings
   const int64_t L = head_.num_labels;
   if (B == 0) return {};
   const Groups groups = group_images(options, images, L);
-  const int64_t most_live = groups.banked() ? kMaxCudaPaths : N;
-  const int64_t image_nodes = 1 + most_live * std::max<int64_t>(T - 1, 0);
+  const int64_t image_nodes = 1 + groups.live * std::max<int64_t>(T - 1, 0);
   if (image_nodes > std::min(head_.node_capacity, head_.parent_capacity)) {
     throw std::invalid_argument(
-        "one image may need " + std::to_string(image_nodes) + " prefix states (beam_size " +
-        std::to_string(N) + ", max_labels " + std::to_string(T) + "), and the table holds " +
+        "one image may need " + std::to_string(image_nodes) + " prefix states (" +
+        (groups.banked ? std::to_string(groups.live) + " live paths, max_labels "
+                       : "beam_size " + std::to_string(N) + ", max_labels ") +
+        std::to_string(T) + "), and the table holds " +
         std::to_string(std::min(head_.node_capacity, head_.parent_capacity)) +
         "; raise head.prefix_bytes");
   }
@@ -207,7 +211,7 @@ SearchStats CudaHead::search(const SearchOptions& options, const ImageEmbeddings
   pass.images = images;
   pass.images.evidence = nullptr;
   pass.output = output;
-  pass.parked_beams = memory->allocate(B * parked_beam_bytes(options.beam_size, groups.banked()));
+  pass.parked_beams = memory->allocate(B * parked_beam_bytes(options.beam_size, groups.banked));
   // From here on all is in the stream's order: an allocation that fails leaves nothing behind.
   check_cuda(cudaMemsetAsync(&head_.counts->call, 0, sizeof(CallCounts), stream),
              "clearing counts");

@@ -3,8 +3,7 @@
 // A warp owns some images, as many as have 32 live paths together, or half of them where a batch is
 // too small to fill the device. A lane owns a path, so that whatever an image decides stays within
 // a warp and no block-wide barrier is needed. In each step
-// - each lane looks up the prefix of its path in the table (warp_state.h). Paths that are to
-// be
+// - each lane looks up the prefix of its path in the table (warp_state.h). Paths that are to be
 //   scored are dealt out to tiles of 16 rows, one tile after the other, and the warp gathers
 //   h(U_o o + e) of a tile (tile_scores.h);
 // - labels go by in panels of 32, which label_scores.h multiplies, exactly in fp32 or fast in

@@ -143,6 +143,7 @@ __device__ void write_path(const DeviceHead& head, const BeamRules& rules,
     labels[t] = head.node_label[node];
   }
 }
+
 // Ends a step: what the outcome of lane m's image asks for.
 template <typename S, int kCapacity>
 __device__ void end_step(const DeviceHead& head, const SearchPass& pass,

@@ -1,6 +1,6 @@
 // How a warp scores the labels of a tile, up to 16 of its paths: gathers h(U_o o + e), completes
-// the panels that label_scores.h multiplies, ends their softmax, and adds marginals. Device
-// code.
+// the panels that label_scores.h multiplies, ends their softmax, and adds marginals.
+// Device code.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -296,6 +296,12 @@ def test_a_table_that_cannot_hold_one_image_is_refused(library, head):
                                            r"max_labels 40\), and the table holds 512; raise "
                                            r"head.prefix_bytes"):  # fmt: skip
         search_with(small, images(head, 1, 1), config, 40)
+    # With a known label it is by its banks: one here.
+    evidence = torch.zeros(1, 40, dtype=torch.int8)
+    evidence[0, 3] = -1
+    narrow = SearchConfig(beam_size=1, max_labels=20)
+    found = search_with(small, images(head, 1, 1), narrow, 20, evidence=evidence)
+    assert 3 not in found[0] and found[2].isfinite().all()
 
 
 def test_generations_start_over(library, head):
