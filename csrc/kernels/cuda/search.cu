@@ -49,7 +49,8 @@ namespace {
 
 constexpr int kLeastWarps = 4, kMostWarps = 8;  // of a block
 constexpr int kBlocksEach = 2;                  // of a multiprocessor
-// As many as the registers must allow: the shared memory of some holds one block in any case.
+// As many as the registers must allow: the shared memory of some holds one block in any case, and
+// so does that of all where a warp has an image with banks.
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890)
 constexpr int kBlocksWithin = 1;
 #else
@@ -146,7 +147,8 @@ __device__ __forceinline__ void for_each_chunk(const DeviceHead& head, unsigned 
 
 // `staged`: panels in shared memory at once; all of them where kResident.
 template <typename S, int kCapacity, bool kResident>
-__global__ void __launch_bounds__(kMostWarps* kWarpLanes, kBlocksWithin)
+__global__ void __launch_bounds__(kMostWarps* kWarpLanes,
+                                  kCapacity == kBankedPaths ? 1 : kBlocksWithin)
     search_warps(DeviceHead head, SearchPass pass, WarpShape shape, int staged) {
   constexpr int kJoint = kResident ? kResidentJoint : 0;
   constexpr bool kBanked = kCapacity == kBankedPaths;

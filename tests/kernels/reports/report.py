@@ -80,10 +80,11 @@ def within_bounds(kernel: Kernel, architecture: int) -> bool:
     """Whether a kernel keeps to what its header promises.
 
     Two blocks of 256 threads of the search, three of the product, fit the 65,536 registers of a
-    multiprocessor; of the search one on 8.6 and 8.9, which have shared memory for one. Streamed
-    panels may spill a few registers on 8.0.
+    multiprocessor; of the search one on 8.6 and 8.9, which have shared memory for one, as all have
+    for banks. Streamed panels may spill a few registers on 8.0.
     """
-    blocks = (1 if architecture in (86, 89) else 2) if kernel.name.startswith("search_warps") else 3
+    one = architecture in (86, 89) or ", 32, " in kernel.name
+    blocks = (1 if one else 2) if kernel.name.startswith("search_warps") else 3
     most = min(255, 65536 // (256 * blocks) // 8 * 8)
     spills = 40 if "streamed" in kernel.name else 0
     return kernel.registers <= most and kernel.stack <= spills and kernel.spills <= spills

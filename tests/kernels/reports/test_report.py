@@ -21,6 +21,7 @@ def test_kernels_neither_spill_nor_leave_too_few_registers(tmp_path):
         for beam in ("4", "16"):
             for panels in ("resident", "streamed"):
                 assert f"search_warps<{precision}, {beam}, {panels}>" in kernels
+        assert f"search_warps<{precision}, 32, streamed>" in kernels  # banks
     assert {"multiply_rows", "step_cells"} <= set(kernels)
     for kernel in kernels.values():
         assert report.within_bounds(kernel, 90), kernel
