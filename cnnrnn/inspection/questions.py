@@ -74,14 +74,14 @@ def next_questions(
     known by then.
 
     Args:
-        prediction: of `predict` with `known` and `absent`; its scores are of labels given these.
+        prediction: of `predict` with `known` and `absent`; its marginals are of labels given these.
         count: at most so many.
         least_gain: labels that are nearly certain are left out, whose answers tell less than this,
             in bits: by default those above 0.999 and below 0.001.
     """
-    scores = torch.tensor(list(prediction.scores.values()), dtype=torch.float64)
+    marginals = prediction.marginals
+    names, scores = list(marginals), torch.tensor(list(marginals.values()), dtype=torch.float64)
     gains = question_gains(scores, torch.zeros_like(scores)) / math.log(2)
-    names = list(prediction.scores)
     best = gains.argsort(descending=True, stable=True)[:count].tolist()
     telling = [i for i in best if gains[i] > least_gain]
     return [Question(names[i], float(scores[i]), float(gains[i])) for i in telling]
@@ -141,7 +141,7 @@ def ask(
         found = model.infer(features.to(model.device), search, evidence)
         rows.append(_certainty(asked, found, targets))
         if asked < questions:
-            label = choose(found.mixed(model.calibration), evidence)[:, None]
+            label = choose(found.mixed(0.0), evidence)[:, None]
             answers = torch.where(targets.gather(1, label), 1, -1).to(torch.int8)
             evidence.scatter_(1, label, answers)
     return rows

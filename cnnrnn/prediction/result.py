@@ -104,6 +104,17 @@ class Prediction:
         return dict(zip(self._names, self._batch.scores[self._row].tolist(), strict=True))
 
     @property
+    def marginals(self) -> dict[str, float]:
+        """Each label's probability by the label paths alone, with nothing mixed in; see `scores`.
+
+        Of an ensemble they are the scores.
+        """
+        if self._batch is None:
+            return {}
+        mixed = self._batch.inference.alone(self._row).mixed(0.0)[0]
+        return dict(zip(self._names, mixed.tolist(), strict=True))
+
+    @property
     def paths(self) -> list[tuple[tuple[str, ...], float]]:
         """The N best label paths with their log-probabilities, best first."""
         if self._batch is None:
