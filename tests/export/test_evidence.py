@@ -148,7 +148,7 @@ def check_random_file(seed, folder):
 
 
 def test_random_files_equal_the_float64_reference(tmp_path, request):
-    files = max(1, request.config.getoption("--searches") // 80)
+    files = max(1, request.config.getoption("--searches") // 200)
     found = [check_random_file(seed, tmp_path) for seed in range(files)]
     searches, excused = (sum(counts) for counts in zip(*found, strict=True))
     print(f"{files} files, {searches} searches, with an excused image {excused}")
