@@ -62,6 +62,10 @@ def random_model(seed):
     return model, {"loop": rng.random() < 0.5, "max_known": rng.choice([0, 1, 2, 4])}
 
 
+class TiedError(Exception):
+    """Paths of equal scores stand in another order, or others of them: nothing can be replayed."""
+
+
 class Searched:
     """A file in the place of a compiled head: what `replay.Pack` makes, for one batch."""
 
@@ -76,7 +80,11 @@ class Searched:
         if options[7]:  # of the same operations in torch
             search = predictor.search_config
             paths, trace = traced(self.head, joint, label_logits, search, evidence)
-            assert torch.equal(paths.labels, found["labels"]), "torch and ONNX Runtime differ"
+            if not torch.equal(paths.labels, found["labels"]):
+                torch.testing.assert_close(
+                    paths.log_probs, found["log_probs"], rtol=1e-6, atol=1e-6, equal_nan=True
+                )
+                raise TiedError
         names = ("labels", "lengths", "log_probs", "marginals")
         return (*(found[name] for name in names), trace, (0,) * 5, None, found["log_evidence"])
 
@@ -139,11 +147,14 @@ def check_random_file(seed, folder):
             embedding = head.embed(features)
         packed = Searched(predictor, head, features)
         for evidence in kinds_of_evidence(seed, head, batch, most):
-            excused += 0 < assert_search_equal(
-                head, embedding, predictor.search_config, marginals=True,
-                pack=lambda _, packed=packed: packed, evidence=evidence,
-            )  # fmt: skip
             searches += 1
+            try:
+                excused += 0 < assert_search_equal(
+                    head, embedding, predictor.search_config, marginals=True,
+                    pack=lambda _, packed=packed: packed, evidence=evidence,
+                )  # fmt: skip
+            except TiedError:
+                excused += 1
     return searches, excused
 
 
