@@ -159,7 +159,7 @@ def test_a_model_is_trained(tmp_path: Path, form: str) -> None:
     config = TrainConfig(epochs=1, finish_epochs=0, device="cpu", workers=0)
     with pytest.warns(UserWarning, match=r"does not use the split spare \(4\)"):
         model = cnnrnn.train(
-            dataset, out=tmp_path / "run", model=small, config=config, say=said.append
+            dataset, out=tmp_path / "run", model=small, train=config, say=said.append
         )
     assert said[0] == "training on train (8 records), validating on val (4)"
     assert set(model.labels) == {"red", "blue"}
