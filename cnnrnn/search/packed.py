@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from cnnrnn import _C
-from cnnrnn.network.head import PREFIX_BYTES, Head
+from cnnrnn.network.head import Head
 
 PackedHead: TypeAlias = "_C.CpuHead | _C.CudaHead"
 CPU = torch.device("cpu")
@@ -61,31 +61,6 @@ def packed_cpu_head(head: Head) -> _C.CpuHead:
     packed = packed_head(head)
     assert isinstance(packed, _C.CpuHead)
     return packed
-
-
-def make_cpu_head(
-    head: Head, *, prefix_bytes: int = PREFIX_BYTES, instruction_set: str = "auto"
-) -> _C.CpuHead:
-    """Pack a head's weights into a new `_C.CpuHead`; tests name a budget or instruction set."""
-    return _C.CpuHead(
-        *detached(head_parameters(head), CPU),  # type: ignore[arg-type]  # see detached
-        cell=head.cell,
-        activation=head.activation,
-        prefix_bytes=prefix_bytes,
-        instruction_set=instruction_set,
-    )
-
-
-def make_cuda_head(
-    head: Head, device: torch.device, *, prefix_bytes: int = PREFIX_BYTES
-) -> _C.CudaHead:
-    """Pack a head's weights into a new `_C.CudaHead` on a GPU; tests name a budget."""
-    return _C.CudaHead(
-        *detached(head_parameters(head), device),  # type: ignore[arg-type]  # see detached
-        cell=head.cell,
-        activation=head.activation,
-        prefix_bytes=prefix_bytes,
-    )
 
 
 def detached(tensors: tuple[Tensor | None, ...], device: torch.device) -> tuple[Tensor | None, ...]:

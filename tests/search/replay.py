@@ -19,10 +19,10 @@ from torch import Tensor
 
 from cnnrnn import _C
 from cnnrnn.config import Order, SearchConfig
-from cnnrnn.network.head import Head, ImageEmbedding
+from cnnrnn.network.head import PREFIX_BYTES, Head, ImageEmbedding
 from cnnrnn.search import SearchStats, reference
 from cnnrnn.search.checks import resolve_max_labels
-from cnnrnn.search.packed import make_cpu_head
+from cnnrnn.search.packed import CPU, detached, head_parameters
 
 TIE = 1e-5
 MOST = 1 + 1e-5  # of a marginal
@@ -32,6 +32,31 @@ Pack = Callable[[Head], Any]
 
 # NumPy's numbers are the same on every machine; torch's normal ones depend on its instruction set.
 Numbers = torch.Generator | np.random.Generator
+
+
+def make_cpu_head(
+    head: Head, *, prefix_bytes: int = PREFIX_BYTES, instruction_set: str = "auto"
+) -> _C.CpuHead:
+    """Pack a head's weights into a new `_C.CpuHead`, with its own budget and instruction set."""
+    return _C.CpuHead(
+        *detached(head_parameters(head), CPU),
+        cell=head.cell,
+        activation=head.activation,
+        prefix_bytes=prefix_bytes,
+        instruction_set=instruction_set,
+    )
+
+
+def make_cuda_head(
+    head: Head, device: torch.device, *, prefix_bytes: int = PREFIX_BYTES
+) -> _C.CudaHead:
+    """Pack a head's weights into a new `_C.CudaHead` on a GPU, with a budget of its own."""
+    return _C.CudaHead(
+        *detached(head_parameters(head), device),
+        cell=head.cell,
+        activation=head.activation,
+        prefix_bytes=prefix_bytes,
+    )
 
 
 def random_head(generator: Numbers, num_labels: int, **options: object) -> Head:

@@ -17,9 +17,9 @@ from cnnrnn.config import SearchConfig
 from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.search import beam_search
 from cnnrnn.search.checks import resolve_max_labels
-from cnnrnn.search.packed import make_cpu_head
 from tests.search.replay import (
     assert_search_equal,
+    make_cpu_head,
     random_case,
     random_embedding,
     random_evidence,

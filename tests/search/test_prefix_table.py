@@ -15,9 +15,9 @@ from cnnrnn import _C
 from cnnrnn.config import SearchConfig
 from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.search import SearchResult, beam_search, packed
-from cnnrnn.search.packed import make_cpu_head
 from tests.search.replay import (
     assert_search_equal,
+    make_cpu_head,
     random_embedding,
     random_head,
     run_compiled,

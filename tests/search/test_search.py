@@ -17,9 +17,9 @@ from cnnrnn import _C
 from cnnrnn.config import SearchConfig
 from cnnrnn.network.head import Head, ImageEmbedding, chain_logits
 from cnnrnn.search import NonFiniteError, beam_search, reference
-from cnnrnn.search.packed import make_cpu_head
 from tests.search.replay import (
     assert_search_equal,
+    make_cpu_head,
     random_case,
     random_embedding,
     random_head,

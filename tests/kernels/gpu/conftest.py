@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cnnrnn import _C
-from cnnrnn.network.head import Head
-from cnnrnn.search.packed import PREFIX_BYTES, make_cuda_head
+from cnnrnn.network.head import PREFIX_BYTES, Head
+from tests.search.replay import make_cuda_head
 
 
 @pytest.fixture(autouse=True)

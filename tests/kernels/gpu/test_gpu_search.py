@@ -15,9 +15,10 @@ from cnnrnn.config import SearchConfig
 from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.search import NonFiniteError, packed
 from cnnrnn.search import beam_search as public_search
-from cnnrnn.search.packed import head_parameters, make_cuda_head
+from cnnrnn.search.packed import head_parameters
 from tests.search.replay import (
     assert_search_equal,
+    make_cuda_head,
     random_banked_case,
     random_case,
     random_embedding,
