@@ -219,6 +219,16 @@ def first_label_space(
     return LabelSpace.by_frequency(names, counts)
 
 
+def as_evidence(targets: Tensor, unknown: Tensor) -> Tensor:
+    """Return what is known of label sets as evidence: [n, L] int8, see `check_evidence`.
+
+    Args:
+        targets: [n, L] bool, labels that are present.
+        unknown: [n, L] bool, labels that are neither present nor absent.
+    """
+    return (targets.to(torch.int8) * 2 - 1).masked_fill(unknown, 0)
+
+
 def check_evidence(
     evidence: Tensor, images: int, num_labels: int, most: int, limit: str = "max_labels"
 ) -> None:

@@ -85,6 +85,7 @@ def best_threshold(
     targets: Tensor,
     metric: Literal["O-F1", "C-F1", "exact-match"] = "O-F1",
     min_labels: int = 0,
+    unknown: Tensor | None = None,
 ) -> tuple[float, float]:
     """Find the one threshold for all labels that gives the best O-F1, C-F1 or exact match.
 
@@ -97,6 +98,7 @@ def best_threshold(
         targets: the true sets.
         metric: what to maximise.
         min_labels: sets of fewer labels are filled up, see `at_least`.
+        unknown: labels that are neither present nor absent; they fill sets up, and count nowhere.
 
     Returns:
         The threshold, exact in the type of `scores`, and the metric's value with it.
@@ -104,23 +106,27 @@ def best_threshold(
     if metric not in ("O-F1", "C-F1", "exact-match"):
         raise ValueError(f"metric must be O-F1, C-F1 or exact-match, got {metric!r}")
     scores, targets = _checked(scores, targets)
+    unknown = _checked_unknown(unknown, targets)
     if min_labels:
         # A label that is in the set under every cut counts as if it had the highest score of all.
         always = at_least(torch.zeros_like(targets), scores, min_labels)
         scores = torch.where(always, scores.max(), scores)
 
-    sorted_scores = scores.flatten().sort().values
+    known = scores.flatten() if unknown is None else scores[~unknown]
+    if not len(known):
+        raise ValueError("there is nothing to choose by: no label of any image is known")
+    sorted_scores = known.sort().values
     if metric != "exact-match" and not bool(targets.any()):
         return float(sorted_scores[-1]), 0.0
     if metric == "O-F1":
         cuts, values = _o_f1_at_cuts(sorted_scores, scores[targets].sort().values)
     elif metric == "C-F1":
-        cuts, values = _c_f1_at_cuts(scores, targets)
+        cuts, values = _c_f1_at_cuts(scores, targets, unknown)
     else:
-        cuts, values = _exact_match_at_cuts(scores, targets)
+        cuts, values = _exact_match_at_cuts(scores, targets, unknown)
     best = int(values.argmax())  # the first, highest, of equally good cuts
     upper = float(cuts[best])
-    below = int(torch.searchsorted(sorted_scores, cuts[best]))  # scores under the cut
+    below = int(torch.searchsorted(sorted_scores, cuts[best]))  # known scores under the cut
     if below == 0:
         return upper, float(values[best])
     lower = float(sorted_scores[below - 1])
@@ -130,7 +136,11 @@ def best_threshold(
 
 
 def best_label_thresholds(
-    scores: Tensor, targets: Tensor, otherwise: float, at_least: int = 1
+    scores: Tensor,
+    targets: Tensor,
+    otherwise: float,
+    at_least: int = 1,
+    unknown: Tensor | None = None,
 ) -> Tensor:
     """Return the threshold of each label that gives its best F1, [L] in the type of `scores`.
 
@@ -140,19 +150,32 @@ def best_label_thresholds(
         otherwise: the threshold of labels with fewer positives than `at_least`, for which there is
             nothing to choose by.
         at_least: positives that a threshold of its own takes.
+        unknown: labels that are neither present nor absent; they count nowhere.
     """
     scores, targets = _checked(scores, targets)
+    unknown = _checked_unknown(unknown, targets)
     thresholds = torch.full_like(scores[0], otherwise)
     for label in (targets.sum(0) >= max(at_least, 1)).nonzero()[:, 0].tolist():
         column = slice(label, label + 1)
-        thresholds[label], _ = best_threshold(scores[:, column], targets[:, column])
+        hidden = None if unknown is None else unknown[:, column]
+        thresholds[label], _ = best_threshold(scores[:, column], targets[:, column], unknown=hidden)
     return thresholds
 
 
 def best_k(
-    scores: Tensor, targets: Tensor, metric: Literal["O-F1", "exact-match"] = "O-F1"
+    scores: Tensor,
+    targets: Tensor,
+    metric: Literal["O-F1", "exact-match"] = "O-F1",
+    unknown: Tensor | None = None,
 ) -> tuple[int, float]:
     """Find the number of labels per image, 1..L, that gives the best O-F1, or exact match.
+
+    Args:
+        scores: of the labels.
+        targets: the true sets.
+        metric: what to maximise.
+        unknown: labels that are neither present nor absent; they are among the k, and count
+            nowhere.
 
     Returns:
         The smallest of equally good k, and the metric that `top_k_sets` gives with it.
@@ -160,21 +183,26 @@ def best_k(
     if metric not in ("O-F1", "exact-match"):
         raise ValueError(f"metric must be O-F1 or exact-match, got {metric!r}")
     scores, targets = _checked(scores, targets)
-    num_images, num_labels = scores.shape
-    ranked = targets.gather(1, _ranking(scores))
-    k = torch.arange(1, num_labels + 1, device=scores.device)
+    unknown = _checked_unknown(unknown, targets)
+    ranking = _ranking(scores)
+    ranked = targets.gather(1, ranking)
+    known = torch.ones_like(ranked) if unknown is None else ~unknown.gather(1, ranking)
     if metric == "O-F1":
-        correct = ranked.sum(0).cumsum(0)  # [L] by k - 1
-        values = _f1(correct, num_images * k, correct[-1])
+        correct, predicted = ranked.sum(0).cumsum(0), known.sum(0).cumsum(0)  # [L] by k - 1
+        values = _f1(correct, predicted, correct[-1])
     else:
-        whole = (ranked.cumsum(1) == k) & (targets.sum(1, keepdim=True) == k)
-        values = whole.sum(0).double() / num_images
+        found, sizes = ranked.cumsum(1), targets.sum(1, keepdim=True)
+        whole = (found == sizes) & (known.cumsum(1) == sizes)
+        values = whole.sum(0).double() / len(scores)
     best = int(values.argmax())  # the first of equal maxima
     return best + 1, float(values[best])
 
 
 def average_precision(
-    scores: Tensor, targets: Tensor, method: Literal["all_point", "11_point"] = "all_point"
+    scores: Tensor,
+    targets: Tensor,
+    method: Literal["all_point", "11_point"] = "all_point",
+    unknown: Tensor | None = None,
 ) -> Tensor:
     """Return the average precision of every label: [L] float64, NaN for one without positives.
 
@@ -182,11 +210,14 @@ def average_precision(
     so the order of the images does not matter. `all_point` is the sum over those points of
     precision times the rise in recall, as scikit-learn's `average_precision_score`. `11_point` is
     the measure of PASCAL VOC 2007 (Everingham et al., IJCV 2010, section 4.2): the mean over
-    t = 0, 0.1 ... 1 of the highest precision at recall >= t, compared exactly.
+    t = 0, 0.1 ... 1 of the highest precision at recall >= t, compared exactly. Images of which a
+    label is unknown are left out of its ranking.
     """
     if method not in ("all_point", "11_point"):
         raise ValueError(f"method must be all_point or 11_point, got {method!r}")
-    all_point, eleven_point = _average_precisions(*_checked(scores, targets))
+    scores, targets = _checked(scores, targets)
+    unknown = _checked_unknown(unknown, targets)
+    all_point, eleven_point = _average_precisions(scores, targets, unknown)
     return all_point if method == "all_point" else eleven_point
 
 
@@ -540,17 +571,17 @@ def _o_f1_at_cuts(sorted_scores: Tensor, positive_scores: Tensor) -> tuple[Tenso
     return positive_scores.flip(0), _f1(correct, predicted, correct[0]).flip(0)
 
 
-def _c_f1_at_cuts(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _c_f1_at_cuts(scores: Tensor, targets: Tensor, unknown: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the distinct scores, falling, and the C-F1 of a cut at each: [m] and [m] float64.
 
     As the cut falls, each score that it passes changes the precision and recall of one label:
-    sums over labels are running sums of those changes.
+    sums over labels are running sums of those changes. An unknown label changes neither.
     """
-    num_images, num_labels = scores.shape
+    num_labels = scores.shape[1]
     columns, of_image = scores.sort(dim=0, descending=True)
     hits = targets.gather(0, of_image)
-    predicted = torch.arange(1, num_images + 1, device=scores.device)[:, None]
-    precision = hits.cumsum(0).double() / predicted
+    known = torch.ones_like(hits) if unknown is None else ~unknown.gather(0, of_image)
+    precision = _ratio(hits.cumsum(0), known.cumsum(0))
     precision_change = precision.diff(dim=0, prepend=precision.new_zeros(1, num_labels))
     positives = targets.sum(0)
     recall_change = _ratio(hits, positives)
@@ -566,15 +597,18 @@ def _c_f1_at_cuts(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return cuts[complete], f1
 
 
-def _exact_match_at_cuts(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _exact_match_at_cuts(
+    scores: Tensor, targets: Tensor, unknown: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Return the distinct scores, falling, and the exact match of a cut at each: [m] and [m].
 
     An image's set is right where the cut is above the scores of all its absent labels and not above
     that of any present one: the rest is counting.
     """
-    absent = scores.masked_fill(targets, -torch.inf).amax(1)
+    not_absent = targets if unknown is None else targets | unknown
+    absent = scores.masked_fill(not_absent, -torch.inf).amax(1)
     present = scores.masked_fill(~targets, torch.inf).amin(1)
-    has_absent = ~targets.all(1)  # where not, the cut may be as low as it will
+    has_absent = ~not_absent.all(1)  # where not, the cut may be as low as it will
     possible = (absent < present) | ~has_absent
     lowest, highest = absent[possible & has_absent].sort().values, present[possible].sort().values
     cuts = scores.unique().flip(0)

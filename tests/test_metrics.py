@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -277,6 +278,49 @@ def test_best_k_by_hand(device: torch.device) -> None:
     scores = torch.tensor([[0.9, 0.5, 0.1], [0.1, 0.5, 0.9]], device=device)
     targets = torch.tensor([[True, True, False], [False, True, False]], device=device)
     assert list(metrics.best_k(scores, targets)) == pytest.approx([2, 6 / 7])
+
+
+@settings(max_examples=200, deadline=None)
+@given(tied_cases(), st.integers(0, 2**32), st.integers(0, 2))
+def test_cuts_and_k_leave_unknown_labels_out(
+    case: tuple[Tensor, Tensor], seed: int, min_labels: int
+) -> None:
+    scores, targets = case
+    unknown = torch.rand(targets.shape, generator=torch.Generator().manual_seed(seed)) < 0.4
+    targets = targets & ~unknown
+    if unknown.all():
+        with pytest.raises(ValueError, match="no label of any image is known"):
+            metrics.best_threshold(scores, targets, unknown=unknown)
+        return
+
+    def value_of(sets: Tensor, name: str) -> float:
+        return float(metrics.multilabel_metrics(sets, targets, unknown=unknown)[name])
+
+    def filled(threshold: float) -> Tensor:
+        return metrics.at_least(metrics.threshold_sets(scores, threshold), scores, min_labels)
+
+    names: tuple[Literal["O-F1", "C-F1", "exact-match"], ...] = ("O-F1", "C-F1", "exact-match")
+    for name in names if targets.any() else names[:1]:
+        best = max(value_of(filled(float(cut)), name) for cut in scores.unique())
+        threshold, value = metrics.best_threshold(scores, targets, name, min_labels, unknown)
+        assert value == pytest.approx(best, abs=1e-12)
+        assert value_of(filled(threshold), name) == pytest.approx(best, abs=1e-12)
+    by_k: tuple[Literal["O-F1", "exact-match"], ...] = ("O-F1", "exact-match")
+    for by in by_k:
+        values = [value_of(metrics.top_k_sets(scores, k + 1), by) for k in range(scores.shape[1])]
+        k, value = metrics.best_k(scores, targets, by, unknown)
+        assert value == pytest.approx(max(values), abs=1e-12)
+        assert values[k - 1] == pytest.approx(max(values), abs=1e-12)
+    cuts = metrics.best_label_thresholds(scores, targets, otherwise=0.25, unknown=unknown)
+    found = metrics.average_precision(scores, targets, unknown=unknown)
+    for label in range(scores.shape[1]):
+        known = ~unknown[:, label]
+        if not targets[:, label].any():
+            assert cuts[label] == 0.25 and found[label].isnan()
+            continue
+        alone = scores[known, label][:, None], targets[known, label][:, None]
+        assert cuts[label] == metrics.best_threshold(*alone)[0]
+        assert found[label] == metrics.average_precision(*alone)[0]
 
 
 @settings(max_examples=100, deadline=None)

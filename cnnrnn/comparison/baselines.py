@@ -147,6 +147,8 @@ class Cut:
 def choose_cut(
     scores: Tensor,
     targets: Tensor,
+    unknown: Tensor | None = None,
+    *,
     by_k: bool = False,
     metric: Literal["O-F1", "C-F1", "exact-match"] = "O-F1",
 ) -> Cut:
@@ -158,16 +160,17 @@ def choose_cut(
     Args:
         scores: [n, L] of the validation images.
         targets: [n, L] bool.
+        unknown: [n, L] bool, labels that are neither present nor absent.
         by_k: also try every k, which goes by O-F1 or exact match alone.
         metric: what to maximise.
     """
     cuts = []
     if by_k:
         assert metric != "C-F1"
-        k, value = best_k(scores, targets, metric)
+        k, value = best_k(scores, targets, metric, unknown)
         cuts.append(Cut(value, k=k))
     for min_labels in (1, 0):
-        threshold, value = best_threshold(scores, targets, metric, min_labels)
+        threshold, value = best_threshold(scores, targets, metric, min_labels, unknown)
         cuts.append(Cut(value, threshold=threshold, min_labels=min_labels))
     return max(cuts, key=lambda cut: cut.value)
 
@@ -256,7 +259,7 @@ def train_independent(
     model = network(training.model_config, training.num_labels, training.feature_dim)
     objective = OBJECTIVES[loss]
     if objective.starts_at_frequencies and isinstance(model, IndependentClassifier):
-        start_at_frequencies(model.classifier, targets)
+        start_at_frequencies(model.classifier, targets, training.train.unknown)
     loss_of = objective.loss(targets.to(resolve_device(training.config.device)))
 
     def validate() -> Validation:
@@ -266,12 +269,15 @@ def train_independent(
                 f"the scores of the validation images are no longer finite under loss {loss}; "
                 "lower learning_rate"
             )
-        of1 = choose_cut(scores, val.targets, objective.by_k).value
-        mean_ap = mean_average_precision(scores, val.targets)
+        of1 = choose_cut(scores, val.targets, val.unknown, by_k=objective.by_k).value
+        mean_ap = mean_average_precision(scores, val.targets, val.unknown)
         return Validation(of1 + mean_ap, {"O-F1": of1, "mAP": mean_ap})
 
     def batch_loss(batch: Batch) -> Tensor:
-        return loss_of(model(batch.inputs), batch.targets)
+        scores = model(batch.inputs)
+        if loss == "bce":
+            return binary_cross_entropy(scores, batch.targets, batch.unknown)
+        return loss_of(scores, batch.targets)
 
     train_in_two_stages(loss, model, batch_loss, validate, training)
     return model

@@ -121,7 +121,7 @@ def train_combinations(training: Training) -> LabelCombinations:
                 "the probabilities of the label combinations are no longer finite; lower "
                 "learning_rate"
             )
-        return independent_validation(marginals, val.targets)
+        return independent_validation(marginals, val.targets, val.unknown)
 
     def batch_loss(batch: Batch) -> Tensor:
         return functional.cross_entropy(

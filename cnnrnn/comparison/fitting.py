@@ -169,7 +169,9 @@ Fit: TypeAlias = Callable[[Comparison, float, int, Path], Fitted]
 def _description(comparison: Comparison) -> dict[str, Any]:
     """Return what must be the same for results to belong together, as flat JSON values."""
     splits = (comparison.train, comparison.val, comparison.test)
-    tensors = [(str(i), t) for i, s in enumerate(splits) for t in (s.features, s.targets)]
+    tensors = [
+        (str(i), t) for i, s in enumerate(splits) for t in (s.features, s.targets, s.unknown)
+    ]
     compared = comparison.compare_config
     described: dict[str, Any] = {
         "images": [len(split) for split in splits],
@@ -218,9 +220,14 @@ def path_model(*, plain: bool = False, recurrence: bool = True) -> Fit:
         targets = model.label_space.from_source(
             comparison.val.targets, comparison.dataset.label_names
         )
-        nll = -float(_path_log_probs(comparison, model, comparison.val).mean())
+        unknown: Tensor | None = None
+        if comparison.val.unknown is not None:
+            unknown = model.label_space.from_source(
+                comparison.val.unknown, comparison.dataset.label_names
+            )
+        nll = float(model.set_nll(comparison.val.vectors, targets, unknown).mean())
         return Fitted(
-            path_validation(found, targets, nll, comparison.config).merit,
+            path_validation(found, targets, nll, comparison.config, unknown).merit,
             lambda split: _read_paths(
                 comparison,
                 model.labels,
@@ -402,9 +409,7 @@ def with_cooccurrence(comparison: Comparison, rate: float, seed: int, folder: Pa
         (found,) = alone.predict(split)
         return found.scores.double().logit()
 
-    counted = fit_cooccurrence(
-        comparison.train.targets, log_odds(comparison.val), comparison.val.targets
-    )
+    counted = fit_cooccurrence(comparison.train, log_odds(comparison.val), comparison.val)
     return replace(
         alone,
         scores_given=lambda split, evidence: counted.scores(log_odds(split), evidence),
@@ -480,8 +485,8 @@ def cut_scores(
 ) -> Fitted:
     """Return a method that cuts its scores, with their O-F1 plus mAP on validation data."""
     on_val = score(comparison.val)
-    targets = comparison.val.targets
-    merit = choose_cut(on_val, targets, by_k).value + mean_average_precision(on_val, targets)
+    truth = comparison.val.targets, comparison.val.unknown
+    merit = choose_cut(on_val, *truth, by_k=by_k).value + mean_average_precision(on_val, *truth)
     return Fitted(
         merit,
         lambda split: [Scored(on_val if split is comparison.val else score(split))],

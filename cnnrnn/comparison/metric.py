@@ -96,7 +96,7 @@ def train_metric(training: Training) -> NeighbourMetric:
         votes = network_outputs(model, val.vectors)
         if not votes.isfinite().all():
             raise DivergedError("the votes are no longer finite; lower learning_rate")
-        return independent_validation(votes, val.targets)
+        return independent_validation(votes, val.targets, val.unknown)
 
     def batch_loss(batch: Batch) -> Tensor:
         drawn = torch.randperm(n, generator=generator)[:REFERENCES]

@@ -188,7 +188,12 @@ def _comparison(
     splits = tuple(dataset.splits)
     config = replace(config, train_split=None, val_split=None)
     train_split, val_split, test_split = (
-        Split(part, part.label_matrix(), torch.as_tensor(part.features))
+        Split(
+            part,
+            part.label_matrix(),
+            torch.as_tensor(part.features),
+            unknown=None if part.unknown_indptr is None else part.unknown_matrix(),
+        )
         for part in (dataset.split(name) for name in splits)
     )
     return Comparison(
@@ -332,14 +337,8 @@ def _test_nll(comparison: Comparison, fitted: Fitted) -> float:
     if fitted.set_log_probs is None:
         return math.nan
     log_probs = fitted.set_log_probs(comparison.test)
-    unknown = _unknown(comparison)
+    unknown = comparison.test.unknown
     return -float((log_probs if unknown is None else log_probs[~unknown.any(1)]).mean())
-
-
-def _unknown(comparison: Comparison) -> Tensor | None:
-    """Return the unknown labels of the test images [n, L], None where the data knows all."""
-    dataset = comparison.test.dataset
-    return None if dataset.unknown_indptr is None else dataset.unknown_matrix()
 
 
 def _judge_others(
@@ -359,14 +358,13 @@ def _judge_others(
     images, evidence = reveal(test.targets, REVEALED)
     if not len(images):
         return {}, {}
-    some = replace(test, targets=test.targets[images], features=test.vectors[images])
-    unknown = _unknown(comparison)
-    unknown = None if unknown is None else unknown[images]
-    others = metrics_of_others(scores[images], some.targets, evidence, unknown=unknown)
+    targets, unknown = test.truth(images)
+    some = replace(test, targets=targets, features=test.vectors[images], unknown=unknown)
+    others = metrics_of_others(scores[images], targets, evidence, unknown=unknown)
     if fitted.scores_given is None:
         return others, {}
     given = fitted.scores_given(some, evidence)
-    return others, metrics_of_others(given, some.targets, evidence, unknown=unknown)
+    return others, metrics_of_others(given, targets, evidence, unknown=unknown)
 
 
 class _DecisionFigures(NamedTuple):
@@ -381,7 +379,8 @@ class _DecisionFigures(NamedTuple):
 
 def _judge(comparison: Comparison, by_k: bool, val: Scored, test: Scored) -> _DecisionFigures:
     """Choose the cuts on validation data, then measure them on the test split."""
-    targets, unknown = comparison.test.targets, _unknown(comparison)
+    targets, unknown = comparison.test.targets, comparison.test.unknown
+    of_val = val.scores, comparison.val.targets, comparison.val.unknown
 
     def measured(sets: Tensor, k: int | None = None) -> dict[str, float]:
         return multilabel_metrics(sets, targets, scores=test.scores, k=k, unknown=unknown)
@@ -389,8 +388,7 @@ def _judge(comparison: Comparison, by_k: bool, val: Scored, test: Scored) -> _De
     if test.sets is not None:
         own, at_3 = measured(test.sets), measured(test.sets, k=3)
         return _DecisionFigures({"path": 1}, own, at_3, math.nan, math.nan)
-    of_val = val.scores, comparison.val.targets
-    cut = choose_cut(*of_val, by_k)
+    cut = choose_cut(*of_val, by_k=by_k)
     decision: dict[str, float] = {"k": cut.k} if cut.k is not None else {}
     if cut.threshold is not None:
         decision = {"threshold": cut.threshold, "min_labels": cut.min_labels}

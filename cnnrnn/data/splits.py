@@ -195,7 +195,8 @@ def with_fixed_splits(dataset: Dataset, config: TrainConfig) -> Dataset:
 
 def _training_records(data: Dataset, config: TrainConfig) -> Dataset:
     if config.empty == "drop":
-        data = data.select((data.label_matrix().sum(1) > 0).nonzero()[:, 0].numpy())
+        may_have_labels = (data.label_matrix() | data.unknown_matrix()).any(1)
+        data = data.select(may_have_labels.nonzero()[:, 0].numpy())
     if not len(data):
         raise DataError(f"{data.source} has no training images (empty: {config.empty})")
     return data

@@ -93,17 +93,19 @@ class CNNRNN(nn.Module, TorchPredictor):
         """Return how many labels a path of a search can hold."""
         return resolve_max_labels(self.head, search)
 
-    def set_nll(self, features: Tensor, targets: Tensor) -> Tensor:
+    def set_nll(self, features: Tensor, targets: Tensor, unknown: Tensor | None = None) -> Tensor:
         """Return -log P(the whole true set | image) in nats, see `search.inference.set_nll`.
 
         Args:
             features: [n, F].
             targets: [n, L] bool, columns in the order of `labels`.
+            unknown: [n, L] bool, labels that are neither present nor absent; the probability is
+                then that of what is known, estimated.
 
         Returns:
             [n] float64; an upper bound where `search.order` is not `increasing`.
         """
-        return set_nll(self.head, features.to(self.device), targets, self.search.order)
+        return set_nll(self.head, features.to(self.device), targets, self.search.order, unknown)
 
     def save(self, path: str | Path) -> None:
         """Write a checkpoint folder, whole or not at all.

@@ -196,15 +196,23 @@ class Ensemble(nn.Module, TorchPredictor):
         """Return how many labels a path of a search can hold: in every member."""
         return min(model.longest_path(search) for model in self.models)
 
-    def calibrate(self, features: Tensor, targets: Tensor, trained: Tensor | None = None) -> None:
+    def calibrate(
+        self,
+        features: Tensor,
+        targets: Tensor,
+        trained: Tensor | None = None,
+        unknown: Tensor | None = None,
+    ) -> None:
         """Choose thresholds and k on validation data.
 
         Args:
             features: [n, F].
             targets: [n, L] bool, columns in the order of `labels`.
             trained: [L] bool, labels that occur in training; all of them without.
+            unknown: [n, L] bool, labels that are neither present nor absent.
         """
-        self.calibration = calibrate(self.infer(features.to(self.device)), targets, trained)
+        inference = self.infer(features.to(self.device))
+        self.calibration = calibrate(inference, targets, trained, unknown=unknown)
 
     def set_nll(self, features: Tensor, targets: Tensor) -> Tensor:
         """Return -log of the members' mean probability of the whole true set, in nats.

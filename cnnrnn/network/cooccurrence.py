@@ -41,30 +41,43 @@ class CoOccurrence:
     absent: Tensor
 
     @classmethod
-    def counted(cls, targets: Tensor, smoothing: float) -> CoOccurrence:
+    def counted(
+        cls, targets: Tensor, smoothing: float, unknown: Tensor | None = None
+    ) -> CoOccurrence:
         """Count pairs of labels in training images.
 
         P(l | k) is (c_kl + s P(l)) / (c_k + s) of c_k images with k, c_kl of which have l: a label
-        that is never seen adds nothing. P(l) is (c_l + 1/2) / (n + 1).
+        that is never seen adds nothing. P(l) is (c_l + 1/2) / (n + 1). Images of which l or k is
+        unknown are not among those that are counted for the pair, nor for P(l) where it is l.
 
         Args:
             targets: [n, L] bool.
             smoothing: s, images that P(l) is worth; above 0.
+            unknown: [n, L] bool, labels that are neither present nor absent.
         """
-        L = targets.shape[1]
+        n, L = targets.shape
         counts, both = (torch.zeros(size, dtype=torch.float64, device=targets.device)
                         for size in ((L,), (L, L)))  # fmt: skip
-        for part in targets.split(COUNTED_AT_ONCE):
-            has = part.double()
+        l_known, both_known = torch.zeros_like(both), torch.zeros_like(both)
+        for start in range(0, n, COUNTED_AT_ONCE):
+            rows = slice(start, start + COUNTED_AT_ONCE)
+            has = targets[rows].double()
             counts += has.sum(0)
             both += has.T @ has
-        share = (counts + 0.5) / (len(targets) + 1)
+            if unknown is not None:
+                known = (~unknown[rows]).double()
+                l_known += has.T @ known
+                both_known += known.T @ known
+        if unknown is None:
+            l_known += counts[:, None]
+            both_known += n
+        share = (counts + 0.5) / (both_known.diagonal() + 1)
 
-        def added(together: Tensor, count: Tensor) -> Tensor:
-            given = (together + smoothing * share) / (count[:, None] + smoothing)
+        def added(together: Tensor, images: Tensor) -> Tensor:
+            given = (together + smoothing * share) / (images + smoothing)
             return given.clamp(1e-12, 1 - 1e-12).logit() - share.logit()
 
-        return cls(added(both, counts), added(counts - both, len(targets) - counts))
+        return cls(added(both, l_known), added(l_known.T - both, both_known - l_known))
 
     def added(self, evidence: Tensor) -> Tensor:
         """Return what is added to the log-odds of each label: [n, L] int8 to [n, L] float64."""

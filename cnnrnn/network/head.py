@@ -331,14 +331,15 @@ class Head(nn.Module):
         label_scores = self.label_classifier(hidden)
         return ImageEmbedding(joint, chain_logits(label_scores)), label_scores
 
-    def count_cooccurrence(self, targets: Tensor) -> None:
+    def count_cooccurrence(self, targets: Tensor, unknown: Tensor | None = None) -> None:
         """Count which labels occur together, for a head with a chain term and not too many labels.
 
         Args:
             targets: [n, L] bool of the training images, columns in path order.
+            unknown: [n, L] bool, labels that are neither present nor absent.
         """
         if self.label_classifier is not None and self.num_labels <= MOST_COUNTED_LABELS:
-            counted = CoOccurrence.counted(targets, smoothing=1.0)
+            counted = CoOccurrence.counted(targets, smoothing=1.0, unknown=unknown)
             self.cooccurrence = counted.present.float().to(self.label_embedding.device)
 
     def told(self, label_scores: Tensor, evidence: Tensor) -> Tensor:

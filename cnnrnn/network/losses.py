@@ -42,8 +42,20 @@ def sequence_loss(
     return losses.new_zeros(B, T + 1).masked_scatter(steps, losses).sum(1)
 
 
-def binary_cross_entropy(label_scores: Tensor, targets: Tensor) -> Tensor:
-    """Binary cross-entropy summed over labels: [B, L] scores, [B, L] bool -> [B]."""
-    return functional.binary_cross_entropy_with_logits(
+def binary_cross_entropy(
+    label_scores: Tensor, targets: Tensor, unknown: Tensor | None = None
+) -> Tensor:
+    """Binary cross-entropy summed over the labels that are known.
+
+    Args:
+        label_scores: [B, L] log-odds.
+        targets: [B, L] bool.
+        unknown: [B, L] bool, labels that are neither present nor absent.
+
+    Returns:
+        [B] float32.
+    """
+    losses = functional.binary_cross_entropy_with_logits(
         label_scores.float(), targets.float(), reduction="none"
-    ).sum(1)
+    )
+    return (losses if unknown is None else losses.masked_fill(unknown, 0.0)).sum(1)

@@ -49,6 +49,7 @@ def calibrate(
     targets: Tensor,
     trained: Tensor | None = None,
     shrinkage: float | None = None,
+    unknown: Tensor | None = None,
 ) -> Calibration:
     """Choose mixing weight, thresholds, k and the least number of labels on validation data.
 
@@ -63,23 +64,27 @@ def calibrate(
             threshold of their own.
         shrinkage: positives with which a label's threshold lies halfway between its own best one
             and the common one; None chooses by what is best on images that are left out.
+        unknown: [n, L] bool, labels that are neither present nor absent; nothing is chosen by them.
     """
     weights = MIX_WEIGHTS if inference.label_scores is not None else (0.0,)
-    most = int(targets.any(1).all())
+    may_have = targets if unknown is None else targets | unknown
+    most = int(may_have.any(1).all())
+
+    def best_o_f1(scores: Tensor, least: int) -> float:
+        return best_threshold(scores, targets, min_labels=least, unknown=unknown)[1]
 
     def merit(weight: float) -> float:
         scores = inference.mixed(weight)
-        o_f1 = best_threshold(scores, targets, min_labels=most)[1]
-        return o_f1 + mean_average_precision(scores, targets)
+        return best_o_f1(scores, most) + mean_average_precision(scores, targets, unknown)
 
     weight = max(weights, key=merit)
     scores = inference.mixed(weight)
-    o_f1 = {least: best_threshold(scores, targets, min_labels=least)[1] for least in {0, most}}
+    o_f1 = {least: best_o_f1(scores, least) for least in {0, most}}
     min_labels = max(o_f1, key=lambda least: (o_f1[least], least))
-    fitted = _fitted_cuts(scores, targets, min_labels, trained)
+    fitted = _fitted_cuts(scores, targets, min_labels, trained, unknown)
     if shrinkage is None:
-        shrinkage = _best_shrinkage(scores, targets, min_labels, trained)
-    k, _ = best_k(scores, targets)
+        shrinkage = _best_shrinkage(scores, targets, min_labels, trained, unknown)
+    k, _ = best_k(scores, targets, unknown=unknown)
     return Calibration(
         fitted.common,
         weight,
@@ -98,6 +103,7 @@ def calibrate_known(
     search: SearchConfig,
     calibration: Calibration,
     seed: int = 0,
+    unknown: Tensor | None = None,
 ) -> Calibration:
     """Choose on validation data what holds where labels are known, and for `candidates`.
 
@@ -112,27 +118,33 @@ def calibrate_known(
         search: the options of the search.
         calibration: what else was chosen.
         seed: of the labels that are revealed.
+        unknown: [n, L] bool, labels that are neither present nor absent.
 
     Returns:
-        The calibration with its `known_mix_weight` and, under the order `increasing`, `set_nll`.
+        The calibration with its `known_mix_weight` and, under the order `increasing`, `set_nll` of
+        the images without unknown labels.
     """
     nll = torch.zeros(0, dtype=torch.float64)
+    whole = slice(None) if unknown is None else ~unknown.any(1)
     if search.order == "increasing":
-        nll = set_nll(head, features, targets, search.order)
+        nll = set_nll(head, features[whole], targets[whole], search.order)
     calibration = replace(calibration, set_nll=nll_levels(nll))
     images, evidence = reveal(targets, 1, seed)
     images, evidence = images[:MOST_REVEALED], evidence[:MOST_REVEALED]
     if head.label_classifier is None or not len(images):
         return calibration
     given, targets = features[images.to(features.device)], targets.cpu()[images]
+    unknown = None if unknown is None else unknown[images]
+    absent = ~targets if unknown is None else ~(targets | unknown)
     half = torch.rand(targets.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
-    both = [evidence, evidence.masked_fill(half & ~targets, -1)]
+    both = [evidence, evidence.masked_fill(half & absent, -1)]
     inferences = [infer(head, given, search, told) for told in both]
 
     def merit(weight: float) -> float:
         total = 0.0
         for inference, told in zip(inferences, both, strict=True):
-            found = metrics_of_others(inference.mixed(weight).nan_to_num(0), targets, told)
+            scores = inference.mixed(weight).nan_to_num(0)
+            found = metrics_of_others(scores, targets, told, unknown=unknown)
             total += found["example-AP"] + found["label-mAP"]
         return total
 
@@ -183,18 +195,30 @@ class _Cuts(NamedTuple):
         return torch.where(self.has_own, between, self.own)
 
 
-def _fitted_cuts(scores: Tensor, targets: Tensor, min_labels: int, trained: Tensor | None) -> _Cuts:
+def _fitted_cuts(
+    scores: Tensor,
+    targets: Tensor,
+    min_labels: int,
+    trained: Tensor | None,
+    unknown: Tensor | None,
+) -> _Cuts:
     positives = targets.sum(0)
     has_own = positives >= FEW_POSITIVES
     if trained is not None:
         has_own &= trained.to(has_own.device)
-    common, _ = best_threshold(scores, targets, min_labels=min_labels)
-    own = best_label_thresholds(scores, targets, otherwise=common, at_least=FEW_POSITIVES)
+    common, _ = best_threshold(scores, targets, min_labels=min_labels, unknown=unknown)
+    own = best_label_thresholds(
+        scores, targets, otherwise=common, at_least=FEW_POSITIVES, unknown=unknown
+    )
     return _Cuts(common, own.masked_fill(~has_own, common), positives, has_own)
 
 
 def _best_shrinkage(
-    scores: Tensor, targets: Tensor, min_labels: int, trained: Tensor | None
+    scores: Tensor,
+    targets: Tensor,
+    min_labels: int,
+    trained: Tensor | None,
+    unknown: Tensor | None,
 ) -> float:
     """Return the strength of `_Cuts.shrunk` with the best O-F1 on images that are left out."""
     fold = torch.randperm(len(scores), generator=torch.Generator().manual_seed(0)) % FOLDS
@@ -202,11 +226,18 @@ def _best_shrinkage(
     for left_out in (fold == i for i in range(min(FOLDS, len(scores)))):
         if left_out.all():
             return SHRINKAGES[-1]
-        fitted = _fitted_cuts(scores[~left_out], targets[~left_out], min_labels, trained)
+        fitted = _fitted_cuts(
+            scores[~left_out], targets[~left_out], min_labels, trained,
+            None if unknown is None else unknown[~left_out],
+        )  # fmt: skip
         for strength in SHRINKAGES:
             cut = threshold_sets(scores[left_out], fitted.shrunk(strength))
             sets[strength][left_out] = _filled(cut, scores[left_out], min_labels)
-    return max(SHRINKAGES, key=lambda s: multilabel_metrics(sets[s], targets)["O-F1"])
+
+    def merit(strength: float) -> float:
+        return multilabel_metrics(sets[strength], targets, unknown=unknown)["O-F1"]
+
+    return max(SHRINKAGES, key=merit)
 
 
 def _filled(sets: Tensor, scores: Tensor, min_labels: int) -> Tensor:
@@ -365,9 +396,9 @@ def _membership(labels: Tensor, L: int) -> tuple[Tensor, Tensor]:
     return names[:, :U], has[:, :, :U]
 
 
-def mean_average_precision(scores: Tensor, targets: Tensor) -> float:
+def mean_average_precision(scores: Tensor, targets: Tensor, unknown: Tensor | None = None) -> float:
     """Return mAP, 0 where no label has a positive."""
-    value = float(average_precision(scores, targets).nanmean())
+    value = float(average_precision(scores, targets, unknown=unknown).nanmean())
     return 0.0 if value != value else value
 
 

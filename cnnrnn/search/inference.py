@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cnnrnn.config import MAX_PLACES, Calibration, Order, SearchConfig
-from cnnrnn.labels import check_evidence, increasing_paths
+from cnnrnn.labels import as_evidence, check_evidence, increasing_paths
 from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.network.losses import sequence_loss
 from cnnrnn.search import NonFiniteError, OnNonFinite, SearchResult, beam_search
@@ -20,6 +21,10 @@ SEARCH_BATCH = 4096
 
 
 NLL_BATCH = 512
+
+
+NLL_DRAWS = 32
+"""Sets drawn for the probability of what is known of an image."""
 
 
 SMALLEST_PROBABILITY = 1e-7
@@ -175,27 +180,50 @@ def infer(
 
 
 @torch.no_grad()
-def set_nll(head: Head, features: Tensor, targets: Tensor, order: Order) -> Tensor:
+def set_nll(
+    head: Head,
+    features: Tensor,
+    targets: Tensor,
+    order: Order,
+    unknown: Tensor | None = None,
+) -> Tensor:
     """Return -log P(the whole true set | image), in nats, by teacher forcing.
 
     Along the path that training takes: labels ascending in index, then END, whatever `max_labels`
     and `min_labels` of a search are. In other orders than `increasing` a set has further paths, so
     this is an upper bound.
 
+    Of an image with unknown labels it is -log P(all that is known | image), estimated from
+    `NLL_DRAWS` sets: the estimate of P is unbiased, so that of -log P is too high in the mean.
+
     Args:
         head: in eval mode.
         features: [n, F] on the head's device.
         targets: [n, L] bool, columns in path order.
         order: of the search; which labels may follow.
+        unknown: [n, L] bool, labels that are neither present nor absent.
 
     Returns:
         [n] float64, on the CPU.
     """
     parts = []
-    for some, present in zip(features.split(NLL_BATCH), targets.split(NLL_BATCH), strict=True):
-        paths = increasing_paths(present.to(some.device))
+    for start in range(0, len(features), NLL_BATCH):
+        rows = slice(start, start + NLL_BATCH)
+        some, present = features[rows], targets[rows].to(features.device)
+        paths = increasing_paths(present)
         scores, _ = head(some, paths)
-        parts.append(sequence_loss(scores, paths, order).double().cpu())
+        losses = sequence_loss(scores, paths, order).double().cpu()
+        if unknown is not None and (partly := unknown[rows].any(1)).any():
+            partly = partly.nonzero()[:, 0]
+            of = partly.to(some.device)
+            evidence = as_evidence(present[of], unknown[rows][partly].to(some.device))
+            draws = head.sample(
+                head.embed(some[of]), NLL_DRAWS, evidence, seed=start, order=order,
+                max_labels=max(head.max_labels, int(present.sum(1).max())),
+            )  # fmt: skip
+            log_weights = draws.log_weights.double()
+            losses[partly] = (math.log(NLL_DRAWS) - log_weights.logsumexp(1)).cpu()
+        parts.append(losses)
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
 

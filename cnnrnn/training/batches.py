@@ -20,13 +20,15 @@ from cnnrnn.machine.distributed import ALONE, Ranks
 class Batch(NamedTuple):
     """Inputs [B, F] or normalised images [B, 3, S, S], targets [B, L] bool, records [B].
 
-    `size` is that of the whole batch; this may be one process's share of it.
+    `size` is that of the whole batch; this may be one process's share of it. `unknown` is [B, L]
+    bool, labels that are neither present nor absent, or None where the split has none.
     """
 
     inputs: Tensor
     targets: Tensor
     records: Tensor
     size: int
+    unknown: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Split:
         features: [n, F] float32, or None to read images.
         preprocessing: of the images.
         ranks: the processes that divide it.
+        unknown: [n, L] bool, labels that are neither present nor absent, or None without any.
     """
 
     dataset: Dataset
@@ -46,9 +49,15 @@ class Split:
     features: Tensor | None
     preprocessing: Preprocessing | None = None
     ranks: Ranks = ALONE
+    unknown: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def truth(self, records: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return targets and unknown labels of some records."""
+        unknown = None if self.unknown is None else self.unknown[records]
+        return self.targets[records], unknown
 
     @property
     def vectors(self) -> Tensor:
@@ -76,8 +85,7 @@ class Split:
                 order = torch.randperm(len(self), generator=generator)
             batches = order.split(config.batch_size) if len(self) else ()
             for size, part in zip(map(len, batches), self._own(generator)(batches), strict=False):
-                inputs = self.features[part].to(device)
-                yield Batch(inputs, self.targets[part].to(device), part, size)
+                yield self._batch(self.features[part].to(device), part, size)
             return
         assert self.preprocessing is not None
         sizes = chain(repeat(config.batch_size, len(self) // config.batch_size),
@@ -94,8 +102,12 @@ class Split:
             pick=self._own(generator),
         ):
             inputs = normalize(images.images.to(device), self.preprocessing)
-            targets = self.targets[images.indices].to(device)
-            yield Batch(inputs, targets, images.indices, next(sizes))
+            yield self._batch(inputs, images.indices, next(sizes))
+
+    def _batch(self, inputs: Tensor, records: Tensor, size: int) -> Batch:
+        targets = self.targets[records].to(inputs.device)
+        unknown = None if self.unknown is None else self.unknown[records].to(inputs.device)
+        return Batch(inputs, targets, records, size, unknown)
 
     def _own(
         self, generator: torch.Generator | None

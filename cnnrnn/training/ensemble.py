@@ -95,6 +95,9 @@ def train_ensemble(
     training, val = training_splits(dataset, config)
     space = models[0].label_space
     targets = space.from_source(val.label_matrix(), val.label_names)
+    unknown: torch.Tensor | None = None
+    if val.unknown_indices is not None:
+        unknown = space.from_source(val.unknown_matrix(), val.label_names)
     trained = torch.from_numpy(training.label_counts() > 0)[None]
     trained = space.from_source(trained, training.label_names)[0]
     if val.features is not None:
@@ -107,8 +110,9 @@ def train_ensemble(
             on_bad_image=config.on_bad_image, progress=progress,
         )  # fmt: skip
         features, targets = cached.values, targets[cached.kept]
-    ensemble.calibrate(features, targets, trained)
+        unknown = None if unknown is None else unknown[cached.kept]
+    ensemble.calibrate(features, targets, trained, unknown)
     ensemble.save(out / "best")
     inference = ensemble.infer(features.to(ensemble.device))
-    metrics = decision_metrics(inference, targets, ensemble.calibration, k=3)
+    metrics = decision_metrics(inference, targets, ensemble.calibration, 3, unknown)
     return EnsembleResult(ensemble, metrics)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from cnnrnn.network.losses import binary_cross_entropy, sequence_loss
 from cnnrnn.prediction.decisions import mean_average_precision
 from cnnrnn.search.inference import Inference, infer
 from cnnrnn.training.batches import Batch, Split
+from cnnrnn.training.completion import completed
 from cnnrnn.training.loop import Stage, Validation
 from cnnrnn.training.orders import aligned_paths, label_ease, own_steps, permute_labels
 
@@ -30,17 +31,44 @@ NLL_WEIGHT = 0.1
 
 
 @torch.no_grad()
-def start_at_frequencies(classifier: nn.Linear, targets: Tensor) -> None:
-    """Let a label's probability start at its share of the training images.
+def start_at_frequencies(
+    classifier: nn.Linear, targets: Tensor, unknown: Tensor | None = None
+) -> None:
+    """Let a label's probability start at its share of the training images where it is known.
 
     From one half it would take whole epochs to fall, and its gradient would dominate.
 
     Args:
         classifier: one output per label, to be read through a sigmoid.
         targets: [n, L] bool of the training images.
+        unknown: [n, L] bool, labels that are neither present nor absent.
     """
-    share = (targets.sum(0) + 0.5) / (len(targets) + 1)
-    classifier.bias.copy_(share.logit())
+    classifier.bias.copy_(label_shares(targets, unknown).logit())
+
+
+def label_shares(targets: Tensor, unknown: Tensor | None = None) -> Tensor:
+    """Return each label's share of the images where it is known, within (0, 1): [L].
+
+    Args:
+        targets: [n, L] bool.
+        unknown: [n, L] bool, labels that are neither present nor absent.
+    """
+    known = len(targets) if unknown is None else (~unknown).sum(0)
+    return (targets.sum(0) + 0.5) / (known + 1)
+
+
+class ReadSplit(NamedTuple):
+    """The n images of a split that could be read.
+
+    Attributes:
+        features: [n, F] on the model's device.
+        targets: [n, L] bool, columns in path order.
+        unknown: [n, L] bool, labels that are neither present nor absent, or None without any.
+    """
+
+    features: Tensor
+    targets: Tensor
+    unknown: Tensor | None
 
 
 def _features(model: CNNRNN, inputs: Tensor) -> Tensor:
@@ -55,7 +83,7 @@ def warm_stage(model: CNNRNN, val: Split, config: TrainConfig) -> Stage:
 
     def loss(batch: Batch) -> Tensor:
         scores = classifier(model.head.trunk(_features(model, batch.inputs)))
-        return binary_cross_entropy(scores, batch.targets)
+        return binary_cross_entropy(scores, batch.targets, batch.unknown)
 
     @torch.no_grad()
     def validate() -> Validation:
@@ -70,7 +98,7 @@ def warm_stage(model: CNNRNN, val: Split, config: TrainConfig) -> Stage:
                 "the scores of the validation images are no longer finite in stage warm; "
                 "lower learning_rate"
             )
-        return independent_validation(joined, val.targets[records])
+        return independent_validation(joined, *val.truth(records))
 
     modules = [model.head.trunk, classifier]
     groups = [_group(modules, config.learning_rate)]
@@ -80,10 +108,12 @@ def warm_stage(model: CNNRNN, val: Split, config: TrainConfig) -> Stage:
     return Stage("warm", config.warm_epochs, model, groups, loss, validate)
 
 
-def independent_validation(scores: Tensor, targets: Tensor) -> Validation:
+def independent_validation(
+    scores: Tensor, targets: Tensor, unknown: Tensor | None = None
+) -> Validation:
     """Judge independent scores [n, L] in 0..1 by O-F1 at the best threshold plus mAP."""
-    _, of1 = best_threshold(scores, targets)
-    mean_ap = mean_average_precision(scores, targets)
+    _, of1 = best_threshold(scores, targets, unknown=unknown)
+    mean_ap = mean_average_precision(scores, targets, unknown)
     return Validation(of1 + mean_ap, {"O-F1": of1, "mAP": mean_ap})
 
 
@@ -93,39 +123,44 @@ def path_stage(
     val: Split,
     config: TrainConfig,
     ranks: Ranks,
-    save: Callable[[Inference, Tensor, bool], None],
+    save: Callable[[Inference, ReadSplit, bool], None],
 ) -> Stage:
     """Return the stage that trains label paths and all else; `save` keeps its epochs."""
     head, order = model.head, model.search.order
-    last: list[tuple[Inference, Tensor]] = []
+    last: list[tuple[Inference, ReadSplit]] = []
 
     def loss(batch: Batch) -> Tensor:
         features = _features(model, batch.inputs)
+        targets = batch.targets
+        if batch.unknown is not None:
+            targets = completed(head, features, targets, batch.unknown, order)
         if config.loss == "sequence":
-            paths = increasing_paths(batch.targets)
+            paths = increasing_paths(targets)
             if config.label_order == "shuffled":
                 paths = shuffled_paths(paths, torch.default_generator)  # this process's own
             scores, label_scores = head(features, paths)
             losses = sequence_loss(scores, paths, order)
         else:
-            scores, prefixes, label_scores = own_steps(head, features, batch.targets.sum(1))
-            paths = aligned_paths(scores, prefixes, batch.targets, config.loss)
+            scores, prefixes, label_scores = own_steps(head, features, targets.sum(1))
+            paths = aligned_paths(scores, prefixes, targets, config.loss)
             losses = sequence_loss(scores, paths, order, prefixes)
         if label_scores is not None and config.aux_weight:
-            losses = losses + config.aux_weight * binary_cross_entropy(label_scores, batch.targets)
+            independent = binary_cross_entropy(label_scores, batch.targets, batch.unknown)
+            losses = losses + config.aux_weight * independent
         return losses
 
     def validate() -> Validation:
-        features, targets = split_features(model, val, config)
-        last[:] = [(infer(model.head, features, model.search), targets)]
-        nll = float(model.set_nll(features, targets).mean())
-        return path_validation(*last[0], nll, config)
+        read = read_split(model, val, config)
+        inference = infer(model.head, read.features, model.search)
+        last[:] = [(inference, read)]
+        nll = float(model.set_nll(*read).mean())
+        return path_validation(inference, read.targets, nll, config, read.unknown)
 
     def relearn_order(epoch: int, optimizer: torch.optim.Optimizer) -> bool:
         if config.label_order != "easiest" or epoch > config.reorder_epochs:
             return False
-        inference, targets = search_split(model, training, config)
-        ease = label_ease(inference.marginals, targets)
+        inference, read = search_split(model, training, config)
+        ease = label_ease(inference.marginals, read.targets)
         order = ranks.from_first(ease.argsort(descending=True, stable=True))
         return _reorder(model, order, optimizer, training, val)
 
@@ -172,11 +207,17 @@ def reorder_labels(model: CNNRNN, order: Tensor, *splits: Split) -> None:
     """Bring a model's label names and its splits' targets into another label order [L]."""
     model.label_space = model.label_space.permuted(order.tolist())
     for split in splits:
-        split.targets.copy_(split.targets[:, order])
+        for matrix in (split.targets, split.unknown):
+            if matrix is not None:
+                matrix.copy_(matrix[:, order])
 
 
 def path_validation(
-    inference: Inference, targets: Tensor, nll: float, config: TrainConfig
+    inference: Inference,
+    targets: Tensor,
+    nll: float,
+    config: TrainConfig,
+    unknown: Tensor | None = None,
 ) -> Validation:
     """Judge a path model, as `best_by` says.
 
@@ -185,11 +226,13 @@ def path_validation(
         targets: [n, L] bool.
         nll: mean -log P(true set) of those images.
         config: `best_by` names the merit. O-F1 and mAP are of the half-and-half mixture.
+        unknown: [n, L] bool, labels that are neither present nor absent; `nll` is then of what is
+            known.
     """
     scores = inference.mixed(0.5)
-    _, of1 = best_threshold(scores, targets)
-    mean_ap = mean_average_precision(scores, targets)
-    path = multilabel_metrics(inference.sets, targets)
+    _, of1 = best_threshold(scores, targets, unknown=unknown)
+    mean_ap = mean_average_precision(scores, targets, unknown)
+    path = multilabel_metrics(inference.sets, targets, unknown=unknown)
     figures = {
         "NLL": nll,
         "O-F1": of1,
@@ -205,20 +248,20 @@ def path_validation(
 
 
 @torch.no_grad()
-def search_split(model: CNNRNN, split: Split, config: TrainConfig) -> tuple[Inference, Tensor]:
-    """Search a split; also return the targets of the images that could be read."""
-    features, targets = split_features(model, split, config)
-    return infer(model.head, features, model.search), targets
+def search_split(model: CNNRNN, split: Split, config: TrainConfig) -> tuple[Inference, ReadSplit]:
+    """Search a split; also return what was read of it."""
+    read = read_split(model, split, config)
+    return infer(model.head, read.features, model.search), read
 
 
 @torch.no_grad()
-def split_features(model: CNNRNN, split: Split, config: TrainConfig) -> tuple[Tensor, Tensor]:
-    """Return what the head reads of a split [n, F], and the targets of the images read [n, L]."""
+def read_split(model: CNNRNN, split: Split, config: TrainConfig) -> ReadSplit:
+    """Return what the head reads of a split, and the labels of the images that could be read."""
     model.eval()
     features, records = split.over_batches(
         lambda batch: _features(model, batch.inputs).float(), config, model.device
     )
-    return features, split.targets[records]
+    return ReadSplit(features, *split.truth(records))
 
 
 def _group(modules: list[Any], learning_rate: float) -> dict[str, Any]:

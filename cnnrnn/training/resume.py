@@ -210,7 +210,10 @@ def require_same_run(stored: Mapping[str, Any], now: Mapping[str, Any], out: Pat
 def data_digest(data: Dataset) -> str:
     """Return a SHA-256 of records: labels, numbers, and features or names and sizes of pictures."""
     digest = hashlib.sha256(json.dumps(data.label_names).encode())
-    for array in (data.label_indptr, data.label_indices, data.rows, data.features):
+    for array in (
+        data.label_indptr, data.label_indices, data.unknown_indptr, data.unknown_indices, data.rows,
+        data.features,
+    ):  # fmt: skip
         if array is not None:
             digest.update(f"{array.dtype} {array.shape}".encode())
             digest.update(array.tobytes())

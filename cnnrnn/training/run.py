@@ -45,11 +45,13 @@ from cnnrnn.training.loop import Stage, run_stage
 from cnnrnn.training.orders import require_search_order
 from cnnrnn.training.recipe import (
     FINISH,
+    ReadSplit,
     finishing_stage,
+    label_shares,
     path_stage,
+    read_split,
     reorder_labels,
     search_split,
-    split_features,
     start_at_frequencies,
     starts_trained,
     warm_stage,
@@ -218,8 +220,11 @@ def _new_model(
         feature_dim = backbone.feature_dim
     head = Head.from_config(model_config, len(space), feature_dim)
     if head.label_classifier is not None:
-        in_path_order = data.label_matrix()[:, list(space.source_index)]
-        start_at_frequencies(head.label_classifier, in_path_order)
+        columns = list(space.source_index)
+        start_at_frequencies(
+            head.label_classifier, data.label_matrix()[:, columns],
+            data.unknown_matrix()[:, columns],
+        )  # fmt: skip
     prepare_head(head)
     return CNNRNN(model_config, space, head, backbone, search_config)
 
@@ -254,11 +259,22 @@ def _fit_to_data(model: CNNRNN, training: Split, config: TrainConfig) -> None:
     head = model.head
     if training.features is not None:
         head.trunk.fit_scale(training.features, config.feature_rms)
-    head.max_labels = max(int(training.targets.sum(1).max()), model.search.min_labels, 1)
+    head.max_labels = max(_most_labels(training), model.search.min_labels, 1)
     resolve_max_labels(head, model.search)  # fails now rather than after the first stage
 
 
+def _most_labels(split: Split) -> int:
+    """Return how many labels an image has at most, of the unknown ones as many as are expected."""
+    present = split.targets.sum(1)
+    if split.unknown is None:
+        return int(present.max())
+    expected = split.unknown.double() @ label_shares(split.targets, split.unknown).double()
+    return int((present + expected).max().round())
+
+
 def _facts(model: CNNRNN, training: Split, val: Split) -> dict[str, Any]:
+    unknown = sum(int(s.unknown.sum()) for s in (training, val) if s.unknown is not None)
+    pairs = (len(training) + len(val)) * len(model.labels)
     return {
         "train_images": len(training),
         "val_images": len(val),
@@ -266,6 +282,7 @@ def _facts(model: CNNRNN, training: Split, val: Split) -> dict[str, Any]:
         "labels": len(model.labels),
         "labels_without_training_images": int((training.dataset.label_counts() == 0).sum()),
         "longest_path": model.head.max_labels,
+        **({"unknown": f"{100 * unknown / pairs:.3g} %"} if unknown else {}),
         "device": str(model.device),
     }
 
@@ -328,11 +345,11 @@ class _Run:
         if self.ranks.first:
             save_state(self.out / STATE_FILE, TrainingState(values, state.tensors | random))
 
-    def save(self, inference: Inference, targets: Tensor, best: bool) -> None:
+    def save(self, inference: Inference, read: ReadSplit, best: bool) -> None:
         """Write the checkpoints of an epoch; the best one is calibrated."""
         if best:
             self.model.calibration = calibrate(
-                inference, targets, self._in_training(), USUAL_SHRINKAGE
+                inference, read.targets, self._in_training(), USUAL_SHRINKAGE, read.unknown
             )
         if self.ranks.first:
             if best:
@@ -351,16 +368,17 @@ class _Run:
         trained = model.head.recurrence.weight_hh.requires_grad  # `prepare_head` may freeze it
         if self.ranks.first:
             model = load_checkpoint(self.out / "best").to(model.device)
-        features, targets = split_features(model, self.val, self.config)
+        features, targets, unknown = read_split(model, self.val, self.config)
         inference = infer(model.head, features, model.search)
         kept, had_counts = model.calibration, model.head.cooccurrence is not None
-        model.head.count_cooccurrence(self.training.targets)
+        model.head.count_cooccurrence(self.training.targets, self.training.unknown)
         model.calibration = calibrate_known(
             model.head,
             features,
             targets,
             model.search,
-            calibrate(inference, targets, self._in_training()),
+            calibrate(inference, targets, self._in_training(), unknown=unknown),
+            unknown=unknown,
         )
         if self.ranks.first:
             has_new_counts = model.head.cooccurrence is not None and not had_counts
@@ -368,7 +386,8 @@ class _Run:
                 model.save(self.out / "best")
             recurrent = model.head.recurrence.weight_hh.detach()
             warn_if_not_learned(inference.sets, targets, recurrent if trained else None)
-        return TrainResult(model, decision_metrics(inference, targets, model.calibration, k=3))
+        metrics = decision_metrics(inference, targets, model.calibration, 3, unknown)
+        return TrainResult(model, metrics)
 
     def _in_training(self) -> Tensor:
         return self.training.targets.any(0)  # [L], in the order that labels have by now
@@ -472,15 +491,23 @@ def _read_split(
     ranks: Ranks,
 ) -> Split:
     targets = model.label_space.from_source(data.label_matrix(), data.label_names)
+    unknown: Tensor | None = None
+    if data.unknown_indices is not None and len(data.unknown_indices):
+        unknown = model.label_space.from_source(data.unknown_matrix(), data.label_names)
     if data.features is not None:
-        return Split(data, targets, torch.from_numpy(data.features), ranks=ranks)
+        vectors = torch.from_numpy(data.features)
+        return Split(data, targets, vectors, ranks=ranks, unknown=unknown)
     assert model.backbone is not None
     if not model.config.freeze_backbone:
-        return Split(data, targets, None, model.backbone.preprocessing, ranks)
+        return Split(data, targets, None, model.backbone.preprocessing, ranks, unknown)
     folder = Path(config.feature_cache) if config.feature_cache else out / "features"
     features = cached_features(
         model.backbone, data, folder, device=device, batch_size=config.batch_size,
         workers=config.workers or None, on_bad_image=config.on_bad_image, progress=progress,
         ranks=ranks,
     )  # fmt: skip
-    return Split(data.select(features.kept), targets[features.kept], features.values, ranks=ranks)
+    kept = features.kept
+    return Split(
+        data.select(kept), targets[kept], features.values, ranks=ranks,
+        unknown=None if unknown is None else unknown[kept],
+    )  # fmt: skip

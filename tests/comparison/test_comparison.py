@@ -240,10 +240,9 @@ def test_another_order_gives_a_bound(separable, tmp_path):
 def test_images_with_unknown_labels_have_no_true_set():
     unknown = torch.tensor([[False, True], [False, False], [False, False]])
     fitted = Fitted(0.0, lambda split: [], lambda split: torch.tensor([-9.0, -1.0, -2.0]))
-    dataset = SimpleNamespace(unknown_indptr=None)
-    judging = SimpleNamespace(test=SimpleNamespace(dataset=dataset))
+    judging = SimpleNamespace(test=SimpleNamespace(unknown=None))
     assert _test_nll(judging, fitted) == 4.0
-    dataset.unknown_indptr, dataset.unknown_matrix = np.zeros(4), lambda: unknown
+    judging.test.unknown = unknown
     assert _test_nll(judging, fitted) == 1.5
     assert math.isnan(_test_nll(judging, Fitted(0.0, lambda split: [])))
 
@@ -438,7 +437,7 @@ def test_exact_match_by_a_cut_of_its_own():
     """A k of 2 suits the images of two labels, whatever the threshold for O-F1 says."""
     targets = torch.tensor([[True, True, False], [False, True, True]]).repeat(5, 1)
     scores = torch.tensor([[0.9, 0.8, 0.7], [0.1, 0.3, 0.2]]).repeat(5, 1)
-    split = SimpleNamespace(targets=targets, dataset=SimpleNamespace(unknown_indptr=None))
+    split = SimpleNamespace(targets=targets, unknown=None)
     judging = SimpleNamespace(val=split, test=split)
     found = _judge(judging, False, Scored(scores), Scored(scores))
     assert found.own_exact == 1.0
@@ -448,7 +447,7 @@ def test_exact_match_by_a_cut_of_its_own():
 
 def test_no_image_is_left_without_labels_where_validation_images_all_have_some():
     targets = torch.eye(3, dtype=torch.bool)
-    split = SimpleNamespace(targets=targets, dataset=SimpleNamespace(unknown_indptr=None))
+    split = SimpleNamespace(targets=targets, unknown=None)
     judging = SimpleNamespace(val=split, test=split)
     scores = torch.tensor([[0.9, 0.2, 0.1], [0.1, 0.8, 0.2], [0.2, 0.2, 0.7]])
     dim = scores * torch.tensor([[1.0], [1.0], [0.1]])

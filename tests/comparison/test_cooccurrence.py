@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from cnnrnn.comparison.cooccurrence import fit_cooccurrence
+from cnnrnn.data import Dataset
 from cnnrnn.network.cooccurrence import CoOccurrence
 from cnnrnn.reveal import metrics_of_others, reveal
+from cnnrnn.training.batches import Split
 
 
 def logit(p):
@@ -34,6 +37,24 @@ def test_counts_by_hand():
     expected = 0.2 + float(counted.absent[0, 1] + counted.present[2, 1])
     assert float(scores[1, 1]) == pytest.approx(expected)
     assert torch.equal(scores[2], logits[2])
+
+
+def test_pairs_are_counted_where_both_labels_are_known():
+    generator = torch.Generator().manual_seed(1)
+    unknown = torch.rand(60, 4, generator=generator) < 0.3
+    targets = (torch.rand(60, 4, generator=generator) < 0.5) & ~unknown
+    counted = CoOccurrence.counted(targets, smoothing=2.0, unknown=unknown)
+    for k, label in itertools.permutations(range(4), 2):
+        with_l = targets[~unknown[:, label], label]
+        share = (int(with_l.sum()) + 0.5) / (len(with_l) + 1)
+        both = ~unknown[:, k] & ~unknown[:, label]
+        for found, with_k in ((counted.present, targets[:, k]), (counted.absent, ~targets[:, k])):
+            rows = targets[both & with_k, label]
+            given = (int(rows.sum()) + 2 * share) / (len(rows) + 2)
+            assert float(found[k, label]) == pytest.approx(logit(given) - logit(share))
+    everything = CoOccurrence.counted(targets, 2.0, unknown & False)
+    assert torch.equal(everything.present, CoOccurrence.counted(targets, 2.0).present)
+    torch.testing.assert_close(everything.absent, CoOccurrence.counted(targets, 2.0).absent)
 
 
 def test_it_is_bayes_rule_where_known_labels_depend_on_the_other_alone():
@@ -62,12 +83,15 @@ def test_it_is_bayes_rule_where_known_labels_depend_on_the_other_alone():
 
 
 def test_weight_and_smoothing_are_chosen_on_validation_data():
+    nothing = np.zeros(0, np.int32)
+    source = Dataset.from_arrays("made", ("a", "b", "c", "d"), np.zeros(1, np.int64), nothing)
     generator = torch.Generator().manual_seed(0)
     coin = torch.rand(300, 1, generator=generator) < 0.5
     noise = torch.rand(300, 2, generator=generator) < 0.5
     targets = torch.cat([coin, coin, noise], 1)
     logits = torch.randn(300, 4, generator=generator) * 0.3
-    found = fit_cooccurrence(targets[:150], logits[150:], targets[150:])
+    train, val = (Split(source, part, None) for part in (targets[:150], targets[150:]))
+    found = fit_cooccurrence(train, logits[150:], val)
     images, evidence = reveal(targets[150:], 1)
 
     def example_ap(scores):
@@ -80,5 +104,5 @@ def test_weight_and_smoothing_are_chosen_on_validation_data():
         counted = CoOccurrence.counted(targets[:150], smoothing)
         assert best >= example_ap(counted.scores(logits[150:][images], evidence))
     lone = torch.eye(4, dtype=torch.bool)
-    alone = fit_cooccurrence(targets[:150], logits[:4], lone)  # nothing to choose by
+    alone = fit_cooccurrence(train, logits[:4], Split(source, lone, None))  # nothing to choose by
     assert torch.equal(alone.present, CoOccurrence.counted(targets[:150], 1.0).present)

@@ -1,0 +1,53 @@
+"""Label sets of which some labels are unknown, completed by what the model itself believes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cnnrnn.config import Order
+from cnnrnn.labels import as_evidence
+from cnnrnn.network.head import Head
+
+DRAWS = 4
+"""Completions among which one is drawn."""
+
+
+@torch.no_grad()
+def completed(
+    head: Head, features: Tensor, targets: Tensor, unknown: Tensor, order: Order
+) -> Tensor:
+    """Draw each image's unknown labels given those that are known: [B, L] bool.
+
+    The gradient of log P(what is known) is the mean gradient of log P(whole set) over the sets that
+    agree with it, each as probable as the model holds it to be (Fisher's identity), so one such set
+    per step and image trains the likelihood of what is known. Sets are drawn label by label among
+    what is known to be possible, which is not quite that: `DRAWS` of them are, and one is kept in
+    proportion to its weight (sampling importance resampling; Rubin, 1987).
+
+    Args:
+        head: its dropout is left out.
+        features: [B, F].
+        targets: [B, L] bool, labels known to be present.
+        unknown: [B, L] bool.
+        order: of the paths that the head is trained on.
+    """
+    partly = unknown.any(1).nonzero()[:, 0]
+    if not len(partly):
+        return targets
+    training = head.training
+    head.eval()
+    draws = head.sample(
+        head.embed(features[partly]), DRAWS, as_evidence(targets[partly], unknown[partly]),
+        seed=int(torch.randint(2**62, ())), order=order,
+    )  # fmt: skip
+    head.train(training)
+    log_weights = draws.log_weights.double()
+    weights = (log_weights - log_weights.amax(1, keepdim=True)).exp().nan_to_num(0)
+    found = weights.sum(1) > 0  # elsewhere the unknown labels are left out
+    weights[~found] = 1.0
+    chosen = torch.multinomial(weights, 1)[:, 0]
+    sets = draws.sets[torch.arange(len(partly), device=chosen.device), chosen]
+    whole = targets.clone()
+    whole[partly] |= sets & found[:, None]
+    return whole
