@@ -10,7 +10,9 @@ that give probabilities to label sets), those of the recipe from `benchmarks/res
 (of benchmarks/quality/recipe.py), that of instructions from `benchmarks/results/instructions.json`
 (of benchmarks/search/instructions.py), that of wrong labels from
 `benchmarks/results/planted_errors.json` (of benchmarks/quality/planted_errors.py), those of
-questions from `benchmarks/results/questions.json` (of benchmarks/quality/questions.py).
+questions from `benchmarks/results/questions.json` (of benchmarks/quality/questions.py), those of
+unknown labels from `benchmarks/results/unknown_labels.json` (of
+benchmarks/quality/unknown_labels.py).
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`.
 """
@@ -31,6 +33,7 @@ from benchmarks.quality.planted_errors import table as planted_table
 from benchmarks.quality.questions import table as questions_table
 from benchmarks.quality.recipe import OF_ORDERS
 from benchmarks.quality.recipe import table as recipe_table
+from benchmarks.quality.unknown_labels import table as unknown_table
 from cnnrnn.comparison import COLUMNS, Row, markdown_table, read_rows, table_cells
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -430,6 +433,13 @@ def questions(data_set: str) -> str:
     return questions_table(results, data_set, (0, 1, 2, 3, 5, 10)) + "\n"
 
 
+def unknown() -> str:
+    """What it is worth to say that labels are unknown."""
+    file = ROOT / "benchmarks" / "results" / "unknown_labels.json"
+    sources = {"cocoweak": "COCO, weak", "coco": "COCO", "animals": "VOC animals"}
+    return unknown_table(json.loads(file.read_text(encoding="utf-8")), sources) + "\n"
+
+
 def known() -> str:
     """What one known label is worth, to each method that can use it."""
     names = {"cocoweak": "COCO, weak", "corel16k": "Corel-16k"}
@@ -580,6 +590,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "orders-camvid": lambda results: recipe("camvid", OF_ORDERS, former=True),
     "planted-errors": lambda results: planted(),
     "known-labels": lambda results: known(),
+    "unknown-labels": lambda results: unknown(),
     "exact": lambda results: exact(),
     "questions-cocoweak": lambda results: questions("cocoweak"),
     "questions-corel16k": lambda results: questions("corel16k"),

@@ -14,9 +14,9 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -28,7 +28,7 @@ from cnnrnn.training.run import train
 from tests.training.hidden import hide
 
 HIDDEN = (0.0, 0.2, 0.5)
-TAKEN_AS = ("absent", "unknown")
+TAKEN_AS: tuple[Literal["absent", "unknown"], ...] = ("absent", "unknown")
 MEASURES = ("NLL", "O-F1", "mAP", "path O-F1", "path exact")
 
 
@@ -56,17 +56,23 @@ def measure(dataset: Dataset, config: TrainConfig) -> dict[str, float]:
     }
 
 
-def table(results: Sequence[dict[str, Any]], source: str) -> str:
-    """Lay out the results of one source as Markdown: mean ± standard error, in % or nats."""
-    lines = ["| hidden, taken as | " + " | ".join(MEASURES) + " |"]
-    lines.append("|---" * (len(MEASURES) + 1) + "|")
-    for share, taken_as in itertools.product(HIDDEN, TAKEN_AS):
+def table(results: Sequence[dict[str, Any]], sources: Mapping[str, str]) -> str:
+    """Lay out results as Markdown: mean ± standard error over seeds, in % or nats.
+
+    Args:
+        results: of all sources.
+        sources: names of data files to what the table calls them.
+    """
+    lines = ["| | hidden, taken as | " + " | ".join(MEASURES) + " |"]
+    lines.append("|---" * (len(MEASURES) + 2) + "|")
+    for source, share, taken_as in itertools.product(sources, HIDDEN, TAKEN_AS):
         wanted = (source, share, taken_as)
         rows = [r["test"] for r in results if (r["source"], r["hidden"], r["taken as"]) == wanted]
         if rows:
             title = f"{100 * share:g} %, {taken_as}" if share else "none"
             cells = (_cell(name, [row[name] for row in rows]) for name in MEASURES)
-            lines.append(f"| {title} | " + " | ".join(cells) + " |")
+            name = "" if share else sources[source]
+            lines.append(f"| {name} | {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -87,20 +93,17 @@ def main() -> None:
     arguments = parser.parse_args()
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
     done = {(r["source"], r["hidden"], r["taken as"], r["seed"]) for r in results}
-    for source in arguments.sources:
-        for seed in range(arguments.seeds):
-            config = TrainConfig(seed=seed)
-            whole = with_fixed_splits(load_dataset(source), config)
-            for share in HIDDEN:
-                for taken_as in TAKEN_AS if share else ("unknown",):
-                    if (source, share, taken_as, seed) in done:
-                        continue
-                    test = measure(hide(whole, share, taken_as, seed), config)
-                    results.append({"source": source, "hidden": share, "taken as": taken_as,
-                                    "seed": seed, "test": test})  # fmt: skip
-                    arguments.out.write_text(json.dumps(results, indent=1))
-    for source in arguments.sources:
-        print(f"{source}\n\n{table(results, source)}\n")
+    names = {Path(source.partition(":")[2]).stem: source for source in arguments.sources}
+    for (name, source), seed in itertools.product(names.items(), range(arguments.seeds)):
+        config = TrainConfig(seed=seed)
+        whole = with_fixed_splits(load_dataset(source), config)
+        for share, taken_as in itertools.product(HIDDEN, TAKEN_AS):
+            if (share or taken_as == "unknown") and (name, share, taken_as, seed) not in done:
+                test = measure(hide(whole, share, taken_as, seed), config)
+                results.append({"source": name, "hidden": share, "taken as": taken_as,
+                                "seed": seed, "test": test})  # fmt: skip
+                arguments.out.write_text(json.dumps(results, indent=1))
+    print(table(results, {name: name for name in names}))
 
 
 if __name__ == "__main__":

@@ -49,8 +49,10 @@ def sample_sets(
     """Draw label sets, each label given the ones before it (ancestral sampling).
 
     Labels known to be present or absent are respected as in the search: a step is drawn among what
-    evidence admits, and the draw's weight is the probability of what was admitted (likelihood
-    weighting; Fung and Chang, UAI 1989).
+    evidence admits. With a chain term it is drawn by the logits of `given_logits`, which know what
+    is still to come, and its weight is its probability over that of drawing it so. Without one the
+    weight is the probability of what was admitted (likelihood weighting; Fung and Chang, UAI 1989):
+    more draws are needed.
 
     Args:
         head: in eval mode.
@@ -77,10 +79,12 @@ def sample_sets(
         check_evidence(evidence, B, L, T)
     known = torch.zeros(1, L, dtype=torch.int8) if evidence is None else evidence
     known = known.to(device).expand(B, L)
+    logits = given = embedding.label_logits
+    if logits is not None and evidence is not None:
+        given = torch.where(known.any(1, keepdim=True), given_logits(logits, known), logits)
     generator = torch.Generator(device).manual_seed(seed)
     rows = B * count
     image = torch.arange(B, device=device).repeat_interleave(count)
-    known = known[image]
     sets = torch.zeros(rows, L, dtype=torch.bool, device=device)
     log_weights = embedding.joint.new_zeros(rows)
     last = torch.full((rows,), -1, device=device)
@@ -92,19 +96,25 @@ def sample_sets(
         at = open_.nonzero()[:, 0]
         if not len(at):
             break
-        scores = head.score(outputs[prefix[at]], embedding.of(image[at]))
-        if embedding.label_logits is not None:
-            scores = scores + embedding.label_logits[image[at]]
-        allowed = _allowed(order, sets[at], last[at])
-        probabilities = scores.masked_fill(~allowed, -torch.inf).softmax(1)
-        admitted = _admitted(order, known[at], sets[at], T - step)
-        probabilities = probabilities * admitted
-        some_refused = (allowed & ~admitted).any(1)
-        mass = torch.where(some_refused, probabilities.sum(1), 1.0)
-        log_weights[at] += mass.log().clamp(max=0)
-        open_[at[mass == 0]] = False
-        at, probabilities = at[mass > 0], probabilities[mass > 0]
-        drawn = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        # Draws of one image with one prefix are drawn from the same row.
+        pairs, row = torch.unique(image[at] * len(outputs) + prefix[at], return_inverse=True)
+        one = at[torch.empty_like(pairs).scatter_(0, row, torch.arange(len(at), device=device))]
+        of = image[one]
+        scores = head.score(outputs[prefix[one]], embedding.of(of))
+        allowed = _allowed(order, sets[one], last[one])
+        admitted = allowed & _admitted(order, known[of], sets[one], T - step)
+        proposed = scores if given is None else scores + given[of]
+        scores = scores if logits is None else scores + logits[of]
+        proposed = proposed.masked_fill(~admitted, -torch.inf)
+        mass = proposed.logsumexp(1) - scores.masked_fill(~allowed, -torch.inf).logsumexp(1)
+        possible = (mass > -torch.inf)[row]
+        log_weights[at[~possible]] = -torch.inf
+        open_[at[~possible]] = False
+        at, row = at[possible], row[possible]
+        drawn = _drawn(proposed.softmax(1), row, generator)
+        log_weights[at] += mass[row]
+        if logits is not None and given is not None:
+            log_weights[at] += (logits - given)[image[at], drawn]
         open_[at[drawn == L]] = False
         at, drawn = at[drawn < L], drawn[drawn < L]
         sets[at, drawn] = True
@@ -114,9 +124,52 @@ def sample_sets(
         parents = pairs // L
         outputs, cells = head.extend(pairs % L, (outputs[parents], cells[parents]))
         prefix[at] = index
-    lacking = ((known == 1) & ~sets).any(1)
+    lacking = ((known == 1)[image] & ~sets).any(1)
     log_weights[lacking] = -torch.inf
     return Samples(sets.view(B, count, L), log_weights.view(B, count))
+
+
+def given_logits(label_logits: Tensor, evidence: Tensor) -> Tensor:
+    """Return the chain term's next-label logits given what is known of labels.
+
+    As `chain_logits`, for independent labels of which known ones are certain: an absent label
+    cannot follow and no label before it is the less probable for it; a present one's own odds do
+    not count. With these a path of an independent classifier is drawn as evidence has it.
+
+    Args:
+        label_logits: [B, L+1] as of `chain_logits`, END last.
+        evidence: [B, L] int8: 1 present, -1 absent, 0 unknown.
+
+    Returns:
+        [B, L+1], to be read where a label may follow that is not known to be absent.
+    """
+    known = evidence != 0
+    over_end = label_logits - label_logits[:, -1:]
+    own = over_end[:, :-1] - over_end.flip(1).logcumsumexp(1).flip(1)[:, 1:]  # v
+    softplus = functional.softplus(own).masked_fill(known, 0)
+    to_come = softplus.flip(1).cumsum(1).flip(1) - softplus
+    return functional.pad(own.masked_fill(known, 0) + to_come, (0, 1))
+
+
+def _drawn(probabilities: Tensor, rows: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a column from each of some rows, in proportion to its value: [M].
+
+    By the inverse of the distribution function, all rows' laid end to end: one random number a
+    draw. A column of probability 0 does not make it rise, so it is never drawn.
+
+    Args:
+        probabilities: [R, L+1], at least one above 0 in the rows asked for.
+        rows: [M] int64.
+        generator: of the draws.
+    """
+    rising = probabilities.double().cumsum(1)
+    total = rising[:, -1:]
+    rising = torch.where(total > 0, rising / total, 1.0)  # 1 in rows that are not asked for
+    rising += torch.arange(len(rising), device=rising.device)[:, None]
+    device = generator.device
+    points = torch.rand(len(rows), dtype=torch.float64, generator=generator, device=device) + rows
+    found = torch.searchsorted(rising.flatten(), points, right=True)
+    return found - rows * probabilities.shape[1]
 
 
 def _allowed(order: Order, sets: Tensor, last: Tensor) -> Tensor:

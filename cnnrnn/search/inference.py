@@ -23,7 +23,7 @@ SEARCH_BATCH = 4096
 NLL_BATCH = 512
 
 
-NLL_DRAWS = 32
+NLL_DRAWS = 16
 """Sets drawn for the probability of what is known of an image."""
 
 

@@ -66,14 +66,13 @@ def load_nuswide(
         raise DataError(f"{root} must be NUS-WIDE's folder, found no such folder")
     folder = Folder(_image_folder(root, images), follow_links)
     names, places = _read_image_lists(_image_lists(root, options), folder)
-    right = _right_names(names, places, problems)
+    records = _right_names(names, places, problems)
+    right = list(records.values())
     if options.labels == "tags":
         label_names, rows, labels = _read_tags(root, len(names), problems)
     else:
         label_names, rows, labels = _read_concepts(root, places, problems)
-    splits = _read_splits(
-        root, options, folder, {os.path.normpath(names[i]): i for i in right}, problems
-    )
+    splits = _read_splits(root, options, folder, records, problems)
     found = folder.existing(
         places[0].file, lambda i: f"line {_line(places, right[i])}", [names[i] for i in right],
         on_bad_image, problems,
@@ -84,18 +83,20 @@ def load_nuswide(
 
     position = np.full(len(names), -1, dtype=np.int64)
     position[kept] = np.arange(len(kept))
+    image_folder, files = folder.path, list(found.values())
+    del folder, found, kept, names, records, right  # their memory becomes that of the paths
     rows = position[rows]
     order = np.lexsort((labels, rows))
     order = order[rows[order] >= 0]
-    indptr = np.concatenate([[0], np.cumsum(np.bincount(rows[order], minlength=len(kept)))])
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(rows[order], minlength=len(files)))])
     return Dataset.from_arrays(
         source=f"nuswide:{root}",
         label_names=tuple(label_names),
         label_indptr=indptr,
         label_indices=labels[order],
         splits={name: position[members][position[members] >= 0] for name, members in splits.items()}
-        or {"all": np.arange(len(kept))},
-        images=tuple(folder.path / name for name in found.values()),
+        or {"all": np.arange(len(files))},
+        images=tuple(image_folder / name for name in files),
     )
 
 
@@ -166,8 +167,8 @@ def _line(places: list[_ImageList], row: int) -> str:
     return f"{row - place.first + 1}{file}"
 
 
-def _right_names(names: list[str], places: list[_ImageList], problems: Problems) -> list[int]:
-    """Return the positions of the names that are right and not there before."""
+def _right_names(names: list[str], places: list[_ImageList], problems: Problems) -> dict[str, int]:
+    """Return the positions of the names that are right and not there before, by normal path."""
     seen: dict[str, int] = {}
     for row, name in enumerate(names):
         problem = name_problem(name)
@@ -182,8 +183,8 @@ def _right_names(names: list[str], places: list[_ImageList], problems: Problems)
                 f"{short(name)} as in line {_line(places, seen[same])}"
             )
         else:
-            seen[same] = row
-    return list(seen.values())
+            seen[name if name == same else same] = row  # one string, not two
+    return seen
 
 
 Entries = tuple[list[str], npt.NDArray[np.int64], npt.NDArray[np.int32]]
