@@ -10,7 +10,9 @@ from cnnrnn.labels import as_evidence
 from cnnrnn.network.head import Head
 
 DRAWS = 4
-"""Completions among which one is drawn."""
+"""Completions among which one is drawn, by a head with a chain term."""
+DRAWS_WITHOUT_CHAIN_TERM = 16
+"""The same of a head without one, whose draws do not look ahead: see `sample_sets`."""
 
 
 @torch.no_grad()
@@ -21,9 +23,9 @@ def completed(
 
     The gradient of log P(what is known) is the mean gradient of log P(whole set) over the sets that
     agree with it, each as probable as the model holds it to be (Fisher's identity), so one such set
-    per step and image trains the likelihood of what is known. Sets are drawn label by label among
-    what is known to be possible, which is not quite that: `DRAWS` of them are, and one is kept in
-    proportion to its weight (sampling importance resampling; Rubin, 1987).
+    per step and image trains the likelihood of what is known. Sets drawn label by label are nearly
+    so distributed: some are drawn, and one is kept in proportion to its weight (sampling importance
+    resampling; Rubin, JASA 1987).
 
     Args:
         head: its dropout is left out.
@@ -35,10 +37,11 @@ def completed(
     partly = unknown.any(1).nonzero()[:, 0]
     if not len(partly):
         return targets
+    count = DRAWS if head.label_classifier is not None else DRAWS_WITHOUT_CHAIN_TERM
     training = head.training
     head.eval()
     draws = head.sample(
-        head.embed(features[partly]), DRAWS, as_evidence(targets[partly], unknown[partly]),
+        head.embed(features[partly]), count, as_evidence(targets[partly], unknown[partly]),
         seed=int(torch.randint(2**62, ())), order=order,
     )  # fmt: skip
     head.train(training)

@@ -100,7 +100,8 @@ def test_the_likelihood_is_of_what_is_known(chain_term, monkeypatch):
 
 @pytest.mark.parametrize("chain_term", [False, True])
 def test_completions_are_as_probable_as_the_model_holds_them(chain_term, monkeypatch):
-    monkeypatch.setattr(cnnrnn.training.completion, "DRAWS", 256)
+    for name in ("DRAWS", "DRAWS_WITHOUT_CHAIN_TERM"):
+        monkeypatch.setattr(cnnrnn.training.completion, name, 256)
     head = trained_looking_head(chain_term).train()
     features, targets, unknown = partly_known(count=2)
     unknown[1], targets[1] = torch.tensor([0, 1, 0, 1, 0]) > 0, torch.tensor([0, 0, 1, 0, 0]) > 0
