@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -74,8 +75,8 @@ def load_nuswide(
         label_names, rows, labels = _read_concepts(root, places, problems)
     splits = _read_splits(root, options, folder, records, problems)
     found = folder.existing(
-        places[0].file, lambda i: f"line {_line(places, right[i])}", [names[i] for i in right],
-        on_bad_image, problems,
+        places[0].file, partial(_line_of, places, right), [names[i] for i in right], on_bad_image,
+        problems,
     )  # fmt: skip
     kept = [right[i] for i in found]
     if not kept:
@@ -165,6 +166,10 @@ def _line(places: list[_ImageList], row: int) -> str:
     place = next(place for place in reversed(places) if row >= place.first)
     file = "" if place is places[0] else f" of {place.file}"
     return f"{row - place.first + 1}{file}"
+
+
+def _line_of(places: list[_ImageList], rows: list[int], position: int) -> str:
+    return f"line {_line(places, rows[position])}"
 
 
 def _right_names(names: list[str], places: list[_ImageList], problems: Problems) -> dict[str, int]:
