@@ -110,6 +110,7 @@ class Dataset:
         labels: Sequence[Iterable[str]],
         splits: Sequence[str] | Mapping[str, Sequence[int]] | None = None,
         label_names: Sequence[str] | None = None,
+        unknown: Sequence[Iterable[str]] | None = None,
     ) -> None:
         """Take images with the labels of each.
 
@@ -119,18 +120,29 @@ class Dataset:
             splits: the split of each image, or split names with the numbers of their images; None
                 puts all into one split, `all`.
             label_names: the labels in their order; None takes those that occur, sorted.
+            unknown: for each image the labels that it may have or not: nobody looked. All others
+                are absent. None where every label is known.
 
         Raises:
             TypeError: an image is none of these, or the labels of an image are no list of strings.
             DataError: there are not as many labels as images, a label is not among `label_names`,
-                or a split does not fit.
+                or both present and unknown in an image, or a split does not fit.
         """
-        names, indptr, indices = _named_sets(labels, label_names)
+        sets = _lists_of_strings("labels", labels)
+        hidden = None if unknown is None else _lists_of_strings("unknown", unknown)
+        if label_names is None:
+            label_names = sorted({label for own in (*sets, *(hidden or ())) for label in own})
+        indptr, indices = _named_sets("labels", sets, label_names)
+        unknown_indptr, unknown_indices = (
+            (None, None) if hidden is None else _named_sets("unknown", hidden, label_names)
+        )
         self._fill(
             source="python:Dataset",
-            label_names=names,
+            label_names=tuple(label_names),
             label_indptr=indptr,
             label_indices=indices,
+            unknown_indptr=unknown_indptr,
+            unknown_indices=unknown_indices,
             splits=_given_splits(splits, len(indptr) - 1),
             images=tuple(map(_given_image, range(len(images)), images)),
         )
@@ -476,28 +488,30 @@ def _given_image(position: int, image: object) -> ImageSource:
     )
 
 
-def _named_sets(
-    labels: Sequence[Iterable[str]], label_names: Sequence[str] | None
-) -> tuple[tuple[str, ...], npt.NDArray[np.int64], npt.NDArray[np.int32]]:
-    """Return label names, and compressed rows of the labels of each image."""
-    sets = []
-    for position, given in enumerate(labels):
-        own = None if isinstance(given, (str, bytes)) else list(given)
+def _lists_of_strings(name: str, given: Sequence[Iterable[str]]) -> list[list[str]]:
+    """Return the labels of each image as lists; `name` is that of the argument."""
+    lists = []
+    for position, labels in enumerate(given):
+        own = None if isinstance(labels, (str, bytes)) else list(labels)
         if own is None or not all(isinstance(label, str) for label in own):
-            raise TypeError(f"labels of image {position} must be a list of strings, got {given!r}")
-        sets.append(own)
-    names = sorted({label for own in sets for label in own})
-    names = names if label_names is None else list(label_names)
-    index = {name: position for position, name in enumerate(names)}
+            raise TypeError(f"{name} of image {position} must be a list of strings, got {labels!r}")
+        lists.append(own)
+    return lists
+
+
+def _named_sets(
+    name: str, sets: Sequence[Sequence[str]], label_names: Sequence[str]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+    """Return compressed rows of the labels of each image."""
+    index = {label: position for position, label in enumerate(label_names)}
     for position, own in enumerate(sets):
         for label in own:
             if label not in index:
                 raise DataError(
-                    f"labels of image {position} must be among the {len(names)} of label_names, "
-                    f"got {label!r}"
+                    f"{name} of image {position} must be among the {len(label_names)} of "
+                    f"label_names, got {label!r}"
                 )
-    indptr, indices = csr(sorted({index[label] for label in own}) for own in sets)
-    return tuple(names), indptr, indices
+    return csr(sorted({index[label] for label in own}) for own in sets)
 
 
 def _given_splits(

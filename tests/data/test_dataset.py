@@ -105,6 +105,16 @@ def test_label_names_give_the_order(files: list[Path]) -> None:
     assert dataset.label_names == ("dog", "bird", "cat") and dataset.labels(0).tolist() == [0, 2]
 
 
+def test_labels_that_nobody_looked_for(files: list[Path]) -> None:
+    dataset = Dataset(images=files, labels=LABELS, unknown=[[], ["emu", "cat"], ("dog",)])
+    assert dataset.label_names == ("cat", "dog", "emu")  # emu is unknown everywhere it is named
+    assert dataset.label_matrix().sum() == sum(map(len, LABELS))
+    assert dataset.unknown_matrix().tolist() == [
+        [False, False, False], [True, False, True], [False, True, False],
+    ]  # fmt: skip
+    assert Dataset(images=files, labels=LABELS).unknown_indices is None
+
+
 @pytest.mark.parametrize(
     ("parts", "error", "message"),
     [
@@ -125,6 +135,14 @@ def test_label_names_give_the_order(files: list[Path]) -> None:
             DataError,
             "label names must be unique, got 'dog'",
         ),
+        ({"unknown": ["dog", [], []]}, TypeError, "unknown of image 0 must be a list of strings"),
+        (
+            {"unknown": [["emu"], [], []], "label_names": ["dog", "cat"]},
+            DataError,
+            "unknown of image 0 must be among the 2 of label_names, got 'emu'",
+        ),
+        ({"unknown": [["dog"], [], []]}, DataError, "record 0 has 'dog' as label and as unknown"),
+        ({"unknown": [[]]}, DataError, "unknown_indptr must cover 3 records, got 1"),
         ({"splits": ["train"]}, DataError, "the split of each of the 3 images, got"),
         ({"splits": "train"}, DataError, "the split of each of the 3 images, got 'train'"),
         (
