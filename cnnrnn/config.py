@@ -80,8 +80,11 @@ class ModelConfig:
     """Architecture of a `CNNRNN`.
 
     Attributes:
-        backbone: `small` (plain torch, needs no extra) or the name of any timm model.
+        backbone: `small` (plain torch, needs no extra) or the name of any timm model, also with a
+            tag (`resnet50.a1_in1k`), as `hf-hub:OWNER/NAME` or as `local-dir:FOLDER`.
         pretrained: load timm's pretrained weights.
+        weights: file of the backbone's weights, in place of those: `.safetensors`, or a state dict
+            or a training's checkpoint of timm or torchvision by `torch.save`.
         freeze_backbone: keep the backbone fixed, in eval mode; its features are cached on disk.
         image_size: side of the square input in pixels; None takes the backbone's own.
         trunk_dim: width of the hidden layer between image feature and head; 0 for none.
@@ -103,6 +106,7 @@ class ModelConfig:
     backbone: str = "resnet50"
     pretrained: bool = True
     freeze_backbone: bool = True
+    weights: str | None = None
     image_size: int | None = None
     trunk_dim: int = 512
     trunk_skip: bool = True
@@ -330,7 +334,8 @@ class TrainConfig:
             backbone, threads that decode; 0 for one per core.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         seed: of initial weights, shuffling, dropout and the held-out share.
-        init_backbone: start the backbone from this checkpoint folder.
+        init_backbone: start the backbone from this checkpoint folder, whose head is not read, or
+            from a file as of `model.weights`.
         feature_cache: folder for a frozen backbone's features; None puts it in the output folder.
         tensorboard: also write each epoch's figures to `tensorboard/` in the output folder.
     """

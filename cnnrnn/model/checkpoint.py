@@ -16,7 +16,7 @@ from cnnrnn.config import Calibration, SearchConfig
 T = TypeVar("T")
 
 
-FORMAT = 4
+FORMAT = 5
 
 
 WEIGHTS_FILE = "model.safetensors"

@@ -28,11 +28,14 @@ from cnnrnn.model.checkpoint import (
     typed,
     write_description,
 )
-from cnnrnn.network.backbones import Backbone, make_backbone
+from cnnrnn.network.backbones import Architecture, Backbone, Stored, make_backbone
 from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.prediction.predictor import TorchPredictor
 from cnnrnn.search.checks import resolve_max_labels
 from cnnrnn.search.inference import Inference, infer, set_nll
+
+FIRST_WITH_WEIGHTS = 5
+"""The first format that names a file of the backbone's weights, and its architecture."""
 
 
 class CNNRNN(nn.Module, TorchPredictor):
@@ -133,10 +136,16 @@ class CNNRNN(nn.Module, TorchPredictor):
             "labels": list(self.label_space.names),
             "source_index": list(self.label_space.source_index),
             "preprocessing": None if self.backbone is None else asdict(self.backbone.preprocessing),
+            "architecture": self._architecture(),
             "max_labels": self.head.max_labels,
             "search": asdict(self.search),
             "calibration": asdict(self.calibration),
         }
+
+    def _architecture(self) -> dict[str, Any] | None:
+        if self.backbone is None or self.backbone.architecture is None:
+            return None
+        return self.backbone.architecture._asdict()
 
 
 def load_checkpoint(path: str | Path) -> CNNRNN:
@@ -160,14 +169,72 @@ def _read_config(file: Path) -> dict[str, Any]:
     if isinstance(description, dict) and "members" in description:
         raise CheckpointError(f"{file.parent} holds an ensemble; cnnrnn.load reads it")
     expected = {"format", "model", "feature_dim", "labels", "source_index", "preprocessing",
-                "max_labels", "search", "calibration"}  # fmt: skip
+                "architecture", "max_labels", "search", "calibration"}  # fmt: skip
+    if isinstance(description, dict) and description.get("format") in range(FIRST_WITH_WEIGHTS):
+        description.setdefault("architecture", None)
     if not isinstance(description, dict) or not expected <= description.keys():
         missing = sorted(expected - set(description)) if isinstance(description, dict) else "object"
         raise CheckpointError(f"{file} lacks {missing}; it is not a checkpoint of cnnrnn")
     require_format(file, description["format"])
-    if description["format"] == 1 and isinstance(description["model"], dict):
-        description["model"].setdefault("tied_embedding", True)
+    if isinstance(description["model"], dict):
+        if description["format"] == 1:
+            description["model"].setdefault("tied_embedding", True)
+        if description["format"] < FIRST_WITH_WEIGHTS:
+            description["model"].setdefault("weights", None)
     return description
+
+
+def _stored_backbone(description: dict[str, Any]) -> Stored:
+    """Read what a checkpoint says of its backbone, besides its name and size."""
+    architecture = description["architecture"]
+    if architecture is not None:
+        typed("architecture", architecture, dict)
+        if architecture.keys() != {"name", "arguments"}:
+            raise ValueError(f"architecture must have name and arguments, got {architecture}")
+        architecture = Architecture(
+            typed("architecture.name", architecture["name"], str),
+            typed("architecture.arguments", architecture["arguments"], dict),
+        )
+    preprocessing = read_options(Preprocessing, "preprocessing", description["preprocessing"])
+    return Stored(preprocessing, architecture)
+
+
+def load_backbone(path: str | Path) -> Backbone | None:
+    """Read the backbone of a checkpoint and nothing else of it.
+
+    Args:
+        path: as of `load_checkpoint`.
+
+    Returns:
+        The backbone on the CPU, in eval mode; None of a model of feature vectors.
+
+    Raises:
+        CheckpointError: the folder is missing or incomplete, or its parts do not fit together.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    folder = find_checkpoint(path)
+    description = _read_config(folder / CONFIG_FILE)
+    try:
+        config = read_options(ModelConfig, "model", description["model"])
+        if description["preprocessing"] is None:
+            return None
+        backbone = make_backbone(config, _stored_backbone(description))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE} does not describe a backbone: {error}"
+        ) from error
+    prefix = "backbone."
+    try:
+        with safe_open(folder / WEIGHTS_FILE, "pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            backbone.load_state_dict({n[len(prefix) :]: file.get_tensor(n) for n in names})
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{folder / WEIGHTS_FILE} does not fit its backbone: {reason}"
+        ) from error
+    return backbone.eval()
 
 
 def _build(folder: Path, description: dict[str, Any]) -> CNNRNN:
@@ -190,11 +257,7 @@ def _build(folder: Path, description: dict[str, Any]) -> CNNRNN:
             raise ValueError(f"max_labels must be at least 0, got {head.max_labels}")
         backbone = None
         if description["preprocessing"] is not None:
-            preprocessing = read_options(
-                Preprocessing, "preprocessing", description["preprocessing"]
-            )
-            backbone = make_backbone(config, load_pretrained=False)
-            backbone.preprocessing = preprocessing
+            backbone = make_backbone(config, _stored_backbone(description))
     except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a size beyond memory
         raise CheckpointError(
             f"{folder / CONFIG_FILE} does not describe a model: {error}"

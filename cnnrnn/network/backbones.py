@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cnnrnn.config import ModelConfig, Preprocessing
+from cnnrnn.network.download import hub_address, is_reachable
+from cnnrnn.network.weights import load_weights
+
+HUB, LOCAL = "hf-hub:", "local-dir:"
+ELSEWHERE = (HUB, LOCAL)
+"""How names begin that lead to a network which timm's list does not have."""
 
 SMALL_IMAGE_SIZE = 64
 SMALLEST_IMAGE_SIZE = 16  # four stages halve it
 SMALL_WIDTHS = (16, 32, 64, 128)
 SMALL_RESIDUAL_FROM = 64  # in narrower stages the resolution makes a block expensive
+
+
+class DownloadError(OSError):
+    """Pretrained weights cannot be downloaded."""
 
 
 class Backbone(nn.Module):
@@ -22,13 +33,23 @@ class Backbone(nn.Module):
         name: `small` or timm's name.
         feature_dim: F, found by a trial forward pass.
         preprocessing: what turns a decoded image into its input.
+        architecture: what timm builds it from, where its name leads elsewhere; else None.
+        origin: a sentence that says which weights it was given, or "".
     """
 
-    def __init__(self, name: str, network: nn.Module, preprocessing: Preprocessing) -> None:
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        preprocessing: Preprocessing,
+        architecture: Architecture | None = None,
+    ) -> None:
         super().__init__()
         self.name = name
         self.network = network
         self.preprocessing = preprocessing
+        self.architecture = architecture
+        self.origin = ""
         self.feature_dim = self._trial_feature_dim()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -90,15 +111,41 @@ def small_network() -> nn.Sequential:
     return nn.Sequential(*layers, _AverageAndMax())
 
 
-def make_backbone(config: ModelConfig, *, load_pretrained: bool = True) -> Backbone:
+class Architecture(NamedTuple):
+    """What timm builds a network from, where the name of a backbone leads elsewhere.
+
+    Attributes:
+        name: of timm's model.
+        arguments: of its constructor, as JSON can hold them.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+
+
+class Stored(NamedTuple):
+    """What a checkpoint says of its backbone.
+
+    Attributes:
+        preprocessing: of its images.
+        architecture: of a backbone whose name leads elsewhere, or None.
+    """
+
+    preprocessing: Preprocessing
+    architecture: Architecture | None = None
+
+
+def make_backbone(config: ModelConfig, stored: Stored | None = None) -> Backbone:
     """Build the backbone that a `ModelConfig` names.
 
     Args:
-        config: `backbone`, `pretrained` and `image_size` are read.
-        load_pretrained: False loads no pretrained weights, because a checkpoint's follow.
+        config: `backbone`, `pretrained`, `weights` and `image_size` are read.
+        stored: what a checkpoint says of it, whose weights follow: nothing is downloaded or read.
 
     Raises:
         ModuleNotFoundError: a timm backbone without the `vision` extra.
+        WeightsError: `weights` cannot be read, or do not fit.
+        DownloadError: pretrained weights, or what a name leads to, cannot be downloaded.
         ValueError: timm knows no such model.
     """
     if config.backbone == "small":
@@ -107,11 +154,17 @@ def make_backbone(config: ModelConfig, *, load_pretrained: bool = True) -> Backb
             raise ValueError(
                 f"image_size must be at least {SMALLEST_IMAGE_SIZE} for backbone small, got {size}"
             )
-        return Backbone("small", small_network(), Preprocessing(image_size=size))
-    return _timm_backbone(config, config.pretrained and load_pretrained)
+        backbone = Backbone("small", small_network(), Preprocessing(image_size=size))
+    else:
+        backbone = _timm_backbone(config, stored)
+    if stored is not None:
+        backbone.preprocessing = stored.preprocessing
+    elif config.weights is not None:
+        backbone.origin = load_weights(backbone.network, config.weights, config.backbone)
+    return backbone
 
 
-def _timm_backbone(config: ModelConfig, pretrained: bool) -> Backbone:
+def _timm_backbone(config: ModelConfig, stored: Stored | None) -> Backbone:
     try:
         import timm
         from timm.data import resolve_model_data_config
@@ -120,21 +173,105 @@ def _timm_backbone(config: ModelConfig, pretrained: bool) -> Backbone:
             f"backbone {config.backbone!r} comes from timm: "
             'run `pip install "cnnrnn[vision]"`, or use backbone="small"'
         ) from error
-    if not timm.is_model(config.backbone):
-        close = ", ".join(timm.list_models(f"*{config.backbone[:6]}*")[:5])
-        raise ValueError(
-            f"backbone must be small or the name of a timm model, got {config.backbone!r}"
-            + (f"; timm has {close}" if close else "")
+    elsewhere = config.backbone.startswith(ELSEWHERE)
+    size = config.image_size
+    architecture = None if stored is None else stored.architecture
+    if architecture is not None:
+        _check_arguments(architecture)
+        network = timm.create_model(
+            architecture.name, pretrained=False, num_classes=0, **architecture.arguments
         )
-    fixed = timm.get_pretrained_cfg(config.backbone)
-    resized = config.image_size is not None and fixed is not None and fixed.fixed_input_size
-    options: dict[str, Any] = {"img_size": config.image_size} if resized else {}
-    network = timm.create_model(config.backbone, pretrained=pretrained, num_classes=0, **options)
+    else:
+        if not elsewhere and not timm.is_model(config.backbone):
+            close = ", ".join(timm.list_models(f"*{config.backbone[:6]}*")[:5])
+            raise ValueError(
+                f"backbone must be small or the name of a timm model, or begin with "
+                f"{' or '.join(ELSEWHERE)}, got {config.backbone!r}"
+                + (f"; timm has {close}" if close else "")
+            )
+        fixed = None if elsewhere else timm.get_pretrained_cfg(config.backbone)
+        resized = size is not None and fixed is not None and fixed.fixed_input_size
+        options = {"img_size": size} if resized else {}
+        pretrained = config.pretrained and stored is None and config.weights is None
+        network = _created(config.backbone, pretrained, options)
+        if elsewhere:
+            arguments = dict(network._model_args)  # as timm keeps them for checkpoints of its own
+            arguments.pop("num_classes", None)
+            architecture = Architecture(str(network.pretrained_cfg["architecture"]), arguments)
+            _check_arguments(architecture)
     data = resolve_model_data_config(network)
     preprocessing = Preprocessing(
-        image_size=config.image_size or int(data["input_size"][-1]),
+        image_size=size or int(data["input_size"][-1]),
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),
         interpolation="bicubic" if data["interpolation"] == "bicubic" else "bilinear",
     )
-    return Backbone(config.backbone, network, preprocessing)
+    if stored is not None:
+        preprocessing = stored.preprocessing
+    return Backbone(config.backbone, network, preprocessing, architecture)
+
+
+def _created(name: str, pretrained: bool, options: dict[str, Any]) -> Any:
+    """Let timm build a network; fail in seconds where something cannot be downloaded."""
+    import timm
+
+    if pretrained or name.startswith(HUB):
+        _require_download(name)
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+    except OSError as error:  # what the libraries of downloads raise
+        reason = " ".join(str(error).split())[:200]
+        if isinstance(error, FileNotFoundError) and name.startswith(LOCAL):
+            raise ValueError(f"backbone {name} must be a folder of timm's: {reason}") from error
+        raise DownloadError(f"{_undownloadable(name)}: {reason}") from error
+
+
+def _require_download(name: str) -> None:
+    """Fail if the hub does not answer and nothing of what it would be asked for is kept here."""
+    import timm
+
+    if name.startswith(LOCAL):
+        return
+    if name.startswith(HUB):
+        repository: str | None = name.partition(":")[2]
+        address = hub_address()
+    else:
+        pretrained = timm.get_pretrained_cfg(name)
+        repository = None if pretrained is None else pretrained.hf_hub_id
+        address = hub_address() if repository or pretrained is None else pretrained.url or ""
+    if not address or (repository and _is_kept(repository)) or is_reachable(address):
+        return
+    raise DownloadError(f"{_undownloadable(name)}: {address} does not answer")
+
+
+def _is_kept(repository: str) -> bool:
+    """Tell whether weights of a repository of the hub are in its cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    files = ("model.safetensors", "pytorch_model.bin")
+    return any(isinstance(try_to_load_from_cache(repository, file), str) for file in files)
+
+
+def _undownloadable(name: str) -> str:
+    return (
+        f"the pretrained weights of backbone {name} cannot be downloaded. --model.weights FILE "
+        "takes them from a file, --init_backbone from another checkpoint, and --model.pretrained "
+        "false starts from random ones"
+    )
+
+
+def _check_arguments(architecture: Architecture) -> None:
+    """Refuse arguments that are not the network's own, or that JSON cannot hold.
+
+    They may come from a file of somebody else, and timm's `create_model` reads files.
+    """
+    import timm
+
+    own = inspect.signature(timm.create_model).parameters.keys() | {"features_only", "device"}
+    for name, value in architecture.arguments.items():
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        plain = all(part is None or isinstance(part, (bool, int, float, str)) for part in parts)
+        if name in own or name.startswith("pretrained") or not plain:
+            raise ValueError(
+                f"backbone {architecture.name} must not be built with {name}={value!r}"
+            )

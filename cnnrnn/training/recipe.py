@@ -275,4 +275,4 @@ def _trains_backbone(model: CNNRNN) -> bool:
 def starts_trained(model_config: ModelConfig, config: TrainConfig) -> bool:
     """Tell whether the backbone that training starts from has been trained before."""
     pretrained = model_config.pretrained and model_config.backbone != "small"
-    return pretrained or config.init_backbone is not None
+    return pretrained or model_config.weights is not None or config.init_backbone is not None

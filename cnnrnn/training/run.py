@@ -27,7 +27,7 @@ from cnnrnn.machine.distributed import ALONE, Ranks
 from cnnrnn.machine.files import weights_digest
 from cnnrnn.machine.progress import Progress, no_progress
 from cnnrnn.model.checkpoint import FEATURES_ONLY, CheckpointError, read_options
-from cnnrnn.model.classifier import CNNRNN, load_checkpoint
+from cnnrnn.model.classifier import CNNRNN, load_backbone, load_checkpoint
 from cnnrnn.network.backbones import Backbone, make_backbone
 from cnnrnn.network.features import cached_features
 from cnnrnn.network.head import Head
@@ -160,6 +160,8 @@ def train(
     if state is None:
         log.write({"stage": "data", **facts})
     say("  ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()))
+    if model.backbone is not None and model.backbone.origin:
+        say(model.backbone.origin)
 
     generator = torch.Generator().manual_seed(config.seed)
     if not ranks.first:  # each draws its own dropout
@@ -469,12 +471,15 @@ def initial_backbone(model_config: ModelConfig, config: TrainConfig) -> Backbone
                 stacklevel=4,
             )
         return make_backbone(model_config)
-    source = load_checkpoint(config.init_backbone).backbone
+    if Path(config.init_backbone).is_file():
+        return make_backbone(replace(model_config, weights=config.init_backbone))
+    source = load_backbone(config.init_backbone)
     if source is None or source.name != model_config.backbone:
         raise ValueError(
             f"init_backbone {config.init_backbone} holds backbone "
             f"{None if source is None else source.name}, the model's is {model_config.backbone}"
         )
+    source.origin = f"backbone {source.name}: from {config.init_backbone}"
     size = model_config.image_size
     if size is not None:
         source.preprocessing = replace(source.preprocessing, image_size=size)

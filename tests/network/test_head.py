@@ -349,7 +349,10 @@ def test_unknown_backbone_lists_close_names():
     pytest.importorskip("timm")
     with pytest.raises(ValueError) as error:
         make_backbone(ModelConfig(backbone="resnet51", pretrained=False))
-    assert "backbone must be small or the name of a timm model, got 'resnet51'" in str(error.value)
+    message = (
+        "backbone must be small or the name of a timm model, or begin with hf-hub: or local-dir:"
+    )
+    assert f"{message}, got 'resnet51'" in str(error.value)
     assert "timm has " in str(error.value)
 
 
