@@ -100,10 +100,15 @@ def _read_pickled(file: Path) -> object:
         # timm's and torchvision's scripts keep their options beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+    except pickle.UnpicklingError as error:  # torch's text advises to unpickle it all the same
+        raise WeightsError(
+            f"{file} must be a .safetensors file, or one of torch.save with tensors and plain values "
+            "alone: it holds something else, which is not unpickled"
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise WeightsError(
-            f"{file} must be a .safetensors file, or one of torch.save with tensors alone: {reason}"
+            f"{file} must be a .safetensors file, or one of torch.save: {reason}"
         ) from error
 
 
