@@ -9,6 +9,7 @@ import shutil
 import socket
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -116,6 +117,28 @@ def test_a_poor_fit_is_refused_with_the_first_mismatches(network, tmp_path):
     assert text.startswith(f"{tmp_path / 'w.pth'} must hold the weights of small: 38 of 40 tensors")
     assert "0.weight [16, 3, 3, 3] is [16, 1, 3, 3]; 1.bias [16] is missing" in text
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+
+
+def test_broken_files_are_refused_whatever_is_broken(tmp_path):
+    generator = np.random.default_rng(0)
+    weights = {"a.weight": torch.randn(4, 4), "a.bias": torch.zeros(4)}
+    forms = []
+    for zipped in (True, False):
+        torch.save(weights, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+        forms.append((tmp_path / "w.pth").read_bytes())
+    refused = 0
+    for number in range(300):
+        broken = bytearray(forms[number % 2])
+        for position in generator.integers(0, len(broken), 1 + number % 8):
+            broken[position] = generator.integers(256)
+        if number % 3 == 0:
+            del broken[generator.integers(len(broken)) :]
+        (tmp_path / "w.pth").write_bytes(broken)
+        try:
+            read_weights(tmp_path / "w.pth")
+        except WeightsError:
+            refused += 1
+    assert refused > 100  # others are broken in a number alone
 
 
 class Evil:
