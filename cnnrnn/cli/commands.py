@@ -331,6 +331,7 @@ def run_export(options: Namespace) -> int:
     """Write a model as an ONNX file."""
     from cnnrnn.api import load
     from cnnrnn.export import export_onnx
+    from cnnrnn.export.onnx import labels_file
 
     require_folder("file", options.file)
     model = load(options.checkpoint)
@@ -342,7 +343,8 @@ def run_export(options: Namespace) -> int:
         max_known=options.max_known,
     )  # fmt: skip
     size = Path(options.file).stat().st_size
-    print(f"{options.file}: {size / 1e6:,.1f} MB, {len(model.labels)} labels")
+    print(f"{options.file}: {size / 1e6:,.1f} MB, {len(model.labels)} labels, described in "
+          f"{labels_file(Path(options.file))}")  # fmt: skip
     return 0
 
 

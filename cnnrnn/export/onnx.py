@@ -51,7 +51,8 @@ def export_onnx(
 ) -> None:
     """Write a model as one ONNX file: backbone, projection and the whole beam search.
 
-    docs/deployment.md lists inputs, outputs and metadata of the file.
+    docs/deployment.md lists inputs, outputs and metadata of the file. Beside `model.onnx` comes
+    `model.labels.json` with the metadata again, for clients that cannot read them from the file.
 
     Args:
         model: a model or a checkpoint folder.
@@ -93,6 +94,19 @@ def export_onnx(
     metadata = _metadata(model, input_kind, precision, loop, search, max_known)
     onnx.helper.set_model_props(proto, metadata)
     _write(proto, path)
+    write_whole(labels_file(path), lambda file: file.write_text(_beside(metadata), "utf-8"))
+
+
+def labels_file(path: Path) -> Path:
+    """Return the file beside an exported one that says what its outputs mean."""
+    return path.with_name(f"{path.stem}.labels.json")
+
+
+def _beside(metadata: dict[str, str]) -> str:
+    """Return the metadata as one JSON object, without the weights of the compiled search."""
+    values = {k: json.loads(v) for k, v in metadata.items() if k not in ("head", "content_hash")}
+    values["content_hash"] = metadata["content_hash"]
+    return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
 
 
 def _forget_the_exporter(graph: GraphProto) -> None:

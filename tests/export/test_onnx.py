@@ -196,7 +196,8 @@ def test_a_file_is_checked_complete_and_describes_itself(pictures_file):
     onnx.checker.check_model(proto, full_check=True)
     assert [(o.domain, o.version) for o in proto.opset_import] == [("", 20)]
     assert proto.ir_version == 10
-    assert list(pictures_file.parent.iterdir()) == [pictures_file]
+    beside = pictures_file.with_name(f"{pictures_file.stem}.labels.json")
+    assert sorted(pictures_file.parent.iterdir()) == sorted([pictures_file, beside])
     shapes = {
         value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
         for value in (*proto.graph.input, *proto.graph.output)
@@ -225,6 +226,13 @@ def test_a_file_is_checked_complete_and_describes_itself(pictures_file):
     assert json.loads(metadata["search"])["max_labels"] == 3
     assert json.loads(metadata["max_known"]) == 4
     assert len(metadata["content_hash"]) == 64
+    described = json.loads(beside.read_text(encoding="utf-8"))
+    assert described.pop("content_hash") == metadata["content_hash"]
+    assert described == {
+        name: json.loads(value)
+        for name, value in metadata.items()
+        if name not in ("head", "content_hash")
+    }
     used = {name for node in proto.graph.node for name in node.input}
     unused = {tensor.name for tensor in proto.graph.initializer} - used
     assert unused <= {"min_labels", "evidence"}
