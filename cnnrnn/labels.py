@@ -225,7 +225,17 @@ def as_evidence(targets: Tensor, unknown: Tensor) -> Tensor:
     Args:
         targets: [n, L] bool, labels that are present.
         unknown: [n, L] bool, labels that are neither present nor absent.
+
+    Raises:
+        ValueError: they differ in shape, are not bool, or a label is both.
     """
+    if unknown.shape != targets.shape or unknown.dtype != torch.bool:
+        raise ValueError(
+            f"unknown must be [n, L] bool like targets {list(targets.shape)}, got "
+            f"{list(unknown.shape)} {unknown.dtype}"
+        )
+    for image, label in (targets & unknown).nonzero()[:1].tolist():
+        raise ValueError(f"label {label} of image {image} must not be both present and unknown")
     return (targets.to(torch.int8) * 2 - 1).masked_fill(unknown, 0)
 
 

@@ -192,7 +192,7 @@ def _comparison(
             part,
             part.label_matrix(),
             torch.as_tensor(part.features),
-            unknown=None if part.unknown_indptr is None else part.unknown_matrix(),
+            unknown=part.unknown_matrix() if part.has_unknown else None,
         )
         for part in (dataset.split(name) for name in splits)
     )

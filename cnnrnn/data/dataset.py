@@ -130,6 +130,7 @@ class Dataset:
         """
         sets = _lists_of_strings("labels", labels)
         hidden = None if unknown is None else _lists_of_strings("unknown", unknown)
+        label_names = None if label_names is None else list(label_names)
         if label_names is None:
             label_names = sorted({label for own in (*sets, *(hidden or ())) for label in own})
         indptr, indices = _named_sets("labels", sets, label_names)
@@ -356,6 +357,11 @@ class Dataset:
         rows = np.repeat(np.arange(len(pointers) - 1), np.diff(pointers))
         matrix[torch.from_numpy(rows), torch.from_numpy(labels.astype(np.int64))] = True
         return matrix
+
+    @property
+    def has_unknown(self) -> bool:
+        """Tell whether a label of any record is neither present nor absent."""
+        return self.unknown_indices is not None and len(self.unknown_indices) > 0
 
     def label_counts(self) -> npt.NDArray[np.int64]:
         """Return how many records have each label, int64 [L]."""

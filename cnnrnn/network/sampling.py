@@ -86,7 +86,8 @@ def sample_sets(
     rows = B * count
     image = torch.arange(B, device=device).repeat_interleave(count)
     sets = torch.zeros(rows, L, dtype=torch.bool, device=device)
-    log_weights = embedding.joint.new_zeros(rows)
+    wide = torch.float64 if embedding.joint.dtype == torch.float64 else torch.float32
+    log_weights = torch.zeros(rows, dtype=wide, device=device)
     last = torch.full((rows,), -1, device=device)
     open_ = torch.ones(rows, dtype=torch.bool, device=device)
     start = torch.full((1,), head.start, device=device)
@@ -100,7 +101,7 @@ def sample_sets(
         pairs, row = torch.unique(image[at] * len(outputs) + prefix[at], return_inverse=True)
         one = at[torch.empty_like(pairs).scatter_(0, row, torch.arange(len(at), device=device))]
         of = image[one]
-        scores = head.score(outputs[prefix[one]], embedding.of(of))
+        scores = head.score(outputs[prefix[one]], embedding.of(of)).to(wide)
         allowed = _allowed(order, sets[one], last[one])
         admitted = allowed & _admitted(order, known[of], sets[one], T - step)
         proposed = scores if given is None else scores + given[of]
@@ -168,6 +169,7 @@ def _drawn(probabilities: Tensor, rows: Tensor, generator: torch.Generator) -> T
     rising += torch.arange(len(rising), device=rising.device)[:, None]
     device = generator.device
     points = torch.rand(len(rows), dtype=torch.float64, generator=generator, device=device) + rows
+    points = torch.minimum(points, torch.nextafter(rows + 1.0, rows.double()))  # not rounded up
     found = torch.searchsorted(rising.flatten(), points, right=True)
     return found - rows * probabilities.shape[1]
 

@@ -134,7 +134,7 @@ def calibrate_known(
     if head.label_classifier is None or not len(images):
         return calibration
     given, targets = features[images.to(features.device)], targets.cpu()[images]
-    unknown = None if unknown is None else unknown[images]
+    unknown = None if unknown is None else unknown.cpu()[images]
     absent = ~targets if unknown is None else ~(targets | unknown)
     half = torch.rand(targets.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
     both = [evidence, evidence.masked_fill(half & absent, -1)]
@@ -224,7 +224,8 @@ def _best_shrinkage(
     fold = torch.randperm(len(scores), generator=torch.Generator().manual_seed(0)) % FOLDS
     sets = {strength: torch.zeros_like(targets) for strength in SHRINKAGES}
     for left_out in (fold == i for i in range(min(FOLDS, len(scores)))):
-        if left_out.all():
+        nothing_known = unknown is not None and unknown[~left_out].all()
+        if left_out.all() or nothing_known:
             return SHRINKAGES[-1]
         fitted = _fitted_cuts(
             scores[~left_out], targets[~left_out], min_labels, trained,

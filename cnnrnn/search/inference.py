@@ -206,23 +206,24 @@ def set_nll(
     Returns:
         [n] float64, on the CPU.
     """
+    evidence = None if unknown is None else as_evidence(targets, unknown.to(targets.device))
     parts = []
     for start in range(0, len(features), NLL_BATCH):
         rows = slice(start, start + NLL_BATCH)
-        some, present = features[rows], targets[rows].to(features.device)
-        paths = increasing_paths(present)
+        some = features[rows]
+        paths = increasing_paths(targets[rows].to(some.device))
         scores, _ = head(some, paths)
         losses = sequence_loss(scores, paths, order).double().cpu()
-        if unknown is not None and (partly := unknown[rows].any(1)).any():
-            partly = partly.nonzero()[:, 0]
-            of = partly.to(some.device)
-            evidence = as_evidence(present[of], unknown[rows][partly].to(some.device))
+        known = None if evidence is None else evidence[rows]
+        if known is not None and (known == 0).any():
+            partly = (known == 0).any(1).nonzero()[:, 0]
+            known, of = known[partly].to(some.device), partly.to(some.device)
             draws = head.sample(
-                head.embed(some[of]), NLL_DRAWS, evidence, seed=start, order=order,
-                max_labels=max(head.max_labels, int(present.sum(1).max())),
+                head.embed(some[of]), NLL_DRAWS, known, seed=start, order=order,
+                max_labels=int((known != -1).sum(1).max()) + 1,  # so that END is drawn too
             )  # fmt: skip
             log_weights = draws.log_weights.double()
-            losses[partly] = (math.log(NLL_DRAWS) - log_weights.logsumexp(1)).cpu()
+            losses[partly.cpu()] = (math.log(NLL_DRAWS) - log_weights.logsumexp(1)).cpu()
         parts.append(losses)
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 

@@ -96,7 +96,7 @@ def train_ensemble(
     space = models[0].label_space
     targets = space.from_source(val.label_matrix(), val.label_names)
     unknown: torch.Tensor | None = None
-    if val.unknown_indices is not None:
+    if val.has_unknown:
         unknown = space.from_source(val.unknown_matrix(), val.label_names)
     trained = torch.from_numpy(training.label_counts() > 0)[None]
     trained = space.from_source(trained, training.label_names)[0]

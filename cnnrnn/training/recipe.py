@@ -53,7 +53,10 @@ def label_shares(targets: Tensor, unknown: Tensor | None = None) -> Tensor:
         targets: [n, L] bool.
         unknown: [n, L] bool, labels that are neither present nor absent.
     """
-    known = len(targets) if unknown is None else (~unknown).sum(0)
+    if unknown is None:
+        return (targets.sum(0) + 0.5) / (len(targets) + 1)
+    known = (~unknown).sum(0)
+    known = torch.where(known > 0, known, len(targets))  # nothing is known: as if it were absent
     return (targets.sum(0) + 0.5) / (known + 1)
 
 

@@ -210,10 +210,8 @@ def require_same_run(stored: Mapping[str, Any], now: Mapping[str, Any], out: Pat
 def data_digest(data: Dataset) -> str:
     """Return a SHA-256 of records: labels, numbers, and features or names and sizes of pictures."""
     digest = hashlib.sha256(json.dumps(data.label_names).encode())
-    for array in (
-        data.label_indptr, data.label_indices, data.unknown_indptr, data.unknown_indices, data.rows,
-        data.features,
-    ):  # fmt: skip
+    unknown = (data.unknown_indptr, data.unknown_indices) if data.has_unknown else ()
+    for array in (data.label_indptr, data.label_indices, data.rows, data.features, *unknown):
         if array is not None:
             digest.update(f"{array.dtype} {array.shape}".encode())
             digest.update(array.tobytes())

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from cnnrnn.config import Calibration, ModelConfig, SearchConfig, TrainConfig
-from cnnrnn.data import Dataset
+from cnnrnn.data import DataError, Dataset
 from cnnrnn.data.splits import training_splits
 from cnnrnn.labels import first_label_space
 from cnnrnn.machine.devices import resolve_device
 from cnnrnn.machine.distributed import ALONE, Ranks
 from cnnrnn.machine.files import weights_digest
 from cnnrnn.machine.progress import Progress, no_progress
+from cnnrnn.machine.words import listed
 from cnnrnn.model.checkpoint import FEATURES_ONLY, CheckpointError, read_options
 from cnnrnn.model.classifier import CNNRNN, load_backbone, load_checkpoint
 from cnnrnn.network.backbones import Backbone, make_backbone
@@ -142,6 +143,7 @@ def train(
     if ranks.first:
         out.mkdir(parents=True, exist_ok=True)
         remove_partial_files(out)
+    _check_known(train_data, val_data)
     training, val = (
         _read_split(part, model, config, device, out, progress, ranks)
         for part in (train_data, val_data)
@@ -223,12 +225,39 @@ def _new_model(
     head = Head.from_config(model_config, len(space), feature_dim)
     if head.label_classifier is not None:
         columns = list(space.source_index)
-        start_at_frequencies(
-            head.label_classifier, data.label_matrix()[:, columns],
-            data.unknown_matrix()[:, columns],
-        )  # fmt: skip
+        unknown = data.unknown_matrix()[:, columns] if data.has_unknown else None
+        start_at_frequencies(head.label_classifier, data.label_matrix()[:, columns], unknown)
     prepare_head(head)
     return CNNRNN(model_config, space, head, backbone, search_config)
+
+
+def _check_known(train_data: Dataset, val_data: Dataset) -> None:
+    """Fail if unknown labels leave nothing to learn from; warn if they leave labels so.
+
+    Raises:
+        DataError: no training image has an absent label, or no label of any validation image is
+            known.
+    """
+    if val_data.has_unknown and val_data.unknown_matrix().all():
+        raise DataError(
+            f"{val_data.source} has no validation image of which a label is known; val_split names "
+            "another split"
+        )
+    if not train_data.has_unknown:
+        return
+    absent = ~(train_data.label_matrix() | train_data.unknown_matrix()).all(0)
+    advice = "write 0 where a label is absent: what is blank, -1 or ? is unknown"
+    if not absent.any():
+        raise DataError(
+            f"{train_data.source} has no training image that is known to lack a label; {advice}"
+        )
+    if not absent.all():
+        names = [train_data.label_names[label] for label in (~absent).nonzero()[:, 0].tolist()]
+        warnings.warn(
+            f"{train_data.source} has no training image that is known to lack {listed(names)}: "
+            f"nothing says when such a label is absent; {advice}",
+            stacklevel=4,
+        )
 
 
 def _identity(
@@ -270,7 +299,9 @@ def _most_labels(split: Split) -> int:
     present = split.targets.sum(1)
     if split.unknown is None:
         return int(present.max())
-    expected = split.unknown.double() @ label_shares(split.targets, split.unknown).double()
+    shares = label_shares(split.targets, split.unknown)
+    parts = split.unknown.split(8192)
+    expected = torch.cat([part.to(shares.dtype) @ shares for part in parts])
     return int((present + expected).max().round())
 
 
@@ -497,7 +528,7 @@ def _read_split(
 ) -> Split:
     targets = model.label_space.from_source(data.label_matrix(), data.label_names)
     unknown: Tensor | None = None
-    if data.unknown_indices is not None and len(data.unknown_indices):
+    if data.has_unknown:
         unknown = model.label_space.from_source(data.unknown_matrix(), data.label_names)
     if data.features is not None:
         vectors = torch.from_numpy(data.features)

@@ -90,6 +90,13 @@ def test_nothing_impossible_is_drawn():
     assert (drawn[1:] == 4).all()
 
 
+def test_a_number_just_below_1_stays_in_its_row(monkeypatch):
+    largest = torch.full((3,), 1 - 2**-53, dtype=torch.float64)
+    monkeypatch.setattr(torch, "rand", lambda *args, **kwargs: largest)
+    drawn = _drawn(torch.tensor([[0.5, 0.5, 0.0]] * 3), torch.arange(3), torch.Generator())
+    assert drawn.tolist() == [1, 1, 1]
+
+
 def test_what_is_wrong_is_said():
     head = random_head(np.random.default_rng(1), 3, joint_dim=5, hidden_dim=6)
     embedding = ImageEmbedding(torch.zeros(2, 5))
