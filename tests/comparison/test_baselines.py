@@ -74,7 +74,7 @@ def test_a_network_learns_and_is_restored_to_its_best_epoch(loss):
     assert any(line.startswith(f"{loss} second") for line in said)
     scores = predicted_scores(model, val, loss)
     assert scores.isfinite().all()
-    assert choose_cut(scores, val.targets, OBJECTIVES[loss].by_k).value > 0.8
+    assert choose_cut(scores, val.targets, by_k=OBJECTIVES[loss].by_k).value > 0.8
 
 
 def test_the_joint_embedding_ranks_by_inner_products():
