@@ -78,10 +78,11 @@ def table(results: Sequence[dict[str, Any]], sources: Mapping[str, str]) -> str:
 
 def _cell(name: str, values: Sequence[float]) -> str:
     factor, digits = (1, 2) if name == "NLL" else (100, 1)
-    mean, error = statistics.fmean(values), 0.0
-    if len(values) > 1:
-        error = statistics.stdev(values) / len(values) ** 0.5
-    return f"{factor * mean:.{digits}f} ± {factor * error:.{digits}f}"
+    mean = f"{factor * statistics.fmean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean} ± {factor * error:.{digits}f}"
 
 
 def main() -> None:
