@@ -55,9 +55,9 @@ PAGES = (
     ),
 )
 COMPARED = {
-    "scene": "scenes", "animals": "VOC animals", "camvid": "street patches",
+    "scene": "scenes", "animals": "VOC animals", "camvid": "street patches", "corel5k": "Corel-5k",
 }  # fmt: skip
-FORMER = ("coco", "corel5k", "corel16k")  # measured with the recipe before this one
+FORMER = ("coco", "corel16k")  # measured with the recipe before this one
 LIKELIHOOD = {
     "scene": "scenes", "animals": "VOC animals", "camvid": "street patches",
     "cocoweak": "COCO label sets, weak", "corel5k": "Corel-5k", "corel16k": "Corel-16k",
