@@ -66,6 +66,9 @@ class Boxes:
     xywh: npt.NDArray[np.float32]
 
 
+WRITE_ZERO = "write 0 where a label is absent: what is blank, -1 or ? is unknown"
+
+
 @dataclass(frozen=True, eq=False, init=False)
 class Dataset:
     """Records with label sets; images, features and boxes stay aligned with them.
@@ -362,6 +365,14 @@ class Dataset:
     def has_unknown(self) -> bool:
         """Tell whether a label of any record is neither present nor absent."""
         return self.unknown_indices is not None and len(self.unknown_indices) > 0
+
+    def never_absent(self) -> list[str]:
+        """Return the labels that no record is known to lack, though they are unknown in some."""
+        if self.unknown_indices is None:
+            return []
+        unknown = np.bincount(self.unknown_indices, minlength=len(self.label_names))
+        never = (unknown > 0) & (self.label_counts() + unknown == len(self))
+        return [self.label_names[label] for label in np.flatnonzero(never)]
 
     def label_counts(self) -> npt.NDArray[np.int64]:
         """Return how many records have each label, int64 [L]."""

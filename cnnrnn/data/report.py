@@ -16,10 +16,11 @@ import numpy.typing as npt
 import torch
 
 from cnnrnn.data import load_dataset
-from cnnrnn.data.dataset import Dataset, ImageSource
+from cnnrnn.data.dataset import WRITE_ZERO, Dataset, ImageSource
 from cnnrnn.data.files import Problems
 from cnnrnn.data.images import BadImageError, image_digest, read_source
 from cnnrnn.machine.progress import Progress, no_progress
+from cnnrnn.machine.words import listed
 
 CO_OCCURRENCE_LABELS = 1000
 """Pairs are counted among this many labels, the most frequent ones."""
@@ -250,6 +251,8 @@ def check_source(
     order = np.argsort(-dataset.label_counts(), kind="stable")
     counts = dataset.label_counts()
     sizes = np.bincount(np.diff(dataset.label_indptr))
+    if never := dataset.never_absent():
+        notes.append(f"no record is known to lack {listed(never)}; {WRITE_ZERO}")
     unknown = dataset.unknown_indices
     return SourceReport(
         source=spec,

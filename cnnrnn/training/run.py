@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cnnrnn.config import Calibration, ModelConfig, SearchConfig, TrainConfig
 from cnnrnn.data import DataError, Dataset
+from cnnrnn.data.dataset import WRITE_ZERO
 from cnnrnn.data.splits import training_splits
 from cnnrnn.labels import first_label_space
 from cnnrnn.machine.devices import resolve_device
@@ -243,19 +244,15 @@ def _check_known(train_data: Dataset, val_data: Dataset) -> None:
             f"{val_data.source} has no validation image of which a label is known; val_split names "
             "another split"
         )
-    if not train_data.has_unknown:
-        return
-    absent = ~(train_data.label_matrix() | train_data.unknown_matrix()).all(0)
-    advice = "write 0 where a label is absent: what is blank, -1 or ? is unknown"
-    if not absent.any():
+    never = train_data.never_absent()
+    if len(never) == len(train_data.label_names):
         raise DataError(
-            f"{train_data.source} has no training image that is known to lack a label; {advice}"
+            f"{train_data.source} has no training image that is known to lack a label; {WRITE_ZERO}"
         )
-    if not absent.all():
-        names = [train_data.label_names[label] for label in (~absent).nonzero()[:, 0].tolist()]
+    if never:
         warnings.warn(
-            f"{train_data.source} has no training image that is known to lack {listed(names)}: "
-            f"nothing says when such a label is absent; {advice}",
+            f"{train_data.source} has no training image that is known to lack {listed(never)}: "
+            f"nothing says when such a label is absent; {WRITE_ZERO}",
             stacklevel=4,
         )
 

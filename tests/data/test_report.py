@@ -301,6 +301,15 @@ def test_how_a_source_was_read_is_in_the_report(table: Path, tmp_path: Path) -> 
     assert sum(line.startswith("note: ") for line in lines) == len(notes)
 
 
+def test_labels_that_are_never_known_to_be_absent_are_named(table: Path) -> None:
+    shutil.copy(table.parent / "a.png", table.parent / "b.png")
+    for cells, warned in (("1,-1", True), ("1,0", False)):
+        sky, sea = cells.split(",")
+        table.write_text(f"image,sky,sea\na.png,{sky},{sea}\nb.png,{sea},0\n")
+        warnings = check_source(f"csv:{table}").warnings
+        assert any("no record is known to lack sky; write 0" in text for text in warnings) == warned
+
+
 def test_links_are_followed_where_asked(
     table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
