@@ -413,19 +413,19 @@ def test_no_image_at_all(exported):
 
 def test_weights_beside_a_file_that_would_be_too_large(tmp_path, monkeypatch):
     model, file = HEADS["increasing"], tmp_path / "model.onnx"
-    features = torch.randn(3, F)
+    described, features = tmp_path / "model.labels.json", torch.randn(3, F)
     expected = by_reference(model, features)
     monkeypatch.setattr(onnx_module, "ONE_FILE_BYTES", 100)
     sizes = []
     for _ in range(2):
         export_onnx(model, file, loop=True)
-        assert sorted(tmp_path.iterdir()) == [file, tmp_path / "model.onnx.data"]
+        assert sorted(tmp_path.iterdir()) == [described, file, tmp_path / "model.onnx.data"]
         sizes.append((tmp_path / "model.onnx.data").stat().st_size)
         assert_same(OnnxPredictor(file, threads=1).run(features), expected)
     assert sizes[0] == sizes[1] > 0
     monkeypatch.undo()
     export_onnx(model, file, loop=True)
-    assert list(tmp_path.iterdir()) == [file]
+    assert sorted(tmp_path.iterdir()) == [described, file]
 
 
 def test_a_spoilt_head_is_a_spoilt_file(tmp_path, pictures_file):
