@@ -219,12 +219,8 @@ def first_label_space(
     return LabelSpace.by_frequency(names, counts)
 
 
-def as_evidence(targets: Tensor, unknown: Tensor) -> Tensor:
-    """Return what is known of label sets as evidence: [n, L] int8, see `check_evidence`.
-
-    Args:
-        targets: [n, L] bool, labels that are present.
-        unknown: [n, L] bool, labels that are neither present nor absent.
+def check_unknown(unknown: Tensor, targets: Tensor) -> None:
+    """Check unknown labels against the labels that are present, on one device.
 
     Raises:
         ValueError: they differ in shape, are not bool, or a label is both.
@@ -234,8 +230,21 @@ def as_evidence(targets: Tensor, unknown: Tensor) -> Tensor:
             f"unknown must be [n, L] bool like targets {list(targets.shape)}, got "
             f"{list(unknown.shape)} {unknown.dtype}"
         )
-    for image, label in (targets & unknown).nonzero()[:1].tolist():
-        raise ValueError(f"label {label} of image {image} must not be both present and unknown")
+    for row, label in (unknown & targets).nonzero()[:1].tolist():
+        raise ValueError(f"a label must not be true and unknown, got label {label} in row {row}")
+
+
+def as_evidence(targets: Tensor, unknown: Tensor) -> Tensor:
+    """Return what is known of label sets as evidence: [n, L] int8, see `check_evidence`.
+
+    Args:
+        targets: [n, L] bool, labels that are present.
+        unknown: [n, L] bool, labels that are neither present nor absent.
+
+    Raises:
+        ValueError: as of `check_unknown`.
+    """
+    check_unknown(unknown, targets)
     return (targets.to(torch.int8) * 2 - 1).masked_fill(unknown, 0)
 
 

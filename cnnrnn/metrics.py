@@ -33,6 +33,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cnnrnn.labels import check_unknown
+
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -425,16 +427,8 @@ def _checked_unknown(unknown: Tensor | None, targets: Tensor) -> Tensor | None:
     """Check unknown labels against checked targets; None where there is none."""
     if unknown is None:
         return None
-    if unknown.shape != targets.shape or unknown.dtype != torch.bool:
-        raise ValueError(
-            f"unknown must be [n, L] bool like targets {list(targets.shape)}, got "
-            f"{list(unknown.shape)} {unknown.dtype}"
-        )
     unknown = unknown.to(targets.device)
-    both = (unknown & targets).nonzero()
-    if len(both):
-        row, label = both[0].tolist()
-        raise ValueError(f"a label must not be true and unknown, got label {label} in row {row}")
+    check_unknown(unknown, targets)
     return unknown
 
 

@@ -163,6 +163,8 @@ def run_compare(options: Namespace) -> int:
             )
         compared_splits(dataset, config, compared.test_split)  # fails before features are made
         backbone = initial_backbone(model, config).to(resolve_device(config.device))
+        if backbone.origin:
+            say(backbone.origin)
         dataset = frozen_features(
             dataset, backbone,
             Path(config.feature_cache) if config.feature_cache else out / "features",

@@ -154,12 +154,13 @@ def make_backbone(config: ModelConfig, stored: Stored | None = None) -> Backbone
             raise ValueError(
                 f"image_size must be at least {SMALLEST_IMAGE_SIZE} for backbone small, got {size}"
             )
-        backbone = Backbone("small", small_network(), Preprocessing(image_size=size))
+        own = Preprocessing(image_size=size)
+        backbone = Backbone(
+            "small", small_network(), own if stored is None else stored.preprocessing
+        )
     else:
         backbone = _timm_backbone(config, stored)
-    if stored is not None:
-        backbone.preprocessing = stored.preprocessing
-    elif config.weights is not None:
+    if stored is None and config.weights is not None:
         backbone.origin = load_weights(backbone.network, config.weights, config.backbone)
     return backbone
 
@@ -176,6 +177,11 @@ def _timm_backbone(config: ModelConfig, stored: Stored | None) -> Backbone:
     elsewhere = config.backbone.startswith(ELSEWHERE)
     size = config.image_size
     architecture = None if stored is None else stored.architecture
+    if stored is not None and elsewhere != (architecture is not None):
+        raise ValueError(
+            f"backbone {config.backbone} must come with an architecture if its name leads elsewhere, "
+            f"got {architecture}"
+        )
     if architecture is not None:
         _check_arguments(architecture)
         network = timm.create_model(
@@ -253,6 +259,11 @@ def _is_kept(repository: str) -> bool:
 
 
 def _undownloadable(name: str) -> str:
+    if name.startswith(HUB):
+        return (
+            f"backbone {name} cannot be downloaded. {LOCAL}FOLDER takes a network from a folder, and "
+            "--init_backbone from another checkpoint"
+        )
     return (
         f"the pretrained weights of backbone {name} cannot be downloaded. --model.weights FILE "
         "takes them from a file, --init_backbone from another checkpoint, and --model.pretrained "
@@ -267,6 +278,10 @@ def _check_arguments(architecture: Architecture) -> None:
     """
     import timm
 
+    if not timm.is_model(architecture.name):
+        raise ValueError(
+            f"architecture must be the name of a timm model, got {architecture.name!r}"
+        )
     own = inspect.signature(timm.create_model).parameters.keys() | {"features_only", "device"}
     for name, value in architecture.arguments.items():
         parts = value if isinstance(value, (list, tuple)) else [value]

@@ -136,6 +136,7 @@ def train(
     torch.manual_seed(config.seed)
     device = resolve_device(config.device) if ranks.size == 1 else ranks.device
     train_data, val_data = training_splits(dataset, config)
+    _check_known(train_data, val_data)
     model = _new_model(train_data, model_config, search_config, config, prepare_head, ranks)
     ranks.start_alike(model.to(device))
 
@@ -144,7 +145,6 @@ def train(
     if ranks.first:
         out.mkdir(parents=True, exist_ok=True)
         remove_partial_files(out)
-    _check_known(train_data, val_data)
     training, val = (
         _read_split(part, model, config, device, out, progress, ranks)
         for part in (train_data, val_data)

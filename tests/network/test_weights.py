@@ -244,19 +244,40 @@ def test_arguments_that_are_not_the_networks_own_are_refused(tmp_path):
             load_checkpoint(tmp_path / "model")
 
 
+def test_opening_a_checkpoint_asks_no_hub(tmp_path, monkeypatch):
+    timm_folder(tmp_path / "vit")
+    config = ModelConfig(backbone=f"local-dir:{tmp_path / 'vit'}", trunk_dim=0)
+    saved_model(tmp_path / "model", make_backbone(config), config)
+    monkeypatch.setattr(backbones, "_created", lambda *args: pytest.fail("timm was asked"))
+    load_checkpoint(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    text = file.read_text()
+    for changes, message in (
+        ({"architecture": None}, "must come with an architecture"),
+        ({"architecture": {"name": "hf-hub:a/b", "arguments": {}}}, "the name of a timm model"),
+        ({"architecture": {"name": "local-dir:/x", "arguments": {}}}, "the name of a timm model"),
+    ):
+        file.write_text(json.dumps(json.loads(text) | changes))
+        with pytest.raises(CheckpointError, match=message):
+            load_checkpoint(tmp_path / "model")
+
+
 def test_a_missing_download_fails_at_once_and_says_what_else_there_is(monkeypatch):
     pytest.importorskip("timm")
     asked = []
     monkeypatch.setattr(backbones, "is_reachable", lambda address: asked.append(address))
     monkeypatch.setattr(backbones, "_is_kept", lambda repository: False)
     monkeypatch.setenv("HF_ENDPOINT", "https://hub.example")
-    for name in ("resnet18", "resnet50.a1_in1k", "hf-hub:timm/resnet18.a1_in1k"):
+    for name, others in (
+        ("resnet18", ("--model.weights FILE", "--model.pretrained false")),
+        ("resnet50.a1_in1k", ("--model.weights FILE", "--model.pretrained false")),
+        ("hf-hub:timm/resnet18.a1_in1k", ("local-dir:FOLDER",)),
+    ):
         with pytest.raises(DownloadError) as error:
             make_backbone(ModelConfig(backbone=name))
         text = str(error.value)
-        assert f"backbone {name} cannot be downloaded" in text
-        assert "--model.weights FILE" in text and "--init_backbone" in text
-        assert "--model.pretrained false" in text and "hub.example does not answer" in text
+        assert f"backbone {name} cannot be downloaded" in text and "--init_backbone" in text
+        assert all(other in text for other in others) and "hub.example does not answer" in text
     assert asked == ["https://hub.example"] * 3
     make_backbone(ModelConfig(backbone="resnet18", pretrained=False, image_size=32))
     assert len(asked) == 3

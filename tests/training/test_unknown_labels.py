@@ -373,7 +373,7 @@ def test_weights_of_draws_are_as_fine_in_lower_precision():
 
 def test_what_is_unknown_is_checked():
     targets, unknown = torch.eye(3) > 0, torch.eye(3) > 0
-    with pytest.raises(ValueError, match="label 0 of image 0 must not be both present and unknown"):
+    with pytest.raises(ValueError, match="must not be true and unknown, got label 0 in row 0"):
         as_evidence(targets, unknown)
     with pytest.raises(ValueError, match=r"unknown must be \[n, L\] bool like targets \[3, 3\]"):
         as_evidence(targets, unknown[:2])
