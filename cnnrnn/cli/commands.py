@@ -138,7 +138,7 @@ def run_compare(options: Namespace) -> int:
     from cnnrnn.machine.devices import resolve_device
     from cnnrnn.machine.distributed import started_by_torchrun
     from cnnrnn.machine.progress import terminal_progress
-    from cnnrnn.training.run import initial_backbone
+    from cnnrnn.training.start import initial_backbone
 
     if started_by_torchrun():
         raise ValueError("compare runs in one process: start it without torchrun")

@@ -179,8 +179,8 @@ def _timm_backbone(config: ModelConfig, stored: Stored | None) -> Backbone:
     architecture = None if stored is None else stored.architecture
     if stored is not None and elsewhere != (architecture is not None):
         raise ValueError(
-            f"backbone {config.backbone} must come with an architecture if its name leads elsewhere, "
-            f"got {architecture}"
+            f"backbone {config.backbone} must come with an architecture if its name leads "
+            f"elsewhere, got {architecture}"
         )
     if architecture is not None:
         _check_arguments(architecture)
@@ -261,8 +261,8 @@ def _is_kept(repository: str) -> bool:
 def _undownloadable(name: str) -> str:
     if name.startswith(HUB):
         return (
-            f"backbone {name} cannot be downloaded. {LOCAL}FOLDER takes a network from a folder, and "
-            "--init_backbone from another checkpoint"
+            f"backbone {name} cannot be downloaded. {LOCAL}FOLDER takes a network from a folder, "
+            "and --init_backbone from another checkpoint"
         )
     return (
         f"the pretrained weights of backbone {name} cannot be downloaded. --model.weights FILE "

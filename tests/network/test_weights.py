@@ -21,7 +21,7 @@ from cnnrnn.network import backbones, download
 from cnnrnn.network.backbones import DownloadError, make_backbone, small_network
 from cnnrnn.network.head import Head
 from cnnrnn.network.weights import WeightsError, fitted, load_weights, read_weights
-from cnnrnn.training.run import initial_backbone
+from cnnrnn.training.start import initial_backbone
 
 SMALL = ModelConfig(backbone="small", pretrained=False, image_size=32, trunk_dim=0, joint_dim=8,
                     hidden_dim=8)  # fmt: skip

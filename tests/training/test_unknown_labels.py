@@ -30,13 +30,14 @@ from cnnrnn.prediction import decisions
 from cnnrnn.prediction.decisions import calibrate, calibrate_known, decision_metrics
 from cnnrnn.reveal import reveal
 from cnnrnn.search.inference import Inference, infer, set_nll
-from cnnrnn.training import recipe, run
+from cnnrnn.training import recipe, run, start
 from cnnrnn.training.batches import Split
 from cnnrnn.training.completion import completed
 from cnnrnn.training.ensemble import train_ensemble
 from cnnrnn.training.recipe import label_shares
 from cnnrnn.training.resume import STATE_FILE, data_digest
-from cnnrnn.training.run import _most_labels, train
+from cnnrnn.training.run import train
+from cnnrnn.training.start import _most_labels
 from tests.training.hidden import hide
 from tests.training.test_resume import Stop, same, stop_after
 from tests.training.test_training import MODEL, QUICK, SEARCH, records, separable
@@ -237,7 +238,7 @@ def test_nothing_is_chosen_by_an_unknown_label(data, tmp_path, monkeypatch):
     spy(recipe, "independent_validation", last)
     spy(recipe, "path_validation", last)
     spy(recipe, "completed", lambda args: args[3])
-    spy(run, "start_at_frequencies", last)
+    spy(start, "start_at_frequencies", last)
     spy(run, "calibrate", last)
     spy(run, "calibrate_known", last)
     spy(run, "decision_metrics", last)
