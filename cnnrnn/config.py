@@ -6,8 +6,9 @@ Wang et al. (CVPR 2016) as far as the paper states it. What it does not state is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
 Cell = Literal["lstm", "paper"]
 Activation = Literal["relu", "tanh", "identity"]
@@ -438,6 +439,25 @@ class TrainConfig:
             feature_rms=1.0,
             augment=False,
         )
+
+
+def flat_options(
+    model: ModelConfig, search: SearchConfig, train: TrainConfig, leave_out: Collection[str] = ()
+) -> dict[str, Any]:
+    """Return the options of a training by name, those of model and search after a prefix.
+
+    Those of the defaults say what the options meant that a stored training does not name: a new
+    option's default is what was done before there was one.
+
+    Args:
+        model: named `model.` and the field.
+        search: named `search.` and the field.
+        train: named by the field.
+        leave_out: names that are left out.
+    """
+    parts = (("", train), ("model.", model), ("search.", search))
+    named = {f"{prefix}{k}": v for prefix, part in parts for k, v in asdict(part).items()}
+    return {name: value for name, value in named.items() if name not in leave_out}
 
 
 @dataclass(frozen=True)

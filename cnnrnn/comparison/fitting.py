@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -42,7 +42,7 @@ from cnnrnn.comparison.combinations import (
 from cnnrnn.comparison.cooccurrence import fit_cooccurrence
 from cnnrnn.comparison.dependencies import DependencyNetwork, train_dependencies
 from cnnrnn.comparison.metric import NeighbourMetric, train_metric
-from cnnrnn.config import CompareConfig, ModelConfig, SearchConfig, TrainConfig
+from cnnrnn.config import CompareConfig, ModelConfig, SearchConfig, TrainConfig, flat_options
 from cnnrnn.data import Dataset
 from cnnrnn.machine.devices import resolve_device
 from cnnrnn.machine.files import weights_digest
@@ -182,15 +182,11 @@ def _description(comparison: Comparison) -> dict[str, Any]:
         "tune_each_seed": compared.tune_each_seed,
         "first seed": compared.seeds[0],
     }
-    elsewhere = {"seed", "device", "workers", "init_backbone", "feature_cache", "on_bad_image"}
-    for prefix, options in (
-        ("", comparison.config),
-        ("model.", comparison.model_config),
-        ("search.", comparison.search_config),
-    ):
-        values = {k: v for k, v in asdict(options).items() if prefix or k not in elsewhere}
-        described |= {prefix + name: value for name, value in values.items()}
-    return described
+    elsewhere = ("seed", "device", "workers", "init_backbone", "feature_cache", "on_bad_image")
+    options = flat_options(
+        comparison.model_config, comparison.search_config, comparison.config, leave_out=elsewhere
+    )
+    return described | options
 
 
 def path_model(*, plain: bool = False, recurrence: bool = True) -> Fit:

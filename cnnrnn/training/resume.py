@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from cnnrnn.config import ModelConfig, SearchConfig, TrainConfig
+from cnnrnn.config import ModelConfig, SearchConfig, TrainConfig, flat_options
 from cnnrnn.data import Dataset
 from cnnrnn.data.images import image_identity
 from cnnrnn.machine.files import weights_digest, write_whole
@@ -116,11 +116,9 @@ def run_identity(
 
     Images are compared by name and size, feature vectors by their values.
     """
-    options = {k: v for k, v in asdict(config).items() if k not in FREE_OPTIONS}
+    options = flat_options(model_config, search_config, config, leave_out=FREE_OPTIONS)
     if frozen_backbone is not None:
         del options["init_backbone"]  # its weights are compared
-    for prefix, part in (("model", model_config), ("search", search_config)):
-        options |= {f"{prefix}.{name}": value for name, value in asdict(part).items()}
     identity = {
         "options": options,
         "training data": data_digest(train_data),
@@ -177,7 +175,9 @@ def require_same_run(stored: Mapping[str, Any], now: Mapping[str, Any], out: Pat
     Raises:
         ResumeError: names every option that differs, with both values.
     """
-    before, after = stored["options"], now["options"]
+    former = flat_options(ModelConfig(), SearchConfig(), TrainConfig())
+    after = now["options"]
+    before = {name: value for name, value in former.items() if name in after} | stored["options"]
     last = "finish_epochs" if after["finish_epochs"] else "epochs"
     # A longer run would have learned another order after this one's last epoch.
     reorders_later = (

@@ -307,6 +307,19 @@ def test_other_options_and_other_data_are_named(separable, tmp_path):
         compare(separable, tmp_path, HEAD, SEARCH, HASTY, config)
 
 
+def test_results_from_before_an_option_existed_go_on_with_its_default(separable, tmp_path):
+    config = CompareConfig(seeds=(0,), methods=("knn",), settings=1)
+    before = compare(separable, tmp_path, HEAD, SEARCH, HASTY, config)
+    file = tmp_path / "results.json"
+    content = json.loads(file.read_text())
+    del content["options"]["model.weights"], content["options"]["model.hidden_dim"]
+    file.write_text(json.dumps(content))
+    default = replace(HEAD, hidden_dim=ModelConfig().hidden_dim)
+    assert compare(separable, tmp_path, default, SEARCH, HASTY, config) == before
+    with pytest.raises(ValueError, match="model.hidden_dim is 128 there and 16 here"):
+        compare(separable, tmp_path, HEAD, SEARCH, HASTY, config)
+
+
 def test_results_survive_the_file(tmp_path):
     row = made_row("a", 0, 0.25)
     written = Results(tmp_path / "results.json", {"sizes": (1, 2)})

@@ -178,6 +178,19 @@ def test_other_options_are_named(tmp_path, data):
     train(data, out, MODEL, SEARCH, free, resume=True)
 
 
+def test_a_run_from_before_an_option_existed_goes_on_with_its_default(tmp_path, data):
+    out = tmp_path / "run"
+    with pytest.raises(Stop):
+        train(data, out, MODEL, SEARCH, QUICK, say=stop_after(2))
+    stored = read_state((out / STATE_FILE).read_bytes(), "state")
+    del stored.values["identity"]["options"]["model.weights"]
+    del stored.values["identity"]["options"]["clip_norm"]
+    save_state(out / STATE_FILE, stored)
+    with pytest.raises(ResumeError, match=r"clip_norm must be 5\.0, got 1\.0"):
+        train(data, out, MODEL, SEARCH, replace(QUICK, clip_norm=1.0), resume=True)
+    train(data, out, MODEL, SEARCH, QUICK, resume=True)
+
+
 def test_other_data_is_refused(tmp_path, data):
     out = tmp_path / "run"
     with pytest.raises(Stop):
