@@ -6,13 +6,14 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cnnrnn.config import (
+    Backend,
     Decide,
     ModelConfig,
     OnBadImage,
@@ -52,6 +53,7 @@ def predict(
     workers: int | None = None,
     precision: Precision = "fp32",
     compiled: bool = False,
+    backend: Backend | None = None,
     on_bad_image: OnBadImage = "error",
 ) -> list[Prediction]:
     """Predict the label set of each image, in the order given.
@@ -76,6 +78,7 @@ def predict(
             workers=workers,
             precision=precision,
             compiled=compiled,
+            backend=backend,
             on_bad_image=on_bad_image,
         )
     )
@@ -97,6 +100,7 @@ def predict_iter(
     workers: int | None = None,
     precision: Precision = "fp32",
     compiled: bool = False,
+    backend: Backend | None = None,
     on_bad_image: OnBadImage = "error",
 ) -> Iterator[Prediction]:
     """Predict image after image, holding a few batches at a time; see `Predictor.predict_iter`."""
@@ -113,6 +117,7 @@ def predict_iter(
         workers=workers,
         precision=precision,
         compiled=compiled,
+        backend=backend,
         on_bad_image=on_bad_image,
     )
 
@@ -203,6 +208,7 @@ def evaluate(
     search: SearchConfig | None = None,
     min_labels: int | None = None,
     revealed: int | None = None,
+    backend: Backend | None = None,
     batch_size: int = 128,
     workers: int | None = None,
     on_bad_image: OnBadImage = "error",
@@ -221,6 +227,7 @@ def evaluate(
             data decided, and the search's own.
         revealed: also draw so many true labels of each image that has more, and measure the other
             labels, with the drawn ones known and without.
+        backend: what runs the backbone, as in `predict`; the model's own by default.
         batch_size: images per step.
         workers: threads that decode; one per core by default, up to 8.
         on_bad_image: `skip` leaves unreadable images out and warns with their count.
@@ -235,31 +242,40 @@ def evaluate(
     return measure(
         resolve_model(model, device),
         dataset if split is None else dataset.split(split),
-        k=k, search=search, min_labels=min_labels, revealed=revealed,
+        k=k, search=search, min_labels=min_labels, revealed=revealed, backend=backend,
         batch_size=batch_size, workers=workers, on_bad_image=on_bad_image,
     )  # fmt: skip
 
 
-def load(path: str | Path | None = None, *, device: str = "cpu") -> CNNRNN | Ensemble:
+def load(
+    path: str | Path | None = None, *, device: str = "cpu", backend: Backend = "auto"
+) -> CNNRNN | Ensemble:
     """Load a checkpoint folder of a model or an ensemble, or the small demo model.
 
     Args:
         path: a folder written by `model.save`, `ensemble.save` or training; None for the demo model
             that comes with the package, which knows only the labels of the synthetic scenes.
         device: `cpu`, `cuda`, `cuda:N` or `auto`.
+        backend: what runs the backbone where `predict` and others are not told, see
+            `Predictor.predict`.
 
     Returns:
         The model on that device, in eval mode.
 
     Raises:
         CheckpointError: the folder is missing or does not hold a checkpoint.
-        ValueError: the device does not exist here.
+        ValueError: the device does not exist here, or the backend is none.
     """
     where = resolve_device(device)
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
     if path is None:
         _say_once_what_the_demo_model_knows()
-        return load_checkpoint(DEMO_MODEL).to(where)
-    return load_model(path).to(where)
+        model: CNNRNN | Ensemble = load_checkpoint(DEMO_MODEL)
+    else:
+        model = load_model(path)
+    model.backend = backend
+    return model.to(where)
 
 
 @functools.cache

@@ -21,6 +21,7 @@ PathLoss = Literal["sequence", "pla", "mla"]
 BestBy = Literal["both", "nll", "decisions"]
 LabelOrder = Literal["frequency", "rare", "given", "random", "easiest", "shuffled"]
 OnBadImage = Literal["error", "skip"]
+Backend = Literal["auto", "torch", "onnx", "openvino"]
 Precision = Literal["auto", "fp32", "bf16"]
 """What torch multiplies in, in training and in a backbone."""
 SearchPrecision = Literal["exact", "fast"]
@@ -334,6 +335,8 @@ class TrainConfig:
         workers: processes that decode images; 0 decodes in the training process. With a frozen
             backbone, threads that decode; 0 for one per core.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        backend: what makes the features of a frozen backbone: `torch`, on a CPU also `onnx` (ONNX
+            Runtime) or `openvino`, or `auto`, the fastest where there are enough images.
         seed: of initial weights, shuffling, dropout and the held-out share.
         init_backbone: start the backbone from this checkpoint folder, whose head is not read, or
             from a file as of `model.weights`.
@@ -375,6 +378,7 @@ class TrainConfig:
     precision: Precision = "auto"
     workers: int = 0
     device: str = "auto"
+    backend: Backend = "auto"
     seed: int = 0
     init_backbone: str | None = None
     feature_cache: str | None = None
@@ -390,6 +394,7 @@ class TrainConfig:
         _require_choice("empty", self.empty, ("keep", "drop"))
         _require_choice("on_bad_image", self.on_bad_image, ("error", "skip"))
         _require_choice("precision", self.precision, get_args(Precision))
+        _require_choice("backend", self.backend, get_args(Backend))
         _require(
             self.loss == "sequence" or self.label_order not in ("easiest", "shuffled"),
             "label_order must be frequency, rare, given or random for loss "

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnnrnn.config import Calibration, OnBadImage, SearchConfig
+from cnnrnn.config import Backend, Calibration, OnBadImage, SearchConfig
 from cnnrnn.data import DataError, Dataset
 from cnnrnn.machine.files import write_whole
 from cnnrnn.machine.progress import Progress, no_progress
@@ -63,6 +63,7 @@ def evaluate(
     search: SearchConfig | None = None,
     min_labels: int | None = None,
     revealed: int | None = None,
+    backend: Backend | None = None,
     batch_size: int = 128,
     workers: int | None = None,
     on_bad_image: OnBadImage = "error",
@@ -80,6 +81,7 @@ def evaluate(
             for what validation data decided, and the search's own.
         revealed: also draw so many true labels of each image that has more, and measure the other
             labels, with the drawn ones known and without.
+        backend: what runs the backbone, as in `predict`; the model's own by default.
         batch_size: pictures per step.
         workers: threads that decode; one per core by default, up to 8.
         on_bad_image: `skip` leaves unreadable pictures out and warns with their count.
@@ -100,8 +102,8 @@ def evaluate(
     if dataset.unknown_indices is not None:
         unknown = in_columns(dataset.unknown_matrix(), columns, len(model.labels))
     computed = model_features(
-        model, dataset, batch_size=batch_size, workers=workers, on_bad_image=on_bad_image,
-        progress=progress,
+        model, dataset, backend=backend, batch_size=batch_size, workers=workers,
+        on_bad_image=on_bad_image, progress=progress,
     )  # fmt: skip
     features, targets = computed.values, targets[computed.kept]
     unknown = None if unknown is None else unknown[computed.kept]
@@ -143,6 +145,7 @@ def model_features(
     dataset: Dataset,
     *,
     cache: Path | None = None,
+    backend: Backend | None = None,
     batch_size: int = 128,
     workers: int | None = None,
     on_bad_image: OnBadImage = "error",
@@ -154,6 +157,7 @@ def model_features(
         model: where its weights are decides the device.
         dataset: pictures, or feature vectors for a model without a backbone.
         cache: folder that keeps features of pictures; None for none.
+        backend: what runs the backbone, as in `predict`; the model's own by default.
         batch_size: pictures per step.
         workers: threads that decode; one per core by default, up to 8.
         on_bad_image: `skip` leaves unreadable pictures out and warns with their count.
@@ -177,8 +181,8 @@ def model_features(
         raise DataError(f"{dataset.source} holds pictures, but the model reads feature vectors")
     compute = compute_features if cache is None else partial(cached_features, folder=cache)
     return compute(
-        model.backbone, dataset, device=model.device, batch_size=batch_size, workers=workers,
-        on_bad_image=on_bad_image, progress=progress,
+        model.backbone, dataset, device=model.device, backend=backend or model.backend,
+        batch_size=batch_size, workers=workers, on_bad_image=on_bad_image, progress=progress,
     )  # fmt: skip
 
 

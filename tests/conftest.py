@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -18,6 +20,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--mutations", type=int, default=300, help="broken data files to read, over all formats"
     )
     parser.addoption("--kills", type=int, default=5, help="training runs to kill and resume")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep exported backbones of tests out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CNNRNN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(params=["cpu", "cuda"])

@@ -168,7 +168,7 @@ def run_compare(options: Namespace) -> int:
         dataset = frozen_features(
             dataset, backbone,
             Path(config.feature_cache) if config.feature_cache else out / "features",
-            batch_size=config.batch_size, workers=config.workers or None,
+            backend=config.backend, batch_size=config.batch_size, workers=config.workers or None,
             on_bad_image=config.on_bad_image, progress=terminal_progress,
         )  # fmt: skip
     rows = compare(
@@ -204,8 +204,8 @@ def run_evaluate(options: Namespace) -> int:
         search = replace(model.search, beam_size=options.beam_size)
     evaluation = evaluate(
         model, dataset, k=options.k, search=search, min_labels=options.min_labels,
-        revealed=options.reveal, batch_size=options.batch_size, workers=options.workers,
-        on_bad_image=options.on_bad_image, progress=terminal_progress,
+        backend=options.backend, revealed=options.reveal, batch_size=options.batch_size,
+        workers=options.workers, on_bad_image=options.on_bad_image, progress=terminal_progress,
     )  # fmt: skip
     print(metrics_table(evaluation.metrics, f"{options.data}, {options.split}"))
     bound = "at most " if evaluation.nll_is_bound else ""
@@ -231,14 +231,14 @@ def run_predict(options: Namespace) -> int:
     from cnnrnn.api import predict_iter
     from cnnrnn.machine.progress import no_progress, terminal_progress
 
-    default = {"precision": "fp32", "compiled": False, "search": "onnx"}
+    default = {"precision": "fp32", "compiled": False, "backend": "auto"}
     asked: dict[str, Any] = {
         name: options[name]
         for name in ("top_k", "beam_size", "min_labels", "decide", "threshold", "batch_size",
                      "workers", "on_bad_image")
     }  # fmt: skip
     asked |= {"known": _known_labels(options), "absent": options.absent}
-    torch_only = [name for name in ("precision", "compiled") if options[name] != default[name]]
+    torch_only = [name for name, value in default.items() if options[name] != value]
     if options.model is not None and options.model.lower().endswith(".onnx"):
         if torch_only:
             raise ValueError(
@@ -246,12 +246,12 @@ def run_predict(options: Namespace) -> int:
                 "`cnnrnn export --precision float16` makes a file in half precision"
             )
         predictions = _onnx_predictor(options).predict_iter(options.images, **asked)
-    elif options.search != default["search"]:
+    elif options.search != "onnx":
         raise ValueError(f"--search is only for FILE.onnx, got {options.search}")
     else:
         predictions = predict_iter(
             options.images, options.model, device=options.device, precision=options.precision,
-            compiled=options.compiled, **asked,
+            compiled=options.compiled, backend=options.backend, **asked,
         )  # fmt: skip
     bad = 0
     show = no_progress if options.out is None else terminal_progress
@@ -315,7 +315,7 @@ def run_suggest(options: Namespace) -> int:
     predictions = predict_iter(
         options.images, options.model, known=_known_labels(options), absent=options.absent,
         beam_size=options.beam_size, batch_size=options.batch_size, device=options.device,
-        workers=options.workers, on_bad_image=options.on_bad_image,
+        backend=options.backend, workers=options.workers, on_bad_image=options.on_bad_image,
     )  # fmt: skip
     bad = 0
     with opened(options.out) as stream:

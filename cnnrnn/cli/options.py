@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 from cnnrnn import __version__
 from cnnrnn.config import (
     MAX_KNOWN,
+    Backend,
     CompareConfig,
     Decide,
     FilePrecision,
@@ -152,6 +153,7 @@ def _evaluate_parser() -> ArgumentParser:
     parser.add_argument("--json", type=str | None, help="write all metrics as JSON")
     parser.add_argument("--min_labels", type=int | None, help=MIN_LABELS)
     _add_run_options(parser, batch_size=128)
+    _add_backend(parser)
     parser.add_argument("--workers", type=int | None, help=WORKERS)
     return parser
 
@@ -180,9 +182,10 @@ def _predict_parser() -> ArgumentParser:
         "--threshold", type=float | None, help="on the scores; default: the calibrated one"
     )
     parser.add_argument("--workers", type=int | None, help=WORKERS)
+    _add_backend(parser)
     parser.add_argument(
         "--precision", type=Precision, default="fp32",
-        help="of the backbone in torch; auto is bf16 where the hardware has it",
+        help="of the backbone; auto is bf16 where the hardware has it",
     )  # fmt: skip
     parser.add_argument(
         "--compiled", action="store_true", help="run the backbone through torch.compile"
@@ -219,6 +222,14 @@ def _add_run_options(parser: ArgumentParser, batch_size: int) -> None:
     parser.add_argument(
         "--on_bad_image", type=OnBadImage, default="error",
         help="stop at an unreadable image, or report it and continue",
+    )  # fmt: skip
+
+
+def _add_backend(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--backend", type=Backend, default="auto",
+        help="what runs the backbone: torch, on a CPU also onnx (ONNX Runtime) or openvino; auto "
+        "takes the fastest where there are enough images",
     )  # fmt: skip
 
 
@@ -280,6 +291,7 @@ def _suggest_parser() -> ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--out", type=str | None, help="file to write; default: standard output")
     parser.add_argument("--workers", type=int | None, help=WORKERS)
+    _add_backend(parser)
     _add_run_options(parser, batch_size=64)
     return parser
 

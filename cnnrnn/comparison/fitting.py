@@ -182,7 +182,15 @@ def _description(comparison: Comparison) -> dict[str, Any]:
         "tune_each_seed": compared.tune_each_seed,
         "first seed": compared.seeds[0],
     }
-    elsewhere = ("seed", "device", "workers", "init_backbone", "feature_cache", "on_bad_image")
+    elsewhere = (
+        "seed",
+        "device",
+        "workers",
+        "backend",
+        "init_backbone",
+        "feature_cache",
+        "on_bad_image",
+    )
     options = flat_options(
         comparison.model_config, comparison.search_config, comparison.config, leave_out=elsewhere
     )

@@ -28,7 +28,7 @@ from cnnrnn.comparison.fitting import (
 )
 from cnnrnn.comparison.methods import METHODS, chosen_methods
 from cnnrnn.comparison.results import Results, Row, markdown_table
-from cnnrnn.config import CompareConfig, ModelConfig, OnBadImage, SearchConfig, TrainConfig
+from cnnrnn.config import Backend, CompareConfig, ModelConfig, OnBadImage, SearchConfig, TrainConfig
 from cnnrnn.data import DataError, Dataset
 from cnnrnn.data.splits import with_fixed_splits
 from cnnrnn.machine.files import write_whole
@@ -51,6 +51,7 @@ def frozen_features(
     backbone: Backbone,
     folder: Path,
     *,
+    backend: Backend = "auto",
     batch_size: int = 128,
     workers: int | None = None,
     on_bad_image: OnBadImage = "error",
@@ -62,6 +63,7 @@ def frozen_features(
         dataset: pictures.
         backbone: where its weights are decides the device.
         folder: holds the feature cache.
+        backend: what runs the backbone, see `BackboneRunner`.
         batch_size: pictures per step.
         workers: threads that decode pictures; one per core by default, up to 8.
         on_bad_image: `skip` leaves unreadable pictures out of the dataset.
@@ -69,8 +71,8 @@ def frozen_features(
     """
     device = next(backbone.parameters()).device
     features = cached_features(
-        backbone, dataset, folder, device=device, batch_size=batch_size, workers=workers,
-        on_bad_image=on_bad_image, progress=progress,
+        backbone, dataset, folder, device=device, backend=backend, batch_size=batch_size,
+        workers=workers, on_bad_image=on_bad_image, progress=progress,
     )  # fmt: skip
     position = np.full(len(dataset), -1)
     position[features.kept] = np.arange(len(features.kept))

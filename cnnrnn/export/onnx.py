@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import tempfile
-import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -24,18 +22,16 @@ from cnnrnn.export.graph import (
 from cnnrnn.machine.files import weights_digest, write_whole
 from cnnrnn.model.classifier import CNNRNN
 from cnnrnn.model.ensemble import Ensemble, load_model
+from cnnrnn.network.onnx_files import require_onnx, to_onnx, write_onnx
 from cnnrnn.search.checks import resolve_max_labels
 from cnnrnn.search.packed import head_parameters
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto
+    from onnx import ModelProto
 
-OPSET = 20
 FORMAT = 4
 BANKS = "banks"
 """What the search takes as an input while it is traced; the file computes it."""
-ONE_FILE_BYTES = 2**31 - 2**20
-"""An ONNX file cannot be larger than 2 GB; a larger model's weights lie beside it."""
 
 
 def export_onnx(
@@ -74,7 +70,7 @@ def export_onnx(
         ValueError: the options do not fit the model, or it cannot be exported.
         ModuleNotFoundError: onnx or onnxscript is not installed.
     """
-    _require_onnx()
+    require_onnx()
     import onnx
 
     path = Path(path)
@@ -89,11 +85,9 @@ def export_onnx(
     exported = ExportedModel(model, input_kind, search, loop, max_known, half).eval()
     proto = _exported(exported, model, input_kind, search, dynamic_size)
     _give_defaults(proto, search, len(model.labels))
-    _forget_the_exporter(proto.graph)
-    del proto.metadata_props[:]
     metadata = _metadata(model, input_kind, precision, loop, search, max_known)
     onnx.helper.set_model_props(proto, metadata)
-    _write(proto, path)
+    write_onnx(proto, path)
     write_whole(labels_file(path), lambda file: file.write_text(_beside(metadata), "utf-8"))
 
 
@@ -107,47 +101,6 @@ def _beside(metadata: dict[str, str]) -> str:
     values = {k: json.loads(v) for k, v in metadata.items() if k not in ("head", "content_hash")}
     values["content_hash"] = metadata["content_hash"]
     return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
-
-
-def _forget_the_exporter(graph: GraphProto) -> None:
-    """Take off what names the exporter's source files on this machine: most of a small file."""
-    for part in (*graph.node, *graph.value_info, *graph.input, *graph.output):
-        del part.metadata_props[:]
-        part.doc_string = ""
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                _forget_the_exporter(attribute.g)
-    del graph.metadata_props[:]
-
-
-def _write(proto: ModelProto, path: Path) -> None:
-    """Check a model and put it at its place, its weights beside it where it is too large."""
-    import onnx
-
-    beside = path.with_name(f"{path.name}.data")
-    if sum(len(tensor.raw_data) for tensor in proto.graph.initializer) < ONE_FILE_BYTES:
-        onnx.checker.check_model(proto, full_check=True)
-        write_whole(path, lambda file: file.write_bytes(proto.SerializeToString()))
-        beside.unlink(missing_ok=True)
-        return
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        partial = Path(folder) / path.name
-        onnx.save(proto, partial, save_as_external_data=True, location=beside.name)
-        onnx.checker.check_model(partial, full_check=True)
-        partial.with_name(beside.name).replace(beside)
-        partial.replace(path)
-
-
-def _require_onnx() -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"export needs {error.name}, which is not installed: "
-            'run `pip install "cnnrnn[onnx]"`, or "cnnrnn[onnx-cpu]" on a machine without a GPU'
-        ) from error
 
 
 def _single_model(model: CNNRNN | Ensemble | str | Path) -> CNNRNN:
@@ -215,33 +168,14 @@ def _exported(
         names.append(BANKS)
         banks = {0: torch.export.Dim("banks")}
     chained = model.head.label_classifier is not None
+    outputs = [*OUTPUT_NAMES, *([LABEL_SCORES] if chained else [])]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.export.export(
-                exported,
-                arguments,
-                dynamic_shapes=(shape, {}, {}, banks),
-                strict=False,
-                # A guess of how places lie in memory would else be required of every bank count.
-                prefer_deferred_runtime_asserts_over_guards=True,
-            )
-            written = torch.onnx.export(
-                program,
-                input_names=names,
-                output_names=[*OUTPUT_NAMES, *([LABEL_SCORES] if chained else [])],
-                opset_version=OPSET,
-                dynamo=True,
-                verbose=False,
-            )
-    except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError) as error:
-        reason = " ".join(str(error).split())[:300]
+        proto = to_onnx(exported, arguments, (shape, {}, {}, banks), names, outputs)
+    except ValueError as error:
         how = " for pictures of any size; without dynamic_size it may be" if dynamic_size else ""
         raise ValueError(
-            f"backbone {model.config.backbone} cannot be exported{how}. torch says: {reason}"
+            f"backbone {model.config.backbone} cannot be exported{how}. torch says: {error}"
         ) from error
-    assert written is not None
-    proto: ModelProto = written.model_proto
     sides = ("batch",) if input_kind == "features" else ("batch", "height", "width")
     _name_dimensions(proto, sides)
     if exported.search.most_known:

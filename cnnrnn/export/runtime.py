@@ -442,8 +442,8 @@ class OnnxPredictor(Predictor):
         of_torch = replace(running, beam_size=None, min_labels=None, forbidden_labels=())
         if of_torch != Running():
             raise ValueError(
-                f"device, precision and compiled are not for {self.path}, which ONNX Runtime runs: "
-                "choose providers when it is opened, and precision when it is exported"
+                f"device, precision, compiled and backend are not for {self.path}, which ONNX "
+                "Runtime runs: choose providers when it is opened, precision when it is exported"
             )
         search, beam_size = self.search_config, running.beam_size
         if beam_size is not None and beam_size != search.beam_size:
@@ -483,6 +483,9 @@ class _OnnxModel:
         self._predictor = predictor
         self._search = search
         self._forbidden = forbidden
+
+    def prepare(self, count: int | None) -> None:
+        """Nothing to choose: ONNX Runtime runs the whole file."""
 
     def begin(self, images: list[Tensor], evidence: Tensor | None) -> Callable[[], Inference]:
         """Put images together; ONNX Runtime runs when the search is due."""

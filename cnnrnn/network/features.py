@@ -22,13 +22,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cnnrnn.config import OnBadImage, Preprocessing
+from cnnrnn.config import Backend, OnBadImage
 from cnnrnn.data import BadImageError, DataError, Dataset
 from cnnrnn.data.images import (
     ImageRecords,
     Record,
     image_identity,
-    normalize,
     report_bad_images,
 )
 from cnnrnn.machine.distributed import ALONE, Ranks
@@ -36,6 +35,7 @@ from cnnrnn.machine.files import weights_digest, write_whole
 from cnnrnn.machine.progress import Progress, no_progress
 from cnnrnn.machine.threads import batches_in_order, default_workers
 from cnnrnn.network.backbones import Backbone
+from cnnrnn.network.engines import BackboneRunner
 
 _log = logging.getLogger(__name__)
 
@@ -52,39 +52,12 @@ class Features(NamedTuple):
     kept: npt.NDArray[np.int64]
 
 
-@torch.no_grad()
-def features_of(
-    backbone: Callable[[Tensor], Tensor],
-    images: list[Tensor],
-    preprocessing: Preprocessing,
-    device: torch.device,
-    half: bool = False,
-) -> Tensor:
-    """Run a backbone on images, each uint8 or float in 0..1 of [3, S, S], on any device.
-
-    Args:
-        backbone: on `device`.
-        images: n of them.
-        preprocessing: gives mean and std.
-        device: where the features are made, and stay.
-        half: multiply in bfloat16.
-
-    Returns:
-        [n, F] float32.
-    """
-    alike = len({(image.dtype, image.device) for image in images}) == 1
-    parts = [torch.stack(images)] if alike else [image[None] for image in images]
-    batch = torch.cat([normalize(part.to(device), preprocessing) for part in parts])
-    with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        features = backbone(batch)
-    return features.float()
-
-
 def compute_features(
     backbone: Backbone,
     dataset: Dataset,
     *,
     device: torch.device,
+    backend: Backend = "auto",
     batch_size: int = 128,
     workers: int | None = None,
     on_bad_image: OnBadImage = "error",
@@ -97,6 +70,7 @@ def compute_features(
         backbone: moved to `device`.
         dataset: must have image paths.
         device: where the backbone runs.
+        backend: what runs it, see `BackboneRunner`.
         batch_size: images per step.
         workers: threads that decode, while on a CPU as many batches are computed at once; 0 does
             everything in the calling thread. None takes one per core, up to 8.
@@ -113,13 +87,14 @@ def compute_features(
     reader = ImageRecords(dataset, backbone.preprocessing, on_bad_image=on_bad_image)
     numbers = torch.arange(len(reader))
     own = ranks.deal(numbers.split(batch_size) if len(reader) else ())
+    run = BackboneRunner(backbone, device, backend=backend)
+    run.prepare(sum(map(len, own)))
 
     def begin(items: list[Record]) -> Callable[[], Tensor]:
         images = [image for _, image in items if isinstance(image, Tensor)]
         if not images:
             return lambda: torch.empty(0, backbone.feature_dim)
-        features = features_of(backbone, images, backbone.preprocessing, device)
-        return features.cpu
+        return run(images).cpu
 
     values, kept, bad = [torch.empty(0, backbone.feature_dim)], [], []
     with progress("features", len(dataset) // ranks.size) as advance:
@@ -155,6 +130,7 @@ def cached_features(
     folder: Path,
     *,
     device: torch.device,
+    backend: Backend = "auto",
     batch_size: int = 128,
     workers: int | None = None,
     on_bad_image: OnBadImage = "error",
@@ -190,7 +166,7 @@ def cached_features(
             )
         return cached
     computed = compute_features(
-        backbone, dataset, device=device, batch_size=batch_size, workers=workers,
+        backbone, dataset, device=device, backend=backend, batch_size=batch_size, workers=workers,
         on_bad_image=on_bad_image, progress=progress, ranks=ranks,
     )  # fmt: skip
     if ranks.first:

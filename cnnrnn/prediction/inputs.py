@@ -71,10 +71,34 @@ def single_images(images: Any) -> Iterator[Any]:
             yield from single_images(image) if are_images(image) else (image,)
 
 
+def with_folders_listed(images: Any) -> Any:
+    """Put the pictures of a folder, or of each in a list, in its place."""
+    if isinstance(images, (str, Path)):
+        path = Path(images)
+        return folder_images(path) if path.is_dir() else images
+    if isinstance(images, (list, tuple)):
+        return [with_folders_listed(i) if isinstance(i, (str, Path)) else i for i in images]
+    return images
+
+
+def count_of(images: Any) -> int | None:
+    """Return how many images there are; None where that shows only as they come."""
+    if isinstance(images, (list, tuple)):
+        counts = [count_of(image) for image in images]
+        return None if None in counts else sum(count for count in counts if count is not None)
+    if isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4:
+        return len(images)
+    return 1 if _is_one(images) else None
+
+
 def are_images(images: Any) -> bool:
     """Whether something is an image, names some, or may hold some."""
+    return _is_one(images) or _is_list(images)
+
+
+def _is_one(image: Any) -> bool:
     one = (str, Path, bytes, Image.Image, np.ndarray, Tensor)
-    return isinstance(images, one) or _is_open_file(images) or _is_list(images)
+    return isinstance(image, one) or _is_open_file(image)
 
 
 def _is_open_file(image: Any) -> bool:

@@ -11,7 +11,14 @@ from cnnrnn.config import Calibration, OnBadImage, Preprocessing
 from cnnrnn.machine.threads import batches_in_order, default_workers
 from cnnrnn.machine.words import listed
 from cnnrnn.prediction.decisions import DecisionOptions, decide
-from cnnrnn.prediction.inputs import Item, are_images, read_image, single_images
+from cnnrnn.prediction.inputs import (
+    Item,
+    are_images,
+    count_of,
+    read_image,
+    single_images,
+    with_folders_listed,
+)
 from cnnrnn.prediction.known import Known
 from cnnrnn.prediction.result import Prediction
 from cnnrnn.search import NonFiniteError
@@ -36,6 +43,9 @@ class ImageModel(Protocol):
     @property
     def torch_threads(self) -> int:
         """Threads of torch that several batches may share; 0 to begin one after the other."""
+
+    def prepare(self, count: int | None) -> None:
+        """Hear how many images come, None for an unknown number, before the first of them."""
 
     def begin(self, images: list[Tensor], evidence: Tensor | None) -> Callable[[], Inference]:
         """Start on images, each uint8 or float in 0..1 of [3, S, S], on the CPU or a GPU.
@@ -82,6 +92,8 @@ def predict_images(
         )
         return model.begin([item.image for item in found if item.image is not None], evidence)
 
+    images = with_folders_listed(images)
+    model.prepare(count_of(images))
     batches = batches_in_order(
         _numbered(single_images(images), known),
         read,

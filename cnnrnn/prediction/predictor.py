@@ -5,18 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cnnrnn.config import Calibration, Decide, OnBadImage, Precision, SearchConfig
-from cnnrnn.machine.devices import has_bf16, resolve_device, use_one_thread_if_forked
+from cnnrnn.config import Backend, Calibration, Decide, OnBadImage, Precision, SearchConfig
+from cnnrnn.machine.devices import resolve_device, use_one_thread_if_forked
 from cnnrnn.machine.words import listed
 from cnnrnn.network.backbones import Backbone
-from cnnrnn.network.features import features_of
+from cnnrnn.network.engines import BackboneRunner
 from cnnrnn.prediction.decisions import DecisionOptions
 from cnnrnn.prediction.known import Known, Names
 from cnnrnn.prediction.pipeline import ImageModel, predict_images
@@ -34,6 +33,7 @@ class Running:
     device: str | None = None
     precision: Precision = "fp32"
     compiled: bool = False
+    backend: Backend | None = None
 
 
 class Predictor(ABC):
@@ -93,6 +93,7 @@ class Predictor(ABC):
         workers: int | None = None,
         precision: Precision = "fp32",
         compiled: bool = False,
+        backend: Backend | None = None,
         on_bad_image: OnBadImage = "error",
     ) -> list[Prediction]:
         """Predict the label set of each image, in the order given.
@@ -127,10 +128,14 @@ class Predictor(ABC):
                 far as torch has threads; 0 does all in the calling thread. None has one per core,
                 up to 8, and 0 for an iterator, so that a batch is answered before more is taken
                 from it.
-            precision: of the backbone in torch. `bf16` is faster where the hardware has it, and
-                moves scores by up to some hundredths; `auto` is bf16 there and fp32 elsewhere.
+            precision: of the backbone. `bf16` is faster where the hardware has it, and moves scores
+                by up to some hundredths; `auto` is bf16 there and fp32 elsewhere.
             compiled: run the backbone through torch.compile, which takes a minute at the first
                 batch.
+            backend: what runs the backbone: `torch`, on a CPU also `onnx` (ONNX Runtime) or
+                `openvino`, whose scores differ in the last digits; None for the model's own, which
+                is `auto`: on a CPU the fastest that is installed, once there are enough images to
+                repay the export, some hundred.
             on_bad_image: `error` stops at an unreadable image, `skip` gives it a prediction without
                 labels and with `.error`.
 
@@ -159,6 +164,7 @@ class Predictor(ABC):
                 workers=workers,
                 precision=precision,
                 compiled=compiled,
+                backend=backend,
                 on_bad_image=on_bad_image,
             )
         )
@@ -180,6 +186,7 @@ class Predictor(ABC):
         workers: int | None = None,
         precision: Precision = "fp32",
         compiled: bool = False,
+        backend: Backend | None = None,
         on_bad_image: OnBadImage = "error",
     ) -> Iterator[Prediction]:
         """Predict image after image, holding a few batches at a time; arguments as in `predict`.
@@ -193,7 +200,9 @@ class Predictor(ABC):
         if on_bad_image not in ("error", "skip"):
             raise ValueError(f"on_bad_image must be error or skip, got {on_bad_image!r}")
         options = DecisionOptions(top_k, decide, threshold, min_labels)
-        running = Running(beam_size, min_labels, forbidden_labels, device, precision, compiled)
+        running = Running(
+            beam_size, min_labels, forbidden_labels, device, precision, compiled, backend
+        )
         model = self.image_model(running)
         return predict_images(
             images,
@@ -238,10 +247,12 @@ class TorchPredictor(Predictor):
     Attributes:
         search: the options of the search that it runs by default.
         backbone: the image network; None for feature vectors.
+        backend: what runs the backbone by default, see `Predictor.predict`; not in a checkpoint.
     """
 
     search: SearchConfig
     backbone: Backbone | None
+    backend: Backend = "auto"
 
     @property
     @abstractmethod
@@ -281,7 +292,9 @@ class TorchPredictor(Predictor):
         """Return what runs images as the options say; see `Predictor.image_model`."""
         self._required_backbone()
         search = self._searched_by(running)
-        return TorchModel(self, search, running.precision, running.compiled)
+        return TorchModel(
+            self, search, running.precision, running.compiled, running.backend or self.backend
+        )
 
     def longest_path_of(self, running: Running) -> int:
         """Return how many labels a path can hold under these options."""
@@ -314,13 +327,14 @@ class TorchPredictor(Predictor):
 
 
 class TorchModel:
-    """What `predict_images` needs of a model whose backbone torch runs.
+    """What `predict_images` needs of a model whose head torch holds.
 
     Args:
         model: has a backbone, in eval mode.
         search: the options of the search.
         precision: of the backbone.
         compiled: compile the backbone with torch.compile, once per model.
+        backend: what runs the backbone.
     """
 
     def __init__(
@@ -329,22 +343,26 @@ class TorchModel:
         search: SearchConfig,
         precision: Precision = "fp32",
         compiled: bool = False,
+        backend: Backend = "auto",
     ) -> None:
         assert model.backbone is not None
-        if precision not in get_args(Precision):
-            raise ValueError(f"precision must be fp32, bf16 or auto, got {precision!r}")
         self.labels = model.labels
         self.calibration: Calibration = model.calibration
         self.preprocessing = model.backbone.preprocessing
         self._model = model
         self._search = search
-        self._backbone = _compiled(model.backbone) if compiled else model.backbone
-        self._half = precision == "bf16" or (precision == "auto" and has_bf16(model.device))
+        self._runner = BackboneRunner(
+            model.backbone, model.device, backend=backend, precision=precision, compiled=compiled
+        )
 
     @property
     def torch_threads(self) -> int:
         """Those of this thread on a CPU; on a GPU batches follow each other."""
         return torch.get_num_threads() if self._model.device.type == "cpu" else 0
+
+    def prepare(self, count: int | None) -> None:
+        """Choose the backbone's engine; see `ImageModel.prepare`."""
+        self._runner.prepare(count)
 
     @torch.no_grad()
     def begin(self, images: list[Tensor], evidence: Tensor | None) -> Callable[[], Inference]:
@@ -354,19 +372,4 @@ class TorchModel:
 
     def features(self, images: list[Tensor]) -> Tensor:
         """Return the backbone's features [n, F] of images, as `ImageModel.begin` takes them."""
-        return features_of(
-            self._backbone, images, self.preprocessing, self._model.device, self._half
-        )
-
-
-def _run_backbone(backbone: nn.Module, images: Tensor) -> Tensor:
-    features: Tensor = backbone(images)
-    return features
-
-
-def _compiled(backbone: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return a backbone compiled; torch finds what it has compiled by the function and the module.
-
-    `torch.compile(backbone)` would be kept by whoever keeps it, and keep the backbone.
-    """
-    return partial(torch.compile(_run_backbone), backbone)
+        return self._runner(images)

@@ -106,7 +106,7 @@ def train_ensemble(
         assert ensemble.backbone is not None
         cached = cached_features(
             ensemble.backbone, val, Path(cache), device=ensemble.device,
-            batch_size=config.batch_size, workers=config.workers or None,
+            backend=config.backend, batch_size=config.batch_size, workers=config.workers or None,
             on_bad_image=config.on_bad_image, progress=progress,
         )  # fmt: skip
         features, targets = cached.values, targets[cached.kept]

@@ -26,7 +26,7 @@ from cnnrnn.network.backbones import Backbone
 
 STATE_FILE = "state.safetensors"
 FORMAT = 1
-FREE_OPTIONS = ("device", "workers", "tensorboard", "feature_cache")
+FREE_OPTIONS = ("device", "workers", "backend", "tensorboard", "feature_cache")
 """Options of `TrainConfig` that a resumed run may change."""
 
 _GROWING_SCHEDULES = ("constant", "step")

@@ -134,9 +134,9 @@ def labelled_split(
         return Split(data, targets, None, model.backbone.preprocessing, ranks, unknown)
     folder = Path(config.feature_cache) if config.feature_cache else out / "features"
     features = cached_features(
-        model.backbone, data, folder, device=device, batch_size=config.batch_size,
-        workers=config.workers or None, on_bad_image=config.on_bad_image, progress=progress,
-        ranks=ranks,
+        model.backbone, data, folder, device=device, backend=config.backend,
+        batch_size=config.batch_size, workers=config.workers or None,
+        on_bad_image=config.on_bad_image, progress=progress, ranks=ranks,
     )  # fmt: skip
     kept = features.kept
     return Split(

@@ -17,6 +17,7 @@ from cnnrnn.data.images import normalize
 from cnnrnn.export import onnx as onnx_module
 from cnnrnn.labels import LabelSpace
 from cnnrnn.model.classifier import CNNRNN
+from cnnrnn.network import onnx_files
 from cnnrnn.network.backbones import make_backbone
 from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.search import reference
@@ -415,7 +416,7 @@ def test_weights_beside_a_file_that_would_be_too_large(tmp_path, monkeypatch):
     model, file = HEADS["increasing"], tmp_path / "model.onnx"
     described, features = tmp_path / "model.labels.json", torch.randn(3, F)
     expected = by_reference(model, features)
-    monkeypatch.setattr(onnx_module, "ONE_FILE_BYTES", 100)
+    monkeypatch.setattr(onnx_files, "ONE_FILE_BYTES", 100)
     sizes = []
     for _ in range(2):
         export_onnx(model, file, loop=True)
