@@ -28,7 +28,8 @@ def report() -> tuple[list[str], list[str]]:
         f"CPU threads {torch.get_num_threads()} of {os.cpu_count()}",
         f"GPU: {_gpus()}",
         f"CUDA search: {_cuda_search()}",
-        f"ONNX Runtime: {_onnx_runtime()}",
+        f"ONNX Runtime: {_onnx_runtime()}; OpenVINO: {_version('openvino') or 'missing'}",
+        f"exported backbones: {_exported_backbones()}",
     ]
     problems = []
     for extra, packages in EXTRAS.items():
@@ -70,6 +71,17 @@ def _onnx_runtime() -> str:
         return "broken"
     return (
         f"{onnxruntime.__version__}, built with {', '.join(onnxruntime.get_available_providers())}"
+    )
+
+
+def _exported_backbones() -> str:
+    from cnnrnn.machine.cache import Cache, cache_bound
+    from cnnrnn.network.engines import CACHE_KIND
+
+    cache = Cache(CACHE_KIND)
+    entries, size = cache.use()
+    return (
+        f"{entries}, {size / 2**30:.2f} of at most {cache_bound() / 2**30:g} GB in {cache.folder}"
     )
 
 

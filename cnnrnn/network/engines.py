@@ -8,6 +8,7 @@ search is the same behind all of them.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -208,22 +209,12 @@ class _Gate:
 _gate = _Gate()
 
 
-def _open_gate() -> None:
-    global _gate
-    _gate = _Gate()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_open_gate)
-
-
 @dataclass
 class _Known:
     """What this process knows of a backbone.
 
     Attributes:
         weights: identifies their values.
-        process: sessions do not outlive a fork.
         key: of its entry in the cache, once that was asked for.
         torch_seconds: what torch takes for an image, once it was timed.
         engines: those that are open, by name and whether in bf16.
@@ -232,7 +223,6 @@ class _Known:
     """
 
     weights: tuple[tuple[int, int], ...]
-    process: int
     key: str | None = None
     torch_seconds: float | None = None
     engines: dict[tuple[str, bool], Engine] = field(default_factory=dict)
@@ -244,13 +234,30 @@ class _Known:
 _all_known: WeakKeyDictionary[Backbone, _Known] = WeakKeyDictionary()
 
 
+def _leave_to_the_parent() -> None:
+    """Begin anew in a forked process, which has none of the threads that engines wait for.
+
+    To destroy an engine would be to wait for its threads: another reference keeps it for ever.
+    """
+    global _gate
+    _gate = _Gate()
+    for known in _all_known.values():
+        for engine in known.engines.values():
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))
+    _all_known.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_the_parent)
+
+
 def _known(backbone: Backbone) -> _Known:
     """Return what is known of a backbone as it is now."""
     tensors = chain(backbone.parameters(), backbone.buffers())
     weights = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
     known = _all_known.get(backbone)
-    if known is None or known.weights != weights or known.process != os.getpid():
-        known = _all_known[backbone] = _Known(weights, os.getpid())
+    if known is None or known.weights != weights:
+        known = _all_known[backbone] = _Known(weights)
     return known
 
 

@@ -82,7 +82,9 @@ def to_onnx(
                 dynamo=True,
                 verbose=False,
             )
-    except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # tracing runs the module's own code, and raises what it pleases
         raise ValueError(" ".join(str(error).split())[:300]) from error
     assert written is not None
     proto: ModelProto = written.model_proto
