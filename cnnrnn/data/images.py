@@ -84,6 +84,7 @@ def decode_image(
     record: str | None = None,
     *,
     name: str = "the image",
+    preprocessing: Preprocessing | None = None,
 ) -> Image.Image:
     """Read an image file completely.
 
@@ -91,6 +92,7 @@ def decode_image(
         image: the file, its bytes, or an open file.
         record: named in the error, beside the path.
         name: of what is in no file, for the error.
+        preprocessing: what follows; see `Preprocessing.jpeg_draft`. None decodes at full size.
 
     Returns:
         The first frame as RGB, upright by its EXIF orientation; see `to_rgb` for colours.
@@ -105,6 +107,8 @@ def decode_image(
             handle.seek(0)
             with Image.open(handle, formats=_known_formats()) as opened:
                 _check_size(opened, place, record)
+                if preprocessing is not None and preprocessing.jpeg_draft:
+                    return to_rgb(_draft(opened, preprocessing.image_size))
                 opened.load()
                 return to_rgb(opened)
     except (BadImageError, MemoryError):
@@ -119,6 +123,19 @@ def decode_image(
     except Exception as error:  # Pillow's decoders raise nearly anything on broken files
         text = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise BadImageError(place, " ".join(text.split()), record) from error
+
+
+def _draft(image: Image.Image, side: int) -> Image.Image:
+    """Load an image, a JPEG at the smallest of 1, 1/2, 1/4 and 1/8 that covers a square of a side.
+
+    The decoder rounds sizes up: what its last row and column cover by less than half is cut off.
+    """
+    found = image.draft(None, (side, side))  # None for other formats
+    image.load()
+    if found is None:
+        return image
+    width, height = (round(edge) for edge in found[1][2:])
+    return image.crop((0, 0, width, height))  # keeps the orientation
 
 
 @contextmanager
@@ -142,8 +159,10 @@ def _opened(
         yield io.BytesIO(data)
 
 
-def read_source(image: ImageSource, record: str) -> Image.Image:
-    """Return a record's image as upright RGB.
+def read_source(
+    image: ImageSource, record: str, preprocessing: Preprocessing | None = None
+) -> Image.Image:
+    """Return a record's image as upright RGB; see `decode_image`.
 
     Raises:
         BadImageError: as `decode_image`.
@@ -151,8 +170,8 @@ def read_source(image: ImageSource, record: str) -> Image.Image:
     if isinstance(image, Image.Image):
         return from_pil(image, record)
     if isinstance(image, Path):
-        return decode_image(image, record)
-    return decode_image(image, name=record)
+        return decode_image(image, record, preprocessing=preprocessing)
+    return decode_image(image, name=record, preprocessing=preprocessing)
 
 
 def from_pil(image: Image.Image, name: str) -> Image.Image:
@@ -377,7 +396,8 @@ class ImageRecords(torch.utils.data.Dataset[tuple[int, "torch.Tensor | BadImageE
         """Return the record index with its image, or with what is wrong with it."""
         record = f"record {self.dataset.rows[index]} of {self.dataset.source}"
         try:
-            image = to_tensor(read_source(self.images[index], record), self.preprocessing)
+            source = read_source(self.images[index], record, self.preprocessing)
+            image = to_tensor(source, self.preprocessing)
         except BadImageError as error:
             if self.on_bad_image == "error":
                 raise

@@ -29,7 +29,7 @@ from cnnrnn.search.packed import head_parameters
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-FORMAT = 4
+FORMAT = 5
 BANKS = "banks"
 """What the search takes as an input while it is traced; the file computes it."""
 

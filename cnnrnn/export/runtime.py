@@ -16,14 +16,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cnnrnn.config import Preprocessing, SearchConfig
+from cnnrnn.config import SearchConfig
 from cnnrnn.data.images import normalize
 from cnnrnn.export.graph import INPUT_NAMES, LABEL_SCORES, OUTPUT_NAMES, Input
 from cnnrnn.export.onnx import FORMAT
 from cnnrnn.export.session import COMPILED, PROVIDERS, OnnxModelError, Search, open_session
 from cnnrnn.labels import check_evidence
 from cnnrnn.machine.devices import use_one_thread_if_forked
-from cnnrnn.model.checkpoint import read_calibration, read_options, read_search, typed
+from cnnrnn.model.checkpoint import read_calibration, read_preprocessing, read_search, typed
 from cnnrnn.network.head import Head, ImageEmbedding, chain_logits
 from cnnrnn.prediction.known import Known, Names, names_with
 from cnnrnn.prediction.pipeline import ImageModel
@@ -34,6 +34,8 @@ from cnnrnn.search.inference import SEARCH_BATCH, Inference, of_all, search_give
 NO_MASK = 'forbidden labels need the search in the file: search="onnx" (--search onnx)'
 EVIDENCE_FORMAT = 4
 """From this one on, the search in a file takes evidence, and no mask."""
+DRAFT_FORMAT = 5
+"""From this one on, the preprocessing says whether JPEG files are decoded at a smaller size."""
 ROWS_AT_ONCE = 16 * SEARCH_BATCH
 """Rows of label scores of a run, live paths times banks: the largest beam's in one bank."""
 
@@ -111,8 +113,8 @@ class OnnxPredictor(Predictor):
             self.content_hash: str = values["content_hash"]
             self.preprocessing = None
             if values["preprocessing"] is not None:
-                self.preprocessing = read_options(
-                    Preprocessing, "preprocessing", values["preprocessing"]
+                self.preprocessing = read_preprocessing(
+                    values["preprocessing"], drafts=form >= DRAFT_FORMAT
                 )
             self._head = _search_head(values) if self.search != "onnx" else None
         except (KeyError, TypeError, ValueError, SafetensorError) as error:

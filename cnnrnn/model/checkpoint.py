@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cnnrnn.config import Calibration, SearchConfig
+from cnnrnn.config import Calibration, Preprocessing, SearchConfig
 
 T = TypeVar("T")
 
 
-FORMAT = 5
+FORMAT = 6
 
 
 WEIGHTS_FILE = "model.safetensors"
@@ -130,6 +130,13 @@ def read_search(values: Any, form: Any) -> SearchConfig:
         added = {"marginal_places": None, "algorithm": "beam", "max_expansions": 200}
         values = added | values
     return read_options(SearchConfig, "search", values)
+
+
+def read_preprocessing(values: Any, *, drafts: bool) -> Preprocessing:
+    """Build a preprocessing from JSON values; formats without drafts decode at full size."""
+    if isinstance(values, dict) and not drafts:
+        values = {"jpeg_draft": False} | values
+    return read_options(Preprocessing, "preprocessing", values)
 
 
 def require_one_per_label(calibration: Calibration, num_labels: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cnnrnn.config import Calibration, ModelConfig, Preprocessing, SearchConfig
+from cnnrnn.config import Calibration, ModelConfig, SearchConfig
 from cnnrnn.labels import LabelSpace
 from cnnrnn.model.checkpoint import (
     CONFIG_FILE,
@@ -21,6 +21,7 @@ from cnnrnn.model.checkpoint import (
     read_calibration,
     read_description,
     read_options,
+    read_preprocessing,
     read_search,
     replace_folder,
     require_format,
@@ -34,6 +35,8 @@ from cnnrnn.prediction.predictor import TorchPredictor
 from cnnrnn.search.checks import resolve_max_labels
 from cnnrnn.search.inference import Inference, infer, set_nll
 
+FIRST_WITH_DRAFTS = 6
+"""The first format whose preprocessing says whether JPEG files are decoded at a smaller size."""
 FIRST_WITH_WEIGHTS = 5
 """The first format that names a file of the backbone's weights, and its architecture."""
 
@@ -195,7 +198,9 @@ def _stored_backbone(description: dict[str, Any]) -> Stored:
             typed("architecture.name", architecture["name"], str),
             typed("architecture.arguments", architecture["arguments"], dict),
         )
-    preprocessing = read_options(Preprocessing, "preprocessing", description["preprocessing"])
+    preprocessing = read_preprocessing(
+        description["preprocessing"], drafts=description["format"] >= FIRST_WITH_DRAFTS
+    )
     return Stored(preprocessing, architecture)
 
 

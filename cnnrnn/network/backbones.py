@@ -154,7 +154,7 @@ def make_backbone(config: ModelConfig, stored: Stored | None = None) -> Backbone
             raise ValueError(
                 f"image_size must be at least {SMALLEST_IMAGE_SIZE} for backbone small, got {size}"
             )
-        own = Preprocessing(image_size=size)
+        own = Preprocessing(image_size=size, jpeg_draft=True)
         backbone = Backbone(
             "small", small_network(), own if stored is None else stored.preprocessing
         )
@@ -211,6 +211,7 @@ def _timm_backbone(config: ModelConfig, stored: Stored | None) -> Backbone:
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),
         interpolation="bicubic" if data["interpolation"] == "bicubic" else "bilinear",
+        jpeg_draft=True,
     )
     if stored is not None:
         preprocessing = stored.preprocessing

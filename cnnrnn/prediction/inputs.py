@@ -40,7 +40,7 @@ def read_image(
             rgb = (
                 from_pil(image, name)
                 if isinstance(image, Image.Image)
-                else decode_image(image, name=name)
+                else decode_image(image, name=name, preprocessing=preprocessing)
             )
             return Item(position, source, to_tensor(rgb, preprocessing))
         except BadImageError as error:

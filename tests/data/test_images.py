@@ -297,6 +297,69 @@ def test_a_picture_cut_at_every_length(
             np.testing.assert_array_equal(np.asarray(image), pixels)
 
 
+DRAFTS = Preprocessing(image_size=SIDE, jpeg_draft=True)
+
+
+def smooth(height: int, width: int) -> Image.Image:
+    return noise(4, 6).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize(
+    ("size", "decoded"),
+    [((31, 100), (31, 100)), ((32, 100), (16, 50)), ((65, 64), (16, 16)), ((67, 64), (17, 16)),
+     ((504, 130), (63, 16)), ((130, 504), (16, 63)), ((8, 900), (8, 900))],
+)  # fmt: skip
+def test_large_jpegs_are_decoded_at_a_size_that_covers_the_input(
+    tmp_path: Path, size: tuple[int, int], decoded: tuple[int, int]
+) -> None:
+    file = save(tmp_path / "x.jpg", smooth(size[1], size[0]), quality=95)
+    assert decode_image(file).size == size
+    assert decode_image(file, preprocessing=PREPROCESSING).size == size
+    assert decode_image(file, preprocessing=DRAFTS).size == decoded
+    assert decode_image(file.read_bytes(), preprocessing=DRAFTS).size == decoded
+    pixels = [
+        to_tensor(decode_image(file, preprocessing=p), p).int() for p in (PREPROCESSING, DRAFTS)
+    ]
+    assert (pixels[0] - pixels[1]).abs().float().mean() < 4
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "tiff", "gif"])
+def test_other_formats_have_no_drafts(tmp_path: Path, suffix: str) -> None:
+    file = save(tmp_path / f"x.{suffix}", smooth(200, 200))
+    assert decode_image(file, preprocessing=DRAFTS).size == (200, 200)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
+def test_drafts_of_other_colours_and_orientations(tmp_path: Path, mode: str) -> None:
+    exif = Image.Exif()
+    exif[274] = 6  # turned by a quarter
+    file = save(tmp_path / "x.jpg", smooth(128, 256).convert(mode), exif=exif, quality=95)
+    whole, draft = decode_image(file), decode_image(file, preprocessing=DRAFTS)
+    assert (whole.size, draft.size) == ((128, 256), (16, 32))
+    same = whole.resize(draft.size, Image.Resampling.BOX)
+    difference = np.abs(np.asarray(same, dtype=int) - np.asarray(draft, dtype=int))
+    assert difference.mean() < 3
+
+
+def test_a_truncated_draft_is_a_bad_image(tmp_path: Path) -> None:
+    data = save(tmp_path / "x.jpg", noise(200, 200)).read_bytes()
+    with pytest.raises(BadImageError, match="truncated"):
+        decode_image(data[: len(data) // 2], preprocessing=DRAFTS)
+
+
+def test_training_and_prediction_see_the_same_draft(tmp_path: Path) -> None:
+    from cnnrnn.prediction.inputs import read_image
+
+    files = [save(tmp_path / f"{i}.jpg", smooth(90 + 30 * i, 200)) for i in range(3)]
+    data = Dataset(images=files, labels=[["a"], ["b"], []])
+    for i, file in enumerate(files):
+        trained = ImageRecords(data, DRAFTS)[i][1]
+        for source in (file, file.read_bytes()):
+            predicted = read_image(i, source, DRAFTS, "error").image
+            assert isinstance(trained, torch.Tensor) and predicted is not None
+            assert torch.equal(trained, predicted)
+
+
 def png_claiming(width: int, height: int) -> bytes:
     def chunk(kind: bytes, body: bytes) -> bytes:
         return (

@@ -377,8 +377,8 @@ def test_files_of_other_formats(tmp_path, pictures_file):
     second = with_metadata(pictures_file, tmp_path / "2.onnx", calibration=old)
     with pytest.raises(OnnxModelError, match="missing or unknown: known_mix_weight, min_labels"):
         OnnxPredictor(second)
-    later = with_metadata(pictures_file, tmp_path / "5.onnx", cnnrnn_format=5)
-    with pytest.raises(OnnxModelError, match="has format 5, this release reads 1 to 4; upgrade"):
+    later = with_metadata(pictures_file, tmp_path / "6.onnx", cnnrnn_format=6)
+    with pytest.raises(OnnxModelError, match="has format 6, this release reads 1 to 5; upgrade"):
         OnnxPredictor(later)
 
 

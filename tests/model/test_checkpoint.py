@@ -274,9 +274,9 @@ def test_values_that_describe_no_model(folder, path, value):
 
 
 def test_another_format(folder):
-    for other in (6, 0):
+    for other in (7, 0):
         changed(folder, "format", value=other)
-        assert f"has format {other}, this release reads 1 to 5; upgrade cnnrnn" in refuses(
+        assert f"has format {other}, this release reads 1 to 6; upgrade cnnrnn" in refuses(
             folder, "config.json"
         )
 
@@ -296,6 +296,17 @@ def test_format_1_has_a_tied_embedding(tmp_path):
     ]
     loaded.save(folder)  # as format 2
     assert load_checkpoint(folder).config == model.config
+
+
+def test_format_5_decodes_at_full_size(tmp_path):
+    model = make_model(CONFIG)
+    assert model.backbone.preprocessing.jpeg_draft
+    folder = tmp_path / "model"
+    model.save(folder)
+    changed(folder, "preprocessing", "jpeg_draft", remove=True)
+    assert "jpeg_draft" in refuses(folder, "config.json")  # of format 6
+    changed(folder, "format", value=5)
+    assert not load_checkpoint(folder).backbone.preprocessing.jpeg_draft
 
 
 def test_format_2_lacks_what_is_of_known_labels(tmp_path):

@@ -314,7 +314,7 @@ def test_an_ensemble_of_format_1_has_tied_embeddings(tmp_path):
         ("members", ["members/../../elsewhere"], "must be folders below this one, got 'members/.."),
         ("members", ["/members/0"], "must be folders below this one, got '/members/0'"),
         ("members", ["members/7"], "is not a checkpoint"),
-        ("format", 6, "has format 6, this release reads 1 to 5; upgrade cnnrnn"),
+        ("format", 7, "has format 7, this release reads 1 to 6; upgrade cnnrnn"),
         ("calibration", None, "does not describe an ensemble: calibration must be dict"),
         (
             "calibration",
