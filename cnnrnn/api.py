@@ -29,12 +29,13 @@ from cnnrnn.machine.devices import resolve_device
 from cnnrnn.machine.distributed import join
 from cnnrnn.model.classifier import CNNRNN, load_checkpoint
 from cnnrnn.model.ensemble import Ensemble, load_model
+from cnnrnn.model.shipped import SHIPPED
 from cnnrnn.prediction.known import Names
 from cnnrnn.prediction.result import Prediction
 
 _log = logging.getLogger(__name__)
 
-DEMO_MODEL = Path(__file__).parent / "scenes_model"
+DEMO_MODEL = SHIPPED["scenes"].folder
 
 
 def predict(
@@ -58,9 +59,10 @@ def predict(
 ) -> list[Prediction]:
     """Predict the label set of each image, in the order given.
 
-    `model` is a model, an ensemble, a checkpoint folder, or None for the small demo model; what is
-    loaded here goes to the `auto` device unless `device` names another. `Predictor.predict` has the
-    other arguments and the errors.
+    `model` is a model, an ensemble, a checkpoint folder, `animals` for the model of photographs
+    that comes with the package, or None for the small demo model; what is loaded here goes to the
+    `auto` device unless `device` names another. `Predictor.predict` has the other arguments and the
+    errors.
     """
     return list(
         predict_iter(
@@ -253,8 +255,9 @@ def load(
     """Load a checkpoint folder of a model or an ensemble, or the small demo model.
 
     Args:
-        path: a folder written by `model.save`, `ensemble.save` or training; None for the demo model
-            that comes with the package, which knows only the labels of the synthetic scenes.
+        path: a folder written by `model.save`, `ensemble.save` or training; `animals` for the model
+            of photographs that comes with the package; None for its demo model, which knows only
+            the labels of the synthetic scenes.
         device: `cpu`, `cuda`, `cuda:N` or `auto`.
         backend: what runs the backbone where `predict` and others are not told, see
             `Predictor.predict`.
@@ -284,7 +287,8 @@ def _say_once_what_the_demo_model_knows() -> None:
 
     print(
         "cnnrnn: no model named, so the demo model answers; it knows only the labels of the "
-        "synthetic scenes (sky, sea, boat, ...). Train your own with `cnnrnn train`.",
+        "synthetic scenes (sky, sea, boat, ...). For photographs of animals name the model "
+        '"animals"; train your own with `cnnrnn train`.',
         file=sys.stderr,
     )
 

@@ -127,11 +127,12 @@ class CNNRNN(nn.Module, TorchPredictor):
 
         weights = {name: value.contiguous() for name, value in self.state_dict().items()}
         save_file(weights, folder / WEIGHTS_FILE)
-        write_description(folder, self._description())
+        write_description(folder, self.description())
         # safetensors makes its file for the owner alone; the umask decides, as for the other.
         shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
 
-    def _description(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
+        """Return what a checkpoint says of the model beside its weights, as JSON."""
         return {
             "format": FORMAT,
             "model": asdict(self.config),
@@ -151,11 +152,12 @@ class CNNRNN(nn.Module, TorchPredictor):
         return self.backbone.architecture._asdict()
 
 
-def load_checkpoint(path: str | Path) -> CNNRNN:
+def load_checkpoint(path: str | Path, backbone: Backbone | None = None) -> CNNRNN:
     """Read a checkpoint folder, or the best checkpoint of a training run's folder.
 
     Args:
         path: a folder written by `CNNRNN.save`, or one that holds such a folder as `best`.
+        backbone: the image network of a checkpoint whose weights are the head's alone.
 
     Returns:
         The model on the CPU, in eval mode.
@@ -164,7 +166,22 @@ def load_checkpoint(path: str | Path) -> CNNRNN:
         CheckpointError: the folder is missing or incomplete, or its parts do not fit together.
     """
     found = find_checkpoint(path)
-    return _build(found, _read_config(found / CONFIG_FILE))
+    return _build(found, _read_config(found / CONFIG_FILE), backbone)
+
+
+def read_config(path: str | Path) -> tuple[ModelConfig, Stored]:
+    """Read what a checkpoint of a model of images says of its architecture and backbone.
+
+    Raises:
+        CheckpointError: the folder is missing, or does not describe such a model.
+    """
+    file = find_checkpoint(path) / CONFIG_FILE
+    description = _read_config(file)
+    try:
+        config = read_options(ModelConfig, "model", description["model"])
+        return config, _stored_backbone(description)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{file} does not describe a model: {error}") from error
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -242,7 +259,7 @@ def load_backbone(path: str | Path) -> Backbone | None:
     return backbone.eval()
 
 
-def _build(folder: Path, description: dict[str, Any]) -> CNNRNN:
+def _build(folder: Path, description: dict[str, Any], given: Backbone | None = None) -> CNNRNN:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -260,8 +277,8 @@ def _build(folder: Path, description: dict[str, Any]) -> CNNRNN:
         head.max_labels = typed("max_labels", description["max_labels"], int)
         if head.max_labels < 0:
             raise ValueError(f"max_labels must be at least 0, got {head.max_labels}")
-        backbone = None
-        if description["preprocessing"] is not None:
+        backbone = given
+        if given is None and description["preprocessing"] is not None:
             backbone = make_backbone(config, _stored_backbone(description))
     except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a size beyond memory
         raise CheckpointError(
@@ -272,6 +289,8 @@ def _build(folder: Path, description: dict[str, Any]) -> CNNRNN:
         weights = load_file(folder / WEIGHTS_FILE)
         if description["format"] == 1:  # had no scaling of features
             weights.setdefault("head.trunk.feature_scale", head.trunk.feature_scale)
+        if given is not None:
+            weights |= {f"backbone.{k}": v for k, v in given.state_dict().items()}
         model.load_state_dict(weights)
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]

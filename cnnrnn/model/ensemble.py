@@ -32,6 +32,7 @@ from cnnrnn.model.checkpoint import (
     write_description,
 )
 from cnnrnn.model.classifier import CNNRNN, load_checkpoint
+from cnnrnn.model.shipped import SHIPPED, load_shipped
 from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.prediction.decisions import calibrate
 from cnnrnn.prediction.predictor import TorchPredictor
@@ -354,7 +355,7 @@ def load_model(path: str | Path) -> CNNRNN | Ensemble:
 
     Args:
         path: a folder written by `CNNRNN.save` or `Ensemble.save`, or one that holds such a folder
-            as `best`.
+            as `best`; or where there is no such folder, the name of a model of the package.
 
     Returns:
         The model on the CPU, in eval mode.
@@ -362,6 +363,8 @@ def load_model(path: str | Path) -> CNNRNN | Ensemble:
     Raises:
         CheckpointError: the folder is missing or incomplete, or its parts do not fit together.
     """
+    if str(path) in SHIPPED and not Path(path).exists():
+        return load_shipped(str(path))
     folder = find_checkpoint(path)
     file = folder / CONFIG_FILE
     description = read_description(file)
