@@ -106,12 +106,12 @@ class Files(torch.utils.data.Dataset[Tensor]):
             return self.transform(image.convert("RGB"))
 
 
-def timm_loop(network: nn.Module, files: Sequence[Path]) -> int:
+def timm_loop(network: nn.Module, width: int, files: Sequence[Path]) -> int:
     """Run timm's usual loop: loader with two workers, channels last, a sigmoid at the end."""
     from timm.data import create_transform, resolve_model_data_config
 
     transform = create_transform(**resolve_model_data_config(network), is_training=False)
-    classifier = nn.Linear(int(network.num_features), 20)
+    classifier = nn.Linear(width, 20)
     loader = torch.utils.data.DataLoader(Files(files, transform), BATCH, num_workers=2)
     found = 0
     with torch.inference_mode():
@@ -174,7 +174,7 @@ def files_to_labels(model: CNNRNN, files: Sequence[Path], turns: int) -> dict[st
     """Time `predict` of the animals model by engine, and timm's loop."""
     assert model.backbone is not None
     network = copy.deepcopy(model.backbone.network).to(memory_format=torch.channels_last)
-    runs: dict[str, Callable[[], int]] = {"timm": partial(timm_loop, network, files)}
+    runs: dict[str, Callable[[], int]] = {"timm": partial(timm_loop, network, model.feature_dim, files)}
     for way in ways():
         predicted(model, files[:2], way)  # exports, and what a first run costs
         runs[named(way)] = partial(predicted, model, files, way)

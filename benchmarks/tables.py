@@ -564,6 +564,46 @@ def deployment_predict() -> str:
     return _table(header, rows)
 
 
+def _engines() -> dict[str, Any]:
+    file = ROOT / "benchmarks" / "results" / "engines.json"
+    results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return results
+
+
+ENGINE_NAMES = {
+    "torch fp32": "torch", "onnx fp32": "ONNX Runtime", "openvino fp32": "OpenVINO",
+    "torch bf16": "torch, bf16", "openvino bf16": "OpenVINO, bf16",
+}  # fmt: skip
+
+
+def engines() -> str:
+    """Files to labels by engine."""
+    results = _engines()
+    speed = results["files to labels"]
+    rows = [["timm's loop, torch", _number(speed["timm"]), "1"]]
+    rows += [
+        [f"`predict`, {title}", _number(speed[way]), f"{speed[way] / speed['timm']:.1f}"]
+        for way, title in ENGINE_NAMES.items()
+        if way in speed
+    ]
+    return _table(["", "images/s", "over timm's loop"], rows)
+
+
+def engine_backbones() -> str:
+    """`predict` by engine and backbone, and of the engine alone."""
+    results = _engines()["backbones"]
+    rows = [
+        [title, *(
+            f"{_number(r['speed'][f'{way}, predict'])} "
+            f"({100 * r['speed'][f'{way}, predict'] / r['speed'][f'{way}, alone']:.0f} %)"
+            for r in results.values()
+        )]
+        for way, title in ENGINE_NAMES.items()
+        if all(f"{way}, predict" in r["speed"] for r in results.values())
+    ]  # fmt: skip
+    return _table(["", *results], rows)
+
+
 def deployment_machine() -> str:
     """Say where and when the deployment figures were measured."""
     results = _deployed()
@@ -599,6 +639,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "deployment": lambda results: deployment(),
     "deployment-summary": lambda results: deployment_summary(),
     "deployment-predict": lambda results: deployment_predict(),
+    "engines": lambda results: engines(),
+    "engine-backbones": lambda results: engine_backbones(),
     "deployment-machine": lambda results: deployment_machine(),
 }  # fmt: skip
 
