@@ -174,7 +174,9 @@ def files_to_labels(model: CNNRNN, files: Sequence[Path], turns: int) -> dict[st
     """Time `predict` of the animals model by engine, and timm's loop."""
     assert model.backbone is not None
     network = copy.deepcopy(model.backbone.network).to(memory_format=torch.channels_last)
-    runs: dict[str, Callable[[], int]] = {"timm": partial(timm_loop, network, model.feature_dim, files)}
+    runs: dict[str, Callable[[], int]] = {
+        "timm": partial(timm_loop, network, model.feature_dim, files)
+    }
     for way in ways():
         predicted(model, files[:2], way)  # exports, and what a first run costs
         runs[named(way)] = partial(predicted, model, files, way)

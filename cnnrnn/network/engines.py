@@ -8,6 +8,7 @@ search is the same behind all of them.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import hashlib
 import importlib.metadata
@@ -232,6 +233,7 @@ class _Known:
 
 
 _all_known: WeakKeyDictionary[Backbone, _Known] = WeakKeyDictionary()
+_lock = threading.Lock()
 
 
 def _leave_to_the_parent() -> None:
@@ -239,8 +241,8 @@ def _leave_to_the_parent() -> None:
 
     To destroy an engine would be to wait for its threads: another reference keeps it for ever.
     """
-    global _gate
-    _gate = _Gate()
+    global _gate, _lock
+    _gate, _lock = _Gate(), threading.Lock()
     for known in _all_known.values():
         for engine in known.engines.values():
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))
@@ -255,10 +257,11 @@ def _known(backbone: Backbone) -> _Known:
     """Return what is known of a backbone as it is now."""
     tensors = chain(backbone.parameters(), backbone.buffers())
     weights = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
-    known = _all_known.get(backbone)
-    if known is None or known.weights != weights:
-        known = _all_known[backbone] = _Known(weights)
-    return known
+    with _lock:
+        known = _all_known.get(backbone)
+        if known is None or known.weights != weights:
+            known = _all_known[backbone] = _Known(weights)
+        return known
 
 
 class BackboneRunner:
@@ -505,9 +508,12 @@ class BackboneRunner:
         """Write the backbone into a folder, and return what is kept beside it."""
         began = time.perf_counter()
         side = self._backbone.preprocessing.image_size
-        with _gate.alone(), torch.no_grad():
+        with _gate.alone(), torch.inference_mode(False), torch.no_grad():
+            backbone = self._backbone
+            if any(p.is_inference() for p in backbone.parameters()):  # which no export takes
+                backbone = copy.deepcopy(backbone)
             proto = to_onnx(
-                _Pixels(self._backbone).eval(),
+                _Pixels(backbone).eval(),
                 (torch.zeros(2, 3, side, side, dtype=torch.uint8),),
                 ({0: torch.export.Dim("batch")},),
                 ["images"],

@@ -144,6 +144,16 @@ def test_float_images_go_through_torch(model, engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_a_caller_in_inference_mode(engine, empty_cache):
+    images = pictures(5)
+    with torch.inference_mode():
+        inside = made()
+        expected = [p.labels for p in inside.predict(images, backend="torch")]
+        assert [p.labels for p in inside.predict(images, backend=engine)] == expected
+        assert [p.labels for p in made().predict(images, backend=engine)] == expected
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_threads_share_an_engine(model, engine):
     run, exact = runner(model, backend=engine), runner(model, backend="torch")
     run.prepare(None)
