@@ -113,24 +113,21 @@ def _import_problems() -> list[str]:
 
 
 def _search_problems() -> list[str]:
-    """Compare a small CPU search, and CUDA search where there is one, with the reference."""
+    """Compare small searches on the CPU with the reference, and on each GPU with the CPU."""
     from cnnrnn import _C
-    from cnnrnn.config import SearchConfig
-    from cnnrnn.network.head import Head
-    from cnnrnn.search import beam_search
+    from cnnrnn.search.agreement import by_reference, first_difference, gpu_problem, native_on
+    from cnnrnn.search.packed import CPU
 
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        head = Head(num_labels=12, feature_dim=8, hidden_dim=16, chain_term=True).eval()
-        embedding = head.embed(torch.randn(4, 8))
-    config = SearchConfig(beam_size=4, max_labels=4)
-    expected = beam_search(head, embedding, config, "reference")
     problems = []
-    on_gpu = _C.WITH_CUDA and torch.cuda.is_available()
-    for device in ["cpu", "cuda"] if on_gpu else ["cpu"]:
-        native = beam_search(head, embedding.to(device, torch.float32), config, "native")
-        if not torch.equal(native.labels.cpu(), expected.labels):
+    if (difference := first_difference(native_on(CPU), by_reference)) is not None:
+        problems.append(
+            f"the CPU search disagrees with the reference ({difference}): build cnnrnn again"
+        )
+    gpus = torch.cuda.device_count() if _C.WITH_CUDA and torch.cuda.is_available() else 0
+    for index in range(gpus):
+        if (difference := gpu_problem(torch.device("cuda", index))) is not None:
             problems.append(
-                f"the {device.upper()} search disagrees with the reference: build cnnrnn again"
+                f"the CUDA search on cuda:{index} disagrees with the CPU's ({difference}), which "
+                "is used in its place: build cnnrnn again"
             )
     return problems

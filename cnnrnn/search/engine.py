@@ -6,7 +6,6 @@ import functools
 import warnings
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +24,9 @@ from cnnrnn.search.checks import (
     resolve_max_labels,
 )
 from cnnrnn.search.exact import best_sets
-from cnnrnn.search.packed import CPU, detached, head_parameters, packed_head, search_device
-from cnnrnn.search.result import SearchResult, SearchStats
+from cnnrnn.search.native import NativeOptions, native_search, traced_search
+from cnnrnn.search.packed import CPU, search_device
+from cnnrnn.search.result import SearchResult
 
 
 def beam_search(
@@ -81,11 +81,11 @@ def beam_search(
         device = CPU if implementation == "auto" else search_device(image_embedding.joint)
         if device != CPU and not _has_room_on_gpu(config, marginals, evidence):
             device = CPU
-        options = _Options(config, max_labels, marginals, precision, evidence)
+        options = NativeOptions(config, max_labels, marginals, precision, evidence)
         arguments = (head, image_embedding, options, device)
         if torch.compiler.is_compiling():
-            return _traced(*arguments)
-        result, nonfinite = _native(*arguments)
+            return traced_search(*arguments)
+        result, nonfinite = native_search(*arguments)
     else:
         if evidence is not None:
             check_evidence(evidence, len(image_embedding), head.num_labels, max_labels)
@@ -170,88 +170,3 @@ def _exact(
                          (exact.log_probs, of_beam.log_probs)):  # fmt: skip
         mine[open_[better]] = theirs[better]
     return exact
-
-
-class _Options(NamedTuple):
-    """The options of a call of the compiled search."""
-
-    config: SearchConfig
-    max_labels: int
-    marginals: bool
-    precision: SearchPrecision
-    evidence: Tensor | None
-
-    def arguments(self) -> tuple[int, int, int, str, bool, str, bool]:
-        """Return the options up to `marginals` in the order of the compiled search's arguments."""
-        config = self.config
-        return (
-            config.beam_size,
-            self.max_labels,
-            config.min_labels,
-            config.order,
-            config.end_takes_slot,
-            config.stop,
-            self.marginals,
-        )
-
-
-def _native(
-    head: Head,
-    embedding: ImageEmbedding,
-    options: _Options,
-    device: torch.device,
-) -> tuple[SearchResult, int]:
-    """Run the compiled search; return the result and how many images are marked."""
-    joint, logits = embedding.joint, embedding.label_logits
-    given = joint.device
-    if device != given or joint.dtype != torch.float32:
-        embedding = embedding.to(device, torch.float32)
-        joint, logits = embedding.joint, embedding.label_logits
-    packed = packed_head(head, device)
-    labels, lengths, log_probs, sums, _, stats, nonfinite, log_evidence = packed.beam_search(
-        joint,
-        logits,
-        *options.arguments(),
-        precision=options.precision,
-        evidence=options.evidence,
-        marginal_places=options.config.marginal_places or 0,
-    )
-    if device != given:
-        labels, lengths, log_probs = labels.to(given), lengths.to(given), log_probs.to(given)
-        sums = None if sums is None else sums.to(given)
-        log_evidence = None if log_evidence is None else log_evidence.to(given)
-    result = SearchResult(
-        labels, lengths, log_probs, head.num_labels, SearchStats(*stats), sums, log_evidence
-    )
-    return result, nonfinite
-
-
-def _traced(
-    head: Head,
-    embedding: ImageEmbedding,
-    options: _Options,
-    device: torch.device,
-) -> SearchResult:
-    """Put the registered op into the graph that torch.compile or torch.export is making."""
-    given = embedding.joint.device
-    tensors = (embedding.joint, embedding.label_logits, *head_parameters(head))
-    evidence = None if options.evidence is None else options.evidence.to(device)
-    labels, lengths, log_probs, sums, log_evidence = torch.ops.cnnrnn.beam_search(
-        *detached(tensors, device),
-        head.cell,
-        head.activation,
-        *options.arguments(),
-        head.cache_generation,
-        head.prefix_bytes,
-        options.precision,
-        evidence,
-        options.config.marginal_places or 0,
-    )
-    return SearchResult(
-        labels.to(given),
-        lengths.to(given),
-        log_probs.to(given),
-        head.num_labels,
-        requested_marginals=sums.to(given) if options.marginals else None,
-        log_evidence=log_evidence.to(given) if options.marginals else None,
-    )

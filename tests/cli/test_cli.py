@@ -20,6 +20,7 @@ from cnnrnn.cli import main
 from cnnrnn.config import DECISIONS
 from cnnrnn.data.sources.scenes import write_scenes
 from cnnrnn.model.classifier import load_checkpoint
+from cnnrnn.search import agreement
 
 TINY = ["--model.backbone=small", "--model.pretrained=false", "--model.image-size=16",
         "--model.trunk_dim=8", "--model.joint-dim=8", "--model.hidden_dim=8", "--device=cpu",
@@ -365,6 +366,22 @@ def test_check(capsys, monkeypatch):
     problem = "problem: extra [vision] is incomplete, without torchvision: run `pip install"
     assert problem in capsys.readouterr().out
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_check_names_a_search_that_is_wrong(capsys, monkeypatch):
+    right = agreement.native_search
+
+    def wrong(*arguments):
+        result, nonfinite = right(*arguments)
+        result.log_probs[0, 0] += 1
+        return result, nonfinite
+
+    monkeypatch.setattr(agreement, "native_search", wrong)
+    assert main(["check"]) == 1
+    out = capsys.readouterr().out
+    assert (
+        "problem: the CPU search disagrees with the reference (log_probs[0, 0] is -1.686, n" in out
+    )
 
 
 def test_help_and_version(capsys):

@@ -14,8 +14,10 @@ import torch
 
 from cnnrnn.config import SearchConfig
 from cnnrnn.network.head import Head, ImageEmbedding, chain_logits
-from cnnrnn.search import reference
+from cnnrnn.search import SearchResult, reference
+from cnnrnn.search.agreement import SmallSearch, first_difference, native_on
 from cnnrnn.search.checks import resolve_max_labels
+from cnnrnn.search.packed import CPU
 from tests.kernels.emulation import emulated
 from tests.search.replay import (
     assert_search_equal,
@@ -569,3 +571,20 @@ def test_fast_scores_are_near_the_exact_ones(library):
         searched += len(embedding)
     print(f"{changed} of {searched} best paths changed")
     assert changed <= searched // 50
+
+
+def test_the_small_searches_that_a_gpu_must_pass(library):
+    """A right CUDA search agrees with the CPU's in them, so that none is turned away."""
+
+    def search(small: SmallSearch) -> SearchResult:
+        labels, lengths, log_probs, sums, _, _, log_evidence = run_compiled(
+            small.head, small.embedding, small.config, small.max_labels,
+            marginals=small.marginals, evidence=small.evidence,
+            pack=partial(emulated.EmulatedHead, library),
+        )  # fmt: skip
+        return SearchResult(
+            labels, lengths, log_probs, small.head.num_labels,
+            requested_marginals=sums, log_evidence=log_evidence,
+        )  # fmt: skip
+
+    assert first_difference(search, native_on(CPU)) is None
