@@ -19,6 +19,7 @@ from cnnrnn.config import (
     OnBadImage,
     Precision,
     SearchConfig,
+    SearchDevice,
     TrainConfig,
 )
 from cnnrnn.data import Dataset
@@ -55,6 +56,7 @@ def predict(
     precision: Precision = "fp32",
     compiled: bool = False,
     backend: Backend | None = None,
+    search_device: SearchDevice = "auto",
     on_bad_image: OnBadImage = "error",
 ) -> list[Prediction]:
     """Predict the label set of each image, in the order given.
@@ -81,6 +83,7 @@ def predict(
             precision=precision,
             compiled=compiled,
             backend=backend,
+            search_device=search_device,
             on_bad_image=on_bad_image,
         )
     )
@@ -103,6 +106,7 @@ def predict_iter(
     precision: Precision = "fp32",
     compiled: bool = False,
     backend: Backend | None = None,
+    search_device: SearchDevice = "auto",
     on_bad_image: OnBadImage = "error",
 ) -> Iterator[Prediction]:
     """Predict image after image, holding a few batches at a time; see `Predictor.predict_iter`."""
@@ -120,6 +124,7 @@ def predict_iter(
         precision=precision,
         compiled=compiled,
         backend=backend,
+        search_device=search_device,
         on_bad_image=on_bad_image,
     )
 
@@ -136,6 +141,7 @@ def predict_features(
     decide: Decide = "path",
     threshold: float | None = None,
     device: str | None = None,
+    search_device: SearchDevice = "auto",
 ) -> list[Prediction]:
     """Predict label sets of feature vectors [B, F]; see `Predictor.predict_features`."""
     return resolve_model(model, device).predict_features(
@@ -147,6 +153,7 @@ def predict_features(
         min_labels=min_labels,
         decide=decide,
         threshold=threshold,
+        search_device=search_device,
     )
 
 
@@ -211,6 +218,7 @@ def evaluate(
     min_labels: int | None = None,
     revealed: int | None = None,
     backend: Backend | None = None,
+    search_device: SearchDevice = "auto",
     batch_size: int = 128,
     workers: int | None = None,
     on_bad_image: OnBadImage = "error",
@@ -230,6 +238,7 @@ def evaluate(
         revealed: also draw so many true labels of each image that has more, and measure the other
             labels, with the drawn ones known and without.
         backend: what runs the backbone, as in `predict`; the model's own by default.
+        search_device: where to search, as in `predict`.
         batch_size: images per step.
         workers: threads that decode; one per core by default, up to 8.
         on_bad_image: `skip` leaves unreadable images out and warns with their count.
@@ -239,13 +248,14 @@ def evaluate(
 
     Raises:
         DataError: the dataset is empty, or does not fit the model.
-        ValueError: `revealed` is below 1.
+        ValueError: `revealed` is below 1, or it cannot search on `search_device`.
     """
     return measure(
         resolve_model(model, device),
         dataset if split is None else dataset.split(split),
         k=k, search=search, min_labels=min_labels, revealed=revealed, backend=backend,
-        batch_size=batch_size, workers=workers, on_bad_image=on_bad_image,
+        search_device=search_device, batch_size=batch_size, workers=workers,
+        on_bad_image=on_bad_image,
     )  # fmt: skip
 
 

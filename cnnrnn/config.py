@@ -26,6 +26,8 @@ Precision = Literal["auto", "fp32", "bf16"]
 """What torch multiplies in, in training and in a backbone."""
 SearchPrecision = Literal["exact", "fast"]
 """What the CUDA search multiplies label scores in: float32, or float16 with float32 sums."""
+SearchDevice = Literal["auto", "cpu", "cuda"]
+"""Where a call searches; no option of a model, and in no checkpoint."""
 FilePrecision = Literal["float32", "float16"]
 """The type of an exported backbone's weights."""
 

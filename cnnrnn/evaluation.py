@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnnrnn.config import Backend, Calibration, OnBadImage, SearchConfig
+from cnnrnn.config import Backend, Calibration, OnBadImage, SearchConfig, SearchDevice
 from cnnrnn.data import DataError, Dataset
 from cnnrnn.machine.files import write_whole
 from cnnrnn.machine.progress import Progress, no_progress
@@ -25,6 +25,7 @@ from cnnrnn.model.ensemble import Ensemble
 from cnnrnn.network.features import Features, cached_features, compute_features
 from cnnrnn.prediction.decisions import decided_sets, decision_metrics
 from cnnrnn.reveal import metrics_of_others, reveal
+from cnnrnn.search.device import require_search_device
 from cnnrnn.search.inference import Inference
 
 
@@ -64,6 +65,7 @@ def evaluate(
     min_labels: int | None = None,
     revealed: int | None = None,
     backend: Backend | None = None,
+    search_device: SearchDevice = "auto",
     batch_size: int = 128,
     workers: int | None = None,
     on_bad_image: OnBadImage = "error",
@@ -82,6 +84,7 @@ def evaluate(
         revealed: also draw so many true labels of each image that has more, and measure the other
             labels, with the drawn ones known and without.
         backend: what runs the backbone, as in `predict`; the model's own by default.
+        search_device: where to search, as in `predict`.
         batch_size: pictures per step.
         workers: threads that decode; one per core by default, up to 8.
         on_bad_image: `skip` leaves unreadable pictures out and warns with their count.
@@ -90,10 +93,11 @@ def evaluate(
     Raises:
         DataError: the dataset is empty, or has features of another kind or number than the model
             reads, or labels that the model lacks, or no image has more labels than are revealed.
-        ValueError: `revealed` is below 1.
+        ValueError: `revealed` is below 1, or it cannot search on `search_device`.
     """
     if revealed is not None and revealed < 1:
         raise ValueError(f"revealed must be at least 1, got {revealed}")
+    require_search_device(search_device)
     if not len(dataset):
         raise DataError(f"{dataset.source} has no images to evaluate on")
     columns = model_columns(model, dataset)
@@ -112,7 +116,7 @@ def evaluate(
     if min_labels is not None:
         calibration = replace(calibration, min_labels=min_labels)
         search = replace(search or model.search, min_labels=min_labels)
-    inference = model.infer(features.to(model.device), search)
+    inference = model.infer(features.to(model.device), search, search_device=search_device)
     metrics = decision_metrics(inference, targets, calibration, k, unknown)
     known = slice(None) if unknown is None else ~unknown.any(1)
     nll = float(model.set_nll(features[known], targets[known]).mean())
@@ -127,7 +131,7 @@ def evaluate(
             )
         evidence = in_columns(draw.evidence, columns, len(model.labels))
         scores = inference.mixed(calibration)[draw.images]
-        given = model.infer(features[draw.images].to(model.device), search, evidence)
+        given = model.infer(features[draw.images].to(model.device), search, evidence, search_device)
         told = given.mixed(calibration)
         told = torch.where(told.isnan(), scores, told)  # where no path was found
         others = {

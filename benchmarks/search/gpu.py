@@ -7,7 +7,8 @@ where they are there, else untrained ones, which the figures say.
 - full hit: a CUDA graph of 100 searches over 8 batches whose states are all there, one launch each
   (batches of 65,536 hold the 32,768 images twice);
 - warm: the public call, the table filled by 16,000 other images, misses included;
-- cold: the public call, a packed head and an empty table, 16,384 images in batches of 4,096;
+- cold: the public call, a packed head and an empty table, 16,384 images in batches of 4,096; both
+  beside plain torch and the CPU search, which copies the images from the GPU;
 - one known label: the public call on images that it has seen, the most probable label of each known
   to be present; with 16 places a bank also for marginals;
 - one image: the public call, and replays of a graph, by wall clock with a synchronise.
@@ -148,6 +149,8 @@ def searchers(head: Head) -> dict[str, tuple[Callable[[ImageEmbedding], Any], Ca
     for precision in ("exact", "fast"):
         search = partial(beam_search, head, config=CONFIG, precision=precision)
         found[precision] = (search, lambda: _pack_anew(head))
+    on_cpu = partial(public_search, head, config=CONFIG, search_device="cpu")
+    found["CPU search"] = (on_cpu, head.clear_cache)
     with torch.device(GPU):  # the opponents make tensors where torch's default is
         for compiled in (False, True):
             kind = ", compiled" if compiled else ""

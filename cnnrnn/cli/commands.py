@@ -204,8 +204,9 @@ def run_evaluate(options: Namespace) -> int:
         search = replace(model.search, beam_size=options.beam_size)
     evaluation = evaluate(
         model, dataset, k=options.k, search=search, min_labels=options.min_labels,
-        backend=options.backend, revealed=options.reveal, batch_size=options.batch_size,
-        workers=options.workers, on_bad_image=options.on_bad_image, progress=terminal_progress,
+        backend=options.backend, search_device=options.search_device, revealed=options.reveal,
+        batch_size=options.batch_size, workers=options.workers, on_bad_image=options.on_bad_image,
+        progress=terminal_progress,
     )  # fmt: skip
     print(metrics_table(evaluation.metrics, f"{options.data}, {options.split}"))
     bound = "at most " if evaluation.nll_is_bound else ""
@@ -231,7 +232,9 @@ def run_predict(options: Namespace) -> int:
     from cnnrnn.api import predict_iter
     from cnnrnn.machine.progress import no_progress, terminal_progress
 
-    default = {"precision": "fp32", "compiled": False, "backend": "auto"}
+    default = {
+        "precision": "fp32", "compiled": False, "backend": "auto", "search_device": "auto",
+    }  # fmt: skip
     asked: dict[str, Any] = {
         name: options[name]
         for name in ("top_k", "beam_size", "min_labels", "decide", "threshold", "batch_size",
@@ -251,7 +254,8 @@ def run_predict(options: Namespace) -> int:
     else:
         predictions = predict_iter(
             options.images, options.model, device=options.device, precision=options.precision,
-            compiled=options.compiled, backend=options.backend, **asked,
+            compiled=options.compiled, backend=options.backend,
+            search_device=options.search_device, **asked,
         )  # fmt: skip
     bad = 0
     show = no_progress if options.out is None else terminal_progress
@@ -315,7 +319,8 @@ def run_suggest(options: Namespace) -> int:
     predictions = predict_iter(
         options.images, options.model, known=_known_labels(options), absent=options.absent,
         beam_size=options.beam_size, batch_size=options.batch_size, device=options.device,
-        backend=options.backend, workers=options.workers, on_bad_image=options.on_bad_image,
+        backend=options.backend, search_device=options.search_device, workers=options.workers,
+        on_bad_image=options.on_bad_image,
     )  # fmt: skip
     bad = 0
     with opened(options.out) as stream:

@@ -56,10 +56,12 @@ def _instruction_sets() -> str:
 
 def _cuda_search() -> str:
     from cnnrnn import _C
+    from cnnrnn.search.device import MEASURED_GPUS
 
-    if _C.WITH_CUDA:
-        return "in this build; not measured on hardware yet, so only for implementation='native'"
-    return "not in this build; with a GPU the backbone runs there, the search on the CPU"
+    if not _C.WITH_CUDA:
+        return "not in this build; with a GPU the backbone runs there, the search on the CPU"
+    measured = ", ".join(sorted(MEASURED_GPUS)) or "no hardware yet"
+    return f"in this build; measured on {measured}, elsewhere only for search_device='cuda'"
 
 
 def _onnx_runtime() -> str:

@@ -18,6 +18,7 @@ from cnnrnn.config import (
     OnBadImage,
     Precision,
     SearchConfig,
+    SearchDevice,
     TrainConfig,
 )
 
@@ -154,6 +155,7 @@ def _evaluate_parser() -> ArgumentParser:
     parser.add_argument("--min_labels", type=int | None, help=MIN_LABELS)
     _add_run_options(parser, batch_size=128)
     _add_backend(parser)
+    _add_search_device(parser)
     parser.add_argument("--workers", type=int | None, help=WORKERS)
     return parser
 
@@ -183,6 +185,7 @@ def _predict_parser() -> ArgumentParser:
     )
     parser.add_argument("--workers", type=int | None, help=WORKERS)
     _add_backend(parser)
+    _add_search_device(parser)
     parser.add_argument(
         "--precision", type=Precision, default="fp32",
         help="of the backbone; auto is bf16 where the hardware has it",
@@ -230,6 +233,14 @@ def _add_backend(parser: ArgumentParser) -> None:
         "--backend", type=Backend, default="auto",
         help="what runs the backbone: torch, on a CPU also onnx (ONNX Runtime) or openvino; auto "
         "takes the fastest where there are enough images",
+    )  # fmt: skip
+
+
+def _add_search_device(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--search_device", type=SearchDevice, default="auto",
+        help="where to search; auto is the CPU, but for a model on a GPU on which the search has "
+        "been measured",
     )  # fmt: skip
 
 
@@ -292,6 +303,7 @@ def _suggest_parser() -> ArgumentParser:
     parser.add_argument("--out", type=str | None, help="file to write; default: standard output")
     parser.add_argument("--workers", type=int | None, help=WORKERS)
     _add_backend(parser)
+    _add_search_device(parser)
     _add_run_options(parser, batch_size=64)
     return parser
 

@@ -444,8 +444,9 @@ class OnnxPredictor(Predictor):
         of_torch = replace(running, beam_size=None, min_labels=None, forbidden_labels=())
         if of_torch != Running():
             raise ValueError(
-                f"device, precision, compiled and backend are not for {self.path}, which ONNX "
-                "Runtime runs: choose providers when it is opened, precision when it is exported"
+                f"device, precision, compiled, backend and search_device are not for {self.path}, "
+                "which ONNX Runtime runs: choose providers when it is opened, precision when it is "
+                "exported"
             )
         search, beam_size = self.search_config, running.beam_size
         if beam_size is not None and beam_size != search.beam_size:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cnnrnn.config import Calibration, ModelConfig, SearchConfig
+from cnnrnn.config import Calibration, ModelConfig, SearchConfig, SearchDevice
 from cnnrnn.labels import LabelSpace
 from cnnrnn.model.checkpoint import (
     CONFIG_FILE,
@@ -90,10 +90,14 @@ class CNNRNN(nn.Module, TorchPredictor):
         return self.head.embed(self.features(images))
 
     def infer(
-        self, features: Tensor, search: SearchConfig | None = None, evidence: Tensor | None = None
+        self,
+        features: Tensor,
+        search: SearchConfig | None = None,
+        evidence: Tensor | None = None,
+        search_device: SearchDevice = "auto",
     ) -> Inference:
         """Search feature vectors [n, F]; see `TorchPredictor.infer`."""
-        return infer(self.head, features, search or self.search, evidence)
+        return infer(self.head, features, search or self.search, evidence, search_device)
 
     def longest_path(self, search: SearchConfig) -> int:
         """Return how many labels a path of a search can hold."""

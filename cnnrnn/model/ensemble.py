@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cnnrnn.config import Calibration, SearchConfig
+from cnnrnn.config import Calibration, SearchConfig, SearchDevice
 from cnnrnn.labels import PAD, check_evidence, forbidden_labels, increasing_paths, path_sets
 from cnnrnn.machine.files import weights_digest
 from cnnrnn.model.checkpoint import (
@@ -154,7 +154,11 @@ class Ensemble(nn.Module, TorchPredictor):
 
     @torch.no_grad()
     def infer(
-        self, features: Tensor, search: SearchConfig | None = None, evidence: Tensor | None = None
+        self,
+        features: Tensor,
+        search: SearchConfig | None = None,
+        evidence: Tensor | None = None,
+        search_device: SearchDevice = "auto",
     ) -> Inference:
         """Search feature vectors [n, F] with every member; the ensemble's own search by default.
 
@@ -162,6 +166,7 @@ class Ensemble(nn.Module, TorchPredictor):
             features: [n, F].
             search: the options of the members' searches.
             evidence: [1 or n, L] int8, columns in the order of `labels`; see `beam_search`.
+            search_device: where every member searches, see `beam_search`.
 
         Returns:
             Sets, mean scores (as marginals, with nothing left to mix in) and paths, on the CPU, in
@@ -178,6 +183,7 @@ class Ensemble(nn.Module, TorchPredictor):
                 features,
                 search,
                 None if evidence is None else evidence[:, self._columns(model).argsort()],
+                search_device,
             )
             for model in self.models
         ]

@@ -11,7 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cnnrnn.config import Backend, Calibration, Decide, OnBadImage, Precision, SearchConfig
+from cnnrnn.config import (
+    Backend,
+    Calibration,
+    Decide,
+    OnBadImage,
+    Precision,
+    SearchConfig,
+    SearchDevice,
+)
 from cnnrnn.machine.devices import resolve_device, use_one_thread_if_forked
 from cnnrnn.machine.words import listed
 from cnnrnn.network.backbones import Backbone
@@ -20,6 +28,7 @@ from cnnrnn.prediction.decisions import DecisionOptions
 from cnnrnn.prediction.known import Known, Names
 from cnnrnn.prediction.pipeline import ImageModel, predict_images
 from cnnrnn.prediction.result import Prediction, decided_predictions
+from cnnrnn.search.device import require_search_device
 from cnnrnn.search.inference import Inference
 
 
@@ -34,6 +43,7 @@ class Running:
     precision: Precision = "fp32"
     compiled: bool = False
     backend: Backend | None = None
+    search_device: SearchDevice = "auto"
 
 
 class Predictor(ABC):
@@ -94,6 +104,7 @@ class Predictor(ABC):
         precision: Precision = "fp32",
         compiled: bool = False,
         backend: Backend | None = None,
+        search_device: SearchDevice = "auto",
         on_bad_image: OnBadImage = "error",
     ) -> list[Prediction]:
         """Predict the label set of each image, in the order given.
@@ -136,6 +147,10 @@ class Predictor(ABC):
                 `openvino`, whose scores differ in the last digits; None for the model's own, which
                 is `auto`: on a CPU the fastest that is installed, once there are enough images to
                 repay the export, some hundred.
+            search_device: `cpu` or `cuda` searches there, wherever the model is; `auto` searches on
+                the CPU, but for a model that is on a GPU on which the search has been measured (see
+                `beam_search`). Where `marginal_places` needs more live paths than a GPU holds, as
+                by default with known labels, the CPU searches. ONNX Runtime searches where it runs.
             on_bad_image: `error` stops at an unreadable image, `skip` gives it a prediction without
                 labels and with `.error`.
 
@@ -165,6 +180,7 @@ class Predictor(ABC):
                 precision=precision,
                 compiled=compiled,
                 backend=backend,
+                search_device=search_device,
                 on_bad_image=on_bad_image,
             )
         )
@@ -187,6 +203,7 @@ class Predictor(ABC):
         precision: Precision = "fp32",
         compiled: bool = False,
         backend: Backend | None = None,
+        search_device: SearchDevice = "auto",
         on_bad_image: OnBadImage = "error",
     ) -> Iterator[Prediction]:
         """Predict image after image, holding a few batches at a time; arguments as in `predict`.
@@ -201,8 +218,9 @@ class Predictor(ABC):
             raise ValueError(f"on_bad_image must be error or skip, got {on_bad_image!r}")
         options = DecisionOptions(top_k, decide, threshold, min_labels)
         running = Running(
-            beam_size, min_labels, forbidden_labels, device, precision, compiled, backend
-        )
+            beam_size, min_labels, forbidden_labels, device, precision, compiled, backend,
+            search_device,
+        )  # fmt: skip
         model = self.image_model(running)
         return predict_images(
             images,
@@ -227,12 +245,15 @@ class Predictor(ABC):
         decide: Decide = "path",
         threshold: float | None = None,
         device: str | None = None,
+        search_device: SearchDevice = "auto",
     ) -> list[Prediction]:
         """Predict label sets of feature vectors [B, F]; other arguments as in `predict`."""
         options = DecisionOptions(top_k, decide, threshold, min_labels)
         use_one_thread_if_forked()
         batch = torch.as_tensor(features).to(torch.float32)
-        running = Running(beam_size, min_labels, forbidden_labels, device)
+        running = Running(
+            beam_size, min_labels, forbidden_labels, device, search_device=search_device
+        )
         of_all = self.known_labels(running, known, absent)
         of_all.require_all_used(len(batch))
         rows = range(len(batch))
@@ -261,7 +282,11 @@ class TorchPredictor(Predictor):
 
     @abstractmethod
     def infer(
-        self, features: Tensor, search: SearchConfig | None = None, evidence: Tensor | None = None
+        self,
+        features: Tensor,
+        search: SearchConfig | None = None,
+        evidence: Tensor | None = None,
+        search_device: SearchDevice = "auto",
     ) -> Inference:
         """Search feature vectors [n, F].
 
@@ -269,6 +294,7 @@ class TorchPredictor(Predictor):
             features: [n, F].
             search: the model's own by default.
             evidence: what is known of labels, [1 or n, L] int8; see `beam_search`.
+            search_device: where to search, see `beam_search`.
         """
 
     @abstractmethod
@@ -293,8 +319,9 @@ class TorchPredictor(Predictor):
         self._required_backbone()
         search = self._searched_by(running)
         return TorchModel(
-            self, search, running.precision, running.compiled, running.backend or self.backend
-        )
+            self, search, running.precision, running.compiled, running.backend or self.backend,
+            running.search_device,
+        )  # fmt: skip
 
     def longest_path_of(self, running: Running) -> int:
         """Return how many labels a path can hold under these options."""
@@ -305,7 +332,7 @@ class TorchPredictor(Predictor):
     ) -> Inference:
         """Search feature vectors as the options say; see `Predictor.infer_features`."""
         search = self._searched_by(running)
-        return self.infer(features.to(self.device), search, evidence)
+        return self.infer(features.to(self.device), search, evidence, running.search_device)
 
     def _searched_by(self, running: Running) -> SearchConfig:
         """Bring the module to its device, in eval mode, and return the options of its search."""
@@ -314,6 +341,7 @@ class TorchPredictor(Predictor):
                 "forbidden_labels are only for exported files, got "
                 f"{listed(running.forbidden_labels)}: name them in absent="
             )
+        require_search_device(running.search_device)
         assert isinstance(self, nn.Module)
         if running.device is not None:
             self.to(resolve_device(running.device))
@@ -335,6 +363,7 @@ class TorchModel:
         precision: of the backbone.
         compiled: compile the backbone with torch.compile, once per model.
         backend: what runs the backbone.
+        search_device: where to search.
     """
 
     def __init__(
@@ -344,6 +373,7 @@ class TorchModel:
         precision: Precision = "fp32",
         compiled: bool = False,
         backend: Backend = "auto",
+        search_device: SearchDevice = "auto",
     ) -> None:
         assert model.backbone is not None
         self.labels = model.labels
@@ -351,6 +381,7 @@ class TorchModel:
         self.preprocessing = model.backbone.preprocessing
         self._model = model
         self._search = search
+        self._search_device = search_device
         self._runner = BackboneRunner(
             model.backbone, model.device, backend=backend, precision=precision, compiled=compiled
         )
@@ -368,7 +399,7 @@ class TorchModel:
     def begin(self, images: list[Tensor], evidence: Tensor | None) -> Callable[[], Inference]:
         """Run the backbone, which a GPU does while the caller goes on."""
         features = self.features(images)
-        return lambda: self._model.infer(features, self._search, evidence)
+        return lambda: self._model.infer(features, self._search, evidence, self._search_device)
 
     def features(self, images: list[Tensor]) -> Tensor:
         """Return the backbone's features [n, F] of images, as `ImageModel.begin` takes them."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cnnrnn import _C  # which also registers torch.ops.cnnrnn.beam_search
-from cnnrnn.config import SearchConfig, SearchPrecision
+from cnnrnn.config import SearchConfig, SearchDevice, SearchPrecision
 from cnnrnn.labels import check_evidence
 from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.search import reference
@@ -23,9 +23,10 @@ from cnnrnn.search.checks import (
     require_implementation,
     resolve_max_labels,
 )
+from cnnrnn.search.device import can_be_relied_on, device_of_search, require_search_device
 from cnnrnn.search.exact import best_sets
 from cnnrnn.search.native import NativeOptions, native_search, traced_search
-from cnnrnn.search.packed import CPU, search_device
+from cnnrnn.search.packed import CPU
 from cnnrnn.search.result import SearchResult
 
 
@@ -38,6 +39,7 @@ def beam_search(
     on_nonfinite: OnNonFinite = "raise",
     precision: SearchPrecision = "exact",
     evidence: Tensor | None = None,
+    search_device: SearchDevice = "auto",
 ) -> SearchResult:
     """Find the N best label paths of each image.
 
@@ -45,9 +47,7 @@ def beam_search(
         head: the trained head.
         image_embedding: `head.embed(features)` of B images, float32; B may be 0.
         config: search options; `SearchConfig()` by default.
-        implementation: `native` is the compiled search, on the GPU for tensors that are there where
-            this build has CUDA, else on the CPU; `auto` is native on the CPU, until the search on a
-            GPU has been measured; `reference` is plain torch.
+        implementation: `auto` and `native` are the compiled search; `reference` is plain torch.
         marginals: also return the probability that a path holds each label, summed over every
             visited path that does not yet; given evidence, over the complete paths found.
         on_nonfinite: `raise`, or `mark` such images with log-probability NaN and go on. Under
@@ -58,13 +58,19 @@ def beam_search(
             absent, 0 unknown. The paths found hold every present label and no absent one; their
             scores stay log P(path | image), without it. Where the live paths of all banks are more
             than 32 an image, the search runs on the CPU, which a warning says once.
+        search_device: `cpu` searches there, `cuda` on the GPU of `image_embedding`, or on torch's
+            current one where that is on the CPU; either copies what lies elsewhere. `auto` searches
+            on the CPU, but for tensors that are on a GPU of `MEASURED_GPUS`, or on any for
+            `native`, in a build with CUDA. The first search on a GPU compares a small one with the
+            CPU's; where they differ, a warning says so, and the CPU searches from then on.
 
     Returns:
         The paths, best first, on the device of `image_embedding`.
 
     Raises:
-        ValueError: for options that do not fit together, shapes that do not fit the head, and
-            evidence of more present labels than max_labels.
+        ValueError: for options that do not fit together, shapes that do not fit the head,
+            evidence of more present labels than max_labels, and `cuda` where there is no GPU or
+            this build lacks the CUDA search.
         NonFiniteError: for images whose embedding or scores are not finite.
     """
     config = config or SearchConfig()
@@ -73,13 +79,22 @@ def beam_search(
     require_implementation(implementation)
     if precision not in ("exact", "fast"):
         raise ValueError(f"precision must be exact or fast, got {precision!r}")
+    require_search_device(search_device)
+    if implementation == "reference" and search_device != "auto":
+        raise ValueError(
+            "search_device must be auto for the reference, which runs where image_embedding is, "
+            f"got {search_device}"
+        )
     if config.algorithm == "exact":
         return _exact(
-            head, image_embedding, config, implementation, marginals, on_nonfinite, evidence
-        )
+            head, image_embedding, config, implementation, marginals, on_nonfinite, evidence,
+            search_device,
+        )  # fmt: skip
     if implementation in ("auto", "native"):
-        device = CPU if implementation == "auto" else search_device(image_embedding.joint)
+        device = device_of_search(image_embedding.joint, implementation, search_device)
         if device != CPU and not _has_room_on_gpu(config, marginals, evidence):
+            device = CPU
+        if not can_be_relied_on(device):
             device = CPU
         options = NativeOptions(config, max_labels, marginals, precision, evidence)
         arguments = (head, image_embedding, options, device)
@@ -136,13 +151,15 @@ def _exact(
     marginals: bool,
     on_nonfinite: OnNonFinite,
     evidence: Tensor | None,
+    search_device: SearchDevice,
 ) -> SearchResult:
     """Return the N most probable sets, and the marginals of a beam where they are wanted."""
     if torch.compiler.is_compiling():
         raise ValueError("algorithm exact is not for torch.compile and torch.export; use beam")
     beam = replace(config, algorithm="beam")
     call = partial(beam_search, head, config=beam, implementation=implementation,
-                   marginals=marginals, on_nonfinite="mark")  # fmt: skip
+                   marginals=marginals, on_nonfinite="mark",
+                   search_device=search_device)  # fmt: skip
     found = call(embedding, evidence=evidence) if marginals else None
     sets = best_sets(
         head, embedding,

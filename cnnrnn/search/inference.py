@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cnnrnn.config import MAX_PLACES, Calibration, Order, SearchConfig
+from cnnrnn.config import MAX_PLACES, Calibration, Order, SearchConfig, SearchDevice
 from cnnrnn.labels import as_evidence, check_evidence, increasing_paths
 from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.network.losses import sequence_loss
@@ -101,6 +101,7 @@ def search_given(
     search: SearchConfig,
     evidence: Tensor | None,
     on_nonfinite: OnNonFinite = "raise",
+    search_device: SearchDevice = "auto",
 ) -> SearchResult:
     """Search for marginals, with wide banks for images of which something is known.
 
@@ -108,7 +109,7 @@ def search_given(
     there can be where `search` names no `marginal_places`. Images of which nothing is known have
     the result that they have by themselves.
     """
-    call = partial(beam_search, head, marginals=True)
+    call = partial(beam_search, head, marginals=True, search_device=search_device)
     if evidence is None or search.marginal_places is not None or not evidence.any():
         return call(embedding, search, on_nonfinite=on_nonfinite, evidence=evidence)
     wide = replace(search, marginal_places=MAX_PLACES)
@@ -134,7 +135,11 @@ def of_all(evidence: Tensor | None, like: Tensor) -> Tensor | None:
 
 @torch.no_grad()
 def infer(
-    head: Head, features: Tensor, search: SearchConfig, evidence: Tensor | None = None
+    head: Head,
+    features: Tensor,
+    search: SearchConfig,
+    evidence: Tensor | None = None,
+    search_device: SearchDevice = "auto",
 ) -> Inference:
     """Search feature vectors, in slices that bound memory.
 
@@ -143,6 +148,7 @@ def infer(
         features: [n, F] on the head's device.
         search: the search options; see `search_given`.
         evidence: what is known of labels, [1 or n, L] int8; see `beam_search`.
+        search_device: where to search, see `beam_search`.
 
     Returns:
         Sets and scores on the CPU.
@@ -161,7 +167,8 @@ def infer(
             known = evidence[slice_ * SEARCH_BATCH :][: len(part)]
         embeddings.append(embedding)
         try:
-            results.append(search_given(head, embedding, search, known))
+            found = search_given(head, embedding, search, known, search_device=search_device)
+            results.append(found)
         except NonFiniteError as error:
             first = slice_ * SEARCH_BATCH
             raise NonFiniteError([first + i for i in error.images], len(features)) from None

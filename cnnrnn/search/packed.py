@@ -30,11 +30,6 @@ def _count_fused_steps(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 register_optimizer_step_post_hook(_count_fused_steps)
 
 
-def search_device(tensor: Tensor) -> torch.device:
-    """Return where the compiled search runs for a tensor: its GPU, where this build has CUDA."""
-    return tensor.device if tensor.is_cuda and _C.WITH_CUDA else CPU
-
-
 def packed_head(head: Head, device: torch.device = CPU) -> PackedHead:
     """Return the head as the kernels of a device read it, made anew when a weight has changed.
 

@@ -11,10 +11,15 @@ import pytest
 import torch
 from torch import library
 
-from cnnrnn.config import SearchConfig
+from cnnrnn.config import ModelConfig, SearchConfig
+from cnnrnn.labels import LabelSpace
+from cnnrnn.model.checkpoint import FEATURES_ONLY
+from cnnrnn.model.classifier import CNNRNN
+from cnnrnn.model.ensemble import Ensemble
 from cnnrnn.network.head import Head, ImageEmbedding
-from cnnrnn.search import NonFiniteError, packed
+from cnnrnn.search import NonFiniteError, SearchResult, agreement, device
 from cnnrnn.search import beam_search as public_search
+from cnnrnn.search.agreement import gpu_problem
 from cnnrnn.search.packed import head_parameters
 from tests.search.replay import (
     assert_search_equal,
@@ -327,4 +332,88 @@ def test_the_reference_runs_on_the_gpu_too(head):
     expected = public_search(head, embedding, CONFIG, "reference")
     found = beam_search(head, embedding, CONFIG)
     torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=1e-4, atol=1e-4)
-    assert packed.search_device(embedding.joint) == GPU
+
+
+def test_the_small_searches_agree_with_the_cpu():
+    """Else every public call below and above would be answered by the CPU."""
+    assert gpu_problem(GPU) is None
+
+
+def test_a_gpu_that_differs_in_the_small_searches_is_replaced(head, monkeypatch):
+    right = agreement.native_search
+
+    def wrong(head, embedding, options, place):
+        result, nonfinite = right(head, embedding, options, place)
+        if place == GPU:
+            result.log_probs[0, 0] += 1
+        return result, nonfinite
+
+    monkeypatch.setattr(agreement, "native_search", wrong)
+    monkeypatch.setattr(device, "verdicts", device.Verdicts(device._named_problem))
+    embedding = images(head, 20, 1)
+    with pytest.warns(UserWarning, match=r"in place of cuda:0, .* log_probs\[0, 0\] is "):
+        found = public_search(head, embedding, CONFIG, search_device="cuda")
+    assert same_bits(found, public_search(head, embedding, CONFIG, search_device="cpu"))
+
+
+def same_bits(first: SearchResult, second: SearchResult) -> bool:
+    return torch.equal(first.labels, second.labels) and torch.equal(
+        first.log_probs, second.log_probs
+    )
+
+
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_search_device_wherever_the_embedding_is(head, where):
+    head = head.to(where)
+    embedding = images(head, 50, 1, logits=True).to(where, torch.float32)
+    by_gpu = public_search(head, embedding, CONFIG, search_device="cuda")
+    by_cpu = public_search(head, embedding, CONFIG, search_device="cpu")
+    assert by_gpu.labels.device.type == by_cpu.labels.device.type == where
+    torch.testing.assert_close(by_gpu.log_probs, by_cpu.log_probs, rtol=1e-4, atol=1e-4)
+    on_gpu = head.to(GPU), embedding.to(GPU, torch.float32)
+    assert same_bits(by_gpu.cpu(), beam_search(*on_gpu, CONFIG).cpu())
+    on_cpu = copy.deepcopy(head).cpu(), embedding.to("cpu", torch.float32)
+    assert same_bits(by_cpu.cpu(), public_search(*on_cpu, CONFIG))
+
+
+def test_auto_follows_the_measured_gpus(head, monkeypatch):
+    head = head.to(GPU)
+    embedding = images(head, 50, 1).to(GPU, torch.float32)
+    by = {name: public_search(head, embedding, CONFIG, search_device=name)
+          for name in ("cpu", "cuda")}  # fmt: skip
+    for measured, expected in ((set(), "cpu"), ({torch.cuda.get_device_name(0)}, "cuda")):
+        monkeypatch.setattr(device, "MEASURED_GPUS", frozenset(measured))
+        found = public_search(head, embedding, CONFIG)
+        assert same_bits(found, by[expected])
+        packed_on = {"cpu": torch.device("cpu"), "cuda": GPU}[expected]
+        assert device.device_of_search(embedding.joint, "auto", "auto") == packed_on
+
+
+def test_a_compiled_call_searches_where_it_is_told(head):
+    embedding = images(head, 5, 1)
+    for name in ("cpu", "cuda"):
+        search = partial(public_search, head, config=CONFIG, search_device=name)
+        compiled = torch.compile(lambda joint, search=search: search(ImageEmbedding(joint)).labels)
+        assert torch.equal(compiled(embedding.joint), search(embedding).labels)
+
+
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+@pytest.mark.parametrize("members", [1, 2])
+def test_predictions_by_the_cuda_search(where, members):
+    models = [feature_model(seed) for seed in range(members)]
+    model = models[0] if members == 1 else Ensemble(models)
+    features = torch.randn(200, 8, generator=seeded(1))
+    expected = model.predict_features(features, search_device="cpu")
+    found = model.predict_features(features, device=where, search_device="cuda")
+    agree = sum(mine.labels == theirs.labels for mine, theirs in zip(found, expected, strict=True))
+    assert agree >= 198  # ties
+    for mine, theirs in zip(found, expected, strict=True):
+        for name, score in mine.scores.items():
+            assert score == pytest.approx(theirs.scores[name], abs=1e-3)
+
+
+def feature_model(seed: int) -> CNNRNN:
+    head = random_head(seeded(seed), 40, joint_dim=64, hidden_dim=16)
+    names = LabelSpace.given([f"label {i}" for i in range(40)])
+    config = ModelConfig(backbone=FEATURES_ONLY, joint_dim=64, hidden_dim=16, chain_term=False)
+    return CNNRNN(config, names, head, None, CONFIG).eval()
