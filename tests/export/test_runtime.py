@@ -128,6 +128,11 @@ def test_a_bad_picture_stops_nothing_that_skips_it(predictor, model, folder, tmp
         ({"on_bad_image": "ignore"}, "on_bad_image must be error or skip, got 'ignore'"),
         ({"decide": "guess"}, "decide must be one of .*, got 'guess'"),
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        (
+            {"search_device": "cuda"},
+            "search_device are not for .*, which ONNX Runtime runs: choose",
+        ),
+        ({"search_device": "cpu"}, "search_device are not for .*, which ONNX Runtime runs: choose"),
     ],
 )
 def test_options_that_do_not_fit(predictor, arrays, options, message):
@@ -446,7 +451,7 @@ def test_the_command_line(tmp_path, model, folder, capsys):
     assert "must be in a folder that exists" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "checkpoint"), str(tmp_path / "model")]) == 1
     assert "must be a file that ends in .onnx" in capsys.readouterr().err
-    for option in (["--precision", "bf16"], ["--compiled"]):
+    for option in (["--precision", "bf16"], ["--compiled"], ["--search_device", "cuda"]):
         assert main([*common, "--model", str(out), *option]) == 1
         assert f"{option[0]} does not apply to" in capsys.readouterr().err
     assert main([*common, "--model", str(tmp_path / "checkpoint"), "--search", "compiled"]) == 1
