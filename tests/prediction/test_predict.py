@@ -234,11 +234,11 @@ def test_batches_in_several_threads_come_in_order(model, arrays):
     running, at_once = [], []
     own = model.infer
 
-    def watched(features, search, evidence):
+    def watched(*arguments):
         running.append(torch.get_num_threads())
         at_once.append(len(running))
         time.sleep(0.02)
-        found = own(features, search, evidence)
+        found = own(*arguments)
         assert running.pop() == 1
         return found
 
