@@ -270,9 +270,12 @@ class PathSearch(nn.Module):
 
         accepting = state.accepting
         if self.search.stop == "literal":
+            # Whether a path is done is read off the best one: in OpenVINO the least of infinite
+            # numbers is finite.
             worst = done_scores.masked_fill(done_scores == -torch.inf, torch.inf).amin(1)
-            passed = (scores.amax(1) < worst) & (worst < torch.inf)
-            accepting = accepting & ~(passed & (scores.amax(1) > -torch.inf))
+            best = scores.amax(1)
+            passed = (done_scores[:, 0] > -torch.inf) & (best < worst)
+            accepting = accepting & ~(passed & (best > -torch.inf))
         could_enter = (state.scores > floor_before[:, None]) & (
             state.scores >= self._floor(done_scores, state.accepting)[:, None]
         )

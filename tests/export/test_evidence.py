@@ -18,7 +18,7 @@ from cnnrnn.model.classifier import CNNRNN
 from cnnrnn.network.head import Head, ImageEmbedding, chain_logits
 from cnnrnn.search import beam_search, reference
 from cnnrnn.search.checks import resolve_max_labels
-from tests.export.test_onnx import picture_model
+from tests.export.models import picture_model
 from tests.search.replay import assert_search_equal, random_evidence
 
 onnx = pytest.importorskip("onnx")
@@ -349,36 +349,6 @@ def test_absent_labels_alone(tmp_path):
         ("marginals", expected.marginals()), ("log_evidence", expected.log_evidence)
     ):  # fmt: skip
         torch.testing.assert_close(found[name], values, rtol=1e-5, atol=1e-5)
-
-
-def test_no_width_is_zero_and_another_runtime_agrees(tmp_path):
-    """Runtimes differ in what a width of 0 is; ONNX's own evaluator knows no tricks."""
-    from onnx.reference import ReferenceEvaluator
-
-    model, _ = random_model(5)
-    search = replace(model.search, max_labels=2)
-    export_onnx(model, tmp_path / "model.onnx", search=search, max_known=2)
-    proto = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "model.onnx"))
-    shapes = [tuple(tensor.dims) for tensor in proto.graph.initializer]
-    for value in (*proto.graph.value_info, *proto.graph.output):
-        dims = value.type.tensor_type.shape.dim
-        shapes.append(tuple(dim.dim_value for dim in dims if dim.HasField("dim_value")))
-    assert len(shapes) > 100 and not [shape for shape in shapes if 0 in shape]
-    predictor = OnnxPredictor(tmp_path / "model.onnx", threads=1)
-    features = torch.randn(3, F, generator=torch.Generator().manual_seed(0))
-    evidence = torch.zeros(3, len(model.labels), dtype=torch.int8)
-    evidence[0, 0], evidence[1, 0] = 1, -1
-    expected = predictor.run(features, evidence=evidence)
-    names = predictor._output_names
-    found = ReferenceEvaluator(proto).run(
-        names,
-        {"features": features.numpy(), "min_labels": np.array(search.min_labels),
-         "evidence": evidence.numpy()},
-    )  # fmt: skip
-    for name, values in zip(names, found, strict=True):
-        torch.testing.assert_close(
-            torch.from_numpy(values), expected[name], rtol=1e-4, atol=1e-5, equal_nan=True
-        )
 
 
 # Files of earlier releases

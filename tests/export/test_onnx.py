@@ -3,92 +3,36 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 
 import cnnrnn
-from cnnrnn import ModelConfig, OnnxModelError, OnnxPredictor, SearchConfig, export_onnx
+from cnnrnn import OnnxModelError, OnnxPredictor, SearchConfig, export_onnx
 from cnnrnn.api import DEMO_MODEL
 from cnnrnn.config import DECISIONS, Calibration
 from cnnrnn.data.images import normalize
 from cnnrnn.export import onnx as onnx_module
-from cnnrnn.labels import LabelSpace
-from cnnrnn.model.classifier import CNNRNN
 from cnnrnn.network import onnx_files
-from cnnrnn.network.backbones import make_backbone
-from cnnrnn.network.head import Head, ImageEmbedding
-from cnnrnn.search import reference
-from cnnrnn.search.checks import resolve_max_labels
+from cnnrnn.network.head import ImageEmbedding
+from tests.export.models import HEADS, F, L, by_reference, head_model, picture_model
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 BATCHES = (0, 1, 2, 7, 65)
-L, F = 6, 5
-
-
-def head_model(search: SearchConfig, seed: int = 0, **options: object) -> CNNRNN:
-    """A random model of feature vectors."""
-    torch.manual_seed(seed)
-    config = ModelConfig(backbone="features", trunk_dim=7, joint_dim=8, hidden_dim=9, **options)
-    head = Head.from_config(config, L, F)
-    head.max_labels = 3
-    with torch.no_grad():
-        for parameter in head.parameters():
-            parameter.mul_(3)
-    labels = LabelSpace.given([f"label {i}" for i in range(L)])
-    return CNNRNN(config, labels, head, None, search, Calibration(0.4, 0.25)).eval()
-
-
-def picture_model() -> CNNRNN:
-    torch.manual_seed(1)
-    config = ModelConfig(backbone="small", image_size=16, trunk_dim=0, joint_dim=8, hidden_dim=8)
-    backbone = make_backbone(config)
-    head = Head.from_config(config, L, backbone.feature_dim)
-    head.max_labels = 3
-    with torch.no_grad():
-        head.label_classifier.weight.mul_(8)
-        head.label_embedding.mul_(3)
-    labels = LabelSpace.given([f"label {i}" for i in range(L)])
-    search = SearchConfig(beam_size=4)
-    return CNNRNN(config, labels, head, backbone, search, Calibration(0.4, 0.25)).eval()
-
-
-HEADS = {
-    "increasing": head_model(SearchConfig(beam_size=4)),
-    "unique, loop": head_model(SearchConfig(beam_size=8, order="unique"), chain_term=False),
-    "free": head_model(SearchConfig(beam_size=4, order="free"), tied_embedding=True),
-    "paper, loop": head_model(
-        SearchConfig.paper(1), chain_term=False, cell="paper", tied_embedding=True
-    ),
-}
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """A function that writes a model of `HEADS` when it is first asked for, and opens it."""
-    folder = tmp_path_factory.mktemp("onnx")
+def exported(head_file):
+    """A function that opens the file of a model of `HEADS`."""
 
     def open_exported(name, search="onnx"):
-        file = folder / f"{name}.onnx"
-        if not file.exists():
-            export_onnx(HEADS[name], file, loop="loop" in name)
-        return OnnxPredictor(file, search=search, threads=1)
+        return OnnxPredictor(head_file(name), search=search, threads=1)
 
     return open_exported
-
-
-@torch.no_grad()
-def by_reference(model, features, evidence=None, **changes):
-    search = replace(model.search, **changes)
-    embedding, _ = model.head.embed_with_label_scores(features)
-    return reference.beam_search(
-        model.head, embedding, search, max_labels=resolve_max_labels(model.head, search),
-        marginals=True, evidence=evidence,
-    )  # fmt: skip
 
 
 def assert_same(found, expected):
@@ -140,35 +84,23 @@ def test_at_least_so_many_labels(exported):
         whole.predict_features(features, min_labels=4)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["unrolled", "loop"])
-def tied(request, tmp_path_factory):
-    """A head to which all labels are alike, and its file."""
-    model = head_model(SearchConfig(beam_size=8, order="unique"), chain_term=False)
-    with torch.no_grad():
-        model.head.label_embedding.zero_()
-        model.head.score_bias.zero_()
-    file = tmp_path_factory.mktemp("tied") / "model.onnx"
-    export_onnx(model, file, loop=request.param)
-    return model, OnnxPredictor(file, threads=1)
-
-
-def test_ties_go_to_the_lower_path_and_label(tied):
-    model, predictor = tied
+@pytest.mark.parametrize("loop", [False, True], ids=["unrolled", "loop"])
+def test_ties_go_to_the_lower_path_and_label(tied_file, loop):
+    model, file = tied_file(loop)
     features = torch.randn(3, F)
     expected = by_reference(model, features)
-    found = predictor.run(features)
+    found = OnnxPredictor(file, threads=1).run(features)
     assert torch.equal(found["labels"], expected.labels)
     assert expected.labels[0, :, 0].tolist() == [-1, 0, 1, 2, 3, 4, 5, 0]
 
 
-def test_the_demo_model_gives_the_labels_of_torch(tmp_path):
+def test_the_demo_model_gives_the_labels_of_torch(demo_file):
     model = cnnrnn.load(DEMO_MODEL)
     random = np.random.default_rng(0)
     pictures = random.integers(0, 256, (65, 64, 64, 3), dtype=np.uint8)
     expected = model.predict(pictures)
-    export_onnx(model, tmp_path / "demo.onnx", loop=True)
     for search in ("onnx", "compiled"):
-        predictor = OnnxPredictor(tmp_path / "demo.onnx", search=search, threads=1)
+        predictor = OnnxPredictor(demo_file, search=search, threads=1)
         assert predictor.predict([]) == []
         for decide in ("path", "threshold"):
             found = predictor.predict(pictures, decide=decide)
@@ -183,13 +115,6 @@ def test_the_demo_model_gives_the_labels_of_torch(tmp_path):
 
 
 # Files
-
-
-@pytest.fixture(scope="module")
-def pictures_file(tmp_path_factory):
-    file = tmp_path_factory.mktemp("pictures") / "model.onnx"
-    export_onnx(picture_model(), file)
-    return file
 
 
 def test_a_file_is_checked_complete_and_describes_itself(pictures_file):
