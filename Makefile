@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+JAVASCRIPT := examples/javascript
 SOURCES := pyproject.toml setup.py build_backend.py CMakeLists.txt $(shell find csrc -type f)
 CPP_SOURCES = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
@@ -12,7 +13,7 @@ CNNRNN_CUDA_ARCHITECTURES := $(or $(shell nvidia-smi --query-gpu=compute_cap --f
 endif
 export CNNRNN_CUDA_ARCHITECTURES
 
-.PHONY: demo test lint format sanitize kernel-report gpu-check bench scenes-model clean
+.PHONY: demo test javascript lint format sanitize kernel-report gpu-check bench scenes-model clean
 
 # Train, measure, predict and compare on synthetic scenes; everything lands in demo/.
 demo: $(VENV)/installed
@@ -21,6 +22,10 @@ demo: $(VENV)/installed
 # Install what the tests need and pass them.
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
+
+# What the JavaScript example and its tests need. A script of onnxruntime-node would download CUDA
+# libraries; nothing needs the scripts.
+javascript: $(JAVASCRIPT)/node_modules/.package-lock.json
 
 # The linters of CI; tests come before.
 lint: $(VENV)/installed-dev
@@ -70,5 +75,9 @@ $(VENV)/installed-dev: $(SOURCES) | $(VENV)/bin/python
 	$(BIN)/pip install -e ".[dev]"
 	touch $@ $(VENV)/installed
 
+$(JAVASCRIPT)/node_modules/.package-lock.json: $(JAVASCRIPT)/package-lock.json
+	cd $(JAVASCRIPT) && npm ci --ignore-scripts --no-audit --no-fund
+	touch $@
+
 clean:
-	rm -rf build demo *.egg-info cnnrnn/_C*.so cnnrnn/_build_info.py
+	rm -rf build demo $(JAVASCRIPT)/node_modules *.egg-info cnnrnn/_C*.so cnnrnn/_build_info.py

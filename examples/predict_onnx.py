@@ -10,12 +10,24 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
+
+def read_rgb(file: str) -> Image.Image:
+    """Return an image upright: transparency on white, 16-bit grey scaled to 8 bits."""
+    picture = ImageOps.exif_transpose(Image.open(file))
+    if picture.mode.startswith("I"):
+        picture = Image.fromarray(((np.asarray(picture, np.int64) + 128) // 257).astype(np.uint8))
+    elif picture.has_transparency_data:
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+    return picture.convert("RGB")
+
+
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
 about = {k: v for k, v in session.get_modelmeta().custom_metadata_map.items() if k != "head"}
 names, preprocessing = json.loads(about["labels"]), json.loads(about["preprocessing"])
 size, how = (preprocessing["image_size"],) * 2, preprocessing["interpolation"].upper()
 for file in sys.argv[2:]:
-    picture = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
-    pixels = np.asarray(picture.resize(size, Image.Resampling[how]))[None]  # [1, S, S, 3] uint8
+    square = read_rgb(file).resize(size, Image.Resampling[how])
+    pixels = np.asarray(square)[None]  # [1, S, S, 3] uint8
     labels, lengths, log_probs = session.run(["labels", "lengths", "log_probs"], {"images": pixels})
     print(file, [names[i] for i in labels[0, 0, : lengths[0, 0]]], f"{log_probs[0, 0]:.4f}")

@@ -21,7 +21,7 @@ from PIL import Image
 import cnnrnn
 from cnnrnn import OnnxPredictor, ProviderError, export_onnx
 from cnnrnn.cli import main
-from tests.export.test_onnx import picture_model
+from tests.export.models import picture_model
 
 pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -36,10 +36,8 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def file(tmp_path_factory, model):
-    path = tmp_path_factory.mktemp("exported") / "model.onnx"
-    export_onnx(model, path)
-    return path
+def file(pictures_file):
+    return pictures_file
 
 
 @pytest.fixture(scope="module", params=["onnx", "native"])
@@ -375,53 +373,7 @@ def test_import_and_predict_open_no_connection(file):
     assert run.stdout == "no connection\n", run.stderr
 
 
-# Other programs
-
-
-def only(*distributions, at):
-    """Make a folder with these distributions and what they require, as links; no others."""
-    wanted, seen = list(distributions), set()
-    while wanted:
-        name = wanted.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        distribution = importlib.metadata.distribution(name)
-        for entry in {Path(str(f)).parts[0] for f in distribution.files or ()} - {".."}:
-            target = Path(str(distribution.locate_file(entry)))
-            if entry != "__pycache__" and target.exists() and not (at / entry).exists():
-                (at / entry).symlink_to(target)
-        for requirement in distribution.requires or ():
-            if ";" not in requirement:
-                wanted.append(requirement.split(">")[0].split("<")[0].split("=")[0].strip())
-    return at
-
-
-def test_the_example_runs_without_torch(file, model, folder, tmp_path):
-    runtime = next(
-        name for name in ("onnxruntime-gpu", "onnxruntime")
-        if any(d.metadata["Name"] == name for d in importlib.metadata.distributions())
-    )  # fmt: skip
-    packages = only(runtime, "numpy", "pillow", at=tmp_path)
-    environment = {"PYTHONPATH": str(packages), "PATH": os.environ["PATH"]}
-    command = [sys.executable, "-S", "-c"]
-    there = subprocess.run([*command, "import torch"], env=environment, capture_output=True)
-    assert there.returncode, "torch is in what should be without it"
-    pictures = [str(folder / f"{number:02}.png") for number in range(5)]
-    program = str(ROOT / "examples" / "predict_onnx.py")
-    run = subprocess.run(
-        [sys.executable, "-S", program, str(file), *pictures],
-        env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    expected = [f"{p.source} {p.labels}" for p in model.predict(pictures)]
-    assert [line.rpartition(" ")[0] for line in run.stdout.splitlines()] == expected
-
-
-def test_the_example_is_ten_lines():
-    text = (ROOT / "examples" / "predict_onnx.py").read_text(encoding="utf-8")
-    code = text.split("from PIL")[1].splitlines()[1:]
-    assert len([line for line in code if line.strip()]) <= 10
+# The command line
 
 
 def test_the_command_line(tmp_path, model, folder, capsys):
