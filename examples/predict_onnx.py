@@ -11,9 +11,16 @@ import onnxruntime
 from PIL import Image, ImageOps
 
 
-def read_rgb(file: str) -> Image.Image:
-    """Return an image upright: transparency on white, 16-bit grey scaled to 8 bits."""
-    picture = ImageOps.exif_transpose(Image.open(file))
+def read_rgb(file: str, side: int, drafts: bool) -> Image.Image:
+    """Return an image upright: transparency on white, 16-bit grey scaled to 8 bits.
+
+    Drafts are JPEG files decoded at the smallest size that covers the model's input.
+    """
+    picture = Image.open(file)
+    draft = picture.draft(None, (side, side)) if drafts else None  # None of other formats
+    if draft is not None:
+        picture = picture.crop((0, 0, round(draft[1][2]), round(draft[1][3])))
+    picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):
         picture = Image.fromarray(((np.asarray(picture, np.int64) + 128) // 257).astype(np.uint8))
     elif picture.has_transparency_data:
@@ -25,9 +32,10 @@ def read_rgb(file: str) -> Image.Image:
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
 about = {k: v for k, v in session.get_modelmeta().custom_metadata_map.items() if k != "head"}
 names, preprocessing = json.loads(about["labels"]), json.loads(about["preprocessing"])
-size, how = (preprocessing["image_size"],) * 2, preprocessing["interpolation"].upper()
+side, how = preprocessing["image_size"], preprocessing["interpolation"].upper()
 for file in sys.argv[2:]:
-    square = read_rgb(file).resize(size, Image.Resampling[how])
+    square = read_rgb(file, side, preprocessing["jpeg_draft"])
+    square = square.resize((side, side), Image.Resampling[how])
     pixels = np.asarray(square)[None]  # [1, S, S, 3] uint8
     labels, lengths, log_probs = session.run(["labels", "lengths", "log_probs"], {"images": pixels})
     print(file, [names[i] for i in labels[0, 0, : lengths[0, 0]]], f"{log_probs[0, 0]:.4f}")

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,24 @@ def test_the_python_example_needs_no_torch(demo_file, files, tmp_path):
     expected = [f"{p.source} {p.labels}" for p in cnnrnn.predict(files)]
     assert [line.rpartition(" ")[0] for line in lines] == expected
     assert len(set(expected)) > 1
+
+
+def test_the_python_example_decodes_drafts(tmp_path):
+    model = cnnrnn.load()
+    model.backbone.preprocessing = replace(model.backbone.preprocessing, jpeg_draft=True)
+    cnnrnn.export_onnx(model, tmp_path / "model.onnx", loop=True)
+    scenes = [draw_scene(np.random.default_rng(seed), 500).image for seed in range(4)]
+    files = [str(tmp_path / f"{i}.jpg") for i in range(4)]
+    for file, scene, width in zip(files, scenes, (500, 463, 301, 129), strict=True):
+        tag = Image.Exif()
+        tag[ExifTags.Base.Orientation] = 6
+        scene.resize((width, 400)).save(file, exif=tag)
+    program = str(ROOT / "examples" / "predict_onnx.py")
+    lines = printed([sys.executable, program, str(tmp_path / "model.onnx"), *files])
+    for line, prediction in zip(lines, model.predict(files), strict=True):
+        before, _, log_prob = line.rpartition(" ")
+        assert before == f"{prediction.source} {prediction.labels}"
+        assert float(log_prob) == pytest.approx(prediction.log_prob, abs=2e-3)
 
 
 # JavaScript
