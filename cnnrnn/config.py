@@ -95,6 +95,7 @@ class ModelConfig:
             or a training's checkpoint of timm or torchvision by `torch.save`.
         freeze_backbone: keep the backbone fixed, in eval mode; its features are cached on disk.
         image_size: side of the square input in pixels; None takes the backbone's own.
+        jpeg_draft: decode large JPEG files at a smaller size, see `Preprocessing`.
         trunk_dim: width of the hidden layer between image feature and head; 0 for none.
         trunk_skip: the head reads the image feature itself beside the hidden layer.
         joint_dim: D, width of the joint space of labels and images.
@@ -116,6 +117,7 @@ class ModelConfig:
     freeze_backbone: bool = True
     weights: str | None = None
     image_size: int | None = None
+    jpeg_draft: bool = True
     trunk_dim: int = 512
     trunk_skip: bool = True
     joint_dim: int = 64
@@ -457,9 +459,6 @@ def flat_options(
 ) -> dict[str, Any]:
     """Return the options of a training by name, those of model and search after a prefix.
 
-    Those of the defaults say what the options meant that a stored training does not name: a new
-    option's default is what was done before there was one.
-
     Args:
         model: named `model.` and the field.
         search: named `search.` and the field.
@@ -469,6 +468,12 @@ def flat_options(
     parts = (("", train), ("model.", model), ("search.", search))
     named = {f"{prefix}{k}": v for prefix, part in parts for k, v in asdict(part).items()}
     return {name: value for name, value in named.items() if name not in leave_out}
+
+
+def former_options() -> dict[str, Any]:
+    """Return what options meant for a training from before they existed: mostly their defaults."""
+    defaults = flat_options(ModelConfig(), SearchConfig(), TrainConfig())
+    return defaults | {"model.jpeg_draft": False}
 
 
 @dataclass(frozen=True)

@@ -190,6 +190,7 @@ def _description(comparison: Comparison) -> dict[str, Any]:
         "init_backbone",
         "feature_cache",
         "on_bad_image",
+        "model.jpeg_draft",  # the features are compared
     )
     options = flat_options(
         comparison.model_config, comparison.search_config, comparison.config, leave_out=elsewhere

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cnnrnn.config import ModelConfig, SearchConfig, TrainConfig, flat_options
+from cnnrnn.config import former_options
 from cnnrnn.machine.files import write_whole
 from cnnrnn.machine.words import without_nan
 
@@ -126,7 +126,7 @@ class Results:
             ) from error
         if version != FORMAT:
             raise ValueError(f"{self.file} must have format {FORMAT}, got {version!r}")
-        former = flat_options(ModelConfig(), SearchConfig(), TrainConfig())
+        former = former_options()
         stored = {k: v for k, v in former.items() if k in self.description} | stored
         names = [*self.description, *(name for name in stored if name not in self.description)]
         differing = [

@@ -22,7 +22,7 @@ from cnnrnn.export.graph import (
 from cnnrnn.machine.files import weights_digest, write_whole
 from cnnrnn.model.classifier import CNNRNN
 from cnnrnn.model.ensemble import Ensemble, load_model
-from cnnrnn.network.onnx_files import require_onnx, to_onnx, write_onnx
+from cnnrnn.network.onnx_files import ExportError, require_onnx, to_onnx, write_onnx
 from cnnrnn.search.checks import resolve_max_labels
 from cnnrnn.search.packed import head_parameters
 
@@ -171,7 +171,7 @@ def _exported(
     outputs = [*OUTPUT_NAMES, *([LABEL_SCORES] if chained else [])]
     try:
         proto = to_onnx(exported, arguments, (shape, {}, {}, banks), names, outputs)
-    except ValueError as error:
+    except ExportError as error:
         how = " for pictures of any size; without dynamic_size it may be" if dynamic_size else ""
         raise ValueError(
             f"backbone {model.config.backbone} cannot be exported{how}. torch says: {error}"

@@ -9,14 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import platformdirs
+
+from cnnrnn.machine.files import write_whole
 
 ABOUT = "about.json"
 FOLDER_VARIABLE = "CNNRNN_CACHE"
@@ -29,7 +32,9 @@ _STALE_SECONDS = 24 * 3600.0
 def cache_folder() -> Path:
     """Return the folder that holds the cache: `CNNRNN_CACHE`, or one in the user's own."""
     named = os.environ.get(FOLDER_VARIABLE)
-    return Path(named) if named else platformdirs.user_cache_path("cnnrnn", appauthor=False)
+    if named:
+        return Path(named).expanduser().absolute()
+    return platformdirs.user_cache_path("cnnrnn", appauthor=False)
 
 
 def cache_bound() -> int:
@@ -67,10 +72,14 @@ class Cache:
 
     Args:
         kind: name of the folder in `cache_folder()`.
+
+    Raises:
+        ValueError: `CNNRNN_CACHE_GB` is not a number.
     """
 
     def __init__(self, kind: str) -> None:
         self.folder = cache_folder() / kind
+        self._bound = cache_bound()
 
     def find(self, key: str) -> Path | None:
         """Return the folder of an entry whose files are as they were written, or None.
@@ -83,13 +92,16 @@ class Cache:
             return None
         try:
             sound = all(_sha256(entry / name) == sha for name, sha in about["files"].items())
-            if sound:
-                os.utime(entry / ABOUT)
-                return entry
-        except OSError:
-            pass
-        shutil.rmtree(entry, ignore_errors=True)
-        return None
+        except FileNotFoundError:
+            sound = False
+        except OSError:  # such as a file that this user may not read
+            return None
+        if not sound:
+            shutil.rmtree(entry, ignore_errors=True)
+            return None
+        with suppress(OSError):  # a cache that this user may only read
+            os.utime(entry / ABOUT)
+        return entry
 
     def has(self, key: str) -> bool:
         """Whether there is an entry, damaged or not."""
@@ -106,20 +118,24 @@ class Cache:
             OSError: the folder cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.folder))
+        partial = self.folder / f".partial-{os.getpid()}-{secrets.token_hex(4)}"
+        former = partial.with_name(f"{partial.name}.former")
+        partial.mkdir()
         try:
             known = write(partial)
             files = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
             (partial / ABOUT).write_text(json.dumps(known | {"files": files}, indent=1) + "\n")
             entry = self.folder / key
-            shutil.rmtree(entry, ignore_errors=True)
+            with suppress(OSError):  # there is none
+                os.replace(entry, former)
             try:
                 os.replace(partial, entry)
             except OSError:  # another process was faster
                 if not self.has(key):
                     raise
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            for left in (partial, former):
+                shutil.rmtree(left, ignore_errors=True)
         self._evict(key)
         return entry
 
@@ -133,13 +149,9 @@ class Cache:
         about = _about(entry)
         if about is None:
             return
-        try:
-            handle, name = tempfile.mkstemp(dir=entry)
-            with open(handle, "w", encoding="utf-8") as file:
-                file.write(json.dumps(about | values, indent=1) + "\n")
-            os.replace(name, entry / ABOUT)
-        except OSError:
-            return
+        text = json.dumps(about | values, indent=1) + "\n"
+        with suppress(OSError):
+            write_whole(entry / ABOUT, lambda file: file.write_text(text, encoding="utf-8"))
 
     def use(self) -> CacheUse:
         """Return how many entries there are, and how large they are."""
@@ -158,7 +170,7 @@ class Cache:
         entries = self._entries()
         total = sum(map(_size, entries))
         for entry in entries:
-            if total <= cache_bound():
+            if total <= self._bound:
                 break
             if entry.name != newest:
                 total -= _size(entry)

@@ -35,13 +35,22 @@ class CheckpointError(ValueError):
 def find_checkpoint(path: str | Path) -> Path:
     """Return the checkpoint folder that a path stands for; see `load_checkpoint`."""
     folder = Path(path)
-    candidates = [folder, folder / "best", _former(folder), _former(folder / "best")]
-    found = next((c for c in candidates if (c / CONFIG_FILE).is_file()), None)
+    found = _found(folder)
     if found is None:
         raise CheckpointError(
             f"{folder} is not a checkpoint: neither it nor {folder / 'best'} holds {CONFIG_FILE}"
         )
     return found
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether `find_checkpoint` finds one."""
+    return _found(Path(path)) is not None
+
+
+def _found(folder: Path) -> Path | None:
+    candidates = [folder, folder / "best", _former(folder), _former(folder / "best")]
+    return next((c for c in candidates if (c / CONFIG_FILE).is_file()), None)
 
 
 def replace_folder(path: str | Path, write: Callable[[Path], None]) -> None:

@@ -205,6 +205,8 @@ def _read_config(file: Path) -> dict[str, Any]:
             description["model"].setdefault("tied_embedding", True)
         if description["format"] < FIRST_WITH_WEIGHTS:
             description["model"].setdefault("weights", None)
+        if description["format"] < FIRST_WITH_DRAFTS:
+            description["model"].setdefault("jpeg_draft", False)
     return description
 
 
@@ -282,6 +284,11 @@ def _build(folder: Path, description: dict[str, Any], given: Backbone | None = N
         if head.max_labels < 0:
             raise ValueError(f"max_labels must be at least 0, got {head.max_labels}")
         backbone = given
+        if given is not None and (given.name, given.feature_dim) != (config.backbone, feature_dim):
+            raise ValueError(
+                f"backbone must be {config.backbone} with {feature_dim} features, got {given.name} "
+                f"with {given.feature_dim}"
+            )
         if given is None and description["preprocessing"] is not None:
             backbone = make_backbone(config, _stored_backbone(description))
     except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a size beyond memory
@@ -294,6 +301,8 @@ def _build(folder: Path, description: dict[str, Any], given: Backbone | None = N
         if description["format"] == 1:  # had no scaling of features
             weights.setdefault("head.trunk.feature_scale", head.trunk.feature_scale)
         if given is not None:
+            if any(name.startswith("backbone.") for name in weights):
+                raise RuntimeError("it has a backbone of its own, and another was given")
             weights |= {f"backbone.{k}": v for k, v in given.state_dict().items()}
         model.load_state_dict(weights)
     except (OSError, SafetensorError, RuntimeError) as error:

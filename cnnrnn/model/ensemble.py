@@ -23,6 +23,7 @@ from cnnrnn.model.checkpoint import (
     FORMAT,
     CheckpointError,
     find_checkpoint,
+    is_checkpoint,
     read_calibration,
     read_description,
     replace_folder,
@@ -326,7 +327,7 @@ def _require_one_kind(models: Sequence[CNNRNN]) -> None:
     if not models:
         raise ValueError("an ensemble must have at least 1 model, got 0")
     first = models[0]
-    digests = set()
+    digests, forms = set(), set()
     for i, model in enumerate(models):
         if model.config.backbone != FEATURES_ONLY and not model.config.freeze_backbone:
             raise ValueError(f"the backbone of member {i} must be frozen to be shared, got trained")
@@ -350,8 +351,12 @@ def _require_one_kind(models: Sequence[CNNRNN]) -> None:
                 f"{odd[:5]}"
             )
         if model.backbone is not None:
-            weights = weights_digest(model.backbone.state_dict().items())
-            digests.add((weights, model.backbone.preprocessing))
+            digests.add(weights_digest(model.backbone.state_dict().items()))
+            forms.add(model.backbone.preprocessing)
+    if len(forms) > 1:
+        raise ValueError(
+            f"the members must share one preprocessing, got {' and '.join(sorted(map(str, forms)))}"
+        )
     if len(digests) > 1:
         raise ValueError(f"the members must share one backbone, got {len(digests)} different ones")
 
@@ -368,8 +373,9 @@ def load_model(path: str | Path) -> CNNRNN | Ensemble:
 
     Raises:
         CheckpointError: the folder is missing or incomplete, or its parts do not fit together.
+        ModuleNotFoundError: a model of the package needs an extra that is not installed.
     """
-    if str(path) in SHIPPED and not Path(path).exists():
+    if str(path) in SHIPPED and not is_checkpoint(path):
         return load_shipped(str(path))
     folder = find_checkpoint(path)
     file = folder / CONFIG_FILE

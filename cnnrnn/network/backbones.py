@@ -35,6 +35,7 @@ class Backbone(nn.Module):
         preprocessing: what turns a decoded image into its input.
         architecture: what timm builds it from, where its name leads elsewhere; else None.
         origin: a sentence that says which weights it was given, or "".
+        trainings: how often it was put in training mode, after which its weights may be others.
     """
 
     def __init__(
@@ -50,12 +51,18 @@ class Backbone(nn.Module):
         self.preprocessing = preprocessing
         self.architecture = architecture
         self.origin = ""
+        self.trainings = 0
         self.feature_dim = self._trial_feature_dim()
 
     def forward(self, images: Tensor) -> Tensor:
         """Return features [B, F] of normalised images [B, 3, S, S]."""
         features: Tensor = self.network(images)
         return features
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Set training mode, or eval mode."""
+        self.trainings += mode
+        return super().train(mode)
 
     @torch.no_grad()
     def _trial_feature_dim(self) -> int:
@@ -154,7 +161,7 @@ def make_backbone(config: ModelConfig, stored: Stored | None = None) -> Backbone
             raise ValueError(
                 f"image_size must be at least {SMALLEST_IMAGE_SIZE} for backbone small, got {size}"
             )
-        own = Preprocessing(image_size=size, jpeg_draft=True)
+        own = Preprocessing(image_size=size, jpeg_draft=config.jpeg_draft)
         backbone = Backbone(
             "small", small_network(), own if stored is None else stored.preprocessing
         )
@@ -211,7 +218,7 @@ def _timm_backbone(config: ModelConfig, stored: Stored | None) -> Backbone:
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),
         interpolation="bicubic" if data["interpolation"] == "bicubic" else "bilinear",
-        jpeg_draft=True,
+        jpeg_draft=config.jpeg_draft,
     )
     if stored is not None:
         preprocessing = stored.preprocessing

@@ -8,6 +8,7 @@ search is the same behind all of them.
 
 from __future__ import annotations
 
+import atexit
 import copy
 import ctypes
 import hashlib
@@ -15,8 +16,10 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import mmap
 import os
 import platform
+import shutil
 import tempfile
 import threading
 import time
@@ -38,7 +41,14 @@ from cnnrnn.machine.cache import Cache
 from cnnrnn.machine.devices import has_bf16, use_one_thread_if_forked
 from cnnrnn.machine.files import weights_digest
 from cnnrnn.network.backbones import Backbone
-from cnnrnn.network.onnx_files import can_export, require_onnx, to_onnx, write_onnx
+from cnnrnn.network.onnx_files import (
+    ExportError,
+    can_export,
+    external_data,
+    require_onnx,
+    to_onnx,
+    write_onnx,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -50,8 +60,8 @@ EXPORT_REPAYS_SECONDS = 20.0
 OPENING_REPAYS_SECONDS = 2.0
 """Likewise, where the exported file is in the cache."""
 FEWEST_IMAGES = 64
-"""Smaller calls stay with what there is in the process, and nothing is timed for them."""
-TIMED_IMAGES = 2
+"""Smaller calls stay with what there is in the process."""
+TIMED_IMAGES = 8
 EXACT_TO, BF16_TO = 1e-3, 0.25
 """Largest difference from torch's features that an engine may have, of their largest value."""
 
@@ -88,6 +98,10 @@ class _OnnxRuntime:
     def __init__(self, file: Path, threads: int, bf16: bool) -> None:
         assert not bf16
         self._file = file
+        self._content: mmap.mmap | None = None
+        if not external_data(file).exists():  # which only a path leads to
+            with file.open("rb") as handle:  # stays readable when the cache evicts the file
+                self._content = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
         self._sessions: dict[int, Any] = {}
         self._lock = threading.Lock()
         self._session(threads)
@@ -105,8 +119,9 @@ class _OnnxRuntime:
                 options = onnxruntime.SessionOptions()
                 options.intra_op_num_threads = threads
                 options.log_severity_level = 3  # errors alone
+                source = self._file if self._content is None else self._content[:]
                 self._sessions[threads] = onnxruntime.InferenceSession(
-                    self._file, options, providers=["CPUExecutionProvider"]
+                    source, options, providers=["CPUExecutionProvider"]
                 )
             return self._sessions[threads]
 
@@ -182,16 +197,19 @@ class _Pixels(nn.Module):
 class _Gate:
     """Lets forward passes run beside each other, and an export alone.
 
-    While torch traces a module it changes what other threads see of it.
+    While torch traces a module it changes what other threads see of it. Passes wait for an export
+    that waits, which would else never have its turn.
     """
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
         self._running = 0
+        self._waiting = 0
 
     @contextmanager
     def shared(self) -> Iterator[None]:
         with self._condition:
+            self._condition.wait_for(lambda: not self._waiting)
             self._running += 1
         try:
             yield
@@ -203,8 +221,13 @@ class _Gate:
     @contextmanager
     def alone(self) -> Iterator[None]:
         with self._condition:
-            self._condition.wait_for(lambda: not self._running)
-            yield  # whoever comes now waits for the lock
+            self._waiting += 1
+            try:
+                self._condition.wait_for(lambda: not self._running)
+                yield  # whoever comes now waits for the lock
+            finally:
+                self._waiting -= 1
+                self._condition.notify_all()
 
 
 _gate = _Gate()
@@ -215,7 +238,7 @@ class _Known:
     """What this process knows of a backbone.
 
     Attributes:
-        weights: identifies their values.
+        identity: of what it computes, see `_identity`.
         key: of its entry in the cache, once that was asked for.
         torch_seconds: what torch takes for an image, once it was timed.
         engines: those that are open, by name and whether in bf16.
@@ -223,12 +246,12 @@ class _Known:
         folder: holds the exported file, where the cache could not be written.
     """
 
-    weights: tuple[tuple[int, int], ...]
+    identity: tuple[Any, ...]
     key: str | None = None
     torch_seconds: float | None = None
     engines: dict[tuple[str, bool], Engine] = field(default_factory=dict)
     chosen: dict[Precision, str] = field(default_factory=dict)
-    folder: tempfile.TemporaryDirectory[str] | None = None
+    folder: Path | None = None
     lock: threading.RLock = field(default_factory=threading.RLock)
 
 
@@ -255,13 +278,27 @@ if hasattr(os, "register_at_fork"):
 
 def _known(backbone: Backbone) -> _Known:
     """Return what is known of a backbone as it is now."""
-    tensors = chain(backbone.parameters(), backbone.buffers())
-    weights = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+    identity = _identity(backbone)
     with _lock:
         known = _all_known.get(backbone)
-        if known is None or known.weights != weights:
-            known = _all_known[backbone] = _Known(weights)
+        if known is None or known.identity != identity:
+            known = _all_known[backbone] = _Known(identity)
         return known
+
+
+def _identity(backbone: Backbone) -> tuple[Any, ...]:
+    """Return what differs once a backbone computes something else.
+
+    What was written through `.data` is not seen before the next `train()`, as with packed heads.
+    """
+    tensors = list(chain(backbone.parameters(), backbone.buffers()))
+    weights: Any
+    if any(tensor.is_inference() for tensor in tensors):  # those count no versions
+        weights = weights_digest(backbone.state_dict().items())
+    else:
+        weights = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+    modules = tuple((id(module), type(module)) for module in backbone.modules())
+    return weights, modules, backbone.preprocessing, backbone.trainings
 
 
 class BackboneRunner:
@@ -305,7 +342,8 @@ class BackboneRunner:
         elif compiled or device.type != "cpu":
             self._backend = "torch"
         self._forward = _compiled(backbone) if compiled else backbone
-        self._counted = True
+        self._count: int | None = 0
+        self._done = 0
         self._spent = 0.0
         self._threads = torch.get_num_threads()
         self._engine: Engine | None = None
@@ -322,18 +360,19 @@ class BackboneRunner:
 
         Args:
             count: images to come; None for an unknown number, which `auto` exports for once torch
-                has been busy with them for long.
+                has been busy with them for long. Where it is not known how long torch takes, the
+                first batch tells.
 
         Raises:
             EngineError: the backbone cannot run in the engine that was asked for.
         """
         use_one_thread_if_forked()
         self._threads = torch.get_num_threads()
-        self._counted = count is not None
+        self._count, self._done, self._spent = count, 0, 0.0
         if self._backend in _ENGINES:
             self._engine = self._opened(self._backend)
         elif self._backend == "auto":
-            self._consider(count or 0)
+            self._consider()
 
     def __call__(self, images: list[Tensor]) -> Tensor:
         """Return features [n, F] float32 of images, each uint8 or float in 0..1 of [3, S, S].
@@ -345,10 +384,15 @@ class BackboneRunner:
             return engine(torch.stack(images))
         began = time.perf_counter()
         features = self._torch(images)
-        if self._backend == "auto" and not self._counted:
+        if self._backend == "auto" and not self._is_small:
             self._spent += (time.perf_counter() - began) * torch.get_num_threads() / self._threads
-            self._consider(0)
+            self._done += len(images)
+            self._consider()
         return features
+
+    @property
+    def _is_small(self) -> bool:
+        return self._count is not None and self._count < FEWEST_IMAGES
 
     @torch.no_grad()
     def _torch(self, images: list[Tensor]) -> Tensor:
@@ -382,32 +426,55 @@ class BackboneRunner:
             )
         require_onnx()
 
-    def _consider(self, count: int) -> None:
-        """Take what `auto` finds fastest for so many more images."""
-        if count < FEWEST_IMAGES and not self._spent and self._backbone not in _all_known:
+    def _consider(self) -> None:
+        """Take what `auto` finds fastest for the images that are left."""
+        if self._is_small and self._backbone not in _all_known:
             return
         known = _known(self._backbone)
         if not known.lock.acquire(blocking=False):
             return  # another thread is at it
         try:
-            if self._precision not in known.chosen and self._repays(known, count):
+            if self._precision not in known.chosen and self._repays(known):
                 known.chosen[self._precision] = self._fastest(known)
             chosen = known.chosen.get(self._precision, "torch")
-            self._engine = None if chosen == "torch" else self._opened(chosen)
+            try:
+                self._engine = None if chosen == "torch" else self._opened(chosen)
+            except EngineError as error:
+                _log.warning("%s; torch runs it", error)
+                known.chosen[self._precision] = "torch"
+                self._engine = None
         finally:
             known.lock.release()
 
-    def _repays(self, known: _Known, count: int) -> bool:
+    def _repays(self, known: _Known) -> bool:
         """Whether torch would be busy with the images of this call for long enough."""
-        if not self._candidates():
+        if self._is_small or not self._candidates():
             return False
-        if known.torch_seconds is None and count >= FEWEST_IMAGES:
-            once = partial(self._torch, self._examples())
-            known.torch_seconds = _seconds(once, runs=1) / TIMED_IMAGES
-        busy = self._spent + count * (known.torch_seconds or 0)
+        if self._done:
+            known.torch_seconds = self._spent / self._done
+        cache = Cache(CACHE_KIND)
+        if known.torch_seconds is None and cache.use().entries:
+            known.torch_seconds = self._seconds_found(cache, known).get("torch")
+        if known.torch_seconds is None:
+            return False
+        left = 0 if self._count is None else self._count - self._done
+        busy = self._spent if self._count is None else left * known.torch_seconds
         if busy < OPENING_REPAYS_SECONDS:
             return False
-        return busy >= EXPORT_REPAYS_SECONDS or Cache(CACHE_KIND).has(self._key(known))
+        return busy >= EXPORT_REPAYS_SECONDS or cache.has(self._key(known))
+
+    def _seconds_found(self, cache: Cache, known: _Known) -> dict[str, float]:
+        """Return what an image took in each engine, as it was found here before."""
+        races = cache.known(self._key(known)).get("seconds per image", {})
+        found: dict[str, float] = races.get(self._race(), {})
+        return found
+
+    def _race(self) -> str:
+        return f"{self._precision}, {self._threads} threads, {_versions()}"
+
+    def _timed(self, run: Callable[[], object]) -> float:
+        """Return the seconds of an image, were all threads busy with such runs."""
+        return _seconds(run) / TIMED_IMAGES * torch.get_num_threads() / self._threads
 
     def _candidates(self) -> list[str]:
         if not can_export():
@@ -417,12 +484,9 @@ class BackboneRunner:
 
     def _fastest(self, known: _Known) -> str:
         """Time the engines, or read what was found when they were, and name the fastest."""
-        cache, key = Cache(CACHE_KIND), self._key(known)
-        race = f"{self._precision}, {self._threads} threads, {_versions()}"
-        seconds = cache.known(key).get("seconds per image", {})
-        found = seconds.get(race)
-        if found is None:
-            found = {}
+        cache = Cache(CACHE_KIND)
+        found = self._seconds_found(cache, known)
+        if not found:
             for engine in self._candidates():
                 try:
                     opened = self._opened(engine)
@@ -430,10 +494,11 @@ class BackboneRunner:
                     _log.warning("%s", error)
                     continue
                 images = torch.stack(self._examples())
-                found[engine] = _seconds(partial(opened, images)) / TIMED_IMAGES
+                found[engine] = self._timed(partial(opened, images))
             if found:
-                found["torch"] = _seconds(partial(self._torch, self._examples())) / TIMED_IMAGES
-                cache.note(key, {"seconds per image": seconds | {race: found}})
+                found["torch"] = self._timed(partial(self._torch, self._examples()))
+                races = cache.known(self._key(known)).get("seconds per image", {})
+                cache.note(self._key(known), {"seconds per image": races | {self._race(): found}})
         fastest = min(found, key=lambda name: found[name]) if found else "torch"
         _log.info("backend of %s: %s of %s", self._backbone.name, fastest, found)
         return fastest
@@ -479,7 +544,7 @@ class BackboneRunner:
     def _file(self, known: _Known, engine: str) -> Path:
         """Return the exported backbone, from the cache if it is there."""
         if known.folder is not None:
-            return Path(known.folder.name) / _FILE
+            return known.folder / _FILE
         cache, key = Cache(CACHE_KIND), self._key(known)
         entry = cache.find(key)
         if entry is not None:
@@ -491,21 +556,27 @@ class BackboneRunner:
         )  # fmt: skip
         began = time.perf_counter()
         try:
-            file = cache.keep(key, self._export) / _FILE
-        except ValueError as error:
+            try:
+                file = cache.keep(key, self._export) / _FILE
+            except OSError as error:
+                _log.warning("%s cannot be written: %s", cache.folder, error.strerror or error)
+                folder = _folder_of_this_process()
+                self._export(folder)
+                known.folder = folder
+                file = folder / _FILE
+        except (OSError, ExportError) as error:
             raise EngineError(
-                f"backbone {name} cannot be exported for {_TITLES[engine]}. torch says: {error}"
+                f"backbone {name} cannot be exported for {_TITLES[engine]}: {error}"
             ) from error
-        except OSError as error:
-            _log.warning("%s cannot be written: %s", cache.folder, error.strerror or error)
-            known.folder = tempfile.TemporaryDirectory(prefix="cnnrnn-")
-            self._export(Path(known.folder.name))
-            file = Path(known.folder.name) / _FILE
         _log.warning("exported in %.1f s", time.perf_counter() - began)
         return file
 
     def _export(self, folder: Path) -> dict[str, Any]:
-        """Write the backbone into a folder, and return what is kept beside it."""
+        """Write the backbone into a folder, and return what is kept beside it.
+
+        Raises:
+            ExportError: torch cannot export it.
+        """
         began = time.perf_counter()
         side = self._backbone.preprocessing.image_size
         with _gate.alone(), torch.inference_mode(False), torch.no_grad():
@@ -534,6 +605,7 @@ class BackboneRunner:
             described = [
                 FORMAT, torch.__version__, backbone.name, form.image_size, form.mean, form.std,
                 None if architecture is None else architecture._asdict(),
+                repr(backbone.network),
                 weights_digest(backbone.state_dict().items()),
             ]  # fmt: skip
             text = json.dumps(described, sort_keys=True)
@@ -546,6 +618,18 @@ class BackboneRunner:
         random = torch.Generator().manual_seed(0)
         images = torch.randint(256, shape, dtype=torch.uint8, generator=random)
         return list(images)
+
+
+def _folder_of_this_process() -> Path:
+    """Make a folder that is removed when this process ends, and by no process forked from it."""
+    folder, process = Path(tempfile.mkdtemp(prefix="cnnrnn-")), os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == process:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return folder
 
 
 def _is_installed(engine: str) -> bool:
@@ -572,11 +656,11 @@ def _version(module: str) -> str:
     return "unknown"
 
 
-def _seconds(run: Callable[[], object], runs: int = 3) -> float:
-    """Return the shortest of some runs after a first one."""
+def _seconds(run: Callable[[], object]) -> float:
+    """Return the shorter of two runs after a first one."""
     run()
     found = []
-    for _ in range(runs):
+    for _ in range(2):
         began = time.perf_counter()
         run()
         found.append(time.perf_counter() - began)

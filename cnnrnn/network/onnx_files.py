@@ -25,6 +25,10 @@ ONE_FILE_BYTES = 2**31 - 2**20
 _PACKAGES = ("onnx", "onnxscript")
 
 
+class ExportError(ValueError):
+    """A module cannot be exported."""
+
+
 def can_export() -> bool:
     """Whether the packages are installed that an export needs."""
     return all(importlib.util.find_spec(name) is not None for name in _PACKAGES)
@@ -61,7 +65,7 @@ def to_onnx(
         output_names: of the model.
 
     Raises:
-        ValueError: torch cannot export the module; the message is torch's reason.
+        ExportError: torch cannot export the module; the message is torch's reason.
     """
     try:
         with warnings.catch_warnings(), _quiet_loggers():
@@ -85,7 +89,7 @@ def to_onnx(
     except MemoryError:
         raise
     except Exception as error:  # tracing runs the module's own code, and raises what it pleases
-        raise ValueError(" ".join(str(error).split())[:300]) from error
+        raise ExportError(" ".join(str(error).split())[:300]) from error
     assert written is not None
     proto: ModelProto = written.model_proto
     _forget_the_exporter(proto.graph)
@@ -119,11 +123,16 @@ def _forget_the_exporter(graph: GraphProto) -> None:
     del graph.metadata_props[:]
 
 
+def external_data(path: Path) -> Path:
+    """Return where the weights of a model lie that is larger than one file can be."""
+    return path.with_name(f"{path.name}.data")
+
+
 def write_onnx(proto: ModelProto, path: Path) -> None:
     """Check a model and put it at its place, its weights beside it where it is too large."""
     import onnx
 
-    beside = path.with_name(f"{path.name}.data")
+    beside = external_data(path)
     if sum(len(tensor.raw_data) for tensor in proto.graph.initializer) < ONE_FILE_BYTES:
         onnx.checker.check_model(proto, full_check=True)
         write_whole(path, lambda file: file.write_bytes(proto.SerializeToString()))

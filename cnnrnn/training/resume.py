@@ -11,13 +11,18 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from cnnrnn.config import ModelConfig, SearchConfig, TrainConfig, flat_options
+from cnnrnn.config import (
+    ModelConfig,
+    SearchConfig,
+    TrainConfig,
+    flat_options,
+    former_options,
+)
 from cnnrnn.data import Dataset
 from cnnrnn.data.images import image_identity
 from cnnrnn.machine.files import weights_digest, write_whole
@@ -119,6 +124,8 @@ def run_identity(
     options = flat_options(model_config, search_config, config, leave_out=FREE_OPTIONS)
     if frozen_backbone is not None:
         del options["init_backbone"]  # its weights are compared
+    if train_data.features is not None:
+        del options["model.jpeg_draft"]
     identity = {
         "options": options,
         "training data": data_digest(train_data),
@@ -150,13 +157,13 @@ def stored_recipe(folder: Path) -> Recipe:
     try:
         identity = read_state(file.read_bytes(), str(file)).values["identity"]
         options: dict[str, dict[str, Any]] = {"": {}, "model": {}, "search": {}}
-        for name, value in identity["options"].items():
+        for name, value in (former_options() | identity["options"]).items():
             prefix, _, field = name.rpartition(".")
             options[prefix][field] = value
         return Recipe(
-            read_options(ModelConfig, "model", asdict(ModelConfig()) | options["model"]),
-            read_options(SearchConfig, "search", asdict(SearchConfig()) | options["search"]),
-            read_options(TrainConfig, "options", asdict(TrainConfig()) | options[""]),
+            read_options(ModelConfig, "model", options["model"]),
+            read_options(SearchConfig, "search", options["search"]),
+            read_options(TrainConfig, "options", options[""]),
             identity["training data"],
         )
     except ResumeError:
@@ -175,7 +182,7 @@ def require_same_run(stored: Mapping[str, Any], now: Mapping[str, Any], out: Pat
     Raises:
         ResumeError: names every option that differs, with both values.
     """
-    former = flat_options(ModelConfig(), SearchConfig(), TrainConfig())
+    former = former_options()
     after = now["options"]
     before = {name: value for name, value in former.items() if name in after} | stored["options"]
     last = "finish_epochs" if after["finish_epochs"] else "epochs"

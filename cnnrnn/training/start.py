@@ -103,9 +103,9 @@ def initial_backbone(model_config: ModelConfig, config: TrainConfig) -> Backbone
             f"{None if source is None else source.name}, the model's is {model_config.backbone}"
         )
     source.origin = f"backbone {source.name}: from {config.init_backbone}"
+    form = replace(source.preprocessing, jpeg_draft=model_config.jpeg_draft)
     size = model_config.image_size
-    if size is not None:
-        source.preprocessing = replace(source.preprocessing, image_size=size)
+    source.preprocessing = form if size is None else replace(form, image_size=size)
     return source
 
 

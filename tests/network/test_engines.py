@@ -7,9 +7,12 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -229,12 +232,53 @@ def test_changed_weights_are_exported_again(model, engine, empty_cache, exports)
     assert (run(images) - before).abs().max() > 0.01
 
 
-def test_other_pixel_statistics_are_another_export(model, empty_cache, exports):
-    model.predict(pictures(2), backend="onnx")
-    other = made()
-    other.backbone.preprocessing = Preprocessing(SIDE, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    assert other.predict(pictures(2), backend="onnx") is not None
+def scale_through_data(backbone):
+    backbone.eval().train()
+    for parameter in backbone.parameters():
+        parameter.data.mul_(1.3)
+    backbone.train().eval()
+
+
+def leak(backbone):
+    for module in backbone.network.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ReLU):
+                setattr(module, name, nn.LeakyReLU(0.5))
+
+
+def shift(backbone):
+    mean, std = (0.2, 0.3, 0.4), (0.7, 0.8, 0.9)
+    backbone.preprocessing = replace(backbone.preprocessing, mean=mean, std=std)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("change", [scale_through_data, leak, shift])
+def test_a_model_that_computes_something_else_is_another_export(
+    model, engine, change, empty_cache, exports
+):
+    images = tensors(4)
+    run = runner(model, backend=engine)
+    run.prepare(None)
+    before = run(images)
+    change(model.backbone)
+    run, exact = runner(model, backend=engine), runner(model, backend="torch")
+    run.prepare(None)
+    torch.testing.assert_close(run(images), exact(images), rtol=1e-4, atol=1e-5)
+    assert (run(images) - before).abs().max() > 0.01
     assert len(exports) == 2
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_weights_changed_in_inference_mode_are_exported_again(engine, empty_cache):
+    images = tensors(4)
+    with torch.inference_mode():
+        model = made()
+        for factor in (1.0, 1.2):
+            for parameter in model.backbone.parameters():
+                parameter.mul_(factor)
+            run, exact = runner(model, backend=engine), runner(model, backend="torch")
+            run.prepare(None)
+            torch.testing.assert_close(run(images), exact(images), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("how", ["flipped", "cut", "gone", "about"])
@@ -265,6 +309,106 @@ def test_a_cache_that_cannot_be_written_does_not_stop_anything(
     expected = [p.labels for p in model.predict(pictures(9), backend="torch")]
     assert [p.labels for p in model.predict(pictures(9), backend="onnx")] == expected
     assert any("cannot be written" in message for message in said(caplog))
+    assert [p.labels for p in model.predict(pictures(9), backend="openvino")] == expected
+    other = make_model(feature_dim=3)
+    other.backbone = Backbone("own", Branches(), Preprocessing(SIDE)).eval()
+    for _ in range(2):
+        with pytest.raises(EngineError, match="backbone own cannot be exported for ONNX Runtime: "):
+            other.predict(pictures(2), backend="onnx")
+    eager(monkeypatch, {"torch": 2.0, "onnx": 1.0, "openvino": 1.0})
+    assert len(other.predict(pictures(100))) == 100
+
+
+def test_a_cache_that_may_only_be_read_is_used(model, empty_cache, exports, monkeypatch):
+    model.predict(pictures(2), backend="onnx")
+
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(cache_module.os, "utime", refuse)
+    made().predict(pictures(2), backend="onnx")
+    assert exports == ["small"]
+    entry = next(empty_cache.iterdir())
+    assert entry.stat().st_mode & 0o077 == 0o777 & ~umask() & 0o077
+
+
+def umask():
+    now = os.umask(0)
+    os.umask(now)
+    return now
+
+
+def test_an_open_engine_outlives_its_file(empty_cache, monkeypatch):
+    """The share of a thread in a pool is opened when the file may be gone."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for engine in ("onnx", "openvino"):
+            model = made()
+            expected = [p.labels for p in model.predict(pictures(9), backend="torch")]
+            model.predict(pictures(2), backend=engine, workers=0)
+            shutil.rmtree(empty_cache)
+            found = model.predict(pictures(9), backend=engine, workers=2)
+            assert [p.labels for p in found] == expected
+    finally:
+        torch.set_num_threads(threads)
+
+
+FORKED_WITHOUT_CACHE = """
+import os, sys, warnings
+import numpy as np
+import cnnrnn
+from cnnrnn.network import engines
+warnings.simplefilter("ignore")
+model = cnnrnn.load(backend="onnx")
+images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
+model.predict(images)
+child = os.fork()
+if child == 0:
+    os._exit(0)
+os.waitpid(child, 0)
+(known,) = engines._all_known.values()
+print(known.folder, known.folder.is_dir())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_leaves_its_parents_file(tmp_path):
+    (tmp_path / "file").touch()
+    run = subprocess.run([sys.executable, "-c", FORKED_WITHOUT_CACHE], capture_output=True,
+                         text=True, timeout=240, env=os.environ
+                         | {"CNNRNN_CACHE": str(tmp_path / "file")})  # fmt: skip
+    folder, _, there = run.stdout.strip().rpartition(" ")
+    assert there == "True", run.stderr
+    assert not Path(folder).exists()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_export_has_its_turn_while_others_predict(engine, empty_cache):
+    others = [made() for _ in range(3)]
+    going = threading.Event()
+    going.set()
+
+    def work(model):
+        while going.is_set():
+            model.predict(pictures(2), backend="torch", workers=0)
+
+    threads = [threading.Thread(target=work, args=(other,)) for other in others]
+    for thread in threads:
+        thread.start()
+    done = threading.Event()
+
+    def export():
+        made().predict(pictures(2), backend=engine)
+        done.set()
+
+    exporting = threading.Thread(target=export)
+    exporting.start()
+    ended = done.wait(120)
+    going.clear()
+    for thread in (*threads, exporting):
+        thread.join()
+    assert ended
 
 
 def test_what_holds_an_engine_can_be_copied_and_saved(model, tmp_path):
@@ -308,19 +452,24 @@ def eager(monkeypatch, seconds):
     monkeypatch.setattr(engines, "OPENING_REPAYS_SECONDS", 0.0)
     monkeypatch.setattr(engines, "FEWEST_IMAGES", 1)
 
-    def timed(run, runs=3):
+    def timed(run):
         run()
         return seconds[getattr(getattr(run, "func", run), "name", "torch")]
 
     monkeypatch.setattr(engines, "_seconds", timed)
 
 
-def test_few_images_stay_in_torch(model, empty_cache, exports):
+def after_a_batch(model, count):
+    """The engine of a call of so many images, after its first batch."""
     run = runner(model)
-    run.prepare(63)
-    assert run.engine == "torch"
-    run.prepare(2000)  # a second of work
-    assert run.engine == "torch"
+    run.prepare(count)
+    run(tensors(8))
+    return run.engine
+
+
+def test_few_images_stay_in_torch(model, empty_cache, exports):
+    assert after_a_batch(model, 63) == "torch"
+    assert after_a_batch(model, 400) == "torch"  # a tenth of a second
     assert (exports, Cache("backbones").use()) == ([], CacheUse(0, 0))
 
 
@@ -328,9 +477,7 @@ def test_few_images_stay_in_torch(model, empty_cache, exports):
 def test_the_fastest_is_taken_and_remembered(model, engine, empty_cache, exports, monkeypatch):
     other = "openvino" if engine == "onnx" else "onnx"
     eager(monkeypatch, {"torch": 2.0, engine: 1.0, other: 3.0})
-    run = runner(model)
-    run.prepare(100)
-    assert run.engine == engine
+    assert after_a_batch(model, 100) == engine
     assert exports == ["small"]
     about = json.loads(next(empty_cache.glob("*/about.json")).read_text())
     (times,) = about["seconds per image"].values()
@@ -339,27 +486,21 @@ def test_the_fastest_is_taken_and_remembered(model, engine, empty_cache, exports
     again = runner(made())
     again.prepare(100)
     assert again.engine == engine  # as it was found, without another race
-    small = runner(model)
-    small.prepare(1)
-    assert small.engine == engine  # it is open
+    assert after_a_batch(model, 1) == engine  # it is open
 
 
 def test_torch_is_taken_where_it_is_fastest(model, empty_cache, monkeypatch):
     eager(monkeypatch, {"torch": 1.0, "onnx": 1.1, "openvino": 1.2})
-    run = runner(model)
-    run.prepare(100)
-    assert run.engine == "torch"
+    assert after_a_batch(model, 100) == "torch"
 
 
 def test_what_is_in_the_cache_is_opened_for_less(model, empty_cache, exports, monkeypatch):
     model.predict(pictures(2), backend="onnx")
-    monkeypatch.setattr(engines, "OPENING_REPAYS_SECONDS", 0.0)
-    monkeypatch.setattr(engines, "_seconds", lambda run, runs=3: 1e-3)
-    run = runner(made())
-    run.prepare(100)
+    assert after_a_batch(made(), 400) == "torch"  # less than a second of work
+    eager(monkeypatch, {"torch": 2.0, "onnx": 1.0, "openvino": 3.0})
+    monkeypatch.setattr(engines, "EXPORT_REPAYS_SECONDS", 1e9)
+    assert after_a_batch(made(), 100) == "onnx"
     assert exports == ["small"]
-    about = json.loads(next(empty_cache.glob("*/about.json")).read_text())
-    assert about["seconds per image"]
 
 
 def test_an_iterator_is_exported_for_once_torch_was_busy_for_long(
@@ -386,9 +527,7 @@ def test_an_engine_that_errs_is_not_taken(model, engine, empty_cache, monkeypatc
         model.predict(pictures(2), backend=engine)
     other = "openvino" if engine == "onnx" else "onnx"
     eager(monkeypatch, {"torch": 1.0, engine: 0.0, other: 2.0})
-    run = runner(made())
-    run.prepare(100)
-    assert run.engine == "torch"
+    assert after_a_batch(made(), 100) == "torch"
     assert any("must give the features of torch" in message for message in said(caplog))
 
 
@@ -404,7 +543,7 @@ class Branches(nn.Module):
 def test_a_backbone_that_cannot_be_exported(empty_cache, monkeypatch, caplog):
     model = make_model(feature_dim=3)
     model.backbone = Backbone("own", Branches(), Preprocessing(SIDE)).eval()
-    with pytest.raises(EngineError, match=r"backbone own cannot be exported for ONNX Runtime\. "):
+    with pytest.raises(EngineError, match="backbone own cannot be exported for ONNX Runtime: "):
         model.predict(pictures(2), backend="onnx")
     eager(monkeypatch, {"torch": 2.0, "onnx": 1.0, "openvino": 1.0})
     with caplog.at_level(logging.WARNING):
@@ -441,7 +580,7 @@ def test_the_command_line(tmp_path, capsys, model):
         assert main(["predict", *(str(tmp_path / f"{i}.png") for i in range(3)), *options]) == 0
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1]
-    assert main(["check"]) in (0, 1)
+    main(["check"])  # its status is of the whole installation
     assert "exported backbones: " in capsys.readouterr().out
 
 
