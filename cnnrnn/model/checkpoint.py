@@ -28,6 +28,10 @@ CONFIG_FILE = "config.json"
 FEATURES_ONLY = "features"
 
 
+SHIPPED_NAMES = ("scenes", "animals")
+"""What `cnnrnn.load` takes by name, see `shipped`."""
+
+
 class CheckpointError(ValueError):
     """A checkpoint folder is missing, incomplete or does not fit together."""
 
@@ -38,7 +42,8 @@ def find_checkpoint(path: str | Path) -> Path:
     found = _found(folder)
     if found is None:
         raise CheckpointError(
-            f"{folder} is not a checkpoint: neither it nor {folder / 'best'} holds {CONFIG_FILE}"
+            f"{folder} is not a checkpoint: neither it nor {folder / 'best'} holds {CONFIG_FILE}, "
+            f"and the models of the package are {' and '.join(SHIPPED_NAMES)}"
         )
     return found
 

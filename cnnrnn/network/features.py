@@ -178,7 +178,9 @@ def _cache_key(backbone: Backbone, dataset: Dataset) -> str:
     digest = hashlib.sha256()
     digest.update(backbone.name.encode())
     digest.update(weights_digest(backbone.state_dict().items()).encode())
-    digest.update(json.dumps(asdict(backbone.preprocessing)).encode())
+    # As before there were drafts, so that caches of earlier releases are found.
+    form = {k: v for k, v in asdict(backbone.preprocessing).items() if k != "jpeg_draft" or v}
+    digest.update(json.dumps(form).encode())
     for image in dataset.images or ():
         digest.update(image_identity(image))
     return digest.hexdigest()

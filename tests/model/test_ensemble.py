@@ -217,6 +217,10 @@ def test_members_share_one_frozen_backbone():
         Ensemble([pictures_model(0), pictures_model(1, same=False)])
     with pytest.raises(ValueError, match="backbone of member 1 must be frozen to be shared, got t"):
         Ensemble([pictures_model(0), pictures_model(1, frozen=False)])
+    full = pictures_model(1)
+    full.backbone.preprocessing = replace(full.backbone.preprocessing, jpeg_draft=False)
+    with pytest.raises(ValueError, match="one preprocessing, got .*jpeg_draft=False.*draft=True"):
+        Ensemble([pictures_model(0), full])
     together = Ensemble([pictures_model(0), pictures_model(1)])
     kept = sum(name.startswith("backbone.") for name in together.state_dict())
     assert kept == len(together.backbone.state_dict())

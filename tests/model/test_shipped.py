@@ -12,6 +12,8 @@ from cnnrnn import CheckpointError
 from cnnrnn.cli import main
 from cnnrnn.machine.files import weights_digest
 from cnnrnn.model import shipped
+from cnnrnn.model.checkpoint import SHIPPED_NAMES
+from cnnrnn.model.classifier import load_checkpoint
 from cnnrnn.model.shipped import LITE2, SHIPPED, load_shipped
 
 pytest.importorskip("timm")
@@ -62,6 +64,8 @@ def test_saved_it_needs_no_other_package(model, tmp_path, monkeypatch):
 
 def test_a_folder_of_that_name_goes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "animals").mkdir()  # holds pictures
+    assert cnnrnn.load("animals").labels == ANIMALS
     load_shipped("scenes").save("animals")
     assert "sky" in cnnrnn.load("animals").labels
     assert "sky" in cnnrnn.load("scenes").labels
@@ -90,6 +94,19 @@ def test_other_weights_are_refused(monkeypatch):
 def test_a_checkpoint_of_the_head_alone_is_no_other_checkpoint():
     with pytest.raises(CheckpointError, match="does not hold the weights of the model"):
         cnnrnn.load(SHIPPED["animals"].folder)
+
+
+def test_a_head_is_given_its_own_backbone_alone(model):
+    with pytest.raises(CheckpointError, match="has a backbone of its own, and another was given"):
+        load_checkpoint(SHIPPED["scenes"].folder, load_shipped("scenes").backbone)
+    with pytest.raises(CheckpointError, match="must be tf_efficientnet_lite2 with 1280 features"):
+        load_checkpoint(SHIPPED["animals"].folder, load_shipped("scenes").backbone)
+
+
+def test_the_names_are_those_of_the_error():
+    assert set(SHIPPED_NAMES) == set(SHIPPED)
+    with pytest.raises(CheckpointError, match="the models of the package are scenes and animals"):
+        cnnrnn.load("animal")
 
 
 def test_the_command_line_takes_the_name(tmp_path, capsys):

@@ -191,6 +191,19 @@ def test_a_run_from_before_an_option_existed_goes_on_with_its_default(tmp_path, 
     train(data, out, MODEL, SEARCH, QUICK, resume=True)
 
 
+def test_pictures_of_a_run_from_before_drafts_are_decoded_at_full_size(tmp_path, scenes):
+    data = load_dataset(f"scenes:{scenes}")
+    out, model = tmp_path / "run", replace(SMALL, freeze_backbone=True)
+    with pytest.raises(Stop):
+        train(data, out, model, SEARCH, QUICK, say=stop_after(2))
+    stored = read_state((out / STATE_FILE).read_bytes(), "state")
+    del stored.values["identity"]["options"]["model.jpeg_draft"]
+    save_state(out / STATE_FILE, stored)
+    with pytest.raises(ResumeError, match="model.jpeg_draft must be false, got true"):
+        train(data, out, model, SEARCH, QUICK, resume=True)
+    train(data, out, replace(model, jpeg_draft=False), SEARCH, QUICK, resume=True)
+
+
 def test_other_data_is_refused(tmp_path, data):
     out = tmp_path / "run"
     with pytest.raises(Stop):
