@@ -589,21 +589,6 @@ def engines() -> str:
     return _table(["", "images/s", "over timm's loop"], rows)
 
 
-def engine_backbones() -> str:
-    """`predict` by engine and backbone, and of the engine alone."""
-    results = _engines()["backbones"]
-    rows = [
-        [title, *(
-            f"{_number(r['speed'][f'{way}, predict'])} "
-            f"({100 * r['speed'][f'{way}, predict'] / r['speed'][f'{way}, alone']:.0f} %)"
-            for r in results.values()
-        )]
-        for way, title in ENGINE_NAMES.items()
-        if all(f"{way}, predict" in r["speed"] for r in results.values())
-    ]  # fmt: skip
-    return _table(["", *results], rows)
-
-
 def deployment_machine() -> str:
     """Say where and when the deployment figures were measured."""
     results = _deployed()
@@ -640,7 +625,6 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "deployment-summary": lambda results: deployment_summary(),
     "deployment-predict": lambda results: deployment_predict(),
     "engines": lambda results: engines(),
-    "engine-backbones": lambda results: engine_backbones(),
     "deployment-machine": lambda results: deployment_machine(),
 }  # fmt: skip
 

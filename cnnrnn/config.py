@@ -63,9 +63,9 @@ class Preprocessing:
         mean: per-channel mean to subtract, on the 0..1 scale.
         std: per-channel standard deviation to divide by, on the 0..1 scale.
         interpolation: resampling filter, `bilinear` or `bicubic`, antialiased.
-        jpeg_draft: JPEG files at least twice as large as the input, in both directions, are decoded
-            at 1/2, 1/4 or 1/8 of their size, the smallest that covers the input: several times
-            faster, and values move a little.
+        jpeg_draft: JPEG files at least four times as large as the input, in both directions, are
+            decoded at 1/2, 1/4 or 1/8 of their size, the smallest that is twice the input: several
+            times faster, and values move a little.
     """
 
     image_size: int = 224

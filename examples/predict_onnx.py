@@ -14,10 +14,10 @@ from PIL import Image, ImageOps
 def read_rgb(file: str, side: int, drafts: bool) -> Image.Image:
     """Return an image upright: transparency on white, 16-bit grey scaled to 8 bits.
 
-    Drafts are JPEG files decoded at the smallest size that covers the model's input.
+    Drafts are JPEG files decoded at the smallest size that is twice the model's input.
     """
     picture = Image.open(file)
-    draft = picture.draft(None, (side, side)) if drafts else None  # None of other formats
+    draft = picture.draft(None, (2 * side, 2 * side)) if drafts else None  # None of other formats
     if draft is not None:
         picture = picture.crop((0, 0, round(draft[1][2]), round(draft[1][3])))
     picture = ImageOps.exif_transpose(picture)

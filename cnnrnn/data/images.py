@@ -108,7 +108,7 @@ def decode_image(
             with Image.open(handle, formats=_known_formats()) as opened:
                 _check_size(opened, place, record)
                 if preprocessing is not None and preprocessing.jpeg_draft:
-                    return to_rgb(_draft(opened, preprocessing.image_size))
+                    return to_rgb(_draft(opened, 2 * preprocessing.image_size))
                 opened.load()
                 return to_rgb(opened)
     except (BadImageError, MemoryError):
