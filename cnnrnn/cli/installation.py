@@ -60,8 +60,10 @@ def _cuda_search() -> str:
 
     if not _C.WITH_CUDA:
         return "not in this build; with a GPU the backbone runs there, the search on the CPU"
-    measured = ", ".join(sorted(MEASURED_GPUS)) or "no hardware yet"
-    return f"in this build; measured on {measured}, elsewhere only for search_device='cuda'"
+    if not MEASURED_GPUS:
+        return "in this build; not measured on hardware yet, so only search_device='cuda' uses it"
+    measured = ", ".join(sorted(MEASURED_GPUS))
+    return f"in this build; used on {measured}, on other GPUs with search_device='cuda'"
 
 
 def _onnx_runtime() -> str:
