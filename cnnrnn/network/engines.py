@@ -71,7 +71,7 @@ _MODULES = {"onnx": "onnxruntime", "openvino": "openvino"}
 
 
 class EngineError(ValueError):
-    """A backbone cannot run in an engine that was asked for by name."""
+    """A backbone cannot run in an engine."""
 
 
 class Engine(Protocol):
@@ -266,7 +266,7 @@ def _leave_to_the_parent() -> None:
     """
     global _gate, _lock
     _gate, _lock = _Gate(), threading.Lock()
-    for known in _all_known.values():
+    for known in list(_all_known.values()):
         for engine in known.engines.values():
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))
     _all_known.clear()
