@@ -26,7 +26,7 @@ from cnnrnn.config import (
 from cnnrnn.data import Dataset
 from cnnrnn.data.images import image_identity
 from cnnrnn.machine.files import weights_digest, write_whole
-from cnnrnn.model.checkpoint import read_options
+from cnnrnn.model.checkpoint import FEATURES_ONLY, read_options
 from cnnrnn.network.backbones import Backbone
 
 STATE_FILE = "state.safetensors"
@@ -157,7 +157,10 @@ def stored_recipe(folder: Path) -> Recipe:
     try:
         identity = read_state(file.read_bytes(), str(file)).values["identity"]
         options: dict[str, dict[str, Any]] = {"": {}, "model": {}, "search": {}}
-        for name, value in (former_options() | identity["options"]).items():
+        named = former_options() | identity["options"]
+        if named["model.backbone"] == FEATURES_ONLY:  # which has no pictures
+            named["model.jpeg_draft"] = ModelConfig().jpeg_draft
+        for name, value in named.items():
             prefix, _, field = name.rpartition(".")
             options[prefix][field] = value
         return Recipe(
