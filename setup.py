@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent
 
 # What the extension is built against is also what it runs with: `_C` does not load beside another
 # torch, so the requirement names the exact release and no other requirement can replace it.
-DEPENDENCIES = ["numpy>=1.26", "pillow>=10.3", "platformdirs>=4", "safetensors>=0.4.3",
-                "jsonargparse[signatures]>=4.40", "rich>=13"]  # fmt: skip
+DEPENDENCIES = ["numpy>=1.26", "pillow>=10.3", "filelock>=3.12", "platformdirs>=4",
+                "safetensors>=0.4.3", "jsonargparse[signatures]>=4.40", "rich>=13"]  # fmt: skip
 
 
 def torch_release() -> str | None:

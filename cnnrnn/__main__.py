@@ -1,7 +1,5 @@
 """`python -m cnnrnn` is the `cnnrnn` command."""
 
-import sys
+from cnnrnn.cli import run
 
-from cnnrnn.cli import main
-
-sys.exit(main())
+run()

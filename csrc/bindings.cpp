@@ -14,6 +14,8 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <memory>
 #include <mutex>
@@ -51,14 +53,14 @@ Enum parse(const char* name, std::string_view value,
 }
 
 // A dense fp32 tensor of exactly this shape on this device; returns a contiguous view or copy,
-// whose values begin at a multiple of 16 bytes.
+// whose values are in memory as they are (no lazy negation) and begin at a multiple of 16 bytes.
 Tensor checked(const char* name, const Tensor& tensor, at::IntArrayRef shape, at::Device device) {
   TORCH_CHECK_VALUE(tensor.sizes() == shape, name, " must be ", shape, ", got ", tensor.sizes());
   TORCH_CHECK_VALUE(tensor.scalar_type() == at::kFloat, name, " must be float32, got ",
                     tensor.scalar_type());
   TORCH_CHECK_VALUE(tensor.device() == device, name, " must be on ", device, ", got ",
                     tensor.device());
-  const Tensor dense = tensor.contiguous();
+  const Tensor dense = tensor.resolve_neg().contiguous();
   return reinterpret_cast<uintptr_t>(dense.data_ptr()) % 16 == 0 ? dense : dense.clone();
 }
 
@@ -73,10 +75,50 @@ const float* data_or_null(const optional<Tensor>& tensor) {
 
 bool forked = false;  // OpenMP's threads do not survive a fork: a child searches on its own thread
 
+using Clock = std::chrono::steady_clock;
+
+unsigned long main_thread = 0;  // Python's signal handlers run there alone
+
+// Whether a call's work goes on: a signal whose handler raises an error, as Ctrl-C's does, ends it.
+class Interrupts {
+ public:
+  // Asks in the main thread, now and then.
+  void check() {
+    if (PyThread_get_thread_ident() != main_thread) return;
+    static Clock::time_point checked;
+    const Clock::time_point now = Clock::now();
+    if (now - checked < std::chrono::milliseconds(50)) return;
+    checked = now;
+    const pybind11::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() == 0) return;
+    raised_ = true;
+    throw pybind11::error_already_set();
+  }
+  bool raised() const { return raised_.load(std::memory_order_relaxed); }
+
+ private:
+  std::atomic<bool> raised_{false};  // seen by the other threads, which leave the rest out
+};
+
+// Parts grow until one takes a while: each costs a call of `work`.
+void work_in_parts(int64_t begin, int64_t end, const cnnrnn::Work& work, Interrupts* interrupts) {
+  for (int64_t size = 4; begin < end && !interrupts->raised();) {
+    const Clock::time_point began = Clock::now();
+    const int64_t part_end = std::min(begin + size, end);
+    work(begin, part_end);
+    begin = part_end;
+    if (Clock::now() - began < std::chrono::milliseconds(20)) size *= 4;
+    interrupts->check();
+  }
+}
+
 void parallel_for(int64_t n, const cnnrnn::Work& work) {
   if (n == 0) return;
-  if (forked || n == 1) return work(0, n);
-  at::parallel_for(0, n, 1, work);
+  Interrupts interrupts;
+  if (forked || n == 1) return work_in_parts(0, n, work, &interrupts);
+  at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    work_in_parts(begin, end, work, &interrupts);
+  });
 }
 
 // Parameters that have been checked, dense, and what the kernels are told of them.
@@ -140,7 +182,7 @@ std::shared_ptr<CpuHead> make_cpu_head(const Parameters& p, std::string_view cel
                                           : cnnrnn::find_cpu_kernels(instruction_set.c_str());
   TORCH_CHECK_VALUE(kernels != nullptr, "instruction_set must be auto or one of this build's and ",
                     "this processor's (see instruction_sets()), got '", instruction_set, "'");
-  return std::make_shared<CpuHead>(weights.pointers, *kernels, prefix_bytes);
+  return std::make_shared<CpuHead>(weights.pointers, *kernels, prefix_bytes, parallel_for);
 }
 
 struct Outputs {
@@ -203,7 +245,7 @@ CheckedEvidence check_evidence(const optional<Tensor>& evidence, int64_t B, int6
                     "evidence must be [1 or ", B, ", ", L, "], got ", evidence->sizes());
   TORCH_CHECK_VALUE(evidence->scalar_type() == at::kChar, "evidence must be int8, got ",
                     evidence->scalar_type());
-  CheckedEvidence checked{evidence->to(at::kCPU).contiguous()};
+  CheckedEvidence checked{evidence->to(at::kCPU).resolve_neg().contiguous()};
   const int8_t* values = checked.rows->const_data_ptr<int8_t>();
   for (int64_t image = 0; image < checked.rows->size(0); ++image) {
     int64_t present = 0;
@@ -415,6 +457,7 @@ auto* cuda_heads = new cnnrnn::HeadRegistry<TorchCudaHead>;
 
 void after_fork_in_child() {
   forked = true;
+  main_thread = PyThread_get_thread_ident();
   // A thread may have held the old one's lock; freeing what lies on a GPU would need CUDA, which a
   // forked child cannot use.
   cpu_heads = new cnnrnn::HeadRegistry<CpuHead>;
@@ -455,6 +498,9 @@ OpResult beam_search_op(const Tensor& joint, const optional<Tensor>& label_logit
                         bool end_takes_slot, c10::string_view stop, bool marginals,
                         int64_t cache_generation, int64_t prefix_bytes, c10::string_view precision,
                         const optional<Tensor>& evidence, int64_t marginal_places) {
+  // A search in the main thread may need the GIL while it holds what this one waits for.
+  std::optional<pybind11::gil_scoped_release> release;
+  if (PyGILState_Check() != 0) release.emplace();
   const HeadSource source{{label_embedding, input_embedding, score_bias, input_weight,
                            hidden_weight, input_bias, hidden_bias, output_projection},
                           cell,
@@ -592,6 +638,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled beam search of cnnrnn.";
   m.attr("MAX_BEAM_SIZE") = cnnrnn::kMaxBeamSize;
   m.attr("MAX_CUDA_PATHS") = cnnrnn::kMaxCudaPaths;
+  main_thread =
+      py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
 #if !defined(_WIN32)
   pthread_atfork(nullptr, nullptr, after_fork_in_child);
 #endif

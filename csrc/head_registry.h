@@ -92,6 +92,7 @@ class HeadRegistry {
     const void* data;
     int64_t version;
     at::ScalarType type;
+    bool is_negated;
     std::vector<int64_t> sizes, strides;
   };
   struct Kept {
@@ -131,6 +132,7 @@ class HeadRegistry {
                                   tensor.data_ptr(),
                                   tensor._version(),
                                   tensor.scalar_type(),
+                                  tensor.is_neg(),
                                   tensor.sizes().vec(),
                                   tensor.strides().vec()};
     }
@@ -157,7 +159,8 @@ class HeadRegistry {
     return !tensor.is_inference() &&
            key.storage._unsafe_get_target() == tensor.storage().unsafeGetStorageImpl() &&
            key.data == tensor.data_ptr() && key.version == tensor._version() &&
-           key.type == tensor.scalar_type() && key.sizes == tensor.sizes() &&
+           key.type == tensor.scalar_type() && key.is_negated == tensor.is_neg() &&
+           key.sizes == tensor.sizes() &&
            key.strides == tensor.strides();
   }
 

@@ -19,6 +19,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--mutations", type=int, default=300, help="broken data files to read, over all formats"
     )
+    parser.addoption(
+        "--attacks", action="store_true", help="as many tries as docs/reliability.md reports"
+    )
     parser.addoption("--kills", type=int, default=5, help="training runs to kill and resume")
 
 

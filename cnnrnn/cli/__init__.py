@@ -7,13 +7,24 @@ overrides on the command line; dashes and underscores in option names mean the s
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
 
 from cnnrnn.cli.commands import RUN
 from cnnrnn.cli.options import RECIPES, make_parser
+from cnnrnn.cli.output import STANDARD_OUTPUT
+from cnnrnn.machine.devices import use_usable_cores
+from cnnrnn.machine.files import writing
+from cnnrnn.machine.memory import keep_freed_memory
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has come: as with Ctrl-C, what is half written is removed, and the rest is kept."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,24 +42,73 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser = make_parser("paper")
     options = parser.parse_args(words)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _terminated_like_ctrl_c():
             warnings.showwarning = _show_warning
+            use_usable_cores()
+            keep_freed_memory()
             status = RUN[command](options[command])
-            sys.stdout.flush()
+            with writing(STANDARD_OUTPUT):
+                sys.stdout.flush()
             return status
     except BrokenPipeError:  # the reader of our output has ended, as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()
         return 0
-    except KeyboardInterrupt:
-        print("cnnrnn: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        terminated = isinstance(interrupt, Terminated)
+        how = "terminated" if terminated else "interrupted"
+        again = "; the same command with --resume goes on" if command == "train" else ""
+        print(f"cnnrnn: {how}{again}", file=sys.stderr)
+        return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
         if not _is_meant_for_people(error):
             raise
         from cnnrnn.machine.distributed import process_prefix
 
-        print(f"cnnrnn: error: {process_prefix()}{error}", file=sys.stderr)
+        text = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            name = "" if error.filename is None else f"{error.filename}: "
+            text = f"{name}{error.strerror}"
+            if error.filename == STANDARD_OUTPUT:
+                _forget_output()
+        print(f"cnnrnn: error: {process_prefix()}{text}", file=sys.stderr)
         return 1
+
+
+def run() -> NoReturn:
+    """End the process with the status of `main`: at once, where threads still compute a batch."""
+    status = main()
+    if status > 128 and threading.active_count() > 1:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+@contextmanager
+def _terminated_like_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM raise `Terminated` in a command that runs alone in its process."""
+    from cnnrnn.machine.distributed import started_by_torchrun
+
+    in_main = threading.current_thread() is threading.main_thread()
+    # One of several processes must end at once where torchrun stops it: it may wait for the others.
+    if not in_main or started_by_torchrun() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _forget_output() -> None:
+    """Let what is left to write to standard output vanish: its file takes no more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_meant_for_people(error: Exception) -> bool:

@@ -11,12 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from cnnrnn.machine.files import writing
 from cnnrnn.machine.words import listed
 from cnnrnn.prediction.result import Prediction
 
 TABLE_METRICS = ("C-P", "C-R", "C-F1", "O-P", "O-R", "O-F1", "MAP@10", "mAP", "mAP-11pt",
                  "exact-match", "example-F1")  # fmt: skip
 NAMES_SHOWN = 10
+STANDARD_OUTPUT = "standard output"
 
 
 def say(line: str) -> None:
@@ -27,7 +29,8 @@ def say(line: str) -> None:
 def write_json(file: str, values: Any, ascii_only: bool = False) -> None:
     """Write values to a file; names of files may be bytes that are no text, and need escapes."""
     text = json.dumps(values, indent=2, ensure_ascii=ascii_only) + "\n"
-    Path(file).write_text(text, encoding="utf-8")
+    with writing(file):
+        Path(file).write_text(text, encoding="utf-8")
 
 
 def yaml_text(values: dict[str, Any]) -> str:
@@ -84,9 +87,13 @@ def opened(path: str | None) -> Iterator[IO[str]]:
     if path is None:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="surrogateescape")
-        yield sys.stdout
+        with writing(STANDARD_OUTPUT):
+            yield sys.stdout
         return
-    with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
+    with (
+        writing(path),
+        open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as stream,
+    ):
         yield stream
 
 

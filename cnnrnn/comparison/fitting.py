@@ -45,7 +45,7 @@ from cnnrnn.comparison.metric import NeighbourMetric, train_metric
 from cnnrnn.config import CompareConfig, ModelConfig, SearchConfig, TrainConfig, flat_options
 from cnnrnn.data import Dataset
 from cnnrnn.machine.devices import resolve_device
-from cnnrnn.machine.files import weights_digest
+from cnnrnn.machine.files import weights_digest, write_whole
 from cnnrnn.model.classifier import CNNRNN, load_checkpoint
 from cnnrnn.model.ensemble import Ensemble
 from cnnrnn.prediction.decisions import mean_average_precision
@@ -443,7 +443,8 @@ def _train_or_load(
     if not _is_done(comparison, folder):
         trained = train().state_dict()
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in trained.items()}, file)
+        weights = {name: tensor.contiguous() for name, tensor in trained.items()}
+        write_whole(file, lambda part: save_file(weights, part))
         _set_done(comparison, folder)
     model.load_state_dict(load_file(file))
     model.to(resolve_device(comparison.config.device)).eval()
@@ -506,4 +507,4 @@ def _is_done(comparison: Comparison, folder: Path) -> bool:
 
 
 def _set_done(comparison: Comparison, folder: Path) -> None:
-    (folder / "done").write_text(comparison.key, encoding="utf-8")
+    write_whole(folder / "done", lambda file: file.write_text(comparison.key, encoding="utf-8"))

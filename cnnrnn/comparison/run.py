@@ -32,6 +32,7 @@ from cnnrnn.config import Backend, CompareConfig, ModelConfig, OnBadImage, Searc
 from cnnrnn.data import DataError, Dataset
 from cnnrnn.data.splits import with_fixed_splits
 from cnnrnn.machine.files import write_whole
+from cnnrnn.machine.lock import alone_in
 from cnnrnn.machine.progress import Progress, no_progress
 from cnnrnn.metrics import multilabel_metrics
 from cnnrnn.model.ensemble import mixture_log_probs
@@ -123,43 +124,20 @@ def compare(
         DataError: the data has no features or lacks a usable split.
         ValueError: a method is unknown or lacks what it is made of, or `out` holds the results of
             other options or other data.
+        InUseError: another process compares in `out`.
     """
     compare_config = compare_config or CompareConfig()
     methods = chosen_methods(compare_config, model_config, search_config)
     comparison = _comparison(dataset, out, model_config, search_config, config, compare_config)
-    results = Results(out / "results.json", comparison.description)
-    for method, seed in _schedule(methods, compare_config):
-        members = _members(method, seed, compare_config)
-        if (method.name, seed) in results and (
-            method.base is None or results.rows(method.name, seed)[0].setting == members
-        ):
-            continue
-        began = time.perf_counter()
-        if method.base is None:
-            setting, fitted = _tuned(comparison, method, seed, results, say)
-        else:
-            setting, fitted = members, _ensemble(comparison, method, seed, results)
-        on_test = fitted.predict(comparison.test)
-        judged = [
-            _judge(comparison, method.by_k, val, test)
-            for val, test in zip(fitted.predict(comparison.val), on_test, strict=True)
-        ]
-        known = _judge_others(comparison, fitted, on_test[0].scores)  # all its rows rank alike
-        nll = _test_nll(comparison, fitted)
-        seconds = round(time.perf_counter() - began, 2)
-        rows = [
-            Row(
-                method.name, title, seed, setting, *figures, nll, fitted.is_bound, seconds, *known,
-            )
-            for title, figures in zip(method.rows, judged, strict=True)
-        ]  # fmt: skip
-        results.add(rows)
-        chosen = "".join(f", {name} {value:g}" for name, value in setting.items())
-        own = judged[0].own
-        say(
-            f"seed {seed}, {method.name}{chosen}: O-F1 {own['O-F1']:.4f}, mAP {own['mAP']:.4f}, "
-            f"exact match {own['exact-match']:.4f}, {seconds:.0f} s"
-        )
+    with alone_in(out, "a comparison"):
+        results = Results(out / "results.json", comparison.description)
+        for method, seed in _schedule(methods, compare_config):
+            members = _members(method, seed, compare_config)
+            if (method.name, seed) in results and (
+                method.base is None or results.rows(method.name, seed)[0].setting == members
+            ):
+                continue
+            _run_method(comparison, method, seed, members, results, say)
     rows = [
         row
         for method in methods
@@ -171,6 +149,43 @@ def compare(
     table = markdown_table(rows) + "\n"
     write_whole(out / "table.md", lambda file: file.write_text(table, encoding="utf-8"))
     return rows
+
+
+def _run_method(
+    comparison: Comparison,
+    method: Method,
+    seed: int,
+    members: dict[str, float],
+    results: Results,
+    say: Callable[[str], None],
+) -> None:
+    """Fit a method, or make an ensemble of members, measure it and keep its rows."""
+    began = time.perf_counter()
+    if method.base is None:
+        setting, fitted = _tuned(comparison, method, seed, results, say)
+    else:
+        setting, fitted = members, _ensemble(comparison, method, seed, results)
+    on_test = fitted.predict(comparison.test)
+    judged = [
+        _judge(comparison, method.by_k, val, test)
+        for val, test in zip(fitted.predict(comparison.val), on_test, strict=True)
+    ]
+    known = _judge_others(comparison, fitted, on_test[0].scores)  # all its rows rank alike
+    nll = _test_nll(comparison, fitted)
+    seconds = round(time.perf_counter() - began, 2)
+    rows = [
+        Row(
+            method.name, title, seed, setting, *figures, nll, fitted.is_bound, seconds, *known,
+        )
+        for title, figures in zip(method.rows, judged, strict=True)
+    ]  # fmt: skip
+    results.add(rows)
+    chosen = "".join(f", {name} {value:g}" for name, value in setting.items())
+    own = judged[0].own
+    say(
+        f"seed {seed}, {method.name}{chosen}: O-F1 {own['O-F1']:.4f}, mAP {own['mAP']:.4f}, "
+        f"exact match {own['exact-match']:.4f}, {seconds:.0f} s"
+    )
 
 
 def _comparison(

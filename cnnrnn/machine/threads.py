@@ -6,6 +6,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -56,10 +57,11 @@ def batches_in_order(
     if not workers:
         yield from _begun_ahead(map(read, items), begin, batch_size, ahead=0)
         return
-    threads = torch_threads()
+    before = torch.get_num_threads()
+    threads = min(torch_threads(), usable_cores())
     at_once = min(workers, threads)
     share = partial(torch.set_num_threads, threads // max(at_once, 1))
-    with ThreadPoolExecutor(workers, "cnnrnn", share if at_once else None) as pool:
+    with _pool(workers, share if at_once else None) as pool:
         read_items = mapped_in_order(read, items, pool, ahead=2 * batch_size)
 
         def begin_in_pool(batch: list[Out]) -> Callable[[], Result]:
@@ -77,7 +79,21 @@ def batches_in_order(
         finally:
             read_items.close()
             if at_once:
-                torch.set_num_threads(threads)  # a part of it is common to all threads
+                torch.set_num_threads(before)  # a part of it is common to all threads
+
+
+@contextmanager
+def _pool(workers: int, begin: Callable[[], None] | None) -> Iterator[ThreadPoolExecutor]:
+    """Start threads, and wait for them at the end, but not where nobody wants their results."""
+    pool = ThreadPoolExecutor(workers, "cnnrnn", begin)
+    wanted = True
+    try:
+        yield pool
+    except (KeyboardInterrupt, GeneratorExit):
+        wanted = False
+        raise
+    finally:
+        pool.shutdown(wait=wanted, cancel_futures=not wanted)
 
 
 def mapped_in_order(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cnnrnn.config import Calibration, Preprocessing, SearchConfig
+from cnnrnn.machine.files import writing
 
 T = TypeVar("T")
 
@@ -67,26 +68,29 @@ def replace_folder(path: str | Path, write: Callable[[Path], None]) -> None:
     Args:
         path: the folder; a former checkpoint there is replaced.
         write: gets an empty folder to fill.
+
+    Raises:
+        CheckpointError: there is something else.
+        OSError: with the folder's name.
     """
     target = Path(os.path.abspath(path))
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} is a file, not a folder for a checkpoint")
     if target.exists() and not (target / CONFIG_FILE).is_file() and any(target.iterdir()):
         raise CheckpointError(f"{target} is not empty and holds no checkpoint; not replaced")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".{target.name}.partial-{os.getpid()}"
+    partial, former = target.parent / f".{target.name}.partial-{os.getpid()}", _former(target)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     try:
-        write(partial)
-        for file in partial.rglob("*"):
-            if file.is_file():
-                _flush(file)
-        former = _former(target)
-        if target.exists():  # else a process was killed here, and the former is all there is
-            shutil.rmtree(former, ignore_errors=True)
-            target.rename(former)
-        partial.rename(target)
+        with writing(target):
+            partial.mkdir(parents=True)
+            write(partial)
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    _flush(file)
+            if target.exists():  # else a process was killed here, and the former is all there is
+                shutil.rmtree(former, ignore_errors=True)
+                target.rename(former)
+            partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -62,6 +62,12 @@ OPENING_REPAYS_SECONDS = 2.0
 FEWEST_IMAGES = 64
 """Smaller calls stay with what there is in the process."""
 TIMED_IMAGES = 8
+IMAGES_A_PASS = {"torch": 2, "onnx": 8}
+"""Images for each thread that go through a backbone at once on a CPU.
+
+Larger activations are memory that the system takes back after every layer and gives anew page by
+page: half of the time of an EfficientNet with 64 images in torch.
+"""
 EXACT_TO, BF16_TO = 1e-3, 0.25
 """Largest difference from torch's features that an engine may have, of their largest value."""
 
@@ -107,9 +113,13 @@ class _OnnxRuntime:
         self._session(threads)
 
     def __call__(self, images: Tensor) -> Tensor:
-        session = self._session(torch.get_num_threads())
-        features: Tensor = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-        return features
+        threads = torch.get_num_threads()
+        session = self._session(threads)
+        parts = [
+            torch.from_numpy(session.run(None, {"images": part.numpy()})[0])
+            for part in images.split(IMAGES_A_PASS["onnx"] * threads)
+        ]
+        return torch.cat(parts)
 
     def _session(self, threads: int) -> Any:
         with self._lock:
@@ -396,14 +406,24 @@ class BackboneRunner:
 
     @torch.no_grad()
     def _torch(self, images: list[Tensor]) -> Tensor:
+        step = len(images)
+        if self._device.type == "cpu" and self._forward is self._backbone:
+            step = IMAGES_A_PASS["torch"] * torch.get_num_threads()
+        half = torch.autocast(self._device.type, torch.bfloat16, enabled=self._half)
+        with _gate.shared(), half:
+            return torch.cat(
+                [
+                    self._forward(self._normalized(images[start : start + step])).float()
+                    for start in range(0, len(images), step)
+                ]
+            )
+
+    def _normalized(self, images: list[Tensor]) -> Tensor:
+        """Return images of any types and devices as one batch for the backbone."""
         alike = len({(image.dtype, image.device) for image in images}) == 1
         parts = [torch.stack(images)] if alike else [image[None] for image in images]
         preprocessing = self._backbone.preprocessing
-        batch = torch.cat([normalize(part.to(self._device), preprocessing) for part in parts])
-        half = torch.autocast(self._device.type, torch.bfloat16, enabled=self._half)
-        with _gate.shared(), half:
-            features = self._forward(batch)
-        return features.float()
+        return torch.cat([normalize(part.to(self._device), preprocessing) for part in parts])
 
     def _require(self, engine: str, compiled: bool) -> None:
         """Fail where an engine asked for by name cannot be had."""

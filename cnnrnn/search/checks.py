@@ -47,6 +47,11 @@ def check_embedding(head: Head, embedding: ImageEmbedding) -> None:
     if head.training and head.joint_dropout.p > 0:
         raise ValueError("head is in training mode, with dropout in its scores; call head.eval()")
     joint, logits = embedding.joint, embedding.label_logits
+    for name, tensor in (("joint", joint), ("label_logits", logits)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(
+                f"image_embedding.{name} must be of a floating-point type, got {tensor.dtype}"
+            )
     if joint.dim() != 2 or joint.shape[1] != head.joint_dim:
         raise ValueError(
             f"image_embedding.joint must be [B, {head.joint_dim}], got {list(joint.shape)}"

@@ -11,6 +11,7 @@ import torch
 from cnnrnn.config import LabelOrder, ModelConfig, SearchConfig, TrainConfig
 from cnnrnn.data import Dataset
 from cnnrnn.data.splits import training_splits, with_fixed_splits
+from cnnrnn.machine.lock import alone_in
 from cnnrnn.machine.progress import Progress, no_progress
 from cnnrnn.model.classifier import CNNRNN
 from cnnrnn.model.ensemble import Ensemble
@@ -60,6 +61,7 @@ def train_ensemble(
 
     Raises:
         ValueError: the options cannot make an ensemble, or as in `train`.
+        InUseError: another process trains in `out`.
     """
     if not label_orders:
         raise ValueError("an ensemble must have at least 1 member, got 0 label orders")
@@ -72,6 +74,25 @@ def train_ensemble(
         raise ValueError(
             "an ensemble shares a frozen backbone: model.freeze_backbone must be true, got false"
         )
+    with alone_in(out, "the training of an ensemble"):
+        return _train_members(
+            dataset, out, model_config, search_config, config, label_orders, resume, on_start, say,
+            progress,
+        )  # fmt: skip
+
+
+def _train_members(
+    dataset: Dataset,
+    out: Path,
+    model_config: ModelConfig,
+    search_config: SearchConfig,
+    config: TrainConfig,
+    label_orders: Sequence[LabelOrder],
+    resume: bool,
+    on_start: Callable[[], None],
+    say: Callable[[str], None],
+    progress: Progress,
+) -> EnsembleResult:
     if resume and (out / STATE_FILE).exists():
         raise ResumeError(
             f"{out} holds a single model's run: --members must be left out, got {len(label_orders)}"

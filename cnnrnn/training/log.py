@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cnnrnn.machine.extras import from_extra
+from cnnrnn.machine.files import writing
 from cnnrnn.machine.words import without_nan
 
 if TYPE_CHECKING:
@@ -51,10 +52,11 @@ class Log:
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; numbers that are not finite become null."""
         if self._tensorboard is not None and "epoch" in record:
-            self._write_scalars(self._tensorboard / record["stage"], record)
+            with writing(self._tensorboard):
+                self._write_scalars(self._tensorboard / record["stage"], record)
         if self.file is None:
             return
-        with open(self.file, "a", encoding="utf-8") as handle:
+        with writing(self.file), open(self.file, "a", encoding="utf-8") as handle:
             handle.write(json.dumps(without_nan(record)) + "\n")
 
     def _write_scalars(self, folder: Path, record: dict[str, Any]) -> None:

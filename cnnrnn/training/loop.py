@@ -22,7 +22,7 @@ from cnnrnn.machine.words import listed
 from cnnrnn.training.batches import Batch, Split
 from cnnrnn.training.log import Log
 from cnnrnn.training.optimizers import WeightAverage, copy_values, make_optimizer, make_scheduler
-from cnnrnn.training.resume import TrainingState
+from cnnrnn.training.resume import ResumeError, TrainingState, require_int
 
 
 class NonFiniteLossError(RuntimeError):
@@ -131,7 +131,10 @@ def run_stage(
     if best is not None:
         standing.best_values = parts.copied()
     if start is not None:
-        standing = _restored(start, parts)
+        try:
+            standing = _restored(start, parts)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ResumeError(f"the training state does not fit its run: {error}") from error
     while standing.epoch < stage.epochs and (
         standing.epoch - standing.best_epoch < config.patience
     ):
@@ -266,10 +269,12 @@ def _state(standing: _Standing, parts: _Parts) -> TrainingState:
 def _restored(state: TrainingState, parts: _Parts) -> _Standing:
     """Restore what `_state` returned."""
     values, tensors = state
+    for name in ("epoch", "step", "best_epoch"):
+        require_int(values, name)
     changing, average = parts.changing, parts.average
-    copy_values(changing, [tensors[f"model.{i}"] for i in range(len(changing))])
+    copy_values(changing, _of_shapes(tensors, "model", changing))
     if average is not None:
-        copy_values(average.values, [tensors[f"average.{i}"] for i in range(len(changing))])
+        copy_values(average.values, _of_shapes(tensors, "average", changing))
         average.updates = values["updates"]
     entries: dict[int, dict[str, Any]] = {}
     for key, value in {**tensors, **values["optimizer"]}.items():
@@ -277,6 +282,13 @@ def _restored(state: TrainingState, parts: _Parts) -> _Standing:
             _, number, name = key.split(".", 2)
             entries.setdefault(int(number), {})[name] = value
     parts.optimizer.load_state_dict({"state": entries, "param_groups": values["groups"]})
+    for parameter, kept in parts.optimizer.state.items():
+        for name, value in kept.items():
+            if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                raise ValueError(
+                    f"the optimiser's {name} must be {list(parameter.shape)}, got "
+                    f"{list(value.shape)}"
+                )
     if parts.scheduler is not None:
         parts.scheduler.load_state_dict(values["scheduler"])
     best = values["best"]
@@ -285,8 +297,20 @@ def _restored(state: TrainingState, parts: _Parts) -> _Standing:
         values["step"],
         None if best is None else Validation(*best),
         values["best_epoch"],
-        [tensors[f"best.{i}"].to(changing[0].device) for i in range(len(changing))] if best else [],
+        [t.to(changing[0].device) for t in _of_shapes(tensors, "best", changing)] if best else [],
     )
+
+
+def _of_shapes(tensors: dict[str, Tensor], name: str, like: list[Tensor]) -> list[Tensor]:
+    """Return the tensors of a list of `_state`, which must be of the shapes and types of others."""
+    found = [tensors[f"{name}.{i}"] for i in range(len(like))]
+    for i, (tensor, other) in enumerate(zip(found, like, strict=True)):
+        if tensor.shape != other.shape or tensor.dtype != other.dtype:
+            raise ValueError(
+                f"{name}.{i} must be {list(other.shape)} of {other.dtype}, got "
+                f"{list(tensor.shape)} of {tensor.dtype}"
+            )
+    return found
 
 
 def _agreed(validation: Validation, ranks: Ranks) -> Validation:

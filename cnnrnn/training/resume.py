@@ -1,7 +1,7 @@
 """The training state: everything that a killed run needs to resume bit-identically.
 
-One safetensors file with the rest as JSON in its header; nothing is pickled. It is replaced
-atomically, so a reader finds the old file or the new one.
+One safetensors file with the rest as JSON in its header, and a checksum of both; nothing is
+pickled. It is replaced atomically, so a reader finds the old file or the new one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from cnnrnn.model.checkpoint import FEATURES_ONLY, read_options
 from cnnrnn.network.backbones import Backbone
 
 STATE_FILE = "state.safetensors"
-FORMAT = 1
+FORMAT = 2
+FIRST_WITH_CHECKSUM = 2
 FREE_OPTIONS = ("device", "workers", "backend", "tensorboard", "feature_cache")
 """Options of `TrainConfig` that a resumed run may change."""
 
@@ -75,7 +76,8 @@ def save_state(file: Path, state: TrainingState) -> None:
     from safetensors.torch import save_file
 
     tensors = {name: value.detach().contiguous() for name, value in state.tensors.items()}
-    header = {"format": str(FORMAT), "state": json.dumps(state.values)}
+    values = json.dumps(state.values)
+    header = {"format": str(FORMAT), "state": values, "checksum": _checksum(values, tensors)}
     write_whole(file, lambda partial: save_file(tensors, partial, metadata=header))
 
 
@@ -87,7 +89,7 @@ def read_state(data: bytes, name: str) -> TrainingState:
         name: of the file, for messages.
 
     Raises:
-        ResumeError: they are not a state that this release reads.
+        ResumeError: they are not a state that this release reads, or were changed.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -95,12 +97,33 @@ def read_state(data: bytes, name: str) -> TrainingState:
     try:
         tensors = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-        found, values = header["format"], json.loads(header["state"])
-    except (SafetensorError, ValueError, KeyError) as error:
+        found, text = header["format"], header["state"]
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ResumeError(f"{name} must hold a training state, but does not: {error}") from error
-    if found != str(FORMAT):
-        raise ResumeError(f"{name} has format {found}, this release reads {FORMAT}")
-    return TrainingState(values, tensors)
+    if found not in map(str, range(1, FORMAT + 1)):
+        raise ResumeError(f"{name} has format {found}, this release reads 1 to {FORMAT}")
+    if int(found) >= FIRST_WITH_CHECKSUM and header.get("checksum") != _checksum(text, tensors):
+        raise ResumeError(
+            f"{name} is damaged: its checksum is another. Leave --resume out to start over"
+        )
+    try:
+        values = json.loads(text)
+        return TrainingState(dict(values), tensors)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ResumeError(f"{name} must hold a training state, but does not: {error}") from error
+
+
+def _checksum(values: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return a SHA-256 of both parts of a state."""
+    digest = hashlib.sha256(values.encode())
+    digest.update(weights_digest(sorted(tensors.items())).encode())
+    return digest.hexdigest()
+
+
+def require_int(values: Mapping[str, Any], name: str) -> None:
+    """Raise a KeyError or TypeError where a state lacks a number."""
+    if type(values[name]) is not int:
+        raise TypeError(f"{name} must be a whole number, got {values[name]!r}")
 
 
 def remove_partial_files(out: Path) -> None:

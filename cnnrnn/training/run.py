@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from cnnrnn.data.splits import training_splits
 from cnnrnn.machine.devices import resolve_device
 from cnnrnn.machine.distributed import ALONE, Ranks
 from cnnrnn.machine.files import weights_digest
+from cnnrnn.machine.lock import alone_in
 from cnnrnn.machine.progress import Progress, no_progress
 from cnnrnn.model.checkpoint import CheckpointError, read_options
 from cnnrnn.model.classifier import CNNRNN, load_checkpoint
@@ -55,6 +57,7 @@ from cnnrnn.training.resume import (
     TrainingState,
     read_state,
     remove_partial_files,
+    require_int,
     require_same_run,
     run_identity,
     save_state,
@@ -124,7 +127,9 @@ def train(
         DataError: the data lacks a usable training split.
         ValueError: the options leave nothing to train, or do not fit the data.
         NonFiniteLossError: the loss stopped being finite.
-        ResumeError: the run in `out` was started with other options or other data.
+        ResumeError: the run in `out` was started with other options or other data, or its state
+            is damaged.
+        InUseError: another process trains in `out`.
         LostProcessError: another process of the run ended.
         ModuleNotFoundError: an option needs an extra that is not installed.
     """
@@ -139,50 +144,51 @@ def train(
     ranks.start_alike(model.to(device))
 
     identity = _identity(model, train_data, val_data, config, ranks)
-    state = _former_state(out, identity, ranks) if resume else None
-    if ranks.first:
-        out.mkdir(parents=True, exist_ok=True)
-        remove_partial_files(out)
-    training, val = (
-        labelled_split(part, model, config, device, out, progress, ranks)
-        for part in (train_data, val_data)
-    )
-    fit_to_data(model, training, config)
-    if ranks.first:
-        on_start()
+    with alone_in(out, "training") if ranks.first else nullcontext():
+        state = _former_state(out, identity, ranks) if resume else None
+        if ranks.first:
+            remove_partial_files(out)
+        training, val = (
+            labelled_split(part, model, config, device, out, progress, ranks)
+            for part in (train_data, val_data)
+        )
+        fit_to_data(model, training, config)
+        if ranks.first:
+            on_start()
+            if state is None:
+                (out / STATE_FILE).unlink(missing_ok=True)
+        log = Log(
+            out / "log.jsonl" if ranks.first else None,
+            out / "tensorboard" if config.tensorboard and ranks.first else None,
+            None if state is None else state.values["log"],
+        )
+        facts = run_facts(model, training, val)
         if state is None:
-            (out / STATE_FILE).unlink(missing_ok=True)
-    log = Log(
-        out / "log.jsonl" if ranks.first else None,
-        out / "tensorboard" if config.tensorboard and ranks.first else None,
-        None if state is None else state.values["log"],
-    )
-    facts = run_facts(model, training, val)
-    if state is None:
-        log.write({"stage": "data", **facts})
-    say("  ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()))
-    if model.backbone is not None and model.backbone.origin:
-        say(model.backbone.origin)
+            log.write({"stage": "data", **facts})
+        say("  ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()))
+        if model.backbone is not None and model.backbone.origin:
+            say(model.backbone.origin)
 
-    generator = torch.Generator().manual_seed(config.seed)
-    if not ranks.first:  # each draws its own dropout
-        torch.manual_seed((config.seed + ranks.rank) % 2**63)
-    run = _Run(model, training, val, config, out, ranks, log, identity, generator)
-    stages, validation = run.stages(), None
-    if state is not None:
-        stages = run.restore(state, stages)
-        say(f"resumed after epoch {state.values['epoch']} of stage {state.values['stage']}")
-    at = state
-    for stage in stages:
-        validation = run_stage(
-            stage, training, config, device=device, generator=generator, log=log, say=say,
-            progress=progress, best=validation if stage.name == FINISH else None, start=at,
-            keep=partial(run.keep, stage),
-        )  # fmt: skip
-        at = None
-    if not config.epochs:
-        run.save_without_paths(resumed=state is not None)
-    return run.result()
+        generator = torch.Generator().manual_seed(config.seed)
+        if not ranks.first:  # each draws its own dropout
+            torch.manual_seed((config.seed + ranks.rank) % 2**63)
+        run = _Run(model, training, val, config, out, ranks, log, identity, generator)
+        stages, validation = run.stages(), None
+        if state is not None:
+            with _told_as_resume_error(out):
+                stages = run.restore(state, stages)
+            say(f"resumed after epoch {state.values['epoch']} of stage {state.values['stage']}")
+        at = state
+        for stage in stages:
+            validation = run_stage(
+                stage, training, config, device=device, generator=generator, log=log, say=say,
+                progress=progress, best=validation if stage.name == FINISH else None, start=at,
+                keep=partial(run.keep, stage),
+            )  # fmt: skip
+            at = None
+        if not config.epochs:
+            run.save_without_paths(resumed=state is not None)
+        return run.result()
 
 
 def _require_options(
@@ -223,9 +229,26 @@ def _former_state(out: Path, identity: dict[str, Any], ranks: Ranks) -> Training
             f"{out} holds an ensemble's run: --members must be as at its start, got none"
         )
     state = _stored_state(out / STATE_FILE, ranks)
-    if state is not None:
+    if state is None:
+        return None
+    with _told_as_resume_error(out):
         require_same_run(state.values["identity"], identity, out)
+        require_int(state.values, "log")
     return state
+
+
+@contextmanager
+def _told_as_resume_error(out: Path) -> Iterator[None]:
+    """Say of a state that lacks something, or has something else there, that it does not fit."""
+    try:
+        yield
+    except ResumeError:
+        raise
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise ResumeError(
+            f"{out / STATE_FILE} does not fit its run: {type(error).__name__} {error}. Leave "
+            "--resume out to start over"
+        ) from error
 
 
 @dataclass(frozen=True, eq=False)

@@ -403,8 +403,9 @@ while True:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
-def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
-    # One process imports once and forks a saver per round, so that twenty kills take seconds.
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, pytestconfig):
+    # One process imports once and forks a saver per round, so that many kills take seconds.
+    count = 40 if pytestconfig.getoption("attacks") else 10
     rounds = """
 import os, random, signal, subprocess, sys, time
 source = sys.argv[2]
@@ -413,7 +414,7 @@ from cnnrnn import CNNRNN
 from cnnrnn.model.classifier import load_checkpoint
 torch.set_num_threads(1)
 moments = random.Random(0)
-for _ in range(20):
+for _ in range(int(sys.argv[3])):
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -431,7 +432,7 @@ for _ in range(20):
 print("whole")
 """
     run = subprocess.run(
-        [sys.executable, "-c", rounds, str(tmp_path / "model"), SAVE_FOR_EVER],
+        [sys.executable, "-c", rounds, str(tmp_path / "model"), SAVE_FOR_EVER, str(count)],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert run.stdout.strip() == "whole", run.stderr

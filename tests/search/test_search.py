@@ -604,6 +604,79 @@ def test_a_recurrence_that_overflows_later_is_marked(implementation):
     assert 0 <= result.stats.prefix_hits <= result.stats.prefix_lookups
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("cell", ["lstm", "paper"])
+@pytest.mark.parametrize("name", ["weight_hh", "weight_ih", "output_projection", "score_bias"])
+def test_weights_that_are_not_finite_mark_what_the_specification_marks(value, cell, name):
+    generator = torch.Generator().manual_seed(3)
+    head = random_head(generator, 6, joint_dim=4, hidden_dim=20, cell=cell)
+    embedding = random_embedding(generator, head, 4, True)
+    weights = {
+        "weight_hh": head.recurrence.weight_hh, "weight_ih": head.recurrence.weight_ih,
+        "output_projection": head.output_projection.weight, "score_bias": head.score_bias,
+    }[name]  # fmt: skip
+    with torch.no_grad():
+        weights.view(-1)[-3] = value
+    native, expected = (
+        beam_search(head, embedding, SearchConfig(3, 4), how, on_nonfinite="mark", marginals=True)
+        for how in IMPLEMENTATIONS
+    )
+    assert native.nonfinite().tolist() == expected.nonfinite().tolist()
+    assert native.log_probs.isnan().equal(expected.log_probs.isnan())
+    assert native.marginals().isnan().equal(expected.marginals().isnan())
+    if name == "weight_hh":  # nothing times infinity, at the first step already
+        assert len(native.nonfinite()) == 4
+
+
+def test_embeddings_that_are_no_floating_point_numbers_are_refused():
+    head = Head(5, 4, joint_dim=3, hidden_dim=2).eval()
+    for kind in (torch.complex64, torch.bool, torch.int64, torch.uint8):
+        for implementation in IMPLEMENTATIONS:
+            with pytest.raises(ValueError, match=rf"joint must be of a floating-point .*{kind}"):
+                beam_search(
+                    head, ImageEmbedding(torch.ones(2, 3, dtype=kind)),
+                    implementation=implementation,
+                )  # fmt: skip
+            logits = torch.ones(2, 6, dtype=kind)
+            with pytest.raises(ValueError, match="label_logits must be of a floating-point"):
+                beam_search(
+                    head, ImageEmbedding(torch.ones(2, 3), logits), implementation=implementation
+                )
+    half = ImageEmbedding(torch.ones(2, 3, dtype=torch.float16))
+    whole = ImageEmbedding(torch.ones(2, 3))
+    assert torch.equal(beam_search(head, half).labels, beam_search(head, whole).labels)
+
+
+def test_views_that_negate_when_they_are_read():
+    generator = torch.Generator().manual_seed(4)
+    head = random_head(generator, 6, joint_dim=4, hidden_dim=5)
+    embedding = random_embedding(generator, head, 4, True)
+    negated = ImageEmbedding(
+        torch._neg_view(-embedding.joint), torch._neg_view(-embedding.label_logits)
+    )
+    expected = beam_search(head, embedding)
+    assert torch.equal(beam_search(head, negated).log_probs, expected.log_probs)
+    evidence = torch.zeros(4, 6, dtype=torch.int8)
+    evidence[:, 2] = 1
+    told = beam_search(head, embedding, evidence=evidence).log_probs
+    assert not torch.equal(told, expected.log_probs)
+    lazily = torch._neg_view(-evidence)
+    assert torch.equal(beam_search(head, embedding, evidence=lazily).log_probs, told)
+
+
+def test_a_weight_that_turns_into_its_negated_view_is_another_weight():
+    head = random_head(torch.Generator().manual_seed(5), 6, joint_dim=4, hidden_dim=5)
+    embedding = random_embedding(torch.Generator().manual_seed(6), head, 4, False)
+    before = beam_search(head, embedding).log_probs
+    weight = head.recurrence.weight_ih.detach()
+    del head.recurrence.weight_ih
+    head.recurrence.weight_ih = torch._neg_view(weight)  # the same memory, read as -weight
+    after = beam_search(head, embedding).log_probs
+    assert not torch.equal(after, before)
+    reference_scores = beam_search(head, embedding, implementation="reference").log_probs
+    torch.testing.assert_close(after, reference_scores, rtol=1e-4, atol=1e-4)
+
+
 def test_arguments_are_checked_with_both_sides_named():
     head = Head(5, 4, joint_dim=3, hidden_dim=2).eval()
     with pytest.raises(ValueError, match=r"beam_size must be in 1..16, got 0"):

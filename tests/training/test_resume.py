@@ -13,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import cnnrnn
 from cnnrnn import load_dataset
 from cnnrnn.cli import main
 from cnnrnn.data.sources.scenes import write_scenes
+from cnnrnn.machine.lock import InUseError
 from cnnrnn.model.classifier import load_checkpoint
 from cnnrnn.training.ensemble import train_ensemble
 from cnnrnn.training.log import Log
@@ -258,9 +260,78 @@ def test_a_state_that_is_none(tmp_path, data):
         file.write_bytes(broken)
         with pytest.raises(ResumeError, match=f"{STATE_FILE} must hold a training state"):
             train(data, tmp_path / "run", MODEL, SEARCH, QUICK, resume=True)
-    file.write_bytes(whole.replace(b'"format":"1"', b'"format":"2"'))
-    with pytest.raises(ResumeError, match="has format 2, this release reads 1"):
+    file.write_bytes(whole.replace(b'"format":"2"', b'"format":"3"'))
+    with pytest.raises(ResumeError, match="has format 3, this release reads 1 to 2"):
         train(data, tmp_path / "run", MODEL, SEARCH, QUICK, resume=True)
+
+
+def test_a_flipped_bit_anywhere_in_a_state_is_found(tmp_path, data):
+    out, rng = tmp_path / "run", np.random.default_rng(0)
+    with pytest.raises(Stop):
+        train(data, out, MODEL, SEARCH, QUICK, say=stop_after(3))
+    whole = (out / STATE_FILE).read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for kind in ("header", "tensors"):
+        places = rng.integers(*((0, header) if kind == "header" else (header, len(whole))), 300)
+        for place in places.tolist():
+            broken = bytearray(whole)
+            broken[place] ^= 1 << int(rng.integers(8))
+            with pytest.raises(ResumeError, match=r"^the state (is damaged|must hold|has format)"):
+                read_state(bytes(broken), "the state")
+    (out / STATE_FILE).write_bytes(bytes(broken))
+    with pytest.raises(ResumeError, match=f"{STATE_FILE} is damaged.*Leave --resume out"):
+        train(data, out, MODEL, SEARCH, QUICK, resume=True)
+
+
+def test_a_state_of_the_format_without_checksums_is_checked_as_far_as_that_goes(tmp_path, data):
+    out = tmp_path / "run"
+    with pytest.raises(Stop):
+        train(data, out, MODEL, SEARCH, QUICK, say=stop_after(3))
+    kept = read_state((out / STATE_FILE).read_bytes(), "state")
+
+    def write(values, tensors):
+        header = {"format": "1", "state": json.dumps(values)}
+        safetensors.torch.save_file(tensors, out / STATE_FILE, metadata=header)
+
+    flat = {name: tensor.flatten() for name, tensor in kept.tensors.items()}
+    optimizer = {
+        name: tensor.flatten() if name.endswith("exp_avg") else tensor
+        for name, tensor in kept.tensors.items()
+    }
+    double = kept.tensors | {"model.0": kept.tensors["model.0"].double()}
+    fewer = {name: tensor for name, tensor in kept.tensors.items() if name != "best.1"}
+    for values, tensors in (
+        (kept.values, flat), (kept.values, optimizer), (kept.values, double),
+        (kept.values, fewer), (kept.values | {"stage": "none"}, kept.tensors),
+        (kept.values | {"identity": 3}, kept.tensors),
+        (kept.values | {"label order": ["a"]}, kept.tensors),
+        ({k: v for k, v in kept.values.items() if k != "calibration"}, kept.tensors),
+        ({k: v for k, v in kept.values.items() if k != "log"}, kept.tensors),
+        (kept.values | {"groups": []}, kept.tensors), (kept.values | {"epoch": "x"}, kept.tensors),
+    ):  # fmt: skip
+        write(values, tensors)
+        with pytest.raises(ResumeError, match="does not fit its run"):
+            train(data, out, MODEL, SEARCH, QUICK, resume=True)
+    write(*kept)
+    train(data, out, MODEL, SEARCH, QUICK, resume=True)
+    train(data, tmp_path / "whole", MODEL, SEARCH, QUICK)
+    same(tmp_path / "whole", out)
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path, data):
+    config = replace(QUICK, warm_epochs=0, epochs=1)
+    said = []
+
+    def meanwhile(line):
+        if line.startswith("path"):
+            for resume in (False, True):
+                with pytest.raises(InUseError, match="is in use by training, process") as error:
+                    train(data, tmp_path / "run", MODEL, SEARCH, config, resume=resume)
+                said.append(str(error.value))
+
+    train(data, tmp_path / "run", MODEL, SEARCH, config, say=meanwhile)
+    assert len(said) == 2 and f"process {os.getpid()} on" in said[0]
+    train(data, tmp_path / "run", MODEL, SEARCH, config, resume=True)
 
 
 def test_nothing_is_pickled(tmp_path, data):
@@ -393,7 +464,7 @@ while report["kills"] < kills:
 for case, out in outs.items():
     assert os.waitpid(start(case, out), 0)[1] == 0
     same(folder / f"{case}-whole", out)
-    assert not list(out.glob(".*")), list(out.glob(".*"))
+    assert [file.name for file in out.glob(".*")] == [".lock"], list(out.glob(".*"))
     report["runs"] += 1
 print(json.dumps(report))
 """

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from cnnrnn.machine.files import writing
 from cnnrnn.machine.progress import Progress, no_progress
 
 Colour = tuple[float, float, float]  # red, green, blue, 0..255
@@ -403,6 +404,7 @@ def write_scenes(
     Raises:
         FileExistsError: `folder` exists and is not an empty folder.
         ValueError: A count or the seed is negative, or `image_size` is out of range.
+        OSError: The disk is full, or the like.
     """
     folder, counts = Path(folder).absolute(), {"train": train, "val": val, "test": test}
     for name, value in {**counts, "seed": seed}.items():
@@ -412,6 +414,7 @@ def write_scenes(
         raise FileExistsError(f"{folder} must be a new or empty folder: remove it or name another")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (
+        writing(folder),
         tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as staging,
         progress("scenes", sum(counts.values())) as advance,
     ):

@@ -16,7 +16,8 @@ class CpuHead {
  public:
   // Copies the weights. Kept prefix states take at most `prefix_bytes`, but always what one image
   // needs.
-  CpuHead(const HeadWeights& weights, const CpuKernels& kernels, int64_t prefix_bytes);
+  CpuHead(const HeadWeights& weights, const CpuKernels& kernels, int64_t prefix_bytes,
+          const ParallelFor& parallel_for = on_this_thread);
 
   const CpuKernels& kernels() const { return kernels_; }
   PrefixTable& prefixes() { return prefixes_; }
@@ -38,7 +39,9 @@ class CpuHead {
                    const ParallelFor& parallel_for);
 
  private:
-  void pack(const HeadWeights& weights);
+  void pack_recurrent_weights(const float* weights, const ParallelFor& parallel_for);
+  void make_input_gates(const HeadWeights& weights, const ParallelFor& parallel_for);
+  void add_product_with_zeros(const float* weights, float* gates) const;
   void make_recurrent_gates(const uint64_t* keys, int64_t count, const ParallelFor& parallel_for);
   void make_batch(const uint64_t* keys, int64_t count, int32_t first,
                   const ParallelFor& parallel_for);

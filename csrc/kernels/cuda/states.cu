@@ -165,6 +165,17 @@ __global__ void __launch_bounds__(kThreads) step_cells(DeviceHead head) {
   }
 }
 
+// The state before START is zeros: the recurrent weights add nothing to START's gates [4H], or NaN
+// where one is not finite.
+__global__ void __launch_bounds__(kThreads)
+    add_product_with_zeros(const float* hidden_weight, int64_t H, float* gates) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < 4 * H * H;
+       i += step) {
+    if (!isfinite(hidden_weight[i])) gates[i / H] = NAN;
+  }
+}
+
 // What was new is ready; the next pass begins its list of parked images anew.
 __global__ void end_round(DeviceHead head, int32_t* next_parked_count) {
   head.counts->prefix.ready_nodes = new_nodes_end(head);
@@ -229,6 +240,10 @@ void pack_recurrence(const HeadWeights& weights, const DeviceHead& head,
   launch("multiply_rows", multiply_rows,
          blocks_for(int64_t{rows} * columns, kBlock * kBlock, multiprocessors), kThreads,
          kProductShared, stream, input);
+  launch("add_product_with_zeros", add_product_with_zeros,
+         blocks_for(4 * H * H, kThreads, multiprocessors), kThreads, 0, stream,
+         static_cast<const float*>(packed.hidden_weight), H,
+         packed.input_gates + (rows - 1) * 4 * H);
 }
 
 void make_prefix_room(const DeviceHead& head, int64_t nodes, int64_t parents, bool root_ready,

@@ -74,6 +74,14 @@ def same(first: tuple, second: tuple) -> bool:
     )
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_recurrent_weights_that_are_not_finite_mark_every_image(library, head, value):
+    with torch.no_grad():
+        head.recurrence.weight_hh[5, 3] = value
+    found = search_with(emulated.EmulatedHead(library, head), images(head, 6, 1), CONFIG, 5)
+    assert found[2].isnan().all()
+
+
 def test_the_stand_in_for_a_gpu(tmp_path):
     program = tmp_path / "selfcheck"
     sources = [emulated.HERE / "selfcheck.cu", emulated.HERE / "cuda_on_cpu.cpp"]

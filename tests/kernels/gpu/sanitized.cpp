@@ -115,7 +115,7 @@ bool run(const Case& c, cudaStream_t stream) {
                           {B, joint.data(), with_logits ? logits.data() : nullptr, known, L},
                           {labels.data(), lengths.data(), scores.data(),
                            with_marginals ? sums.data() : nullptr, nullptr, nullptr},
-                          [](int64_t n, const cnnrnn::Work& work) { work(0, n); });
+                          cnnrnn::on_this_thread);
 
   Allocations memory;
   cnnrnn::CudaHead head(

@@ -120,10 +120,6 @@ inline bool same_bits(const Result& a, const Result& b) {
          same_bits(a.trace, b.trace);
 }
 
-inline void on_this_thread(int64_t n, const Work& work) {
-  if (n > 0) work(0, n);
-}
-
 inline std::vector<const CpuKernels*> instruction_sets() {
   std::vector<const CpuKernels*> found;
   for (const char* name : {"portable", "avx2", "avx512"}) {

@@ -40,7 +40,7 @@ void check(bool holds, const char* what, const cnnrnn::CpuKernels& kernels, int6
 // Parts of unlike length, so that threads do not run in step.
 void on_two_threads(int64_t n, const cnnrnn::Work& work) {
   const int64_t middle = n / 3;
-  if (middle == 0) return cnnrnn::cases::on_this_thread(n, work);
+  if (middle == 0) return cnnrnn::on_this_thread(n, work);
   std::thread other(work, middle, n);
   work(0, middle);
   other.join();
