@@ -41,12 +41,14 @@ def jobs(sources: Path, out: Path) -> dict[str, list[str]]:
     """Return the commands that read `write_sources`' files and write into a folder."""
     vectors = ["--data", f"features:{sources / 'data.npz'}"]
     pictures = ["--data", f"scenes:{sources / 'scenes'}"]
-    tuned = ["--model.freeze_backbone=false"]
+    tuned, frozen = (
+        ["--model.backbone=small", f"--model.freeze_backbone={word}"] for word in ("false", "true")
+    )
     of_vectors, of_pictures = (f"{sources / name}/run" for name in ("train", "train pictures"))
     return {
         "train": ["train", *vectors, "--out", f"{out}/run", *TRAIN, "--resume"],
         "train pictures": ["train", *pictures, "--out", f"{out}/run", *TRAIN, *tuned, "--resume"],
-        "train frozen": ["train", *pictures, "--out", f"{out}/run", *TRAIN, "--resume"],
+        "train frozen": ["train", *pictures, "--out", f"{out}/run", *TRAIN, *frozen, "--resume"],
         "ensemble": ["train", *vectors, "--out", f"{out}/run", *TRAIN, "--members=2", "--resume"],
         "compare": ["compare", *vectors, "--out", f"{out}/compared", "--seeds=0", "--settings=1",
                     "--methods=ours,independent,chain", *TRAIN],
