@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 JAVASCRIPT := examples/javascript
+TEST_PROCESSES ?= 2  # each of some 2 GB
 SOURCES := pyproject.toml setup.py build_backend.py CMakeLists.txt $(shell find csrc -type f)
 CPP_SOURCES = $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
@@ -21,7 +22,7 @@ demo: $(VENV)/installed
 
 # Install what the tests need and pass them.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 # What the JavaScript example and its tests need. A script of onnxruntime-node would download CUDA
 # libraries; nothing needs the scripts.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any, NamedTuple
@@ -23,6 +23,13 @@ from cnnrnn.training.batches import Batch, Split
 from cnnrnn.training.log import Log
 from cnnrnn.training.optimizers import WeightAverage, copy_values, make_optimizer, make_scheduler
 from cnnrnn.training.resume import ResumeError, TrainingState, require_int
+
+SMALL_STEP = 1e9
+"""Multiplications of a step on feature vectors, below which one thread on a CPU is the fastest.
+
+The default head on vectors of 512 trains 1.4 times as fast as on two threads, which wait for each
+other; beside other work, whose cores they want, up to four times.
+"""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -224,7 +231,8 @@ def _train_epoch(
     began = time.perf_counter()
     stage.module.train()
     total, seen = 0.0, 0
-    with progress(f"{stage.name} {standing.epoch}/{stage.epochs}", len(split)) as advance:
+    title = f"{stage.name} {standing.epoch}/{stage.epochs}"
+    with progress(title, len(split)) as advance, _fitting_threads(stage, split, config, device):
         batches = split.batches(config, device, generator, config.augment)
         for group in _groups(batches, config.accumulate):
             loss_sum, images = _step(
@@ -240,6 +248,23 @@ def _train_epoch(
     if not seen:
         raise DataError(f"no training image of {split.dataset.source} can be read")
     return total / seen, seen, time.perf_counter() - began
+
+
+@contextmanager
+def _fitting_threads(
+    stage: Stage, split: Split, config: TrainConfig, device: torch.device
+) -> Iterator[None]:
+    """Let torch compute the steps of a small head on one thread."""
+    before = torch.get_num_threads()
+    weights = sum(p.numel() for group in stage.groups for p in group["params"])
+    steps = 1 + float(split.targets.sum(1).float().mean())  # of a path, END included
+    small = weights * config.batch_size * steps < SMALL_STEP
+    if device.type == "cpu" and split.features is not None and small:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _state(standing: _Standing, parts: _Parts) -> TrainingState:
