@@ -53,7 +53,7 @@ def features(tmp_path_factory):
 
 def test_train_writes_the_run(run, capsys):
     assert {p.name for p in run.iterdir()} == {
-        "best", "last", "features", "log.jsonl", "state.safetensors", "config.yaml"
+        "best", "last", "features", "log.jsonl", "state.safetensors", "config.yaml", ".lock"
     }  # fmt: skip
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["epochs"] == 2 and config["model"]["joint_dim"] == 8
