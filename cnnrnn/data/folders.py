@@ -306,7 +306,8 @@ def files_below(
                     elif _is_file(entry):
                         found.append(path)
         except OSError as error:
-            text = f"{os.path.join(root, parent)} cannot be listed: {error.strerror}"
+            place = os.path.join(root, parent) if parent else root
+            text = f"{place} cannot be listed: {error.strerror}"
             if not parent:
                 raise DataError(text) from error
             if on_bad_image == "error":

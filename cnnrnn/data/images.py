@@ -12,26 +12,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import torch
 import torch.utils.data
-from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from cnnrnn.config import MAX_PIXELS, OnBadImage, Preprocessing
+from cnnrnn.data.budget import memory_for, require_few_texts
 from cnnrnn.data.dataset import DataError, Dataset, ImageSource, StoredImage
 from cnnrnn.machine.extras import from_extra
-from cnnrnn.machine.memory import Budget, return_freed_memory
-from cnnrnn.machine.threads import MAX_WORKERS
-
-PIXELS_AT_ONCE = 100_000_000
-"""Pixels that the threads of a process decode at once; see `_pixels_held`.
-
-Eight photographs of 12 megapixels fit. What is larger waits until it is alone.
-"""
-
-_at_once = Budget(PIXELS_AT_ONCE)
 
 # Raster formats that Pillow decodes itself and refuses when truncated: EPS would start
 # Ghostscript, and half a JPEG 2000 file gives an image.
@@ -61,9 +52,6 @@ _QUARTERS = {_UPRIGHT[value] for value in (5, 6, 7, 8)}
 _REVERSED = {_UPRIGHT[value] for value in (3, 4, 6, 7)}  # the first row comes last
 
 _STRIP = 1 << 18  # pixels of a large image that are converted at once
-
-# What decoders hold at most beside the image, in bytes a pixel.
-_DECODER_BYTES = {"WEBP": 20, "AVIF": 12, "HEIF": 12}
 
 _FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -103,14 +91,14 @@ def decoded(
     preprocessing: Preprocessing | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> Iterator[Image.Image]:
-    """Read an image completely; it is closed, and its share of `PIXELS_AT_ONCE` free, at the end.
+    """Read an image completely; it is closed, and its share of the memory free, at the end.
 
     Args:
         image: a file, its bytes, an open file, or a Pillow image.
         record: named in the error, beside the path.
         name: of what is in no file, for the error.
         preprocessing: what follows; see `Preprocessing.jpeg_draft`. None decodes at full size.
-        max_pixels: the most that it may hold, see `_pixels_held`.
+        max_pixels: the most that it may hold, see `cnnrnn.data.budget`.
 
     Yields:
         The first frame as RGB, upright by its EXIF orientation; see `to_rgb` for colours.
@@ -124,7 +112,7 @@ def decoded(
         if isinstance(image, Image.Image):
             if 0 in image.size:
                 raise ValueError(f"{image.width}x{image.height} pixels")
-            with _memory(_pixels_held(image, image.size, side, max_pixels)):
+            with memory_for(image, image.size, side, max_pixels):
                 with _lock:
                     image.load()
                     rgb = to_rgb(image)
@@ -133,12 +121,13 @@ def decoded(
             return
         with _opened(image, record) as handle:
             start = handle.read(32)
+            require_few_texts(handle)
             handle.seek(0)
             with Image.open(handle, formats=_known_formats()) as opened:
                 full, box = opened.size, None
                 if preprocessing is not None and preprocessing.jpeg_draft:
                     box = _draft(opened, 2 * side)
-                with _memory(_pixels_held(opened, full, side, max_pixels)):
+                with memory_for(opened, full, side, max_pixels):
                     with closing(opened):
                         opened.load()
                         rgb = to_rgb(opened if box is None else opened.crop(box))
@@ -194,20 +183,6 @@ def read_tensor(
         return to_tensor(rgb, preprocessing)
 
 
-@contextmanager
-def _memory(pixels: int) -> Iterator[None]:
-    """Hold a share of `PIXELS_AT_ONCE`; of a large one, what is freed goes back to the system."""
-    with _at_once.share(pixels):
-        large = pixels > PIXELS_AT_ONCE // MAX_WORKERS
-        if large:
-            return_freed_memory()
-        try:
-            yield
-        finally:
-            if large:
-                return_freed_memory()
-
-
 def _draft(image: Image.Image, side: int) -> tuple[int, int, int, int] | None:
     """Have a JPEG decoded at the smallest of 1, 1/2, 1/4 and 1/8 that covers a square of a side.
 
@@ -219,55 +194,6 @@ def _draft(image: Image.Image, side: int) -> tuple[int, int, int, int] | None:
         return None
     width, height = (round(edge) for edge in found[1][2:])
     return None if (width, height) == image.size else (0, 0, width, height)
-
-
-def _pixels_held(image: Image.Image, full: tuple[int, int], side: int, max_pixels: int) -> int:
-    """Return how many pixels an image counts as, by the memory that it takes at most.
-
-    A pixel takes 4 bytes where it is decoded, and 4 in RGB. It counts for more where the decoder
-    holds more than 4 bytes a pixel beside it, and where resizing widens the image before it is
-    made less high. A JPEG draft counts by its own size.
-
-    Args:
-        image: what is going to be decoded.
-        full: its size without a draft.
-        side: of the square that it is resized to; 0 for none.
-        max_pixels: how many it may count as.
-
-    Raises:
-        ValueError: these are more.
-    """
-    width, height = image.size
-    pixels = width * height
-    held = max(pixels, pixels // 2 + _decoder_bytes(image, full) // 8, side * max(width, height))
-    if held > max_pixels:
-        counted = "" if held == pixels else f" with the memory of {held:,}"
-        raise ValueError(
-            f"{width}x{height} pixels{counted}, more than {max_pixels:,}: max_pixels allows more"
-        )
-    return held
-
-
-def _decoder_bytes(image: Image.Image, full: tuple[int, int]) -> int:
-    """Return what an image's decoder holds at most beside the image itself."""
-    pixels = full[0] * full[1]
-    if image.format == "JPEG" and "progressive" in image.info:  # all coefficients
-        return 2 * len(image.getbands()) * pixels
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        return _block_bytes(image)
-    return pixels * _DECODER_BYTES.get(image.format or "", 0)
-
-
-def _block_bytes(image: TiffImagePlugin.TiffImageFile) -> int:
-    """Return how large a strip or tile of a TIFF is, which libtiff decodes as a whole."""
-    tags, names = image.tag_v2, TiffImagePlugin
-    bits = tags.get(names.BITSPERSAMPLE, (1,))
-    samples = max(tags.get(names.SAMPLESPERPIXEL, 1), len(bits))
-    width = tags.get(names.TILEWIDTH, image.width)
-    height = tags.get(
-        names.TILELENGTH, min(tags.get(names.ROWSPERSTRIP, image.height), image.height)
-    )
-    return width * height * samples * max(bits) // 8
 
 
 @contextmanager
@@ -347,7 +273,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels, whose range is unknown")
     if image.mode == "I":
-        low, high = image.getextrema()
+        low, high = cast("tuple[int, int]", image.getextrema())
         if low < 0 or high > 65535:
             raise ValueError(f"grey values {low}..{high}, expected 16 bits in 0..65535")
     turn = _UPRIGHT.get(_orientation(image))

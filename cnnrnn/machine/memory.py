@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 
 
 def return_freed_memory() -> None:
-    """Return to the system what glibc keeps for each thread that has freed it; elsewhere nothing."""
+    """Return what glibc keeps of the memory that each thread has freed; elsewhere do nothing."""
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -1,27 +1,28 @@
 """Small files of pictures that are large, or claim to be, and what reading eight of them takes.
 
-`python -m tests.data.hostile FILE SIDE` prints the peak in MiB, above what the imports and a small
-picture take, and what became of each.
+`python -m tests.data.hostile` prints the size of each kind, the peak, and what became of them.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import re
 import struct
-import sys
+import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image
 
 from cnnrnn.config import Preprocessing
-from cnnrnn.data import BadImageError
+from cnnrnn.data import BadImageError, budget
 from cnnrnn.data.images import read_tensor
+from cnnrnn.machine.memory import Budget, return_freed_memory
 
 MEGABYTE = bytes(1 << 20)
 
@@ -95,50 +96,78 @@ def tiff(width: int, height: int, *, tile: int | None = None, compression: int =
     return b"II*\0" + struct.pack("<I", start + len(depths)) + body + depths + directory
 
 
-SIDE = 10_000
-
-KINDS: dict[str, Callable[[], bytes]] = {
-    "rgba": lambda: png(SIDE, SIDE, 8, 6),
-    "rgba turned": lambda: png(SIDE, SIDE, 8, 6, between=turned(6)),
-    "16-bit grey": lambda: png(SIDE, SIDE, 16, 0),
-    "palette": lambda: png(SIDE, SIDE, 1, 3, between=PALETTE),
-    "16-bit rgba": lambda: png(SIDE, SIDE, 16, 6, share=0.3),
-    "cut": lambda: png(SIDE, SIDE, 8, 6, share=0.001),
-    "tall": lambda: png(1, 20_000_000, 1, 3, between=PALETTE),
-    "narrow": lambda: png(200, 500_000, 1, 3, between=PALETTE),
-    "texts": lambda: png(8, 8, 8, 2, between=texts(63)),
-    "gif": lambda: saved(Image.new("P", (SIDE, SIDE)), "GIF", transparency=0),
-    "webp": lambda: saved(Image.new("RGBA", (SIDE, SIDE)), "WEBP", lossless=True),
-    "webp in the budget": lambda: saved(Image.new("RGBA", (5_700, 5_700)), "WEBP", lossless=True),
-    "avif": lambda: saved(Image.new("RGBA", (SIDE, SIDE)), "AVIF", speed=10),
-    "avif in the budget": lambda: saved(Image.new("RGBA", (7_000, 7_000)), "AVIF", speed=10),
-    "progressive": lambda: saved(Image.new("CMYK", (8_000, 8_000)), "JPEG", progressive=True),
-    "tiff": lambda: tiff(8_000, 8_000),
-    "tiff tile": lambda: tiff(10, 10, tile=13_312),
+KINDS: dict[str, Callable[[int], bytes]] = {
+    "RGBA": lambda side: png(side, side, 8, 6),
+    "RGBA, turned": lambda side: png(side, side, 8, 6, between=turned(6)),
+    "16-bit grey": lambda side: png(side, side, 16, 0),
+    "palette with transparency": lambda side: png(side, side, 1, 3, between=PALETTE),
+    "data that ends at once": lambda side: png(side, side, 8, 6, share=0.001),
+    "one pixel wide": lambda side: png(1, side * side // 50, 1, 3, between=PALETTE),
+    "narrow": lambda side: png(200, side * side // 250, 1, 3, between=PALETTE),
+    "texts": lambda side: png(8, 8, 8, 2, between=texts(63)),
+    "few texts": lambda side: png(8, 8, 8, 2, between=texts(16)),
+    "GIF": lambda side: saved(Image.new("P", (side, side)), "GIF", transparency=0),
+    "progressive CMYK": lambda side: saved(
+        Image.new("CMYK", (side * 4 // 5, side * 4 // 5)), "JPEG", progressive=True
+    ),
+    "TIFF of one strip": lambda side: tiff(side * 4 // 5, side * 4 // 5),
+    "TIFF of a large tile": lambda side: tiff(10, 10, tile=side // 16 * 16 * 4 // 3),
+    "WebP": lambda side: saved(Image.new("RGBA", (side, side)), "WEBP", lossless=True),
+    "WebP of a half": lambda side: saved(
+        Image.new("RGBA", (side * 7 // 10, side * 7 // 10)), "WEBP", lossless=True
+    ),
+    "AVIF": lambda side: saved(Image.new("RGBA", (side, side)), "AVIF", speed=10),
+    "AVIF of a half": lambda side: saved(
+        Image.new("RGBA", (side * 7 // 10, side * 7 // 10)), "AVIF", speed=10
+    ),
 }  # fmt: skip
 
 
-def peak() -> int:
-    """The most memory that this process has held, in KiB; Linux alone says it."""
-    return int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0])
+def in_memory(what: str = "VmHWM") -> float:
+    """Return the most memory that this process has held, or with `VmRSS` holds, in MiB."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.findall(rf"{what}:\s+(\d+) kB", status)[0]) / 1024
 
 
-def main(name: str, side: str) -> None:
-    preprocessing = Preprocessing(image_size=int(side), jpeg_draft=True)
-    read_tensor(saved(Image.new("RGBA", (2000, 2000)), "PNG"), preprocessing)
-    before = peak()
+@contextmanager
+def peak() -> Iterator[list[float]]:
+    """Put how much more memory was held than before, in MiB, in the list; Linux alone says it."""
+    return_freed_memory()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # begins the peak anew
+    except OSError:
+        pytest.skip("no peak of memory here")
+    before, found = in_memory("VmRSS"), list[float]()
+    yield found
+    found.append(in_memory() - before)
+
+
+def read_eight(file: Path, pixels: int) -> tuple[float, str]:
+    """Read a file in eight threads at once, with memory for so many pixels.
+
+    Returns:
+        The peak in MiB, and what became of each.
+    """
 
     def read(_: int) -> str:
         try:
-            read_tensor(Path(name), preprocessing)
+            read_tensor(file, Preprocessing(jpeg_draft=True), max_pixels=pixels)
         except BadImageError as error:
             return error.reason
         return "read"
 
-    with ThreadPoolExecutor(8) as pool:
-        outcomes = list(pool.map(read, range(8)))
-    print(json.dumps({"peak": (peak() - before) / 1024, "outcomes": outcomes}))
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(8) as pool:
+        patch.setattr(budget, "PIXELS_AT_ONCE", Budget(pixels))
+        with peak() as most:
+            (outcome,) = set(pool.map(read, range(8)))
+    return most[0], outcome
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, make in KINDS.items():
+            file = Path(folder) / "picture"
+            file.write_bytes(make(10_000))
+            most, outcome = read_eight(file, 100_000_000)
+            size = -(-file.stat().st_size // 1024)
+            print(f"{kind}: {size} KiB, {most:.0f} MiB, {outcome}", flush=True)
