@@ -193,7 +193,7 @@ def test_max_pixels_stays_with_the_records(tmp_path: Path) -> None:
         for part in (dataset, dataset.split("train"), dataset.select([0]), dataset.with_changes()):
             assert part.max_pixels == 599
             with pytest.raises(BadImageError, match="30x20 pixels, more than 599: max_pixels"):
-                ImageRecords(part, Preprocessing())[0]
+                ImageRecords(part, Preprocessing(image_size=16))[0]
     message = "max_pixels must be at least 1, got 0"
     with pytest.raises(ValueError, match=message):
         Dataset([b""], [[]], max_pixels=0)

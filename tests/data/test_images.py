@@ -426,10 +426,10 @@ def test_a_draft_counts_by_its_own_size_and_a_progressive_one_in_full(tmp_path: 
 def test_a_tall_picture_counts_as_wide_as_it_is_resized(tmp_path: Path) -> None:
     file = save(tmp_path / "x.png", noise(1000, 2))
     assert decode_image(file, max_pixels=2000).size == (2, 1000)
-    assert read_tensor(file, PREPROCESSING, max_pixels=16000).shape == (3, SIDE, SIDE)
-    message = "2x1000 pixels with the memory of 16,000, more than 15,999: max_pixels allows more"
+    assert read_tensor(file, PREPROCESSING, max_pixels=9000).shape == (3, SIDE, SIDE)
+    message = "2x1000 pixels with the memory of 9,000, more than 8,999: max_pixels allows more"
     with pytest.raises(BadImageError, match=message):
-        read_tensor(file, PREPROCESSING, max_pixels=15999)
+        read_tensor(file, PREPROCESSING, max_pixels=8999)
 
 
 @pytest.mark.parametrize(
@@ -537,10 +537,10 @@ def test_a_large_picture_is_converted_as_a_small_one(
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("kind", hostile.KINDS)
 def test_eight_hostile_pictures_at_once(tmp_path: Path, kind: str) -> None:
-    """They are small files, and take 8 bytes a pixel of the budget; here it is of 9 megapixels."""
+    """They are small files, and take 8 bytes a pixel of the budget, here of some megapixels."""
     if "AVIF" in kind and not features.check("avif"):
         pytest.skip("this Pillow has no AVIF")
-    side = 3000
+    side = 5000 if "WebP" in kind else 2500  # glibc clears smaller canvases as a file is opened
     (tmp_path / "picture").write_bytes(hostile.KINDS[kind](side))
     assert (tmp_path / "picture").stat().st_size < 200_000
     most, _ = hostile.read_eight(tmp_path / "picture", side**2)
