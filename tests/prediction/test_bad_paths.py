@@ -137,6 +137,7 @@ def test_folders_below_that_cannot_be_listed_are_named(model, pictures):
     assert not any(p.error for p in found)
 
 
+@pytest.mark.filterwarnings("ignore::cnnrnn.data.images.BadImageWarning")
 def test_what_a_folder_holds_under_a_pictures_name_is_answered(model, pictures):
     """Of a folder whose files may not even be looked at, too."""
     folder = pictures[0].parent
