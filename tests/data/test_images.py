@@ -537,7 +537,10 @@ def test_a_large_picture_is_converted_as_a_small_one(
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("kind", hostile.KINDS)
 def test_eight_hostile_pictures_at_once(tmp_path: Path, kind: str) -> None:
-    """They are small files, and take 8 bytes a pixel of the budget, here of some megapixels."""
+    """They are small files, and take 8 bytes a pixel of the budget: at most half of what eight do.
+
+    glibc keeps more of these few megapixels than of the 100 that `tests.data.hostile` has.
+    """
     if "AVIF" in kind and not features.check("avif"):
         pytest.skip("this Pillow has no AVIF")
     side = 5000 if "WebP" in kind else 2500  # glibc clears smaller canvases as a file is opened
@@ -545,7 +548,7 @@ def test_eight_hostile_pictures_at_once(tmp_path: Path, kind: str) -> None:
     assert (tmp_path / "picture").stat().st_size < 200_000
     most, _ = hostile.read_eight(tmp_path / "picture", side**2)
     texts = 8 * 5 * budget.MAX_TEXTS if kind == "few texts" else 0
-    assert most < 10 * side**2 / 2**20 + 20 + texts
+    assert most < 4 * 8 * side**2 / 2**20 + texts
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
