@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cnnrnn.config import (
+    MAX_PIXELS,
     Backend,
     Decide,
     ModelConfig,
@@ -58,6 +59,7 @@ def predict(
     backend: Backend | None = None,
     search_device: SearchDevice = "auto",
     on_bad_image: OnBadImage = "error",
+    max_pixels: int = MAX_PIXELS,
 ) -> list[Prediction]:
     """Predict the label set of each image, in the order given.
 
@@ -85,6 +87,7 @@ def predict(
             backend=backend,
             search_device=search_device,
             on_bad_image=on_bad_image,
+            max_pixels=max_pixels,
         )
     )
 
@@ -108,6 +111,7 @@ def predict_iter(
     backend: Backend | None = None,
     search_device: SearchDevice = "auto",
     on_bad_image: OnBadImage = "error",
+    max_pixels: int = MAX_PIXELS,
 ) -> Iterator[Prediction]:
     """Predict image after image, holding a few batches at a time; see `Predictor.predict_iter`."""
     return resolve_model(model, device).predict_iter(
@@ -126,6 +130,7 @@ def predict_iter(
         backend=backend,
         search_device=search_device,
         on_bad_image=on_bad_image,
+        max_pixels=max_pixels,
     )
 
 
@@ -226,7 +231,7 @@ def evaluate(
     """Measure a model on labelled images or features, as `cnnrnn evaluate` does.
 
     Args:
-        dataset: of `load_dataset` or made by `Dataset`.
+        dataset: of `load_dataset` or made by `Dataset`, which take `max_pixels`.
         model: a model, an ensemble or a checkpoint folder; what is loaded here goes to the `auto`
             device unless `device` names another.
         split: of the dataset; all of it by default.

@@ -36,6 +36,8 @@ MAX_PLACES = 64
 MAX_KNOWN = 4
 """Labels of an image that an exported file takes as known to be present, by default."""
 MAX_WIDTH = 65_536
+MAX_PIXELS = 100_000_000
+"""Pixels of an image file that is decoded, by default; what reads it decides, not the model."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -49,6 +51,11 @@ def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 def _require_fraction(name: str, value: float) -> None:
     _require(0.0 <= value < 1.0, f"{name} must be in [0, 1), got {value}")
+
+
+def require_max_pixels(max_pixels: int) -> None:
+    """Fail where no image could be decoded."""
+    _require(max_pixels >= 1, f"max_pixels must be at least 1, got {max_pixels}")
 
 
 @dataclass(frozen=True)

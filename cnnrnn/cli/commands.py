@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -34,7 +35,7 @@ from cnnrnn.machine.words import without_nan
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
-    from cnnrnn.data import Dataset
+    from cnnrnn.data import BadImageError, Dataset
     from cnnrnn.export import OnnxPredictor
     from cnnrnn.training.ensemble import EnsembleResult
     from cnnrnn.training.run import TrainResult
@@ -93,7 +94,7 @@ def _dataset(options: Namespace, on_bad_image: OnBadImage) -> Dataset:
 
     return load_dataset(
         options.data, images=options.images, on_bad_image=on_bad_image,
-        follow_links=options.follow_links,
+        follow_links=options.follow_links, max_pixels=options.max_pixels,
     )  # fmt: skip
 
 
@@ -231,6 +232,7 @@ def run_predict(options: Namespace) -> int:
     """Label images."""
     from cnnrnn.api import predict_iter
     from cnnrnn.machine.progress import no_progress, terminal_progress
+    from cnnrnn.prediction.inputs import with_folders_listed
 
     default = {
         "precision": "fp32", "compiled": False, "backend": "auto", "search_device": "auto",
@@ -238,9 +240,10 @@ def run_predict(options: Namespace) -> int:
     asked: dict[str, Any] = {
         name: options[name]
         for name in ("top_k", "beam_size", "min_labels", "decide", "threshold", "batch_size",
-                     "workers", "on_bad_image")
+                     "workers", "on_bad_image", "max_pixels")
     }  # fmt: skip
-    asked |= {"known": _known_labels(options), "absent": options.absent}
+    images = with_folders_listed(options.images, options.on_bad_image)
+    asked |= {"known": _known_labels(options, images), "absent": options.absent}
     torch_only = [name for name, value in default.items() if options[name] != value]
     if options.model is not None and options.model.lower().endswith(".onnx"):
         if torch_only:
@@ -248,12 +251,12 @@ def run_predict(options: Namespace) -> int:
                 f"--{torch_only[0]} does not apply to {options.model}, which ONNX Runtime runs; "
                 "`cnnrnn export --precision float16` makes a file in half precision"
             )
-        predictions = _onnx_predictor(options).predict_iter(options.images, **asked)
+        predictions = _onnx_predictor(options).predict_iter(images, **asked)
     elif options.search != "onnx":
         raise ValueError(f"--search is only for FILE.onnx, got {options.search}")
     else:
         predictions = predict_iter(
-            options.images, options.model, device=options.device, precision=options.precision,
+            images, options.model, device=options.device, precision=options.precision,
             compiled=options.compiled, backend=options.backend,
             search_device=options.search_device, **asked,
         )  # fmt: skip
@@ -271,22 +274,26 @@ def run_predict(options: Namespace) -> int:
     return 0
 
 
-def _known_labels(options: Namespace) -> list[str] | list[list[str]]:
+def _known_labels(
+    options: Namespace, images: list[Path | BadImageError]
+) -> list[str] | list[list[str]]:
     """Return the labels that are known of all images, or a list for each where a file has some."""
     if options.known_from is None:
         return cast("list[str]", options.known)
-    from cnnrnn.data import load_dataset
-    from cnnrnn.prediction.inputs import single_images
+    from cnnrnn.data import BadImageError, load_dataset
 
     dataset = load_dataset(options.known_from)
     if dataset.image_paths is None:
         raise ValueError(f"--known_from must name image files, {options.known_from} does not")
     names = dataset.label_names
     of_path = {
-        path.resolve(): [names[label] for label in dataset.labels(i)]
+        os.path.realpath(path): [names[label] for label in dataset.labels(i)]
         for i, path in enumerate(dataset.image_paths)
     }
-    paths = [Path(image).resolve() for image in single_images(options.images)]
+    paths = [
+        os.path.realpath(image.path if isinstance(image, BadImageError) else image)
+        for image in images
+    ]
     found = [path for path in paths if path in of_path]
     if not found:
         raise ValueError(
@@ -313,14 +320,16 @@ def _onnx_predictor(options: Namespace) -> OnnxPredictor:
 def run_suggest(options: Namespace) -> int:
     """Name the labels to ask of images next."""
     from cnnrnn.api import predict_iter
+    from cnnrnn.prediction.inputs import with_folders_listed
 
     if options.questions < 1:
         raise ValueError(f"--questions must be at least 1, got {options.questions}")
+    images = with_folders_listed(options.images, options.on_bad_image)
     predictions = predict_iter(
-        options.images, options.model, known=_known_labels(options), absent=options.absent,
+        images, options.model, known=_known_labels(options, images), absent=options.absent,
         beam_size=options.beam_size, batch_size=options.batch_size, device=options.device,
         backend=options.backend, search_device=options.search_device, workers=options.workers,
-        on_bad_image=options.on_bad_image,
+        on_bad_image=options.on_bad_image, max_pixels=options.max_pixels,
     )  # fmt: skip
     bad = 0
     with opened(options.out) as stream:
@@ -383,7 +392,8 @@ def run_data(options: Namespace) -> int:
         )
     report = check_source(
         options.source, images=options.images, follow_links=options.follow_links,
-        workers=options.workers, pairs=options.labels, progress=terminal_progress,
+        max_pixels=options.max_pixels, workers=options.workers, pairs=options.labels,
+        progress=terminal_progress,
     )  # fmt: skip
     with opened(None) as stream:
         print("\n".join(report.lines(options.labels, options["all"])), file=stream)
@@ -425,7 +435,7 @@ def _write_suspects(options: Namespace) -> str:
     # The report has named the images that cannot be read.
     source = load_dataset(
         options.source, images=options.images, on_bad_image="skip",
-        follow_links=options.follow_links,
+        follow_links=options.follow_links, max_pixels=options.max_pixels,
     )  # fmt: skip
     dataset = source if options.split is None else source.split(options.split)
     checkpoint = find_checkpoint(options.model)

@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 from cnnrnn import __version__
 from cnnrnn.config import (
     MAX_KNOWN,
+    MAX_PIXELS,
     Backend,
     CompareConfig,
     Decide,
@@ -80,6 +81,14 @@ def _add_images(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--follow_links", action="store_true",
         help="follow links to pictures and folders that lead out of the image folder",
+    )  # fmt: skip
+    _add_max_pixels(parser)
+
+
+def _add_max_pixels(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--max_pixels", type=int, default=MAX_PIXELS,
+        help="pictures of more pixels count as unreadable",
     )  # fmt: skip
 
 
@@ -193,6 +202,7 @@ def _predict_parser() -> ArgumentParser:
     parser.add_argument(
         "--compiled", action="store_true", help="run the backbone through torch.compile"
     )
+    _add_max_pixels(parser)
     parser.add_argument(
         "--search", type=Literal["onnx", "native", "compiled"], default="onnx",
         help="for FILE.onnx: search in ONNX Runtime, or with this package's CPU search (native; "
@@ -304,6 +314,7 @@ def _suggest_parser() -> ArgumentParser:
     parser.add_argument("--workers", type=int | None, help=WORKERS)
     _add_backend(parser)
     _add_search_device(parser)
+    _add_max_pixels(parser)
     _add_run_options(parser, batch_size=64)
     return parser
 

@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cnnrnn.config import MAX_PIXELS, require_max_pixels
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -90,6 +92,7 @@ class Dataset:
             `unknown_indices[unknown_indptr[i]:unknown_indptr[i+1]]`.
         unknown_indices: int32, ascending and unique within a record: labels that are neither
             present nor absent, such as VOC's difficult ones; never among the record's labels.
+        max_pixels: images of more pixels cannot be read, see `Predictor.predict`.
 
     Raises:
         DataError: the parts do not fit together.
@@ -106,6 +109,7 @@ class Dataset:
     rows: npt.NDArray[np.int64] = None  # type: ignore[assignment]  # filled in below
     unknown_indptr: npt.NDArray[np.int64] | None = None
     unknown_indices: npt.NDArray[np.int32] | None = None
+    max_pixels: int = MAX_PIXELS
 
     def __init__(
         self,
@@ -114,6 +118,7 @@ class Dataset:
         splits: Sequence[str] | Mapping[str, Sequence[int]] | None = None,
         label_names: Sequence[str] | None = None,
         unknown: Sequence[Iterable[str]] | None = None,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         """Take images with the labels of each.
 
@@ -125,6 +130,7 @@ class Dataset:
             label_names: the labels in their order; None takes those that occur, sorted.
             unknown: for each image the labels that it may have or not: nobody looked. All others
                 are absent. None where every label is known.
+            max_pixels: images of more pixels cannot be read.
 
         Raises:
             TypeError: an image is none of these, or the labels of an image are no list of strings.
@@ -149,6 +155,7 @@ class Dataset:
             unknown_indices=unknown_indices,
             splits=_given_splits(splits, len(indptr) - 1),
             images=tuple(map(_given_image, range(len(images)), images)),
+            max_pixels=max_pixels,
         )
 
     @classmethod
@@ -165,6 +172,7 @@ class Dataset:
         rows: npt.NDArray[np.int64] | None = None,
         unknown_indptr: npt.NDArray[np.integer[Any]] | None = None,
         unknown_indices: npt.NDArray[np.integer[Any]] | None = None,
+        max_pixels: int = MAX_PIXELS,
     ) -> Dataset:
         """Return a dataset of its attributes.
 
@@ -184,6 +192,7 @@ class Dataset:
             rows=rows,
             unknown_indptr=unknown_indptr,
             unknown_indices=unknown_indices,
+            max_pixels=max_pixels,
         )
         return dataset
 
@@ -212,6 +221,7 @@ class Dataset:
         self._check_features(count)
         self._check_boxes(count)
         self._check_splits(count)
+        require_max_pixels(self.max_pixels)
 
     def _fail(self, message: str) -> None:
         raise DataError(f"{self.source}: {message}")

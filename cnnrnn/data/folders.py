@@ -104,14 +104,14 @@ class Folder:
             file: what names them, for messages.
             record: names the record of a position, for messages.
             names: paths as `inside` returns them.
-            on_bad_image: with `error` a missing file is a problem, `skip` leaves it out with one
-                warning.
+            on_bad_image: with `error` a missing file is a problem, as is a folder that cannot be
+                listed; `skip` leaves them out with one warning, and one for each folder.
             problems: collects links that lead out of the folder, and missing files.
 
         Raises:
             DataError: with `skip`, every file is missing.
         """
-        kept, missing = self.find(file, record, names, problems)
+        kept, missing = self.find(file, record, names, problems, on_bad_image)
 
         def message(position: int) -> str:
             place = self.path / names[position]
@@ -129,7 +129,12 @@ class Folder:
         return kept
 
     def find(
-        self, file: Path, record: Callable[[int], str], names: Sequence[str], problems: Problems
+        self,
+        file: Path,
+        record: Callable[[int], str],
+        names: Sequence[str],
+        problems: Problems,
+        on_bad_image: OnBadImage = "error",
     ) -> tuple[dict[int, str], list[int]]:
         """Look for files; arguments as in `existing`.
 
@@ -145,7 +150,9 @@ class Folder:
             if parent not in self._listings:
                 self._listings[parent] = None
                 with problems.part():
-                    self._listings[parent] = self._list(file, parent, record(position), name)
+                    self._listings[parent] = self._list(
+                        file, parent, record(position), name, on_bad_image
+                    )
             listing = self._listings[parent]
             if listing is None:
                 continue  # said once, of its first file
@@ -186,7 +193,9 @@ class Folder:
             parent = self._actual[above] = self._actual_folder(above)
         return above, base, parent
 
-    def _list(self, file: Path, parent: str, record: str, name: str) -> Listing:
+    def _list(
+        self, file: Path, parent: str, record: str, name: str, on_bad_image: OnBadImage
+    ) -> Listing:
         path = os.path.join(self._root, parent)
         real = os.path.realpath(path)
         if not self.follow_links and not _is_inside(real, self._root):
@@ -199,14 +208,18 @@ class Folder:
                 return {
                     entry.name: os.path.realpath(entry.path) if entry.is_symlink() else ""
                     for entry in entries
-                    if entry.is_file()
+                    if _is_file(entry)
                 }
         except (FileNotFoundError, NotADirectoryError):
             return {}
         except OSError as error:
-            raise DataError(
+            text = (
                 f"{file}: the folder of {record}, {cut(path)}, cannot be listed: {error.strerror}"
-            ) from error
+            )
+            if on_bad_image == "error":
+                raise DataError(text) from error
+            warnings.warn(f"{text}; its images are left out", stacklevel=6)
+            return {}
 
     def _actual_folder(self, named: str) -> str:
         """Return a folder's name as it is on disk; as it is named where there is no such folder."""
@@ -241,7 +254,13 @@ class Folder:
         return self._spellings[folder]
 
 
-def files_below(folder: Path, suffixes: tuple[str, ...], follow_links: bool = False) -> list[str]:
+def files_below(
+    folder: Path,
+    suffixes: tuple[str, ...],
+    follow_links: bool = False,
+    on_bad_image: OnBadImage = "error",
+    problems: Problems | None = None,
+) -> list[str]:
     """Return the regular files in a folder and below as relative paths, sorted; no droppings.
 
     Args:
@@ -249,10 +268,15 @@ def files_below(folder: Path, suffixes: tuple[str, ...], follow_links: bool = Fa
         suffixes: of the files that count, in lower case: others are left out where they are links
             that lead out of the folder.
         follow_links: links may lead out of it. A folder that was entered already is not again.
+        on_bad_image: with `error` a folder below that cannot be listed is a problem, `skip` leaves
+            such folders out with one warning.
+        problems: collects them; without it the first is raised.
 
     Raises:
-        DataError: a link leads out of it, or a folder cannot be listed.
+        DataError: a link leads out of it, or it cannot be listed.
     """
+    problems = problems or Problems()
+    unlisted: list[str] = []
     root = os.path.realpath(folder)
     found: list[str] = []
     entered = {root}
@@ -268,23 +292,43 @@ def files_below(folder: Path, suffixes: tuple[str, ...], follow_links: bool = Fa
                     if entry.is_symlink():
                         target = os.path.realpath(entry.path)
                         if not follow_links and not _is_inside(target, root):
-                            if not entry.is_dir() and not path.lower().endswith(suffixes):
+                            if not _is_folder(entry) and not path.lower().endswith(suffixes):
                                 continue
                             raise DataError(
                                 f"{folder} must hold its files itself, got {path} which links to "
                                 f"{target}: follow_links allows it"
                             )
-                        if entry.is_dir() and target in entered:
+                        if _is_folder(entry) and target in entered:
                             continue
                         entered.add(target)
-                    if entry.is_dir():
+                    if _is_folder(entry):
                         todo.append(path)
-                    elif entry.is_file():
+                    elif _is_file(entry):
                         found.append(path)
         except OSError as error:
-            place = os.path.join(root, parent)
-            raise DataError(f"{place} cannot be listed: {error.strerror}") from error
+            place = os.path.join(root, parent) if parent else root
+            text = f"{place} cannot be listed: {error.strerror}"
+            if not parent:
+                raise DataError(text) from error
+            if on_bad_image == "error":
+                problems.add(text)
+            else:
+                unlisted.append(text)
+    if unlisted:
+        warnings.warn(
+            f"{folder}: {len(unlisted)} folders were left out, the first: {unlisted[0]}",
+            stacklevel=3,
+        )
     return sorted(found)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Tell whether an entry is a folder or a link to one; a link in a circle is none."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    return os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()
 
 
 def folded(name: str) -> str:

@@ -9,22 +9,20 @@ import stat
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import torch
 import torch.utils.data
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from cnnrnn.config import OnBadImage, Preprocessing
+from cnnrnn.config import MAX_PIXELS, OnBadImage, Preprocessing
+from cnnrnn.data.budget import memory_for, require_few_texts
 from cnnrnn.data.dataset import DataError, Dataset, ImageSource, StoredImage
 from cnnrnn.machine.extras import from_extra
-
-MAX_PIXELS = 178_956_970
-"""Largest image that is decoded, in pixels (Pillow's own limit for decompression bombs)."""
 
 # Raster formats that Pillow decodes itself and refuses when truncated: EPS would start
 # Ghostscript, and half a JPEG 2000 file gives an image.
@@ -49,6 +47,11 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+_QUARTERS = {_UPRIGHT[value] for value in (5, 6, 7, 8)}
+_REVERSED = {_UPRIGHT[value] for value in (3, 4, 6, 7)}  # the first row comes last
+
+_STRIP = 1 << 18  # pixels of a large image that are converted at once
 
 _FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -79,40 +82,61 @@ class BadImageError(DataError):
         return type(self), (self.path, self.reason, self.record)
 
 
-def decode_image(
-    image: str | Path | bytes | BinaryIO | StoredImage,
+@contextmanager
+def decoded(
+    image: str | BinaryIO | ImageSource,
     record: str | None = None,
     *,
     name: str = "the image",
     preprocessing: Preprocessing | None = None,
-) -> Image.Image:
-    """Read an image file completely.
+    max_pixels: int = MAX_PIXELS,
+) -> Iterator[Image.Image]:
+    """Read an image completely; it is closed, and its share of the memory free, at the end.
 
     Args:
-        image: the file, its bytes, or an open file.
+        image: a file, its bytes, an open file, or a Pillow image.
         record: named in the error, beside the path.
         name: of what is in no file, for the error.
         preprocessing: what follows; see `Preprocessing.jpeg_draft`. None decodes at full size.
+        max_pixels: the most that it may hold, see `cnnrnn.data.budget`.
 
-    Returns:
+    Yields:
         The first frame as RGB, upright by its EXIF orientation; see `to_rgb` for colours.
 
     Raises:
-        BadImageError: the file is missing, not an image, truncated, or larger than `MAX_PIXELS`.
+        BadImageError: the file is missing, not an image, truncated or too large.
     """
-    place = image if isinstance(image, (str, Path)) else name
+    place, record = (image, record) if isinstance(image, (str, Path)) else (name, None)
+    side = 0 if preprocessing is None else preprocessing.image_size
     try:
+        if isinstance(image, Image.Image):
+            if 0 in image.size:
+                raise ValueError(f"{image.width}x{image.height} pixels")
+            with memory_for(image, image.size, side, max_pixels):
+                with _lock:
+                    image.load()
+                    rgb = to_rgb(image)
+                with closing(rgb):
+                    yield rgb
+            return
         with _opened(image, record) as handle:
             start = handle.read(32)
+            require_few_texts(handle)
             handle.seek(0)
             with Image.open(handle, formats=_known_formats()) as opened:
-                _check_size(opened, place, record)
+                full, box = opened.size, None
                 if preprocessing is not None and preprocessing.jpeg_draft:
-                    return to_rgb(_draft(opened, 2 * preprocessing.image_size))
-                opened.load()
-                return to_rgb(opened)
-    except (BadImageError, MemoryError):
+                    box = _draft(opened, 2 * side)
+                with memory_for(opened, full, side, max_pixels):
+                    with closing(opened):
+                        opened.load()
+                        rgb = to_rgb(opened if box is None else opened.crop(box))
+                    with closing(rgb):
+                        yield rgb
+    except BadImageError:
         raise
+    except MemoryError as error:
+        raise BadImageError(place, "one that needs more memory than there is", record) from error
     except FileNotFoundError as error:
         raise BadImageError(place, "no such file", record) from error
     except UnidentifiedImageError as error:
@@ -120,22 +144,56 @@ def decode_image(
         if start[4:12] in _HEIF_BRANDS and "HEIF" not in _known_formats():
             reason = "a HEIF image, which only pillow-heif reads: pip install pillow-heif"
         raise BadImageError(place, reason, record) from error
+    except Image.DecompressionBombError as error:
+        most = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
+        reason = f"more than {most:,} pixels: max_pixels and PIL.Image.MAX_IMAGE_PIXELS allow more"
+        raise BadImageError(place, reason, record) from error
     except Exception as error:  # Pillow's decoders raise nearly anything on broken files
         text = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise BadImageError(place, " ".join(text.split()), record) from error
 
 
-def _draft(image: Image.Image, side: int) -> Image.Image:
-    """Load an image, a JPEG at the smallest of 1, 1/2, 1/4 and 1/8 that covers a square of a side.
+def decode_image(
+    image: str | BinaryIO | ImageSource,
+    record: str | None = None,
+    *,
+    name: str = "the image",
+    preprocessing: Preprocessing | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Image.Image:
+    """Return an image as upright RGB; see `decoded`."""
+    with decoded(
+        image, record, name=name, preprocessing=preprocessing, max_pixels=max_pixels
+    ) as rgb:
+        return rgb.copy()
 
-    The decoder rounds sizes up: what its last row and column cover by less than half is cut off.
+
+def read_tensor(
+    image: str | BinaryIO | ImageSource,
+    preprocessing: Preprocessing,
+    record: str | None = None,
+    *,
+    name: str = "the image",
+    max_pixels: int = MAX_PIXELS,
+) -> torch.Tensor:
+    """Return an image as the square input, uint8 [3, S, S]; see `decoded` and `to_tensor`."""
+    with decoded(
+        image, record, name=name, preprocessing=preprocessing, max_pixels=max_pixels
+    ) as rgb:
+        return to_tensor(rgb, preprocessing)
+
+
+def _draft(image: Image.Image, side: int) -> tuple[int, int, int, int] | None:
+    """Have a JPEG decoded at the smallest of 1, 1/2, 1/4 and 1/8 that covers a square of a side.
+
+    The decoder rounds sizes up: what its last row and column cover by less than half is outside the
+    box that is returned. None where there is nothing to cut off, and for other formats.
     """
-    found = image.draft(None, (side, side))  # None for other formats
-    image.load()
+    found = image.draft(None, (side, side))
     if found is None:
-        return image
+        return None
     width, height = (round(edge) for edge in found[1][2:])
-    return image.crop((0, 0, width, height))  # keeps the orientation
+    return None if (width, height) == image.size else (0, 0, width, height)
 
 
 @contextmanager
@@ -157,43 +215,6 @@ def _opened(
                 image.seek(0)
             data = image.read()
         yield io.BytesIO(data)
-
-
-def read_source(
-    image: ImageSource, record: str, preprocessing: Preprocessing | None = None
-) -> Image.Image:
-    """Return a record's image as upright RGB; see `decode_image`.
-
-    Raises:
-        BadImageError: as `decode_image`.
-    """
-    if isinstance(image, Image.Image):
-        return from_pil(image, record)
-    if isinstance(image, Path):
-        return decode_image(image, record, preprocessing=preprocessing)
-    return decode_image(image, name=record, preprocessing=preprocessing)
-
-
-def from_pil(image: Image.Image, name: str) -> Image.Image:
-    """Return a Pillow image as upright RGB.
-
-    Args:
-        image: the image.
-        name: of it, for the error.
-
-    Raises:
-        BadImageError: it has no pixels, or its file is broken.
-    """
-    try:
-        if 0 in image.size:
-            raise ValueError(f"{image.width}x{image.height} pixels")
-        with _lock:
-            return to_rgb(image)
-    except MemoryError:
-        raise
-    except Exception as error:  # a file opened lazily is decoded here; see `decode_image`
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise BadImageError(name, reason) from error
 
 
 def image_identity(image: ImageSource) -> bytes:
@@ -237,18 +258,11 @@ def _known_formats() -> tuple[str, ...]:
     return tuple(name for name in known if name in Image.OPEN)  # an older Pillow has no AVIF
 
 
-def _check_size(image: Image.Image, path: str | Path, record: str | None) -> None:
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise BadImageError(
-            path, f"{width}x{height} pixels, more than the limit of {MAX_PIXELS}", record
-        )
-
-
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return a copy of any Pillow image as upright RGB.
 
-    Transparency is composited on white; 16-bit grey is scaled to 8 bits.
+    Transparency is composited on white; 16-bit grey is scaled to 8 bits. Both and turning go by
+    strips of a large image, which take little memory beside it.
 
     Args:
         image: a loaded image of any mode but floating point.
@@ -256,13 +270,37 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: the mode has no conversion to RGB.
     """
-    turn = _UPRIGHT.get(_orientation(image))
-    if turn is not None:
-        image = image.transpose(turn)
-    if image.mode.startswith("I"):
-        return _grey_to_8_bits(image).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point pixels, whose range is unknown")
+    if image.mode == "I":
+        low, high = cast("tuple[int, int]", image.getextrema())
+        if low < 0 or high > 65535:
+            raise ValueError(f"grey values {low}..{high}, expected 16 bits in 0..65535")
+    turn = _UPRIGHT.get(_orientation(image))
+    width, height = image.size
+    rows = height
+    if turn is not None or image.mode.startswith("I") or image.has_transparency_data:
+        rows = max(1, _STRIP // width)
+    if rows >= height:
+        rgb = _opaque(image)
+        return rgb if turn is None else rgb.transpose(turn)
+    quarter = turn in _QUARTERS
+    result = Image.new("RGB", (height, width) if quarter else (width, height))
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        strip = _opaque(image.crop((0, top, width, bottom)))
+        if turn is not None:
+            strip = strip.transpose(turn)
+        start = height - bottom if turn in _REVERSED else top
+        result.paste(strip, (start, 0) if quarter else (0, start))
+    return result
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """Return an image, or a strip of one, as RGB."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int32)
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         upper = image.convert("RGBA")
         white = Image.new("RGBA", upper.size, "white")
@@ -281,15 +319,6 @@ def _orientation(image: Image.Image) -> int:
     except Exception:  # Pillow's EXIF parser raises nearly anything on broken blocks
         return 1
     return value if isinstance(value, int) else 1
-
-
-def _grey_to_8_bits(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.int64)
-    if values.size and (values.min() < 0 or values.max() > 65535):
-        raise ValueError(
-            f"grey values {values.min()}..{values.max()}, expected 16 bits in 0..65535"
-        )
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
 
 def to_tensor(image: Image.Image, preprocessing: Preprocessing) -> torch.Tensor:
@@ -396,12 +425,15 @@ class ImageRecords(torch.utils.data.Dataset[tuple[int, "torch.Tensor | BadImageE
         """Return the record index with its image, or with what is wrong with it."""
         record = f"record {self.dataset.rows[index]} of {self.dataset.source}"
         try:
-            source = read_source(self.images[index], record, self.preprocessing)
-            image = to_tensor(source, self.preprocessing)
+            image = read_tensor(
+                self.images[index], self.preprocessing, record, name=record,
+                max_pixels=self.dataset.max_pixels,
+            )  # fmt: skip
         except BadImageError as error:
             if self.on_bad_image == "error":
                 raise
-            error.__traceback__ = error.__cause__ = None
+            # They hold the frames of the decoder, and with these the image.
+            error.__traceback__ = error.__cause__ = error.__context__ = None
             return index, error
         return index, image if self.augment is None else self._augmented(self.augment, index, image)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cnnrnn.config import (
+    MAX_PIXELS,
     HuggingFaceOptions,
     JsonLinesOptions,
     NusWideOptions,
@@ -17,6 +18,7 @@ from cnnrnn.config import (
     SvmlightOptions,
     TableOptions,
     VocOptions,
+    require_max_pixels,
 )
 from cnnrnn.data.dataset import DataError, Dataset
 from cnnrnn.data.files import Problems
@@ -41,6 +43,7 @@ def load_dataset(
     images: str | Path | None = None,
     on_bad_image: OnBadImage = "error",
     follow_links: bool = False,
+    max_pixels: int = MAX_PIXELS,
     problems: Problems | None = None,
 ) -> Dataset:
     """Read the dataset that a spec names.
@@ -55,8 +58,10 @@ def load_dataset(
             (`HuggingFaceOptions`) and `features:FILE.svm,vocabulary=FILE,features=500,first=1`
             (`SvmlightOptions`).
         images: image folder of a `coco:`, `voc:`, `nuswide:`, `csv:` or `jsonl:` source.
-        on_bad_image: `error` stops at a missing image, `skip` leaves it out with a warning.
+        on_bad_image: `error` stops at a missing image or a folder of images that cannot be listed,
+            `skip` leaves it out with a warning.
         follow_links: links to pictures and folders may lead out of the image folder.
+        max_pixels: images of more pixels cannot be read, see `Predictor.predict`.
         problems: collects what is wrong with the source; without it the first problem is raised.
 
     Returns:
@@ -76,6 +81,22 @@ def load_dataset(
             f"images is only for {', '.join(_WITH_IMAGE_FOLDER)} sources, got {spec!r} and "
             f"images={str(images)!r}"
         )
+    require_max_pixels(max_pixels)
+    dataset = _read(spec, kind, location, images, on_bad_image, follow_links, problems)
+    if max_pixels != dataset.max_pixels:
+        dataset = dataset.with_changes(max_pixels=max_pixels)
+    return dataset
+
+
+def _read(
+    spec: str,
+    kind: str,
+    location: str,
+    images: str | Path | None,
+    on_bad_image: OnBadImage,
+    follow_links: bool,
+    problems: Problems | None,
+) -> Dataset:
     location, words = _split_options(kind, location)
     options = _options(kind, spec, words)
     path = Path(location).expanduser()
@@ -88,12 +109,13 @@ def load_dataset(
         from cnnrnn.data.sources.huggingface import load_huggingface
 
         return load_huggingface(location, options, problems=problems)
-    common: dict[str, Any] = {"follow_links": follow_links, "problems": problems}
+    common: dict[str, Any] = {
+        "on_bad_image": on_bad_image, "follow_links": follow_links, "problems": problems,
+    }  # fmt: skip
     if kind == "folder":
         from cnnrnn.data.sources.folder import load_folder
 
         return load_folder(path, **common)
-    common["on_bad_image"] = on_bad_image
     if kind == "voc":
         from cnnrnn.data.sources.voc import load_voc
 

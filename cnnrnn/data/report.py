@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cnnrnn.config import MAX_PIXELS
 from cnnrnn.data import load_dataset
 from cnnrnn.data.dataset import WRITE_ZERO, Dataset, ImageSource
 from cnnrnn.data.files import Problems
-from cnnrnn.data.images import BadImageError, image_digest, read_source
+from cnnrnn.data.images import BadImageError, decoded, image_digest
 from cnnrnn.machine.progress import Progress, no_progress
 from cnnrnn.machine.words import listed
 
@@ -213,6 +215,7 @@ def check_source(
     *,
     images: str | Path | None = None,
     follow_links: bool = False,
+    max_pixels: int = MAX_PIXELS,
     workers: int = 0,
     pairs: int = 20,
     progress: Progress = no_progress,
@@ -223,6 +226,7 @@ def check_source(
         spec: as for `load_dataset`.
         images: image folder, as for `load_dataset`.
         follow_links: as for `load_dataset`.
+        max_pixels: as for `load_dataset`.
         workers: processes that decode images; 0 decodes in this one.
         pairs: how many pairs of labels to report.
         progress: told how many images are done.
@@ -239,8 +243,9 @@ def check_source(
         dataset = None
         with problems.part():
             dataset = load_dataset(
-                spec, images=images, follow_links=follow_links, problems=problems
-            )
+                spec, images=images, follow_links=follow_links, max_pixels=max_pixels,
+                problems=problems,
+            )  # fmt: skip
     notes = [str(warning.message) for warning in caught]
     if dataset is None:
         return SourceReport(spec, problems.messages, notes, problems.notes, problems.kinds)
@@ -342,7 +347,7 @@ def _read_contents(
         return [hashlib.blake2b(row.data, digest_size=16).digest() for row in dataset.features]
     digests: list[bytes | None] = []
     with progress("images", len(dataset)) as advance:
-        for digest, reason in _inspect_all(dataset.images, workers):
+        for digest, reason in _inspect_all(dataset.images, workers, dataset.max_pixels):
             if reason is not None:
                 record = f"record {dataset.rows[len(digests)]} of {dataset.source}"
                 image = dataset.images[len(digests)]
@@ -356,20 +361,22 @@ def _read_contents(
 Content = tuple[bytes | None, str | None]
 
 
-def _inspect_all(images: Sequence[ImageSource], workers: int) -> Iterator[Content]:
+def _inspect_all(images: Sequence[ImageSource], workers: int, max_pixels: int) -> Iterator[Content]:
+    inspect = partial(_inspect, max_pixels=max_pixels)
     if workers < 1:
-        yield from map(_inspect, images)
+        yield from map(inspect, images)
         return
     with ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(_inspect, images, chunksize=64)
+        yield from pool.map(inspect, images, chunksize=64)
 
 
-def _inspect(image: ImageSource) -> Content:
+def _inspect(image: ImageSource, max_pixels: int) -> Content:
     """Decode an image; return the digest of its content, or what is wrong with it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, about odd EXIF blocks
-            read_source(image, "image")
+            with decoded(image, name="image", max_pixels=max_pixels):
+                pass
         return image_digest(image), None
     except BadImageError as error:
         return None, error.reason

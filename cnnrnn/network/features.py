@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cnnrnn.config import Backend, OnBadImage
+from cnnrnn.config import MAX_PIXELS, Backend, OnBadImage
 from cnnrnn.data import BadImageError, DataError, Dataset
 from cnnrnn.data.images import (
     ImageRecords,
@@ -181,6 +181,8 @@ def _cache_key(backbone: Backbone, dataset: Dataset) -> str:
     # As before there were drafts, so that caches of earlier releases are found.
     form = {k: v for k, v in asdict(backbone.preprocessing).items() if k != "jpeg_draft" or v}
     digest.update(json.dumps(form).encode())
+    if dataset.max_pixels != MAX_PIXELS:  # others may have been left out
+        digest.update(f"{dataset.max_pixels}\n".encode())
     for image in dataset.images or ():
         digest.update(image_identity(image))
     return digest.hexdigest()

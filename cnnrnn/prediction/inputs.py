@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from cnnrnn.config import OnBadImage, Preprocessing
+from cnnrnn.config import MAX_PIXELS, OnBadImage, Preprocessing
 from cnnrnn.data import BadImageError, DataError
 from cnnrnn.data.files import is_dropping
-from cnnrnn.data.images import IMAGE_SUFFIXES, decode_image, from_pil, to_tensor
+from cnnrnn.data.images import IMAGE_SUFFIXES, BadImageWarning, read_tensor, to_tensor
 
 
 @dataclass(frozen=True)
@@ -30,23 +32,26 @@ class Item:
 
 
 def read_image(
-    position: int, image: Any, preprocessing: Preprocessing, on_bad_image: OnBadImage
+    position: int,
+    image: Any,
+    preprocessing: Preprocessing,
+    on_bad_image: OnBadImage,
+    max_pixels: int = MAX_PIXELS,
 ) -> Item:
     """Decode, resize and check one image."""
+    if isinstance(image, BadImageError):  # of a folder in a list
+        return Item(position, image.path, None, str(image))
     source = str(image) if isinstance(image, (str, Path)) else str(position)
     if isinstance(image, (str, Path, bytes, Image.Image)) or _is_open_file(image):
-        name = f"image {position}"
         try:
-            rgb = (
-                from_pil(image, name)
-                if isinstance(image, Image.Image)
-                else decode_image(image, name=name, preprocessing=preprocessing)
+            tensor = read_tensor(
+                image, preprocessing, name=f"image {position}", max_pixels=max_pixels
             )
-            return Item(position, source, to_tensor(rgb, preprocessing))
         except BadImageError as error:
             if on_bad_image == "error":
                 raise
             return Item(position, source, None, str(error))
+        return Item(position, source, tensor)
     if isinstance(image, np.ndarray):
         return Item(position, source, to_tensor(_from_array(image, position), preprocessing))
     if isinstance(image, Tensor):
@@ -57,27 +62,46 @@ def read_image(
     )
 
 
-def single_images(images: Any) -> Iterator[Any]:
-    """Take folders, batches and lists apart into single images, in order."""
+def single_images(images: Any, on_bad_image: OnBadImage = "error") -> Iterator[Any]:
+    """Take folders, batches and lists apart into single images, in order.
+
+    With `skip` a folder in a list that cannot be listed becomes the `BadImageError` that says so.
+    """
     if isinstance(images, (str, Path)):
-        path = Path(images)
-        yield from folder_images(path) if path.is_dir() else (path,)
+        path, is_folder = Path(images), os.path.isdir(images)  # not where it cannot be told
+        yield from folder_images(path, on_bad_image) if is_folder else (path,)
     elif isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4:
         yield from images
-    elif isinstance(images, (bytes, Image.Image, np.ndarray, Tensor)) or _is_open_file(images):
+    elif _is_one(images):
         yield images
     elif _is_list(images):
         for image in images:
-            yield from single_images(image) if are_images(image) else (image,)
+            if isinstance(image, (str, Path)):
+                yield from _of_a_list(image, on_bad_image)
+            else:
+                yield from single_images(image, on_bad_image) if are_images(image) else (image,)
 
 
-def with_folders_listed(images: Any) -> Any:
-    """Put the pictures of a folder, or of each in a list, in its place."""
+def _of_a_list(image: str | Path, on_bad_image: OnBadImage) -> list[Any]:
+    """Return a path of a list, or the pictures of a folder; see `single_images`."""
+    try:
+        return list(single_images(image, on_bad_image))
+    except BadImageError as error:
+        if on_bad_image == "error":
+            raise
+        return [error]
+
+
+def with_folders_listed(images: Any, on_bad_image: OnBadImage = "error") -> Any:
+    """Put the pictures of a folder, or of each in a list, in its place; see `single_images`."""
     if isinstance(images, (str, Path)):
-        path = Path(images)
-        return folder_images(path) if path.is_dir() else images
+        return list(single_images(images, on_bad_image))
     if isinstance(images, (list, tuple)):
-        return [with_folders_listed(i) if isinstance(i, (str, Path)) else i for i in images]
+        listed: list[Any] = []
+        for image in images:
+            is_path = isinstance(image, (str, Path))
+            listed += _of_a_list(image, on_bad_image) if is_path else [image]
+        return listed
     return images
 
 
@@ -97,7 +121,7 @@ def are_images(images: Any) -> bool:
 
 
 def _is_one(image: Any) -> bool:
-    one = (str, Path, bytes, Image.Image, np.ndarray, Tensor)
+    one = (str, Path, bytes, Image.Image, np.ndarray, Tensor, BadImageError)
     return isinstance(image, one) or _is_open_file(image)
 
 
@@ -110,19 +134,37 @@ def _is_list(images: Any) -> bool:
     return isinstance(images, Iterable) and not isinstance(images, (bytearray, Mapping, Set))
 
 
-def folder_images(folder: Path) -> list[Path]:
+def folder_images(folder: Path, on_bad_image: OnBadImage = "error") -> list[Path]:
     """Return the pictures in a folder and below, by their suffix, sorted by path.
 
+    Args:
+        folder: links to folders in it are not followed.
+        on_bad_image: `skip` warns of folders below that cannot be listed.
+
     Raises:
-        DataError: there is none.
+        BadImageError: it cannot be listed, or with `error` a folder below.
+        DataError: there is no picture.
     """
-    found = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and not is_dropping(str(path.relative_to(folder)))
-        and path.is_file()
-    )
+    found: list[Path] = []
+    errors: list[OSError] = []
+    for parent, folders, names in os.walk(folder, onerror=errors.append):
+        folders[:] = [name for name in folders if not is_dropping(name)]
+        found += [
+            Path(parent, name)
+            for name in names
+            if name.lower().endswith(IMAGE_SUFFIXES) and not is_dropping(name)
+        ]
+    found.sort()
+    bad = [
+        BadImageError(e.filename, f"a folder that cannot be listed: {e.strerror}") for e in errors
+    ]
+    if bad and (on_bad_image == "error" or bad[0].path == str(folder)):
+        raise bad[0]
+    if bad:
+        warnings.warn(
+            f"{len(bad)} folders in {folder} were left out, the first: {bad[0]}", BadImageWarning,
+            stacklevel=2,
+        )  # fmt: skip
     if not found:
         raise DataError(f"{folder} holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
     return found

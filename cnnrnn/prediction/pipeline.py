@@ -68,6 +68,7 @@ def predict_images(
     batch_size: int,
     workers: int | None,
     on_bad_image: OnBadImage,
+    max_pixels: int,
 ) -> Iterator[Prediction]:
     """Decode in threads, run the model, search and decide, one batch ahead of another."""
     if not are_images(images):
@@ -81,7 +82,7 @@ def predict_images(
         raise ValueError(f"workers must be at least 0, got {workers}")
 
     def read(item: tuple[int, Any]) -> Item:
-        return read_image(*item, model.preprocessing, on_bad_image)
+        return read_image(*item, model.preprocessing, on_bad_image, max_pixels)
 
     def begin(group: list[Item]) -> Callable[[], Inference | None]:
         found = [item for item in group if item.image is not None]
@@ -92,10 +93,10 @@ def predict_images(
         )
         return model.begin([item.image for item in found if item.image is not None], evidence)
 
-    images = with_folders_listed(images)
+    images = with_folders_listed(images, on_bad_image)
     model.prepare(count_of(images))
     batches = batches_in_order(
-        _numbered(single_images(images), known),
+        _numbered(single_images(images, on_bad_image), known),
         read,
         begin,
         batch_size=batch_size,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cnnrnn.config import (
+    MAX_PIXELS,
     Backend,
     Calibration,
     Decide,
@@ -19,6 +20,7 @@ from cnnrnn.config import (
     Precision,
     SearchConfig,
     SearchDevice,
+    require_max_pixels,
 )
 from cnnrnn.machine.devices import resolve_device, use_one_thread_if_forked
 from cnnrnn.machine.words import listed
@@ -106,6 +108,7 @@ class Predictor(ABC):
         backend: Backend | None = None,
         search_device: SearchDevice = "auto",
         on_bad_image: OnBadImage = "error",
+        max_pixels: int = MAX_PIXELS,
     ) -> list[Prediction]:
         """Predict the label set of each image, in the order given.
 
@@ -152,7 +155,10 @@ class Predictor(ABC):
                 `beam_search`). Where `marginal_places` needs more live paths than a GPU holds, as
                 by default with known labels, the CPU searches. ONNX Runtime searches where it runs.
             on_bad_image: `error` stops at an unreadable image, `skip` gives it a prediction without
-                labels and with `.error`.
+                labels and with `.error`, and warns of folders in a folder that cannot be listed.
+            max_pixels: image files and PIL images of more pixels are bad images. A JPEG that is
+                decoded at a smaller size counts by that; what takes more than 8 bytes a pixel to
+                decode counts for more, as WebP does.
 
         Returns:
             One `Prediction` per image.
@@ -182,6 +188,7 @@ class Predictor(ABC):
                 backend=backend,
                 search_device=search_device,
                 on_bad_image=on_bad_image,
+                max_pixels=max_pixels,
             )
         )
 
@@ -205,6 +212,7 @@ class Predictor(ABC):
         backend: Backend | None = None,
         search_device: SearchDevice = "auto",
         on_bad_image: OnBadImage = "error",
+        max_pixels: int = MAX_PIXELS,
     ) -> Iterator[Prediction]:
         """Predict image after image, holding a few batches at a time; arguments as in `predict`.
 
@@ -216,6 +224,7 @@ class Predictor(ABC):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if on_bad_image not in ("error", "skip"):
             raise ValueError(f"on_bad_image must be error or skip, got {on_bad_image!r}")
+        require_max_pixels(max_pixels)
         options = DecisionOptions(top_k, decide, threshold, min_labels)
         running = Running(
             beam_size, min_labels, forbidden_labels, device, precision, compiled, backend,
@@ -230,6 +239,7 @@ class Predictor(ABC):
             batch_size=batch_size,
             workers=workers,
             on_bad_image=on_bad_image,
+            max_pixels=max_pixels,
         )
 
     def predict_features(

@@ -253,5 +253,9 @@ def data_digest(data: Dataset) -> str:
             digest.update(image_identity(image))
             continue
         digest.update(os.fsencode(image.name))
-        digest.update(f" {image.stat().st_size if image.exists() else None}\n".encode())
+        try:
+            size = os.stat(image).st_size
+        except (OSError, ValueError):  # it is a bad image
+            size = None
+        digest.update(f" {size}\n".encode())
     return digest.hexdigest()

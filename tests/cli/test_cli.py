@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from cnnrnn.cli import main
 from cnnrnn.config import DECISIONS
@@ -470,3 +471,27 @@ def test_a_reader_that_leaves_ends_quietly(run, scenes, command):
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait() == 0
+
+
+def test_every_command_that_reads_pictures_takes_max_pixels(run, scenes, tmp_path, capsys):
+    picture = str(pictures(scenes)[0])
+    with Image.open(picture) as image:
+        pixels = image.width * image.height
+    small, data = f"--max-pixels={pixels - 1}", f"scenes:{scenes}"
+    commands = [
+        ["predict", picture, "--model", str(run), "--device=cpu"],
+        ["suggest", picture, "--model", str(run), "--device=cpu"],
+        ["evaluate", "--data", data, "--model", str(run), "--device=cpu"],
+        ["train", "--data", data, "--out", str(tmp_path / "run"), *TINY],
+        ["compare", "--data", data, "--out", str(tmp_path / "table"), "--methods=cnn-rnn", *TINY],
+    ]
+    for words in commands:
+        assert main([*words, small]) == 1, words
+        assert (
+            f"pixels, more than {pixels - 1:,}: max_pixels allows more" in capsys.readouterr().err
+        )
+    assert main(["data", "check", data, small]) == 1
+    assert "unreadable images: 56" in capsys.readouterr().out
+    assert main([*commands[0], f"--max-pixels={pixels}"]) == 0
+    assert main([*commands[0], "--max-pixels=0"]) == 1
+    assert "max_pixels must be at least 1, got 0" in capsys.readouterr().err

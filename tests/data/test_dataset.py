@@ -13,8 +13,8 @@ from PIL import Image
 
 import cnnrnn
 from cnnrnn.config import ModelConfig, Preprocessing, TrainConfig
-from cnnrnn.data import BadImageError, DataError, Dataset
-from cnnrnn.data.images import image_batches, image_digest, image_identity
+from cnnrnn.data import BadImageError, DataError, Dataset, load_dataset
+from cnnrnn.data.images import ImageRecords, image_batches, image_digest, image_identity
 from tests.data import sources
 
 LABELS = [["dog", "cat"], [], ["cat"]]
@@ -183,3 +183,19 @@ def test_a_model_is_trained(tmp_path: Path, form: str) -> None:
     assert set(model.labels) == {"red", "blue"}
     assert (tmp_path / "run" / "best").is_dir()
     assert len(model.predict(in_memory(files[:2], form))) == 2
+
+
+def test_max_pixels_stays_with_the_records(tmp_path: Path) -> None:
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
+    (tmp_path / "t.csv").write_text("image,labels,split\na.png,x,train\n")
+    made = Dataset([tmp_path / "a.png"], [["x"]], ["train"], max_pixels=599)
+    for dataset in (made, load_dataset(f"csv:{tmp_path / 't.csv'}", max_pixels=599)):
+        for part in (dataset, dataset.split("train"), dataset.select([0]), dataset.with_changes()):
+            assert part.max_pixels == 599
+            with pytest.raises(BadImageError, match="30x20 pixels, more than 599: max_pixels"):
+                ImageRecords(part, Preprocessing(image_size=16))[0]
+    message = "max_pixels must be at least 1, got 0"
+    with pytest.raises(ValueError, match=message):
+        Dataset([b""], [[]], max_pixels=0)
+    with pytest.raises(ValueError, match=message):
+        load_dataset("csv:x", max_pixels=0)

@@ -7,8 +7,10 @@ import pytest
 
 from cnnrnn.data import DataError, Dataset, Problems, load_dataset
 from cnnrnn.data.images import IMAGE_SUFFIXES
+from cnnrnn.data.report import check_source
 from cnnrnn.data.sources.folder import load_folder
 from tests.data import sources
+from tests.nobody import as_nobody
 
 
 def write(root: Path, *names: str) -> None:
@@ -133,3 +135,35 @@ def test_a_stray_picture_beside_the_labels_of_a_split(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=message):
         dataset = load_folder(tmp_path)
     assert read(dataset) == {"train": {f"{tmp_path}/train/cat/1.png": ["cat"]}}
+
+
+def test_a_folder_below_that_cannot_be_listed(public_folder: Path) -> None:
+    write(public_folder, "cow/1.png", "sky/2.png")
+    for name in ("cow/more", "sea", ".hidden"):
+        (public_folder / name).mkdir()
+        (public_folder / name).chmod(0)
+    spec = f"folder:{public_folder}"
+    with as_nobody():
+        with pytest.raises(DataError, match=f"^{public_folder}/.*cannot be listed: Permission den"):
+            load_dataset(spec)
+        message = f"{public_folder}: 2 folders were left out, the first: .* cannot be listed: Perm"
+        with pytest.warns(UserWarning, match=message):
+            dataset = load_dataset(spec, on_bad_image="skip")
+        report = check_source(spec)
+    assert [path.name for path in dataset.image_paths or ()] == ["1.png", "2.png"]
+    assert len(report.problems) == 2 and report.records == 2
+
+
+def test_a_root_that_cannot_be_listed(public_folder: Path) -> None:
+    (public_folder / "a").mkdir()
+    (public_folder / "a").chmod(0)
+    with as_nobody(), pytest.raises(DataError, match="a cannot be listed: Permission denied"):
+        load_dataset(f"folder:{public_folder / 'a'}", on_bad_image="skip")
+
+
+def test_a_link_in_a_circle_is_no_file(tmp_path: Path) -> None:
+    write(tmp_path, "cow/1.png")
+    (tmp_path / "cow" / "2.png").symlink_to(tmp_path / "cow" / "2.png")
+    for follow in (False, True):
+        dataset = load_folder(tmp_path, follow_links=follow)
+        assert [path.name for path in dataset.image_paths or ()] == ["1.png"]

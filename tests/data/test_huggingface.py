@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from cnnrnn.data import DataError, Dataset, Problems, load_dataset
-from cnnrnn.data.images import image_identity, read_source
+from cnnrnn.data.images import decode_image, image_identity
 from tests.data import sources
 
 
@@ -85,11 +85,11 @@ def test_columns_of_labels(datasets: Any, tmp_path: Path, case: str, form: str) 
         assert dataset.label_names == ("cat", "dog", "owl")
     images = dataset.images
     assert images is not None and dataset.image_paths is None
-    greys = [read_source(image, "").getpixel((0, 0)) for image in images]
+    greys = [decode_image(image).getpixel((0, 0)) for image in images]
     assert greys == [(0, 0, 0), (1, 1, 1)] * (len(greys) // 2)
     assert len({image_identity(image) for image in images}) == 2  # a split is the other's copy
     copy = pickle.loads(pickle.dumps(images[1]))
-    assert read_source(copy, "").getpixel((0, 0)) == (1, 1, 1)
+    assert decode_image(copy).getpixel((0, 0)) == (1, 1, 1)
 
 
 def test_columns_that_are_one_label_each(datasets: Any, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_web_dataset(datasets: Any, tmp_path: Path) -> None:
                 archive.addfile(member, io.BytesIO(data))
     dataset = load_dataset(f"hf:{tmp_path / 'part.tar'}")
     assert sets(dataset) == [["x"], ["x", "y"]]
-    assert read_source(dataset.images[1], "").getpixel((0, 0)) == (1, 1, 1)  # type: ignore[index]
+    assert decode_image(dataset.images[1]).getpixel((0, 0)) == (1, 1, 1)  # type: ignore[index]
 
 
 def test_what_a_column_of_numbers_holds_is_decided_over_all_splits(

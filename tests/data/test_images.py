@@ -16,17 +16,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, features
+from PIL.PngImagePlugin import PngImageFile
 
 from cnnrnn.config import Preprocessing
-from cnnrnn.data import BadImageError, DataError, Dataset
+from cnnrnn.data import BadImageError, DataError, Dataset, budget
 from cnnrnn.data.images import (
     ImageRecords,
     decode_image,
     image_batches,
     normalize,
+    read_tensor,
     to_rgb,
     to_tensor,
 )
+from tests.data import hostile
 
 SIDE = 16
 PREPROCESSING = Preprocessing(image_size=SIDE)
@@ -376,7 +379,7 @@ def png_claiming(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("pillow_limit", [Image.MAX_IMAGE_PIXELS, None])
-@pytest.mark.parametrize("size", [(60000, 60000), (13378, 13377)])
+@pytest.mark.parametrize("size", [(60000, 60000), (10001, 10000)])
 def test_huge_pictures_are_rejected_by_their_header(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -387,9 +390,174 @@ def test_huge_pictures_are_rejected_by_their_header(
     file = tmp_path / "bomb.png"
     file.write_bytes(png_claiming(*size))
     started = time.perf_counter()
-    with pytest.raises(BadImageError, match=r"bomb\.png.*pixels.*limit of 178956970"):
+    with pytest.raises(BadImageError, match=r"bomb\.png.*more than 100,000,000.*max_pixels"):
         decode_image(file)
     assert time.perf_counter() - started < 0.5
+
+
+def test_max_pixels_is_of_a_picture(tmp_path: Path) -> None:
+    file = save(tmp_path / "x.png", noise(20, 30))
+    for image in (file, str(file), file.read_bytes(), io.BytesIO(file.read_bytes()), noise(20, 30)):
+        assert decode_image(image, max_pixels=600).size == (30, 20)
+        with pytest.raises(BadImageError) as caught:
+            decode_image(image, max_pixels=599)
+        assert caught.value.reason == "30x20 pixels, more than 599: max_pixels allows more"
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_pillows_own_limit_is_named_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 250)
+    message = "more than 500 pixels: max_pixels and PIL.Image.MAX_IMAGE_PIXELS allow more"
+    with pytest.raises(BadImageError, match=message):
+        decode_image(png_claiming(30, 20))
+
+
+def test_a_draft_counts_by_its_own_size_and_a_progressive_one_in_full(tmp_path: Path) -> None:
+    plain = save(tmp_path / "a.jpg", smooth(128, 256))
+    progressive = save(tmp_path / "b.jpg", smooth(128, 256), progressive=True)
+    for file, most in ((plain, 2048), (progressive, 1024 + 6 * 32768 // 8)):
+        assert decode_image(file, preprocessing=DRAFTS, max_pixels=most).size == (64, 32)
+        with pytest.raises(BadImageError, match=f"^{file} .*more than {most - 1:,}: max_pixels"):
+            decode_image(file, preprocessing=DRAFTS, max_pixels=most - 1)
+    with pytest.raises(BadImageError, match="256x128 pixels, more than 32,767: max_pixels"):
+        decode_image(plain, max_pixels=32767)
+
+
+def test_a_tall_picture_counts_as_wide_as_it_is_resized(tmp_path: Path) -> None:
+    file = save(tmp_path / "x.png", noise(1000, 2))
+    assert decode_image(file, max_pixels=2000).size == (2, 1000)
+    assert read_tensor(file, PREPROCESSING, max_pixels=9000).shape == (3, SIDE, SIDE)
+    message = "2x1000 pixels with the memory of 9,000, more than 8,999: max_pixels allows more"
+    with pytest.raises(BadImageError, match=message):
+        read_tensor(file, PREPROCESSING, max_pixels=8999)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "options", "counted"),
+    [("webp", {}, 1200), ("tiff", {}, 600), ("tiff", {"compression": "tiff_deflate"}, 600),
+     ("bmp", {}, 600), ("gif", {}, 600), ("jpg", {"progressive": True}, 750)],
+)  # fmt: skip
+def test_what_a_decoder_holds_counts(
+    tmp_path: Path, suffix: str, options: dict[str, Any], counted: int
+) -> None:
+    file = save(tmp_path / f"x.{suffix}", noise(20, 30), **options)
+    decode_image(file, max_pixels=counted)
+    with pytest.raises(BadImageError, match="max_pixels allows more"):
+        decode_image(file, max_pixels=counted - 1)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_the_tile_of_a_tiff_counts() -> None:
+    assert "30x20" in str(bad_reason(hostile.tiff(30, 20), max_pixels=300 + 20 * 30 * 8 // 8 - 1))
+    assert "more than 100,000,000" in str(bad_reason(hostile.tiff(10, 10, tile=12_000)))
+    start = int.from_bytes(hostile.tiff(30, 20)[4:8], "little")
+    for position in range(start, len(hostile.tiff(30, 20))):  # whatever its tags say
+        data = bytearray(hostile.tiff(30, 20))
+        data[position] = 0xFF
+        bad_reason(bytes(data))
+
+
+def bad_reason(data: bytes, **options: Any) -> str:
+    with pytest.raises(BadImageError) as caught:
+        decode_image(data, **options)
+    assert "\n" not in caught.value.reason
+    return caught.value.reason
+
+
+@pytest.mark.parametrize("place", ["open", "load", "convert", "resize"])
+def test_memory_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """A picture that takes too much is bad, and others go on."""
+    file = save(tmp_path / "x.png", noise())
+    dataset = grey_dataset(tmp_path, 3)
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise MemoryError
+
+    target = Image if place == "open" else Image.Image if place != "load" else PngImageFile
+    reason = "one that needs more memory than there is"
+    with monkeypatch.context() as patch:
+        patch.setattr(target, place, fail)
+        for image in (file, file.read_bytes()):
+            with pytest.raises(BadImageError, match=reason):
+                read_tensor(image, PREPROCESSING)
+        if place in ("convert", "resize"):
+            with pytest.raises(BadImageError, match=f"image 7 must be .*{reason}"):
+                read_tensor(noise(), PREPROCESSING, name="image 7")
+        bad = ImageRecords(dataset, PREPROCESSING, on_bad_image="skip")[1][1]
+        assert isinstance(bad, BadImageError) and bad.reason == reason
+    assert read_tensor(file, PREPROCESSING).shape == (3, SIDE, SIDE)
+
+
+def test_errors_that_are_kept_do_not_keep_the_picture(tmp_path: Path) -> None:
+    dataset = grey_dataset(tmp_path, 1, bad=(0,))
+    error = ImageRecords(dataset, PREPROCESSING, on_bad_image="skip")[0][1]
+    assert isinstance(error, BadImageError)
+    assert error.__traceback__ is error.__cause__ is error.__context__ is None
+
+
+def large_pictures() -> dict[str, Image.Image]:
+    """One of each mode, and of each kind of transparency, on which strips end in odd places."""
+    random = np.random.default_rng(0)
+    rgba = Image.fromarray(random.integers(0, 256, (37, 23, 4), dtype=np.uint8))
+    rgb, grey = rgba.convert("RGB"), rgba.convert("L")
+    deep = Image.fromarray(random.integers(0, 65536, (37, 23), dtype=np.uint16))
+    found = {mode: rgba.convert(mode) for mode in ("RGBA", "LA", "RGBa", "RGBX")}
+    found |= {mode: rgb.convert(mode) for mode in ("RGB", "L", "1", "CMYK", "YCbCr", "HSV", "LAB")}
+    found |= {mode: deep.convert(mode) for mode in ("I;16", "I")}
+    found["P"] = rgb.quantize(7)
+    shares = bytes(range(0, 140, 20))
+    for name, image, key in (("P", found["P"], 3), ("P, several", found["P"], shares),
+                             ("RGB", rgb, rgb.getpixel((5, 5))), ("L", grey, 77)):  # fmt: skip
+        found[f"{name}, transparent"] = image.copy()
+        found[f"{name}, transparent"].info["transparency"] = key
+    return found
+
+
+@pytest.mark.parametrize("orientation", TURNED)
+@pytest.mark.parametrize("name", large_pictures())
+def test_a_large_picture_is_converted_as_a_small_one(
+    monkeypatch: pytest.MonkeyPatch, name: str, orientation: int
+) -> None:
+    image = large_pictures()[name]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.info["exif"] = exif.tobytes()
+    whole = to_rgb(image)
+    expected = TURNED[orientation](np.asarray(to_rgb(large_pictures()[name])))
+    np.testing.assert_array_equal(np.asarray(whole), expected)
+    for pixels in (1, 100, 23 * 36):
+        monkeypatch.setattr("cnnrnn.data.images._STRIP", pixels)
+        strips = to_rgb(image)
+        assert strips.mode == "RGB"
+        np.testing.assert_array_equal(np.asarray(strips), np.asarray(whole))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("kind", hostile.KINDS)
+def test_eight_hostile_pictures_at_once(tmp_path: Path, kind: str) -> None:
+    """They are small files, and take 8 bytes a pixel of the budget: at most half of what eight do.
+
+    glibc keeps more of these few megapixels than of the 100 that `tests.data.hostile` has.
+    """
+    if "AVIF" in kind and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    side = 5000 if "WebP" in kind else 2500  # glibc clears smaller canvases as a file is opened
+    (tmp_path / "picture").write_bytes(hostile.KINDS[kind](side))
+    assert (tmp_path / "picture").stat().st_size < 200_000
+    most, _ = hostile.read_eight(tmp_path / "picture", side**2)
+    texts = 8 * 5 * budget.MAX_TEXTS if kind == "few texts" else 0
+    assert most < 4 * 8 * side**2 / 2**20 + texts
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_eight_pictures_of_100_megapixels(tmp_path: Path) -> None:
+    """The kind of the smallest file; `python -m tests.data.hostile` reads them all."""
+    (tmp_path / "picture").write_bytes(hostile.KINDS["palette with transparency"](10_000))
+    assert (tmp_path / "picture").stat().st_size < 20_000
+    most, outcome = hostile.read_eight(tmp_path / "picture", 100_000_000)
+    assert most < 1000 and outcome == "read"
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")

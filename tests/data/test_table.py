@@ -9,6 +9,7 @@ from cnnrnn.config import TableOptions
 from cnnrnn.data import DataError, Dataset, Problems, load_dataset
 from cnnrnn.data.sources.table import load_table
 from tests.data import sources
+from tests.nobody import as_nobody
 
 
 @pytest.fixture
@@ -611,3 +612,23 @@ def test_lists_alone_need_no_delimiter(file: Path) -> None:
     lines = [f'{name},"{cell}"\n' for name, cell in zip(names, cells, strict=True)]
     file.write_text("image,labels\n" + "".join(lines))
     assert label_names(load_table(file)) == [["a b", "c"], ["a b", "c"], ["c"], ["a b", "c", "d"]]
+
+
+def test_a_folder_that_cannot_be_listed(public_folder: Path) -> None:
+    sources.write_picture(public_folder / "a.png", 1)
+    (public_folder / "sub").mkdir()
+    for name in ("b.png", "c.png"):
+        sources.write_picture(public_folder / "sub" / name, 2)
+    (public_folder / "sub").chmod(0)
+    (public_folder / "d.png").symlink_to("d.png")  # in a circle
+    file = public_folder / "t.csv"
+    file.write_text("image,labels\na.png,x\nsub/b.png,x\nsub/c.png,y\n")
+    with as_nobody():
+        with pytest.raises(DataError, match="the folder of line 3, .*sub, cannot be listed: Perm"):
+            load_table(file)
+        with pytest.warns(UserWarning) as caught:
+            dataset = load_table(file, on_bad_image="skip")
+    assert [path.name for path in dataset.image_paths or ()] == ["a.png"]
+    first, second = (str(warning.message) for warning in caught)
+    assert "cannot be listed: Permission denied; its images are left out" in first
+    assert "2 of 3 images are missing" in second

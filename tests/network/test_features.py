@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from cnnrnn.config import Preprocessing
+from cnnrnn.config import ModelConfig, Preprocessing
 from cnnrnn.data import BadImageError, Dataset
-from cnnrnn.network.backbones import Backbone
+from cnnrnn.network.backbones import Backbone, make_backbone
 from cnnrnn.network.features import cached_features, compute_features
 
 COUNT = 5
@@ -244,3 +244,15 @@ def test_progress_counts_every_picture(dataset, cached):
         cached(on_bad_image="skip", progress=progress)
     assert told == [("features", COUNT)]
     assert sum(done) == COUNT
+
+
+def test_a_larger_max_pixels_is_not_answered_from_the_cache(tmp_path):
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
+    Image.new("RGB", (40, 40)).save(tmp_path / "b.png")
+    data = Dataset([tmp_path / "a.png", tmp_path / "b.png"], [["x"], []], max_pixels=600)
+    backbone = make_backbone(ModelConfig(backbone="small", image_size=16))
+    options = {"device": torch.device("cpu"), "on_bad_image": "skip"}
+    with pytest.warns(UserWarning, match="1 of 2 images were left out"):
+        assert len(cached_features(backbone, data, tmp_path, **options).kept) == 1
+    more = data.with_changes(max_pixels=1600)
+    assert len(cached_features(backbone, more, tmp_path, **options).kept) == 2

@@ -51,7 +51,7 @@ def jobs(sources: Path, out: Path) -> dict[str, list[str]]:
         "train frozen": ["train", *pictures, "--out", f"{out}/run", *TRAIN, *frozen, "--resume"],
         "ensemble": ["train", *vectors, "--out", f"{out}/run", *TRAIN, "--members=2", "--resume"],
         "compare": ["compare", *vectors, "--out", f"{out}/compared", "--seeds=0", "--settings=1",
-                    "--methods=ours,independent,chain", *TRAIN],
+                    "--methods=cnn-rnn,bce,pcc", *TRAIN],
         "evaluate": ["evaluate", *pictures, "--model", of_pictures, "--json", f"{out}/figures.json",
                      "--per_label", f"{out}/labels.csv"],
         "predict": ["predict", str(sources / "scenes" / "test"), "--model", of_pictures,

@@ -17,15 +17,23 @@ import safetensors.torch
 import torch
 
 import cnnrnn
-from cnnrnn import load_dataset
+from cnnrnn import Dataset, load_dataset
 from cnnrnn.cli import main
 from cnnrnn.data.sources.scenes import write_scenes
 from cnnrnn.machine.lock import InUseError
 from cnnrnn.model.classifier import load_checkpoint
 from cnnrnn.training.ensemble import train_ensemble
 from cnnrnn.training.log import Log
-from cnnrnn.training.resume import STATE_FILE, ResumeError, TrainingState, read_state, save_state
+from cnnrnn.training.resume import (
+    STATE_FILE,
+    ResumeError,
+    TrainingState,
+    data_digest,
+    read_state,
+    save_state,
+)
 from cnnrnn.training.run import train
+from tests.nobody import as_nobody
 from tests.training.test_training import MODEL, QUICK, SEARCH, SMALL, digest, records, separable
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
@@ -383,7 +391,7 @@ sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
 import torchvision.transforms.v2, safetensors.torch
-from cnnrnn import load_dataset
+from cnnrnn import Dataset, load_dataset
 from cnnrnn.training import resume as state, run as module
 from cnnrnn.model.classifier import CNNRNN, load_checkpoint
 from tests.training.test_resume import DROPOUT, QUICK, SEARCH, SMALL, same
@@ -529,3 +537,17 @@ def test_a_learned_order_may_not_get_more_epochs_while_it_is_learned(tmp_path, d
     train(data, tmp_path / "run", MODEL, SEARCH, config)
     with pytest.raises(ResumeError, match="epochs must be 2, got 4"):
         train(data, tmp_path / "run", MODEL, SEARCH, replace(config, epochs=4), resume=True)
+
+
+def test_the_identity_of_data_says_nothing_of_who_reads_it(public_folder):
+    file = public_folder / "a" / "a.png"
+    file.parent.mkdir()
+    file.write_bytes(b"a picture")
+    data = Dataset([file], [["x"]])
+    assert data_digest(data) == data_digest(data.with_changes(max_pixels=1))
+    file.parent.chmod(0)
+    with as_nobody():
+        digest = data_digest(data)
+    file.parent.chmod(0o755)
+    file.unlink()
+    assert data_digest(data) == digest  # as a picture that is not there

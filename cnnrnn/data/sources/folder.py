@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
+from cnnrnn.config import OnBadImage
 from cnnrnn.data.dataset import DataError, Dataset, Records, usual_split_name, usual_split_names
 from cnnrnn.data.files import EmptySourceError, Problems, short
 from cnnrnn.data.folders import files_below
@@ -15,7 +16,11 @@ from cnnrnn.data.images import IMAGE_SUFFIXES
 
 
 def load_folder(
-    root: str | Path, *, follow_links: bool = False, problems: Problems | None = None
+    root: str | Path,
+    *,
+    on_bad_image: OnBadImage = "error",
+    follow_links: bool = False,
+    problems: Problems | None = None,
 ) -> Dataset:
     """Read images in a folder per label.
 
@@ -25,6 +30,7 @@ def load_folder(
 
     Args:
         root: the folder.
+        on_bad_image: as for `load_dataset`.
         follow_links: as for `load_dataset`.
         problems: as for `load_dataset`, and so is what is raised.
 
@@ -35,7 +41,7 @@ def load_folder(
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"{root} must be a folder with a folder of images per label, found none")
-    names = files_below(root, IMAGE_SUFFIXES, follow_links)
+    names = files_below(root, IMAGE_SUFFIXES, follow_links, on_bad_image, problems)
     images = [name for name in names if _is_image(name)]
     if len(images) < len(names):
         first = next(name for name in names if not _is_image(name))
