@@ -57,7 +57,7 @@ print(json.dumps(report))
 
 
 def test_signals(sources: Path, tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    tries = 10 if pytestconfig.getoption("attacks") else 1
+    tries = 5 if pytestconfig.getoption("attacks") else 1
     run = subprocess.run(
         [sys.executable, "-c", DRIVER, str(sources), str(tmp_path), str(tries)],
         cwd=ROOT, capture_output=True, text=True,
