@@ -548,7 +548,8 @@ def test_eight_hostile_pictures_at_once(tmp_path: Path, kind: str) -> None:
     assert (tmp_path / "picture").stat().st_size < 200_000
     most, _ = hostile.read_eight(tmp_path / "picture", side**2)
     texts = 8 * 5 * budget.MAX_TEXTS if kind == "few texts" else 0
-    assert most < 4 * 8 * side**2 / 2**20 + texts
+    arenas = 8 * 8  # what glibc keeps for each thread
+    assert most < 4 * 8 * side**2 / 2**20 + texts + arenas
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
