@@ -116,9 +116,8 @@ void parallel_for(int64_t n, const cnnrnn::Work& work) {
   if (n == 0) return;
   Interrupts interrupts;
   if (forked || n == 1) return work_in_parts(0, n, work, &interrupts);
-  at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-    work_in_parts(begin, end, work, &interrupts);
-  });
+  at::parallel_for(
+      0, n, 1, [&](int64_t begin, int64_t end) { work_in_parts(begin, end, work, &interrupts); });
 }
 
 // Parameters that have been checked, dense, and what the kernels are told of them.

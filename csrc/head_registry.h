@@ -160,8 +160,7 @@ class HeadRegistry {
            key.storage._unsafe_get_target() == tensor.storage().unsafeGetStorageImpl() &&
            key.data == tensor.data_ptr() && key.version == tensor._version() &&
            key.type == tensor.scalar_type() && key.is_negated == tensor.is_neg() &&
-           key.sizes == tensor.sizes() &&
-           key.strides == tensor.strides();
+           key.sizes == tensor.sizes() && key.strides == tensor.strides();
   }
 
   // Whether a tensor that it was made of is no more.

@@ -94,8 +94,8 @@ struct SearchStats {
 // Of making missing states, where the search cannot look how many it takes.
 constexpr int64_t kAllRounds = -1;
 
-// Calls work(begin, end) on parts of 0..n, perhaps on several threads, and returns when all ended. It
-// may throw instead, with parts left out: a search passes that on and leaves its head as good as new.
+// Calls work(begin, end) on parts of 0..n, perhaps on several threads, and returns when all ended.
+// It may throw instead, with parts left out: a search passes that on, and its head stays good.
 using Work = std::function<void(int64_t begin, int64_t end)>;
 using ParallelFor = std::function<void(int64_t n, const Work& work)>;
 

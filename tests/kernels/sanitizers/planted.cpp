@@ -20,9 +20,9 @@ namespace {
 
 using cnnrnn::CpuHead;
 using cnnrnn::CpuKernels;
+using cnnrnn::on_this_thread;
 using cnnrnn::PrefixTable;
 using cnnrnn::cases::Floats;
-using cnnrnn::cases::on_this_thread;
 using cnnrnn::cases::RandomWeights;
 using cnnrnn::cases::Result;
 using cnnrnn::cases::Search;

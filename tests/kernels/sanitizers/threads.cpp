@@ -75,7 +75,7 @@ void check_instruction_set(const cnnrnn::CpuKernels& kernels, cnnrnn::Cell cell)
   for (const Search& search : searches) {
     CpuHead alone(weights.view(), kernels, kAmpleBytes);
     expected.emplace_back(search, alone.num_labels());
-    search_into(&alone, search, cnnrnn::cases::on_this_thread, &expected.back());
+    search_into(&alone, search, cnnrnn::on_this_thread, &expected.back());
   }
 
   int64_t all_states = 0;
