@@ -27,8 +27,14 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM has come: as with Ctrl-C, what is half written is removed, and the rest is kept."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
+def main(arguments: Sequence[str] | None = None, *, ends_at_once: bool = False) -> int:
+    """Run the command line; return the exit status.
+
+    Args:
+        arguments: the words; those of the process by default.
+        ends_at_once: after Ctrl-C or SIGTERM the process ends here, whatever its threads still
+            compute.
+    """
     words = _underscored(sys.argv[1:] if arguments is None else arguments)
     parser = make_parser("ours")
     # --print_config ends the parse: it must wait until the preset is known.
@@ -58,7 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         how = "terminated" if terminated else "interrupted"
         again = "; the same command with --resume goes on" if command == "train" else ""
         print(f"cnnrnn: {how}{again}", file=sys.stderr)
-        return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
+        status = 128 + (signal.SIGTERM if terminated else signal.SIGINT)
+        if ends_at_once:
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError):
+                    stream.flush()
+            os._exit(status)
+        return status
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
         if not _is_meant_for_people(error):
             raise
@@ -75,14 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run() -> NoReturn:
-    """End the process with the status of `main`: at once, where threads still compute a batch."""
-    status = main()
-    if status > 128 and threading.active_count() > 1:
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError):
-                stream.flush()
-        os._exit(status)
-    sys.exit(status)
+    """Run the command line of this process."""
+    sys.exit(main(ends_at_once=True))
 
 
 @contextmanager

@@ -84,16 +84,16 @@ def batches_in_order(
 
 @contextmanager
 def _pool(workers: int, begin: Callable[[], None] | None) -> Iterator[ThreadPoolExecutor]:
-    """Start threads, and wait for them at the end, but not where nobody wants their results."""
+    """Start threads, and wait for them at the end, but not after Ctrl-C."""
     pool = ThreadPoolExecutor(workers, "cnnrnn", begin)
-    wanted = True
+    interrupted = False
     try:
         yield pool
-    except (KeyboardInterrupt, GeneratorExit):
-        wanted = False
+    except KeyboardInterrupt:
+        interrupted = True
         raise
     finally:
-        pool.shutdown(wait=wanted, cancel_futures=not wanted)
+        pool.shutdown(wait=not interrupted, cancel_futures=interrupted)
 
 
 def mapped_in_order(

@@ -83,7 +83,9 @@ def started(
         from cnnrnn.cli import main
 
         with around or nullcontext():
-            status = main(words)
+            if words[0] == "export":  # torch's exporter waits for ever in a forked process
+                os.execv(sys.executable, [sys.executable, "-m", "cnnrnn", *words])
+            status = main(words, ends_at_once=True)
     except BaseException:
         import traceback
 

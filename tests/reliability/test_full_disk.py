@@ -50,7 +50,9 @@ for name, points in counts.items():
     whole.mkdir()
     status, said = run(name, PLENTY, whole)
     assert status == 0, said
-    written = int((folder / "written").read_text())
+    written = sum(f.stat().st_size for f in whole.rglob("*") if f.is_file())
+    if name != "export":  # which is a process of its own
+        written = int((folder / "written").read_text())
     for point in range(points):
         out = folder / f"{name} {point}"
         out.mkdir()
