@@ -36,6 +36,10 @@ MAX_PLACES = 64
 MAX_KNOWN = 4
 """Labels of an image that an exported file takes as known to be present, by default."""
 MAX_WIDTH = 65_536
+MAX_PATH = 65_536
+"""Labels of the longest path."""
+MAX_SIDE = 4096
+"""Pixels of a backbone's input, in each direction."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -49,6 +53,10 @@ def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 def _require_fraction(name: str, value: float) -> None:
     _require(0.0 <= value < 1.0, f"{name} must be in [0, 1), got {value}")
+
+
+def _require_side(pixels: int) -> None:
+    _require(1 <= pixels <= MAX_SIDE, f"image_size must be in 1..{MAX_SIDE}, got {pixels}")
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,7 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         """Check the sizes."""
-        _require(self.image_size >= 1, f"image_size must be at least 1, got {self.image_size}")
+        _require_side(self.image_size)
         for name, triple in (("mean", self.mean), ("std", self.std)):
             _require(len(triple) == 3, f"{name} must have 3 values, got {len(triple)}")
         _require(min(self.std) > 0, f"std must be positive, got {self.std}")
@@ -144,7 +152,7 @@ class ModelConfig:
         for name in ("input_dropout", "hidden_dropout", "joint_dropout"):
             _require_fraction(name, getattr(self, name))
         if self.image_size is not None:
-            _require(self.image_size >= 1, f"image_size must be at least 1, got {self.image_size}")
+            _require_side(self.image_size)
 
     @classmethod
     def paper(cls) -> ModelConfig:
@@ -229,7 +237,10 @@ class SearchConfig:
                 f"marginal_places must be in 1..{MAX_PLACES}, got {self.marginal_places}",
             )
         if self.max_labels is not None:
-            _require(self.max_labels >= 0, f"max_labels must be at least 0, got {self.max_labels}")
+            _require(
+                0 <= self.max_labels <= MAX_PATH,
+                f"max_labels must be in 0..{MAX_PATH}, got {self.max_labels}",
+            )
             _require(
                 self.min_labels <= self.max_labels,
                 f"min_labels ({self.min_labels}) must not exceed max_labels ({self.max_labels})",
