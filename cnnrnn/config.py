@@ -38,6 +38,10 @@ MAX_KNOWN = 4
 MAX_WIDTH = 65_536
 MAX_PIXELS = 100_000_000
 """Pixels of an image file that is decoded, by default; what reads it decides, not the model."""
+MAX_PATH = 65_536
+"""Labels of the longest path."""
+MAX_SIDE = 4096
+"""Pixels of a backbone's input, in each direction."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -56,6 +60,10 @@ def _require_fraction(name: str, value: float) -> None:
 def require_max_pixels(max_pixels: int) -> None:
     """Fail where no image could be decoded."""
     _require(max_pixels >= 1, f"max_pixels must be at least 1, got {max_pixels}")
+
+
+def _require_side(pixels: int) -> None:
+    _require(1 <= pixels <= MAX_SIDE, f"image_size must be in 1..{MAX_SIDE}, got {pixels}")
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,7 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         """Check the sizes."""
-        _require(self.image_size >= 1, f"image_size must be at least 1, got {self.image_size}")
+        _require_side(self.image_size)
         for name, triple in (("mean", self.mean), ("std", self.std)):
             _require(len(triple) == 3, f"{name} must have 3 values, got {len(triple)}")
         _require(min(self.std) > 0, f"std must be positive, got {self.std}")
@@ -151,7 +159,7 @@ class ModelConfig:
         for name in ("input_dropout", "hidden_dropout", "joint_dropout"):
             _require_fraction(name, getattr(self, name))
         if self.image_size is not None:
-            _require(self.image_size >= 1, f"image_size must be at least 1, got {self.image_size}")
+            _require_side(self.image_size)
 
     @classmethod
     def paper(cls) -> ModelConfig:
@@ -236,7 +244,10 @@ class SearchConfig:
                 f"marginal_places must be in 1..{MAX_PLACES}, got {self.marginal_places}",
             )
         if self.max_labels is not None:
-            _require(self.max_labels >= 0, f"max_labels must be at least 0, got {self.max_labels}")
+            _require(
+                0 <= self.max_labels <= MAX_PATH,
+                f"max_labels must be in 0..{MAX_PATH}, got {self.max_labels}",
+            )
             _require(
                 self.min_labels <= self.max_labels,
                 f"min_labels ({self.min_labels}) must not exceed max_labels ({self.max_labels})",

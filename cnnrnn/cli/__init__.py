@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
+from jsonargparse import ArgumentParser, Namespace
+
 from cnnrnn.cli.commands import RUN
 from cnnrnn.cli.options import RECIPES, make_parser
 from cnnrnn.cli.output import STANDARD_OUTPUT
@@ -39,14 +41,14 @@ def main(arguments: Sequence[str] | None = None, *, ends_at_once: bool = False) 
     parser = make_parser("ours")
     # --print_config ends the parse: it must wait until the preset is known.
     quiet = [word for word in words if not word.startswith("--print_config")]
-    options = parser.parse_args(quiet)
+    options = _parsed(parser, quiet)
     command = options.command
     if command is None:
         parser.print_help()
         return 0
     if command in RECIPES and options[command].preset == "paper":  # named here or in a config file
         parser = make_parser("paper")
-    options = parser.parse_args(words)
+    options = _parsed(parser, words)
     try:
         with warnings.catch_warnings(), _terminated_like_ctrl_c():
             warnings.showwarning = _show_warning
@@ -115,6 +117,14 @@ def _terminated_like_ctrl_c() -> Iterator[None]:
 def _forget_output() -> None:
     """Let what is left to write to standard output vanish: its file takes no more."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _parsed(parser: ArgumentParser, words: Sequence[str]) -> Namespace:
+    """Return the options; exit with a message where they are wrong."""
+    try:
+        return parser.parse_args(words)
+    except UnicodeDecodeError as error:  # of a file of options for a part, such as `--model FILE`
+        parser.error(f"files of options must be UTF-8, got byte 0x{error.object[error.start]:02x}")
 
 
 def _is_meant_for_people(error: Exception) -> bool:

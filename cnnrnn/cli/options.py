@@ -8,6 +8,7 @@ from typing import Literal
 from jsonargparse import ArgumentParser
 
 from cnnrnn import __version__
+from cnnrnn.cli.config_file import ConfigFile
 from cnnrnn.config import (
     MAX_KNOWN,
     MAX_PIXELS,
@@ -59,7 +60,7 @@ def make_parser(preset: str) -> ArgumentParser:
 
 def _command_parser(description: str) -> ArgumentParser:
     parser = ArgumentParser(description=description)
-    parser.add_argument("--config", action="config", help="YAML or JSON file with options")
+    parser.add_argument("--config", action=ConfigFile, help="YAML or JSON file with options")
     return parser
 
 

@@ -17,7 +17,10 @@ NO_LABELS = frozenset({"nan", "none", "null", "n/a"})
 _QUOTES = "'\""
 _BRACKETS = {"[": "]", "(": ")", "{": "}"}
 _STRING = r"""[uU]?(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
-_LIST = re.compile(rf"[\[({{]\s*(?:{_STRING}\s*(?:,\s*{_STRING}\s*)*,?\s*)?[\])}}]", re.DOTALL)
+# Nothing is given back (`*+`): else white space could be shared out in ever other ways.
+_LIST = re.compile(
+    rf"[\[({{]\s*+(?:{_STRING}\s*+(?:,\s*+{_STRING}\s*+)*+,?\s*+)?[\])}}]", re.DOTALL
+)
 
 
 class CellError(ValueError):

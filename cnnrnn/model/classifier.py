@@ -5,31 +5,37 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from cnnrnn.config import Calibration, ModelConfig, SearchConfig, SearchDevice
+from cnnrnn.config import MAX_PATH, Calibration, ModelConfig, SearchConfig, SearchDevice
+from cnnrnn.data.files import reason, short
 from cnnrnn.labels import LabelSpace
 from cnnrnn.model.checkpoint import (
     CONFIG_FILE,
     FORMAT,
     WEIGHTS_FILE,
     CheckpointError,
+    Form,
+    as_stored,
     find_checkpoint,
+    forms,
     read_calibration,
     read_description,
+    read_labels,
     read_options,
     read_preprocessing,
     read_search,
+    read_weights,
     replace_folder,
     require_format,
     require_one_per_label,
     typed,
     write_description,
 )
-from cnnrnn.network.backbones import Architecture, Backbone, Stored, make_backbone
+from cnnrnn.network.backbones import Architecture, Backbone, Stored, make_backbone, without_values
 from cnnrnn.network.head import Head, ImageEmbedding
 from cnnrnn.prediction.predictor import TorchPredictor
 from cnnrnn.search.checks import resolve_max_labels
@@ -39,6 +45,9 @@ FIRST_WITH_DRAFTS = 6
 """The first format whose preprocessing says whether JPEG files are decoded at a smaller size."""
 FIRST_WITH_WEIGHTS = 5
 """The first format that names a file of the backbone's weights, and its architecture."""
+FEATURE_SCALE = "head.trunk.feature_scale"
+NO_MODEL = (TypeError, ValueError, RuntimeError, OverflowError)
+"""What a description of no model raises; the last two are torch's, for sizes out of its reach."""
 
 
 class CNNRNN(nn.Module, TorchPredictor):
@@ -129,8 +138,7 @@ class CNNRNN(nn.Module, TorchPredictor):
         """Write a checkpoint's files into a folder that is there."""
         from safetensors.torch import save_file
 
-        weights = {name: value.contiguous() for name, value in self.state_dict().items()}
-        save_file(weights, folder / WEIGHTS_FILE)
+        save_file(as_stored(self.state_dict()), folder / WEIGHTS_FILE)
         write_description(folder, self.description())
         # safetensors makes its file for the owner alone; the umask decides, as for the other.
         shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
@@ -185,7 +193,7 @@ def read_config(path: str | Path) -> tuple[ModelConfig, Stored]:
         config = read_options(ModelConfig, "model", description["model"])
         return config, _stored_backbone(description)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{file} does not describe a model: {error}") from error
+        raise CheckpointError(f"{file} does not describe a model: {reason(error)}") from error
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -216,7 +224,9 @@ def _stored_backbone(description: dict[str, Any]) -> Stored:
     if architecture is not None:
         typed("architecture", architecture, dict)
         if architecture.keys() != {"name", "arguments"}:
-            raise ValueError(f"architecture must have name and arguments, got {architecture}")
+            raise ValueError(
+                f"architecture must have name and arguments, got {short(architecture)}"
+            )
         architecture = Architecture(
             typed("architecture.name", architecture["name"], str),
             typed("architecture.arguments", architecture["arguments"], dict),
@@ -225,6 +235,58 @@ def _stored_backbone(description: dict[str, Any]) -> Stored:
         description["preprocessing"], drafts=description["format"] >= FIRST_WITH_DRAFTS
     )
     return Stored(preprocessing, architecture)
+
+
+class _Parts(NamedTuple):
+    """What a description says of a model, checked but for the sizes.
+
+    Attributes:
+        config: the architecture.
+        labels: names and their places.
+        search: that of `predict`.
+        calibration: of validation data.
+        feature_dim: F.
+        max_labels: of the head.
+        stored: the backbone that the checkpoint has, or None.
+    """
+
+    config: ModelConfig
+    labels: LabelSpace
+    search: SearchConfig
+    calibration: Calibration
+    feature_dim: int
+    max_labels: int
+    stored: Stored | None
+
+    def model(self) -> CNNRNN:
+        """Build the model, with new weights."""
+        head = Head.from_config(self.config, len(self.labels), self.feature_dim)
+        head.max_labels = self.max_labels
+        backbone = None if self.stored is None else make_backbone(self.config, self.stored)
+        return CNNRNN(self.config, self.labels, head, backbone, self.search, self.calibration)
+
+
+def _read_parts(description: dict[str, Any]) -> _Parts:
+    form = description["format"]
+    labels = LabelSpace(
+        read_labels(description["labels"]),
+        tuple(typed("source_index", description["source_index"], list[int])),
+    )
+    search = read_search(description["search"], form)
+    calibration = read_calibration(description["calibration"], form)
+    require_one_per_label(calibration, len(labels))
+    max_labels = typed("max_labels", description["max_labels"], int)
+    if not 0 <= max_labels <= MAX_PATH:
+        raise ValueError(f"max_labels must be in 0..{MAX_PATH}, got {max_labels}")
+    return _Parts(
+        read_options(ModelConfig, "model", description["model"]),
+        labels,
+        search,
+        calibration,
+        typed("feature_dim", description["feature_dim"], int),
+        max_labels,
+        None if description["preprocessing"] is None else _stored_backbone(description),
+    )
 
 
 def load_backbone(path: str | Path) -> Backbone | None:
@@ -239,76 +301,61 @@ def load_backbone(path: str | Path) -> Backbone | None:
     Raises:
         CheckpointError: the folder is missing or incomplete, or its parts do not fit together.
     """
-    from safetensors import SafetensorError, safe_open
-
     folder = find_checkpoint(path)
     description = _read_config(folder / CONFIG_FILE)
     try:
         config = read_options(ModelConfig, "model", description["model"])
         if description["preprocessing"] is None:
             return None
-        backbone = make_backbone(config, _stored_backbone(description))
-    except (TypeError, ValueError, RuntimeError) as error:
+        stored = _stored_backbone(description)
+        with without_values():
+            outline = make_backbone(config, stored)
+    except NO_MODEL as error:
         raise CheckpointError(
-            f"{folder / CONFIG_FILE} does not describe a backbone: {error}"
+            f"{folder / CONFIG_FILE} does not describe a backbone: {reason(error)}"
         ) from error
     prefix = "backbone."
-    try:
-        with safe_open(folder / WEIGHTS_FILE, "pt") as file:
-            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
-            backbone.load_state_dict({n[len(prefix) :]: file.get_tensor(n) for n in names})
-    except (OSError, SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"{folder / WEIGHTS_FILE} does not fit its backbone: {reason}"
-        ) from error
+    expected = {prefix + name: form for name, form in forms(outline.float().state_dict()).items()}
+    weights = read_weights(folder / WEIGHTS_FILE, expected, {}, prefix)
+    backbone = make_backbone(config, stored._replace(feature_dim=outline.feature_dim))
+    backbone.load_state_dict({name.removeprefix(prefix): t for name, t in weights.items()})
     return backbone.eval()
 
 
 def _build(folder: Path, description: dict[str, Any], given: Backbone | None = None) -> CNNRNN:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
-        config = read_options(ModelConfig, "model", description["model"])
-        labels = LabelSpace(
-            tuple(typed("labels", description["labels"], list[str])),
-            tuple(typed("source_index", description["source_index"], list[int])),
-        )
-        search = read_search(description["search"], description["format"])
-        calibration = read_calibration(description["calibration"], description["format"])
-        require_one_per_label(calibration, len(labels))
-        feature_dim = typed("feature_dim", description["feature_dim"], int)
-        head = Head.from_config(config, len(labels), feature_dim)
-        head.max_labels = typed("max_labels", description["max_labels"], int)
-        if head.max_labels < 0:
-            raise ValueError(f"max_labels must be at least 0, got {head.max_labels}")
-        backbone = given
-        if given is not None and (given.name, given.feature_dim) != (config.backbone, feature_dim):
-            raise ValueError(
-                f"backbone must be {config.backbone} with {feature_dim} features, got {given.name} "
-                f"with {given.feature_dim}"
-            )
-        if given is None and description["preprocessing"] is not None:
-            backbone = make_backbone(config, _stored_backbone(description))
-    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a size beyond memory
-        raise CheckpointError(
-            f"{folder / CONFIG_FILE} does not describe a model: {error}"
-        ) from error
-    model = CNNRNN(config, labels, head, backbone, search, calibration)
-    try:
-        weights = load_file(folder / WEIGHTS_FILE)
-        if description["format"] == 1:  # had no scaling of features
-            weights.setdefault("head.trunk.feature_scale", head.trunk.feature_scale)
+        parts = _read_parts(description)
+        backbone, feature_dim = parts.config.backbone, parts.feature_dim
         if given is not None:
-            if any(name.startswith("backbone.") for name in weights):
-                raise RuntimeError("it has a backbone of its own, and another was given")
-            weights |= {f"backbone.{k}": v for k, v in given.state_dict().items()}
-        model.load_state_dict(weights)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
+            parts = parts._replace(stored=None)
+            if (given.name, given.feature_dim) != (backbone, feature_dim):
+                raise ValueError(
+                    f"backbone must be {short(backbone)} with {feature_dim} features, got "
+                    f"{given.name} with {given.feature_dim}"
+                )
+        with without_values():
+            outline = parts.model()
+        resolve_max_labels(outline.head, parts.search)
+        if outline.backbone is not None and outline.backbone.feature_dim != feature_dim:
+            raise ValueError(
+                f"feature_dim must be {outline.backbone.feature_dim}, as backbone "
+                f"{short(backbone)} gives, got {feature_dim}"
+            )
+    except NO_MODEL as error:
         raise CheckpointError(
-            f"{folder / WEIGHTS_FILE} does not hold the weights of the model that "
-            f"{CONFIG_FILE} describes: {reason}"
+            f"{folder / CONFIG_FILE} does not describe a model: {reason(error)}"
         ) from error
+    expected, L = forms(outline.float().state_dict()), len(parts.labels)
+    optional = {"head.cooccurrence": Form("F32", (L, L))}
+    if description["format"] == 1:  # had no scaling of features
+        optional[FEATURE_SCALE] = expected.pop(FEATURE_SCALE)
+    weights = read_weights(folder / WEIGHTS_FILE, expected, optional)
+    # Only now, when the file has weights of these sizes, is memory taken for them.
+    if parts.stored is not None:
+        parts = parts._replace(stored=parts.stored._replace(feature_dim=feature_dim))
+    model = parts.model()
+    weights.setdefault(FEATURE_SCALE, model.head.trunk.feature_scale)
+    model.load_state_dict(weights)
+    if given is not None:
+        model.backbone = given
     return model.eval()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cnnrnn.config import Calibration, SearchConfig, SearchDevice
+from cnnrnn.data.files import reason, short
 from cnnrnn.labels import PAD, check_evidence, forbidden_labels, increasing_paths, path_sets
 from cnnrnn.machine.files import weights_digest
 from cnnrnn.model.checkpoint import (
@@ -387,15 +388,19 @@ def load_model(path: str | Path) -> CNNRNN | Ensemble:
         names = typed("members", description["members"], list[str])
         for name in names:
             parts = PurePosixPath(name)
-            if parts.is_absolute() or ".." in parts.parts:
-                raise ValueError(f"members must be folders below this one, got {name!r}")
+            if parts.is_absolute() or ".." in parts.parts or not parts.parts:
+                raise ValueError(f"members must be folders below this one, got {short(name)}")
+        if len({PurePosixPath(name) for name in names}) != len(names):
+            raise ValueError("members must be different folders")
         calibration = read_calibration(description.get("calibration"), description["format"])
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{file} does not describe an ensemble: {error}") from error
+        raise CheckpointError(f"{file} does not describe an ensemble: {reason(error)}") from error
     models = [load_checkpoint(folder / name) for name in names]
     try:
         ensemble = Ensemble(models, calibration)
         require_one_per_label(calibration, len(ensemble.labels))
         return ensemble.eval()
     except ValueError as error:
-        raise CheckpointError(f"{file} names members that do not fit together: {error}") from error
+        raise CheckpointError(
+            f"{file} names members that do not fit together: {reason(error)}"
+        ) from error

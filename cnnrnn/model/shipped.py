@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cnnrnn.machine.extras import from_extra
-from cnnrnn.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, write_description
+from cnnrnn.model.checkpoint import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    CheckpointError,
+    as_stored,
+    write_description,
+)
 from cnnrnn.model.classifier import CNNRNN, load_checkpoint, read_config
 from cnnrnn.network.backbones import make_backbone
 
@@ -121,6 +127,6 @@ def write_head(model: CNNRNN, folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     weights = {f"head.{name}": value for name, value in model.head.state_dict().items()}
-    save_file({name: value.contiguous() for name, value in weights.items()}, folder / WEIGHTS_FILE)
+    save_file(as_stored(weights), folder / WEIGHTS_FILE)
     write_description(folder, model.description())
     shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)

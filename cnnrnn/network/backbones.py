@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from cnnrnn.config import ModelConfig, Preprocessing
+from cnnrnn.config import MAX_WIDTH, ModelConfig, Preprocessing
+from cnnrnn.data.files import reason, short
 from cnnrnn.network.download import hub_address, is_reachable
 from cnnrnn.network.weights import load_weights
 
 HUB, LOCAL = "hf-hub:", "local-dir:"
 ELSEWHERE = (HUB, LOCAL)
 """How names begin that lead to a network which timm's list does not have."""
+MOST_CALLS = 100_000
+"""Calls of torch in which a network is built and run once, four times those of timm's largest."""
+MOST_IN_LIST = 64
+"""Entries of a list, such as of stages, that a checkpoint's network is built from."""
 
 SMALL_IMAGE_SIZE = 64
 SMALLEST_IMAGE_SIZE = 16  # four stages halve it
@@ -31,7 +39,7 @@ class Backbone(nn.Module):
 
     Attributes:
         name: `small` or timm's name.
-        feature_dim: F, found by a trial forward pass.
+        feature_dim: F, found by a trial forward pass where it is not given.
         preprocessing: what turns a decoded image into its input.
         architecture: what timm builds it from, where its name leads elsewhere; else None.
         origin: a sentence that says which weights it was given, or "".
@@ -44,6 +52,7 @@ class Backbone(nn.Module):
         network: nn.Module,
         preprocessing: Preprocessing,
         architecture: Architecture | None = None,
+        feature_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.name = name
@@ -52,7 +61,7 @@ class Backbone(nn.Module):
         self.architecture = architecture
         self.origin = ""
         self.trainings = 0
-        self.feature_dim = self._trial_feature_dim()
+        self.feature_dim = self._trial_feature_dim() if feature_dim is None else feature_dim
 
     def forward(self, images: Tensor) -> Tensor:
         """Return features [B, F] of normalised images [B, 3, S, S]."""
@@ -136,10 +145,44 @@ class Stored(NamedTuple):
     Attributes:
         preprocessing: of its images.
         architecture: of a backbone whose name leads elsewhere, or None.
+        feature_dim: F, where it is known.
     """
 
     preprocessing: Preprocessing
     architecture: Architecture | None = None
+    feature_dim: int | None = None
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Counts calls of torch, in this thread alone, and raises a ValueError after too many.
+
+    Nothing is drawn: torch draws tensors without values in Python, after an import of seconds.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.calls += 1
+        if self.calls > MOST_CALLS:
+            raise ValueError("it has more layers than any network")
+        if function is Tensor.normal_:
+            return args[0]
+        return (torch.empty if function is torch.randn else function)(*args, **(kwargs or {}))
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Build networks whose weights have shapes and types alone: they take no memory.
+
+    Raises:
+        ValueError: a network has more layers than any.
+    """
+    with torch.device("meta"), _WithoutValues():
+        yield
 
 
 def make_backbone(config: ModelConfig, stored: Stored | None = None) -> Backbone:
@@ -156,20 +199,33 @@ def make_backbone(config: ModelConfig, stored: Stored | None = None) -> Backbone
         ValueError: timm knows no such model.
     """
     if config.backbone == "small":
-        size = config.image_size or SMALL_IMAGE_SIZE
-        if size < SMALLEST_IMAGE_SIZE:
+        own = Preprocessing(config.image_size or SMALL_IMAGE_SIZE, jpeg_draft=config.jpeg_draft)
+        form = own if stored is None else stored.preprocessing
+        if form.image_size < SMALLEST_IMAGE_SIZE:
             raise ValueError(
-                f"image_size must be at least {SMALLEST_IMAGE_SIZE} for backbone small, got {size}"
+                f"image_size must be at least {SMALLEST_IMAGE_SIZE} for backbone small, got "
+                f"{form.image_size}"
             )
-        own = Preprocessing(image_size=size, jpeg_draft=config.jpeg_draft)
-        backbone = Backbone(
-            "small", small_network(), own if stored is None else stored.preprocessing
-        )
+        backbone = Backbone("small", small_network(), form, feature_dim=2 * SMALL_WIDTHS[-1])
+    elif stored is None:
+        backbone = _timm_backbone(config, None)
     else:
-        backbone = _timm_backbone(config, stored)
+        backbone = _stored_backbone(config, stored)
     if stored is None and config.weights is not None:
         backbone.origin = load_weights(backbone.network, config.weights, config.backbone)
     return backbone
+
+
+def _stored_backbone(config: ModelConfig, stored: Stored) -> Backbone:
+    """Build what a checkpoint describes, which a network's own code may find no sense in."""
+    try:
+        return _timm_backbone(config, stored)
+    except (ImportError, OSError, ValueError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"backbone {short(config.backbone)} cannot be built: {reason(error)}"
+        ) from error
 
 
 def _timm_backbone(config: ModelConfig, stored: Stored | None) -> Backbone:
@@ -186,8 +242,8 @@ def _timm_backbone(config: ModelConfig, stored: Stored | None) -> Backbone:
     architecture = None if stored is None else stored.architecture
     if stored is not None and elsewhere != (architecture is not None):
         raise ValueError(
-            f"backbone {config.backbone} must come with an architecture if its name leads "
-            f"elsewhere, got {architecture}"
+            f"backbone {short(config.backbone)} must come with an architecture if its name leads "
+            f"elsewhere, got {short(architecture)}"
         )
     if architecture is not None:
         _check_arguments(architecture)
@@ -199,7 +255,7 @@ def _timm_backbone(config: ModelConfig, stored: Stored | None) -> Backbone:
             close = ", ".join(timm.list_models(f"*{config.backbone[:6]}*")[:5])
             raise ValueError(
                 f"backbone must be small or the name of a timm model, or begin with "
-                f"{' or '.join(ELSEWHERE)}, got {config.backbone!r}"
+                f"{' or '.join(ELSEWHERE)}, got {short(config.backbone)}"
                 + (f"; timm has {close}" if close else "")
             )
         fixed = None if elsewhere else timm.get_pretrained_cfg(config.backbone)
@@ -220,9 +276,11 @@ def _timm_backbone(config: ModelConfig, stored: Stored | None) -> Backbone:
         interpolation="bicubic" if data["interpolation"] == "bicubic" else "bilinear",
         jpeg_draft=config.jpeg_draft,
     )
-    if stored is not None:
-        preprocessing = stored.preprocessing
-    return Backbone(config.backbone, network, preprocessing, architecture)
+    if stored is None:
+        return Backbone(config.backbone, network, preprocessing, architecture)
+    return Backbone(
+        config.backbone, network, stored.preprocessing, architecture, stored.feature_dim
+    )
 
 
 def _created(name: str, pretrained: bool, options: dict[str, Any]) -> Any:
@@ -288,13 +346,20 @@ def _check_arguments(architecture: Architecture) -> None:
 
     if not timm.is_model(architecture.name):
         raise ValueError(
-            f"architecture must be the name of a timm model, got {architecture.name!r}"
+            f"architecture must be the name of a timm model, got {short(architecture.name)}"
         )
     own = inspect.signature(timm.create_model).parameters.keys() | {"features_only", "device"}
     for name, value in architecture.arguments.items():
         parts = value if isinstance(value, (list, tuple)) else [value]
-        plain = all(part is None or isinstance(part, (bool, int, float, str)) for part in parts)
+        plain = len(parts) <= MOST_IN_LIST and all(map(_is_plain, parts))
         if name in own or name.startswith("pretrained") or not plain:
             raise ValueError(
-                f"backbone {architecture.name} must not be built with {name}={value!r}"
+                f"backbone {architecture.name} must not be built with {short(name)}={short(value)}"
             )
+
+
+def _is_plain(value: object) -> bool:
+    """Tell whether a value is one that JSON can hold, and a number one that a network can have."""
+    if isinstance(value, (int, float)):
+        return abs(value) <= MAX_WIDTH
+    return value is None or isinstance(value, str)

@@ -55,11 +55,32 @@ def load_weights(network: nn.Module, file: str | Path, name: str) -> str:
     """
     file = Path(file)
     found = fitted(network, read_weights(file), f"{file} must hold the weights of {name}")
+    _require_numbers(file, network, found.tensors)
     network.load_state_dict(found.tensors, strict=False)
     text = f"backbone {name}: all {len(found.tensors)} tensors from {file}"
     if found.left_out:
         text += f" ({_listed(found.left_out)} left out)"
     return text
+
+
+def _require_numbers(file: Path, network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights of another kind than the network's, floating-point or whole, or not finite."""
+    own = network.state_dict()
+    for name, value in tensors.items():
+        if value.is_floating_point() != own[name].is_floating_point():
+            raise WeightsError(f"{file}: {name} must be {own[name].dtype}, got {value.dtype}")
+        count = count_nonfinite(value.to(own[name].dtype))
+        if count:
+            raise WeightsError(
+                f"{file}: {name} must be finite, got {count} of {value.numel()} values that are not"
+            )
+
+
+def count_nonfinite(value: Tensor) -> int:
+    """Count the values that are not finite; a finite sum tells at once that there are none."""
+    if not value.is_floating_point() or value.sum().isfinite():
+        return 0
+    return int((~value.isfinite()).sum())
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
@@ -79,6 +100,8 @@ def read_weights(file: Path) -> dict[str, Tensor]:
             raise WeightsError(
                 f"{file} must hold a state dict of tensors, got {type(value).__name__} for {key!r}"
             )
+        if value.layout is not torch.strided or value.is_nested or value.device.type != "cpu":
+            raise WeightsError(f"{file} must hold plain tensors, got another kind for {key!r}")
         while key.startswith(_WRAPPERS):
             key = key.partition(".")[2]
         tensors[key] = value

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 
 import numpy as np
@@ -108,6 +109,60 @@ def test_config_file_with_overrides(features, tmp_path):
     assert (config["model"]["joint_dim"], config["model"]["hidden_dim"]) == (6, 3)
     assert (config["epochs"], config["learning_rate"], config["search"]["beam_size"]) == (1, 0.5, 2)
     assert load_checkpoint(tmp_path / "run").head.joint_dim == 6
+
+
+LAUGHS = "a0: &a0 [lol, lol]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10)
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (LAUGHS.encode(), "options must be without aliases, got *a0, line 2"),
+        (b"out: &a [*a]", "options must be without aliases, got *a, line 1"),
+        (b"out: " + b"[" * 300 + b"]" * 300, "options must be nested at most 20 deep, got more"),
+        (b"out: " + b"[" * 100_000, "nest"),
+        (b"out: a" + b"\n#" * 3_000_000, "must have at most 1,048,576 characters, got more"),
+        (b"out: a" + b"\n#" * 1_000_000, "must have at most 1,048,576 characters, got more"),
+        (b"out: caf\xe9", "line 1: text must be utf-8, got byte 0xe9"),
+        (b"out: a\0b", "control characters are not allowed"),
+        (b"out: [", "must hold options as YAML or JSON: while parsing a flow node"),
+        (b"[1, 2]", "must hold options, each with its name, found none"),
+        (b"", "must hold options, each with its name, found none"),
+        (None, "must be a file, found a folder"),
+        (os.mkfifo, "must be a file, found something that is not a file"),
+    ],
+    ids=range(13),
+)
+def test_a_config_file_that_is_none_is_refused_at_once(tmp_path, capsys, content, message):
+    file = tmp_path / "options.yaml"
+    if content is None:
+        file.mkdir()
+    elif callable(content):
+        content(file)
+    else:
+        file.write_bytes(content)
+    started = time.perf_counter()
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--config", str(file)])
+    assert time.perf_counter() - started < 5
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"error: {file}") and message in last
+
+
+def test_options_of_a_part_come_from_no_worse_a_file(tmp_path, capsys):
+    file = tmp_path / "model.yaml"
+    for content, message in (
+        (LAUGHS.encode(), "options must be without aliases"),
+        (b"backbone: caf\xe9", "files of options must be UTF-8, got byte 0xe9"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(SystemExit) as stopped:
+            main(["train", "--data", "coco:x", "--out", "y", "--model", str(file)])
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("preset", "optimizer"), [("ours", "adamw"), ("paper", "rmsprop")])

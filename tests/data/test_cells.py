@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from cnnrnn.data.cells import (
     CellError,
     cell_labels,
+    is_list,
     looks_separated_by_spaces,
     shown_delimiter,
 )
@@ -79,3 +82,19 @@ def test_the_first_delimiter_of_any_cell(cells: list[str], expected: str | None)
 )  # fmt: skip
 def test_words_that_come_together_again_and_again(cells: list[str], looks: bool) -> None:
     assert (looks_separated_by_spaces(cells) is not None) == looks
+
+
+SPOILT = {
+    "spaces": '["a"' + " " * 120_000 + "x]",
+    "commas": '["a"' + " ," * 60_000 + "x]",
+    "strings": '["a"' + ' , "a"' * 20_000 + "x]",
+    "quotes": "['" + "\\'" * 60_000 + "x]",
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_long_cell_is_read_in_linear_time(name: str) -> None:
+    """A quarter of an hour for one cell of spaces, where a pattern tries to share them out."""
+    start = time.perf_counter()
+    assert not is_list(SPOILT[name])
+    assert time.perf_counter() - start < 10

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cnnrnn import Head, ModelConfig, SearchConfig
 from cnnrnn.config import Calibration
 from cnnrnn.labels import LabelSpace
 from cnnrnn.machine.files import weights_digest
 from cnnrnn.model.checkpoint import CheckpointError
-from cnnrnn.model.classifier import CNNRNN, load_checkpoint
+from cnnrnn.model.classifier import CNNRNN, load_backbone, load_checkpoint
 from cnnrnn.network.backbones import make_backbone
 
 NAMES = ("sky", "sea", "bòat", "cow")
@@ -330,6 +334,149 @@ def test_weights_of_the_other_kind_of_embedding_are_refused(tmp_path):
         make_model(replace(CONFIG, tied_embedding=tied), feature_dim=7).save(folder)
         changed(folder, "model", "tied_embedding", value=not tied)
         assert "input_embedding" in refuses(folder, "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("model", "hidden_dim"), 65_536, r"weight must be F32 [4, 65536], got F32 [4, 6]"),
+        (("model", "joint_dim"), 65_536, "must be F32 [65536], got F32 [4]"),
+        (("model", "trunk_dim"), 65_536, "must be F32"),
+        (("feature_dim",), 10**9, "feature_dim must be 256, as backbone 'small' gives"),
+        (("feature_dim",), 2**62, "does not describe a model: Storage size"),
+        (("preprocessing", "image_size"), 60_000, "image_size must be in 1..4096, got 60000"),
+        (("max_labels",), 10**12, "max_labels must be in 0..65536"),
+        (("search", "max_labels"), 10**12, "max_labels must be in 0..65536"),
+        (("search", "min_labels"), 4, "must not exceed max_labels (3)"),
+        (("calibration", "threshold"), float("nan"), "numbers must be finite, got NaN"),
+        (("calibration", "set_nll"), [1e999], "numbers must be finite, got Infinity"),
+        (("calibration", "k"), 10**30, "calibration.k must be less than 2^63"),
+        (("calibration", "min_labels"), 5, "calibration.min_labels must be in 0..4"),
+        (("labels",), ["a", "b", "c", "\ud800"], "labels must have a name that is valid text"),
+        (("labels",), ["a", "b", "c", "d\n"], "without control characters"),
+        (("labels",), ["a", "b", "c", ""], "labels must have a non-empty string as name"),
+        (("labels",), [f"{i}" for i in range(10**6)], "must be a permutation of 1000000"),
+        (("labels",), "x" * 10**7, "labels must be list"),
+    ],
+    ids=range(18),
+)
+def test_sizes_that_the_file_does_not_hold_take_no_memory(folder, path, value, message):
+    """5 GB and 40 s, where modules of that size were made first."""
+    changed(folder, *path, value=value)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.process_time()
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(folder)
+    assert time.process_time() - start < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 << 10
+    assert str(folder) in str(error.value) and message in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        {"name": "vit_tiny_patch16_224", "arguments": {"depth": 60_000}},
+        {"name": "vit_tiny_patch16_224", "arguments": {"embed_dim": 49_152}},
+        {"name": "resnet18", "arguments": {"layers": [60_000] * 4}},
+        {"name": "resnet18", "arguments": {"layers": [2] * 10_000}},
+        {"name": "resnet18", "arguments": {"block": "x"}},
+        {"name": "resnet18", "arguments": {"layers": 3}},
+        {"name": "resnet18", "arguments": {"in_chans": 4}},
+        {"name": "vit_gigantic_patch14_224", "arguments": {}},
+    ],
+    ids=range(8),
+)
+def test_networks_that_the_file_does_not_hold(folder, architecture):
+    pytest.importorskip("timm")
+    changed(folder, "model", "backbone", value="hf-hub:someone/network")
+    changed(folder, "architecture", value=architecture)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for load in (load_checkpoint, load_backbone):
+        start = time.process_time()
+        with pytest.raises(CheckpointError) as error:
+            load(folder)
+        assert time.process_time() - start < 30
+        assert str(folder) in str(error.value) and "\n" not in str(error.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 << 10
+
+
+def rewritten(folder, change):
+    """Change the tensors of a checkpoint."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(
+    "name", ["head.trunk.1.weight", "backbone.network.1.running_var", "head.score_bias"]
+)
+def test_weights_that_are_not_finite_are_refused_by_name(folder, name, value):
+    def change(tensors):
+        tensors[name].view(-1)[3] = value
+
+    rewritten(folder, change)
+    found = refuses(folder, "model.safetensors")
+    assert f"{name} must be finite, got 1 of" in found
+    if name.startswith("backbone"):
+        with pytest.raises(CheckpointError, match="must be finite"):
+            load_backbone(folder)
+
+
+def test_large_weights_are_finite(folder):
+    """Their sum is not."""
+    rewritten(folder, lambda tensors: tensors["head.trunk.1.weight"].fill_(3e38))
+    assert load_checkpoint(folder).head.trunk[1].weight.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "word"),
+    [(torch.float16, "F16"), (torch.bfloat16, "BF16"), (torch.float64, "F64"),
+     (torch.int32, "I32"), (torch.complex64, "C64")],
+)  # fmt: skip
+def test_weights_of_another_type_are_refused_by_name(folder, dtype, word):
+    name = "head.image_projection.weight"
+    rewritten(folder, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    found = refuses(folder, "model.safetensors")
+    assert re.search(rf"{name} must be F32 \[4, 264\], got {word} \[4, 264\]", found)
+
+
+def test_a_model_of_another_type_is_stored_as_float32(tmp_path):
+    model = make_model(feature_dim=7)
+    for other in (model.double(), model.half()):
+        other.save(tmp_path / "model")
+        loaded = load_checkpoint(tmp_path / "model")
+        for name, value in other.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], value.float())
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "nothing"])
+def test_weights_that_are_no_file(folder, kind):
+    file = folder / "model.safetensors"
+    file.unlink()
+    if kind == "folder":
+        file.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(file)
+    refuses(folder, "model.safetensors")
+
+
+def test_config_text_that_json_would_take(folder):
+    text = (folder / "config.json").read_text(encoding="utf-8")
+    for changed_text, message in (
+        (text.replace('"format"', '"format": 6, "format"'), "keys of an object must be unique"),
+        ('{"a":' * 900 + "1" + "}" * 900, "it is not a checkpoint"),
+        (text + " " * (1 << 26), "must have at most 67,108,864 bytes, got more"),
+    ):
+        (folder / "config.json").write_text(changed_text, encoding="utf-8")
+        assert message in refuses(folder, "config.json")
+
+
+def test_a_path_too_long_is_no_checkpoint():
+    for path in ("x" * 5000, "a\0b"):
+        with pytest.raises(CheckpointError, match="is not a checkpoint"):
+            load_checkpoint(path)
 
 
 def test_damaged_weights(folder):

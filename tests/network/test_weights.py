@@ -119,6 +119,47 @@ def test_a_poor_fit_is_refused_with_the_first_mismatches(network, tmp_path):
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda w: w["1.running_var"].fill_(torch.nan),
+            "1.running_var must be finite, got 16",
+        ),
+        (
+            lambda w: w["0.weight"].view(-1)[5:7].fill_(torch.inf),
+            "0.weight must be finite, got 2",
+        ),
+        (
+            lambda w: w.update({"1.bias": torch.full((16,), 1e300, dtype=torch.float64)}),
+            "got 16 of",
+        ),
+        (lambda w: w.update({"1.bias": torch.zeros(16, dtype=torch.int32)}), "got torch.int32"),
+        (lambda w: w.update({"1.bias": torch.zeros(16, dtype=torch.complex64)}), "got torch.compl"),
+        (lambda w: w.update({"1.bias": torch.zeros(16).to_sparse()}), "plain tensors"),
+        (lambda w: w.update({"1.bias": torch.zeros(16, device="meta")}), "plain tensors"),
+    ],
+    ids=range(7),
+)
+def test_weights_that_are_no_numbers_are_refused_by_name(network, tmp_path, change, message):
+    weights = other_network().state_dict()
+    change(weights)
+    torch.save(weights, tmp_path / "w.pth")
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    with pytest.raises(WeightsError) as error:
+        load_weights(network, tmp_path / "w.pth", "small")
+    assert str(tmp_path / "w.pth") in str(error.value) and message in str(error.value)
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floating_point_weights_fit(network, tmp_path, dtype):
+    source = other_network().to(dtype)
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    load_weights(network, tmp_path / "w.pth", "small")
+    assert torch.equal(network.state_dict()["0.weight"], source.state_dict()["0.weight"].float())
+
+
 def test_broken_files_are_refused_whatever_is_broken(tmp_path):
     generator = np.random.default_rng(0)
     weights = {"a.weight": torch.randn(4, 4), "a.bias": torch.zeros(4)}
@@ -195,7 +236,7 @@ def test_a_checkpoints_head_is_not_read(tmp_path):
     started = initial_backbone(SMALL, TrainConfig(init_backbone=str(tmp_path / "model")))
     assert same(started, model.backbone) and "from" in started.origin
     save_file({"backbone.x": torch.zeros(1)}, tmp_path / "model" / "model.safetensors")
-    with pytest.raises(CheckpointError, match="does not fit its backbone"):
+    with pytest.raises(CheckpointError, match="it lacks backbone.network.0.weight"):
         load_backbone(tmp_path / "model")
 
 
@@ -240,7 +281,7 @@ def test_arguments_that_are_not_the_networks_own_are_refused(tmp_path):
         description = json.loads(text)
         description["architecture"]["arguments"][name] = value
         file.write_text(json.dumps(description))
-        with pytest.raises(CheckpointError, match=f"must not be built with {name}="):
+        with pytest.raises(CheckpointError, match=f"must not be built with '{name}'="):
             load_checkpoint(tmp_path / "model")
 
 
