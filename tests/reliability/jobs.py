@@ -95,7 +95,7 @@ def started(
         os._exit(status)
 
 
-def ended(child: int, within: float = 120) -> int:
+def ended(child: int, within: float = 600) -> int:
     """Wait for a process; return its status, or minus the signal that killed it."""
     until = time.monotonic() + within
     while time.monotonic() < until:
