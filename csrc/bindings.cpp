@@ -79,46 +79,43 @@ using Clock = std::chrono::steady_clock;
 
 unsigned long main_thread = 0;  // Python's signal handlers run there alone
 
-// Whether a call's work goes on: a signal whose handler raises an error, as Ctrl-C's does, ends it.
-class Interrupts {
+// Threads for one call, whose work ends where a signal's handler raises an error, as Ctrl-C's does.
+class CallThreads {
  public:
-  // Asks in the main thread, now and then.
-  void check() {
-    if (PyThread_get_thread_ident() != main_thread) return;
-    static Clock::time_point checked;
-    const Clock::time_point now = Clock::now();
-    if (now - checked < std::chrono::milliseconds(50)) return;
-    checked = now;
-    const pybind11::gil_scoped_acquire gil;
-    if (PyErr_CheckSignals() == 0) return;
-    raised_ = true;
-    throw pybind11::error_already_set();
+  cnnrnn::ParallelFor parallel_for() {
+    return {[this](int64_t n, const cnnrnn::Work& work) { run(n, work); },
+            [this] { return stopped(); }};
   }
-  bool raised() const { return raised_.load(std::memory_order_relaxed); }
 
  private:
-  std::atomic<bool> raised_{false};  // seen by the other threads, which leave the rest out
-};
-
-// Parts grow until one takes a while: each costs a call of `work`.
-void work_in_parts(int64_t begin, int64_t end, const cnnrnn::Work& work, Interrupts* interrupts) {
-  for (int64_t size = 4; begin < end && !interrupts->raised();) {
-    const Clock::time_point began = Clock::now();
-    const int64_t part_end = std::min(begin + size, end);
-    work(begin, part_end);
-    begin = part_end;
-    if (Clock::now() - began < std::chrono::milliseconds(20)) size *= 4;
-    interrupts->check();
+  void run(int64_t n, const cnnrnn::Work& work) {
+    if (n == 0) return;
+    if (forked || n == 1) {
+      work(0, n);
+    } else {
+      at::parallel_for(0, n, 1, work);
+    }
+    if (stopped()) throw *error_;
   }
-}
 
-void parallel_for(int64_t n, const cnnrnn::Work& work) {
-  if (n == 0) return;
-  Interrupts interrupts;
-  if (forked || n == 1) return work_in_parts(0, n, work, &interrupts);
-  at::parallel_for(
-      0, n, 1, [&](int64_t begin, int64_t end) { work_in_parts(begin, end, work, &interrupts); });
-}
+  // Asks in the main thread, now and then.
+  bool stopped() {
+    if (raised_.load(std::memory_order_relaxed)) return true;
+    if (PyThread_get_thread_ident() != main_thread) return false;
+    static Clock::time_point asked;
+    const Clock::time_point now = Clock::now();
+    if (now - asked < std::chrono::milliseconds(50)) return false;
+    asked = now;
+    const pybind11::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() == 0) return false;
+    error_.emplace();
+    raised_ = true;
+    return true;
+  }
+
+  std::optional<pybind11::error_already_set> error_;
+  std::atomic<bool> raised_{false};  // seen by the other threads
+};
 
 // Parameters that have been checked, dense, and what the kernels are told of them.
 struct CheckedWeights {
@@ -181,7 +178,9 @@ std::shared_ptr<CpuHead> make_cpu_head(const Parameters& p, std::string_view cel
                                           : cnnrnn::find_cpu_kernels(instruction_set.c_str());
   TORCH_CHECK_VALUE(kernels != nullptr, "instruction_set must be auto or one of this build's and ",
                     "this processor's (see instruction_sets()), got '", instruction_set, "'");
-  return std::make_shared<CpuHead>(weights.pointers, *kernels, prefix_bytes, parallel_for);
+  CallThreads threads;
+  return std::make_shared<CpuHead>(weights.pointers, *kernels, prefix_bytes,
+                                   threads.parallel_for());
 }
 
 struct Outputs {
@@ -317,8 +316,9 @@ Query check_request(const Request& r, int64_t L, int64_t D, at::Device device) {
 
 Outputs search(CpuHead* head, const Request& request) {
   Query query = check_request(request, head->num_labels(), head->joint_dim(), at::kCPU);
-  query.out.stats =
-      cnnrnn::beam_search_cpu(head, query.options, query.images(), query.output(), parallel_for);
+  CallThreads threads;
+  query.out.stats = cnnrnn::beam_search_cpu(head, query.options, query.images(), query.output(),
+                                            threads.parallel_for());
   return query.out;
 }
 
@@ -348,6 +348,7 @@ BestSets best_sets(CpuHead* head, const Tensor& joint, const optional<Tensor>& l
                at::empty({B}, at::kBool),
                at::empty({B}, at::kLong),
                {}};
+  CallThreads threads;
   out.stats = cnnrnn::best_sets_cpu(
       head, {count, max_labels, min_labels, static_cast<float>(least), max_expansions},
       {B, x.const_data_ptr<float>(), data_or_null(logits),
@@ -356,7 +357,7 @@ BestSets best_sets(CpuHead* head, const Tensor& joint, const optional<Tensor>& l
       {out.labels.data_ptr<int64_t>(), out.lengths.data_ptr<int64_t>(),
        out.log_probs.data_ptr<float>(), out.proved.data_ptr<int64_t>(), out.ended.data_ptr<bool>(),
        out.expansions.data_ptr<int64_t>()},
-      parallel_for);
+      threads.parallel_for());
   return out;
 }
 

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <utility>
 
 #include "kernels/math.h"
 
@@ -94,10 +95,28 @@ struct SearchStats {
 // Of making missing states, where the search cannot look how many it takes.
 constexpr int64_t kAllRounds = -1;
 
-// Calls work(begin, end) on parts of 0..n, perhaps on several threads, and returns when all ended.
-// It may throw instead, with parts left out: a search passes that on, and its head stays good.
 using Work = std::function<void(int64_t begin, int64_t end)>;
-using ParallelFor = std::function<void(int64_t n, const Work& work)>;
+
+// Threads that a caller lends.
+class ParallelFor {
+ public:
+  using Run = std::function<void(int64_t n, const Work& work)>;
+
+  // run(n, work) calls work(begin, end) on parts of 0..n, perhaps on several threads, and returns
+  // when all ended. stopped() says, in any of them, that the caller wants no more: work then leaves
+  // out what is left, and run throws. A search passes that on, and its head stays good.
+  ParallelFor(Run run, std::function<bool()> stopped)
+      : run_(std::move(run)), stopped_(std::move(stopped)) {}
+  template <typename Function>
+  ParallelFor(Function run) : run_(std::move(run)) {}  // NOLINT: a function is one
+
+  void operator()(int64_t n, const Work& work) const { run_(n, work); }
+  bool stopped() const { return stopped_ && stopped_(); }
+
+ private:
+  Run run_;
+  std::function<bool()> stopped_;
+};
 
 inline void on_this_thread(int64_t n, const Work& work) {
   if (n > 0) work(0, n);

@@ -18,6 +18,7 @@ AlignedFloats panels(const float* rows, int64_t n, int64_t K, int64_t lanes,
   AlignedFloats packed(vectors_of(n, lanes) * K * lanes);
   parallel_for(vectors_of(n, lanes), [&](int64_t begin, int64_t end) {
     for (int64_t j = begin * lanes; j < std::min(end * lanes, n); ++j) {
+      if (parallel_for.stopped()) return;
       float* to = packed.data() + j / lanes * K * lanes + j % lanes;
       for (int64_t k = 0; k < K; ++k) to[k * lanes] = rows[j * K + k];
     }
@@ -83,6 +84,7 @@ void CpuHead::make_input_gates(const HeadWeights& weights, const ParallelFor& pa
   parallel_for(L_ + 1, [&](int64_t begin, int64_t end) {
     AlignedFloats gates(vectors * lanes_);
     for (int64_t row = begin; row < end; ++row) {
+      if (parallel_for.stopped()) return;
       const int64_t embedding = row < L_ ? row : L_ + 1;  // START comes after END
       const float* x = input_rows(weights) + embedding * D_;
       float* y = gates.data();

@@ -46,6 +46,7 @@ void search_slice(CpuHead* head, std::vector<typename Search::Image>* images, in
     parallel_for((count + block - 1) / block, [&](int64_t first, int64_t last) {
       Search search = make(block, count);
       for (int64_t at = first * block; at < std::min(last * block, count); at += block) {
+        if (parallel_for.stopped()) return;
         search.run(pending.data() + at, std::min(block, count - at));
       }
       const std::lock_guard lock(merging);
