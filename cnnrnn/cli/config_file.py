@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile, get_loader, set_loader
+from jsonargparse import ActionConfigFile, get_loader, set_loader  # type: ignore[attr-defined]
 
 from cnnrnn.data.dataset import DataError
 from cnnrnn.data.files import read_text, reason
@@ -53,7 +53,7 @@ class ConfigFile(ActionConfigFile):
         """Read the options of a file; `values` is its name, or YAML itself."""
         if os.path.exists(values):
             _require_options(Path(values))
-        super().__call__(parser, cfg, values, option_string)
+        super().__call__(parser, cfg, values, option_string)  # type: ignore[no-untyped-call]
 
 
 def _require_options(file: Path) -> None:
