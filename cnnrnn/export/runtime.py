@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,14 +15,37 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cnnrnn.config import SearchConfig
+from cnnrnn.config import Activation, Cell, SearchConfig
+from cnnrnn.data.files import reason, short
 from cnnrnn.data.images import normalize
 from cnnrnn.export.graph import INPUT_NAMES, LABEL_SCORES, OUTPUT_NAMES, Input
 from cnnrnn.export.onnx import FORMAT
-from cnnrnn.export.session import COMPILED, PROVIDERS, OnnxModelError, Search, open_session
-from cnnrnn.labels import check_evidence
+from cnnrnn.export.session import (
+    ANY,
+    COMPILED,
+    PROVIDERS,
+    OnnxModelError,
+    Port,
+    Search,
+    open_session,
+    require_ports,
+)
+from cnnrnn.labels import LabelSpace, check_evidence
 from cnnrnn.machine.devices import use_one_thread_if_forked
-from cnnrnn.model.checkpoint import read_calibration, read_preprocessing, read_search, typed
+from cnnrnn.model.checkpoint import (
+    Form,
+    forms,
+    parse_json,
+    read_calibration,
+    read_labels,
+    read_preprocessing,
+    read_search,
+    require_finite,
+    require_forms,
+    require_one_per_label,
+    typed,
+)
+from cnnrnn.network.backbones import without_values
 from cnnrnn.network.head import Head, ImageEmbedding, chain_logits
 from cnnrnn.prediction.known import Known, Names, names_with
 from cnnrnn.prediction.pipeline import ImageModel
@@ -86,44 +108,84 @@ class OnnxPredictor(Predictor):
         self.search: Search = search
         self._process = os.getpid()
         self._session = open_session(self.path, providers, search, fallback, threads)
-        self._read_metadata(self._session.get_modelmeta().custom_metadata_map)
         self._output_names = [output.name for output in self._session.get_outputs()]
-
-    def _read_metadata(self, texts: dict[str, str]) -> None:
         try:
-            values: dict[str, Any] = {
-                name: text if name in ("content_hash", "head") else json.loads(text)
-                for name, text in texts.items()
-            }
-            form = values["cnnrnn_format"]
-            if type(form) is not int or not 1 <= form <= FORMAT:
-                raise OnnxModelError(
-                    f"{self.path} has format {form}, this release reads 1 to {FORMAT}; upgrade "
-                    "cnnrnn"
-                )
-            self._format: int = form
-            self._labels = tuple(values["labels"])
-            self.calibration = read_calibration(values["calibration"], form)
-            self.search_config = read_search(values["search"], form)
-            self.max_labels: int = typed("search.max_labels", values["search"]["max_labels"], int)
-            self.max_known: int = 0
-            if form >= EVIDENCE_FORMAT:
-                self.max_known = typed("max_known", values["max_known"], int)
-            self.input_kind: Input = typed("input", values["input"], Input)
-            self.content_hash: str = values["content_hash"]
-            self.preprocessing = None
-            if values["preprocessing"] is not None:
-                self.preprocessing = read_preprocessing(
-                    values["preprocessing"], drafts=form >= DRAFT_FORMAT
-                )
-            self._head = _search_head(values) if self.search != "onnx" else None
-        except (KeyError, TypeError, ValueError, SafetensorError) as error:
+            self._read_metadata(self._session.get_modelmeta().custom_metadata_map)
+            self._require_graph()
+        except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             if isinstance(error, OnnxModelError):
                 raise
             raise OnnxModelError(
                 f"{self.path} must be written by cnnrnn.export_onnx, its metadata is missing or "
-                f"invalid: {error}"
+                f"invalid: {reason(error)}"
             ) from error
+
+    def _read_metadata(self, texts: dict[str, str]) -> None:
+        values: dict[str, Any] = {
+            name: text if name in ("content_hash", "head") else parse_json(text)
+            for name, text in texts.items()
+        }
+        form = values["cnnrnn_format"]
+        if type(form) is not int or not 1 <= form <= FORMAT:
+            raise OnnxModelError(
+                f"{self.path} has format {short(form)}, this release reads 1 to {FORMAT}; upgrade "
+                "cnnrnn"
+            )
+        self._format: int = form
+        source_index = tuple(typed("source_index", values["source_index"], list[int]))
+        self._labels = LabelSpace(read_labels(values["labels"]), source_index).names
+        self.calibration = read_calibration(values["calibration"], form)
+        require_one_per_label(self.calibration, len(self._labels))
+        self.search_config = read_search(values["search"], form)
+        if self.search_config.algorithm != "beam":
+            raise ValueError(f"search.algorithm must be beam, got {self.search_config.algorithm}")
+        self.max_labels: int = typed("search.max_labels", self.search_config.max_labels, int)
+        self.max_known: int = 0
+        if form >= EVIDENCE_FORMAT:
+            self.max_known = typed("max_known", values["max_known"], int)
+            if self.max_known < 0:
+                raise ValueError(f"max_known must be at least 0, got {self.max_known}")
+        self.input_kind: Input = typed("input", values["input"], Input)
+        self.content_hash: str = values["content_hash"]
+        self.preprocessing = None
+        if self.input_kind != "features":
+            self.preprocessing = read_preprocessing(
+                values["preprocessing"], drafts=form >= DRAFT_FORMAT
+            )
+        self._head = _search_head(values, len(self._labels)) if self.search != "onnx" else None
+
+    def _require_graph(self) -> None:
+        """Raise a ValueError where the graph does not take and give what the metadata says."""
+        N, T, L = self.search_config.beam_size, self.max_labels, len(self.labels)
+        side = None if self.preprocessing is None else self.preprocessing.image_size
+        image = {
+            "uint8": Port("uint8", (None, side, side, 3)),
+            "float": Port("float", (None, 3, side, side)),
+            "features": Port("float", (None, ANY)),
+        }[self.input_kind]
+        inputs = {INPUT_NAMES[self.input_kind]: image}
+        outputs = {"joint": Port("float", (None, ANY))}
+        if self.search == "onnx":
+            of_labels = Port("float", (None, L))
+            inputs["min_labels"] = Port("int64", ())
+            outputs |= {
+                "labels": Port("int64", (None, N, T)),
+                "lengths": Port("int64", (None, N)),
+                "log_probs": Port("float", (None, N)),
+                "marginals": of_labels,
+                "scores": of_labels,
+            }
+            if self._takes_evidence:
+                inputs["evidence"] = Port("int8", (None, L))
+                outputs["log_evidence"] = Port("float", (None,))
+            else:
+                inputs["forbidden"] = Port("bool", (None, L))
+        elif self._head is not None:
+            outputs["joint"] = Port("float", (None, self._head.joint_dim))
+        optional = {LABEL_SCORES: Port("float", (None, L))}
+        session = self._session
+        require_ports([*session.get_inputs(), *session.get_overridable_initializers()], inputs, {})
+        require_ports(session.get_outputs(), outputs, optional)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -525,23 +587,29 @@ _OF_IMAGES = ("image_projection.", "trunk.")
 """What a head that only searches has no use for."""
 
 
-def _search_head(values: dict[str, Any]) -> Head:
+def _search_head(values: dict[str, Any], num_labels: int) -> Head:
     """Return a head that searches, from the file's metadata; it embeds no images."""
     from safetensors.torch import load
 
     weights = load(base64.b64decode(values["head"]))
-    head = Head(
-        len(values["labels"]),
-        1,
-        weights["label_embedding"].shape[1],
-        weights["output_projection.weight"].shape[1],
-        values["cell"],
-        values["activation"],
-        tied_embedding="input_embedding" not in weights,
-        score_bias="score_bias" in weights,
-    )
-    missing, unexpected = head.load_state_dict(weights, strict=False)
-    if unexpected or any(not name.startswith(_OF_IMAGES) for name in missing):
-        raise ValueError(f"head: {unexpected or missing}")
+    cell = typed("cell", values["cell"], Cell)
+    activation = typed("activation", values["activation"], Activation)
+
+    def new() -> Head:
+        _, joint_dim = weights["label_embedding"].shape
+        _, hidden_dim = weights["output_projection.weight"].shape
+        return Head(
+            num_labels, 1, joint_dim, hidden_dim, cell, activation,
+            tied_embedding="input_embedding" not in weights, score_bias="score_bias" in weights,
+        )  # fmt: skip
+
+    with without_values():
+        expected = forms(new().float().state_dict())
+    searched = {name: form for name, form in expected.items() if not name.startswith(_OF_IMAGES)}
+    counts = {"cooccurrence": Form("F32", (num_labels, num_labels))}
+    require_forms(forms(weights), searched, counts)
+    require_finite(weights)
+    head = new()
+    head.load_state_dict(weights, strict=False)
     head.max_labels = values["search"]["max_labels"]
     return head.eval()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
+from cnnrnn.data.files import short
 from cnnrnn.export.graph import LABEL_SCORES
+from cnnrnn.machine.words import listed
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -34,6 +36,54 @@ class ProviderError(RuntimeError):
 
 class OnnxModelError(ValueError):
     """A file is not an ONNX model that `export_onnx` wrote."""
+
+
+ANY = -1
+"""A side of a tensor that is fixed, at whatever number."""
+
+
+class Port(NamedTuple):
+    """What a graph takes or gives.
+
+    Attributes:
+        dtype: ONNX Runtime's name of the type.
+        sides: of the tensor: a number, `ANY`, or None where it may vary.
+    """
+
+    dtype: str
+    sides: tuple[int | None, ...]
+
+    def fits(self, value: onnxruntime.NodeArg) -> bool:
+        """Tell whether a graph's input or output is this; sides that have a name may be any."""
+        return (
+            value.type == f"tensor({self.dtype})"
+            and len(value.shape) == len(self.sides)
+            and all(map(_side_fits, value.shape, self.sides))
+        )
+
+
+def _side_fits(side: int | str | None, wanted: int | None) -> bool:
+    if wanted == ANY:
+        return isinstance(side, int)
+    return wanted is None or not isinstance(side, int) or side == wanted
+
+
+def require_ports(
+    found: Iterable[onnxruntime.NodeArg], expected: Mapping[str, Port], optional: Mapping[str, Port]
+) -> None:
+    """Raise a ValueError where a graph has other inputs or outputs than expected and optional."""
+    named = {value.name: value for value in found}
+    for name in expected.keys() - named.keys():
+        raise ValueError(f"the graph must have {name}, found {listed(named) or 'nothing'}")
+    for name, value in named.items():
+        wanted = expected.get(name) or optional.get(name)
+        if wanted is None:
+            raise ValueError(f"the graph must not have {short(name)}")
+        if not wanted.fits(value):
+            raise ValueError(
+                f"{name} of the graph must be {wanted.dtype} {list(wanted.sides)}, got "
+                f"{value.type} {value.shape}"
+            )
 
 
 def open_session(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -297,7 +298,8 @@ def with_metadata(file, changed, **values):
 
 def test_files_of_other_formats(tmp_path, pictures_file):
     old = {"threshold": 0.4, "mix_weight": 0.25, "label_thresholds": [], "k": 2}
-    first = with_metadata(pictures_file, tmp_path / "1.onnx", cnnrnn_format=1, calibration=old)
+    third = Path(__file__).with_name("format3.onnx")
+    first = with_metadata(third, tmp_path / "1.onnx", cnnrnn_format=1, calibration=old)
     assert OnnxPredictor(first).calibration == Calibration(0.4, 0.25, k=2)
     second = with_metadata(pictures_file, tmp_path / "2.onnx", calibration=old)
     with pytest.raises(OnnxModelError, match="missing or unknown: known_mix_weight, min_labels"):
