@@ -385,7 +385,7 @@ def test_the_command_line_trains_measures_and_predicts(tmp_path, file, capsys):
     printed = capsys.readouterr()
     assert "validation, 5 labels" in printed.out and str(out / "best") in printed.out
     assert "member 2 of 3: label order rare, seed 1" in printed.err
-    assert {p.name for p in out.iterdir()} == {"best", "members", "config.yaml"}
+    assert {p.name for p in out.iterdir()} == {"best", "members", "config.yaml", ".lock"}
     ensemble = cnnrnn.load(out)
     counts = load_dataset(f"features:{file}").label_counts()
     frequent = sorted(range(5), key=lambda i: -counts[i])

@@ -110,7 +110,7 @@ def test_what_is_written(tmp_path, data):
     lines = []
     result = train(data, tmp_path / "run", MODEL, SEARCH, QUICK, say=lines.append)
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        "best", "last", "log.jsonl", "state.safetensors"
+        "best", "last", "log.jsonl", "state.safetensors", ".lock"
     }  # fmt: skip
     first, *epochs = records(tmp_path / "run")
     assert first["stage"] == "data"
