@@ -111,7 +111,7 @@ def _add_rows(
         on_bad_image, problems,
     )  # fmt: skip
     actual = {distinct[position]: name for position, name in kept.items()}
-    joined = 0
+    again: dict[str, list[Row]] = {}
     for position, row in zip(place, rows, strict=True):
         if position not in actual:
             continue
@@ -127,12 +127,13 @@ def _add_rows(
                 f"{earlier.line}"
             )
         else:
-            joined += 1
-            records[key] = earlier._replace(
-                labels=tuple({*earlier.labels, *row.labels}),
-                unknown=tuple({*earlier.unknown, *row.unknown}),
-            )
-    return joined
+            again.setdefault(key, [earlier]).append(row)
+    for key, same in again.items():  # all at once: an image may have a row per label
+        records[key] = same[0]._replace(
+            labels=tuple({label for row in same for label in row.labels}),
+            unknown=tuple({label for row in same for label in row.unknown}),
+        )
+    return sum(len(same) - 1 for same in again.values())
 
 
 def label_problem(labels: Sequence[str], vocabulary: Mapping[str, int] | None) -> str | None:

@@ -20,7 +20,7 @@ HUB, LOCAL = "hf-hub:", "local-dir:"
 ELSEWHERE = (HUB, LOCAL)
 """How names begin that lead to a network which timm's list does not have."""
 MOST_CALLS = 100_000
-"""Calls of torch in which a network is built and run once, four times those of timm's largest."""
+"""Calls of torch in which a network is built and run once: three times those of timm's largest."""
 MOST_IN_LIST = 64
 """Entries of a list, such as of stages, that a checkpoint's network is built from."""
 

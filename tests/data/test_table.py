@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -495,6 +496,27 @@ def test_rows_of_one_image_are_joined(file: Path) -> None:
     dataset = load_table(file, problems=problems)
     assert label_names(dataset) == [["sea", "sky"], ["sea"]]
     assert [n for n in problems.notes if "2 rows are joined to an earlier one of the" in n]
+
+
+def test_many_rows_of_one_image_are_joined_in_linear_time(file: Path) -> None:
+    """A minute, where every row made the set of all labels again."""
+    image = sources.CSV_ROWS[0][0]
+    file.write_text("image,labels\n" + "".join(f"{image},{i}\n" for i in range(40_000)))
+    start = time.process_time()
+    dataset = load_dataset(f"csv:{file}")
+    assert time.process_time() - start < 20
+    assert len(dataset) == 1 and len(dataset.labels(0)) == 40_000
+
+
+def test_many_columns_are_read_in_linear_time(file: Path) -> None:
+    """A minute, where every column was looked for among all others."""
+    count = 60_000
+    header = ",".join(f"c{i}" for i in range(count))
+    file.write_text(f"image,{header}\n{sources.CSV_ROWS[0][0]}{',1' * count}\n")
+    start = time.process_time()
+    dataset = load_dataset(f"csv:{file}")
+    assert time.process_time() - start < 20
+    assert len(dataset.labels(0)) == count
 
 
 def test_joined_rows_of_columns(file: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -281,8 +282,9 @@ def _columns_of_labels(file: Path, header: list[str], options: TableOptions) -> 
     lowered = header if options.split is not None else list(map(str.lower, header))
     # A column without a name is the numbering that pandas writes.
     own = [i for i, name in enumerate(header) if i != image and lowered[i] not in split and name]
+    counts = Counter(header)
     for column in own:
-        if header.count(header[column]) > 1:
+        if counts[header[column]] > 1:
             raise DataError(f"{file}: columns must be unique, got {short(header[column])} twice")
     if not own:
         _column(file, header, "labels", None, LABEL_COLUMNS)
@@ -369,7 +371,8 @@ def _rows(
 
     Labels with a column of their own in another table alone are unknown here.
     """
-    lacking = tuple(name for name in own if name not in table.own_labels)
+    there = set(table.own_labels)
+    lacking = tuple(name for name in own if name not in there)
     if lacking and table.own_labels:
         warnings.warn(
             f"{table.file} has no column {short(lacking[0])} as other tables have"
