@@ -52,8 +52,6 @@ def main(arguments: Sequence[str] | None = None, *, ends_at_once: bool = False) 
     try:
         with warnings.catch_warnings(), _terminated_like_ctrl_c():
             warnings.showwarning = _show_warning
-            use_usable_cores()
-            keep_freed_memory()
             status = RUN[command](options[command])
             with writing(STANDARD_OUTPUT):
                 sys.stdout.flush()
@@ -89,7 +87,9 @@ def main(arguments: Sequence[str] | None = None, *, ends_at_once: bool = False) 
 
 
 def run() -> NoReturn:
-    """Run the command line of this process."""
+    """Run the command line of this process, whose threads and memory are then for it alone."""
+    use_usable_cores()
+    keep_freed_memory()
     sys.exit(main(ends_at_once=True))
 
 

@@ -11,6 +11,7 @@ import torch
 from cnnrnn.config import LabelOrder, ModelConfig, SearchConfig, TrainConfig
 from cnnrnn.data import Dataset
 from cnnrnn.data.splits import training_splits, with_fixed_splits
+from cnnrnn.labels import LabelSpace
 from cnnrnn.machine.lock import alone_in
 from cnnrnn.machine.progress import Progress, no_progress
 from cnnrnn.model.classifier import CNNRNN
@@ -75,46 +76,42 @@ def train_ensemble(
             "an ensemble shares a frozen backbone: model.freeze_backbone must be true, got false"
         )
     with alone_in(out, "the training of an ensemble"):
-        return _train_members(
-            dataset, out, model_config, search_config, config, label_orders, resume, on_start, say,
-            progress,
-        )  # fmt: skip
+        if resume and (out / STATE_FILE).exists():
+            raise ResumeError(
+                f"{out} holds a single model's run: --members must be left out, got "
+                f"{len(label_orders)}"
+            )
+        dataset = with_fixed_splits(dataset, config)
+        config = replace(config, train_split=None, val_split=None)
+        cache = config.feature_cache or str(out / "features")
+        models: list[CNNRNN] = []
+        for i, order in enumerate(label_orders):
+            member = replace(config, seed=config.seed + i, label_order=order, feature_cache=cache)
+            if i and dataset.features is None:  # also if the first one's weights are random
+                member = replace(member, init_backbone=str(out / "members" / "0"))
+            say(f"member {i + 1} of {len(label_orders)}: label order {order}, seed {member.seed}")
+            trained = train(
+                dataset, out / "members" / str(i), model_config, search_config, member,
+                resume=resume, on_start=lambda: None if models else on_start(), say=say,
+                progress=progress,
+            )  # fmt: skip
+            models.append(trained.model)
+        ensemble, space = Ensemble(models).eval(), models[0].label_space
+        result = _calibrated(ensemble, space, dataset, config, Path(cache), progress)
+        result.model.save(out / "best")
+    return result
 
 
-def _train_members(
+def _calibrated(
+    ensemble: Ensemble,
+    space: LabelSpace,
     dataset: Dataset,
-    out: Path,
-    model_config: ModelConfig,
-    search_config: SearchConfig,
     config: TrainConfig,
-    label_orders: Sequence[LabelOrder],
-    resume: bool,
-    on_start: Callable[[], None],
-    say: Callable[[str], None],
+    cache: Path,
     progress: Progress,
 ) -> EnsembleResult:
-    if resume and (out / STATE_FILE).exists():
-        raise ResumeError(
-            f"{out} holds a single model's run: --members must be left out, got {len(label_orders)}"
-        )
-    dataset = with_fixed_splits(dataset, config)
-    config = replace(config, train_split=None, val_split=None)
-    cache = config.feature_cache or str(out / "features")
-    models: list[CNNRNN] = []
-    for i, order in enumerate(label_orders):
-        member = replace(config, seed=config.seed + i, label_order=order, feature_cache=cache)
-        if i and dataset.features is None:  # also if the first one's weights are random
-            member = replace(member, init_backbone=str(out / "members" / "0"))
-        say(f"member {i + 1} of {len(label_orders)}: label order {order}, seed {member.seed}")
-        result = train(
-            dataset, out / "members" / str(i), model_config, search_config, member,
-            resume=resume, on_start=lambda: None if models else on_start(), say=say,
-            progress=progress,
-        )  # fmt: skip
-        models.append(result.model)
-    ensemble = Ensemble(models).eval()
+    """Choose an ensemble's decisions on the validation split, and measure them there."""
     training, val = training_splits(dataset, config)
-    space = models[0].label_space
     targets = space.from_source(val.label_matrix(), val.label_names)
     unknown: torch.Tensor | None = None
     if val.has_unknown:
@@ -126,14 +123,13 @@ def _train_members(
     else:
         assert ensemble.backbone is not None
         cached = cached_features(
-            ensemble.backbone, val, Path(cache), device=ensemble.device,
+            ensemble.backbone, val, cache, device=ensemble.device,
             backend=config.backend, batch_size=config.batch_size, workers=config.workers or None,
             on_bad_image=config.on_bad_image, progress=progress,
         )  # fmt: skip
         features, targets = cached.values, targets[cached.kept]
         unknown = None if unknown is None else unknown[cached.kept]
     ensemble.calibrate(features, targets, trained, unknown)
-    ensemble.save(out / "best")
     inference = ensemble.infer(features.to(ensemble.device))
     metrics = decision_metrics(inference, targets, ensemble.calibration, 3, unknown)
     return EnsembleResult(ensemble, metrics)

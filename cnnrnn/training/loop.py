@@ -22,7 +22,7 @@ from cnnrnn.machine.words import listed
 from cnnrnn.training.batches import Batch, Split
 from cnnrnn.training.log import Log
 from cnnrnn.training.optimizers import WeightAverage, copy_values, make_optimizer, make_scheduler
-from cnnrnn.training.resume import ResumeError, TrainingState, require_int
+from cnnrnn.training.resume import STATE_FILE, ResumeError, TrainingState, require_int
 
 SMALL_STEP = 1e9
 """Multiplications of a step on feature vectors, below which one thread on a CPU is the fastest.
@@ -141,7 +141,10 @@ def run_stage(
         try:
             standing = _restored(start, parts)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ResumeError(f"the training state does not fit its run: {error}") from error
+            raise ResumeError(
+                f"{STATE_FILE} does not fit its run: {type(error).__name__} {error}. Leave "
+                "--resume out to start over"
+            ) from error
     while standing.epoch < stage.epochs and (
         standing.epoch - standing.best_epoch < config.patience
     ):
