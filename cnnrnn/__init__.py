@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cnnrnn.config import ModelConfig, Preprocessing, SearchConfig, TrainConfig
     from cnnrnn.data import BadImageError, DataError, Dataset, load_dataset
     from cnnrnn.export import OnnxModelError, OnnxPredictor, ProviderError, export_onnx
+    from cnnrnn.inspection.report import write_report
     from cnnrnn.model.checkpoint import CheckpointError
     from cnnrnn.model.classifier import CNNRNN
     from cnnrnn.model.ensemble import Ensemble, set_log_probs
@@ -52,6 +53,7 @@ _HOMES = {
     "predict_iter": "cnnrnn.api",
     "set_log_probs": "cnnrnn.model.ensemble",
     "train": "cnnrnn.api",
+    "write_report": "cnnrnn.inspection.report",
 }
 
 __all__ = [
@@ -85,6 +87,7 @@ __all__ = [
     "predict_iter",
     "set_log_probs",
     "train",
+    "write_report",
 ]
 
 

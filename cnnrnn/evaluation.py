@@ -38,9 +38,9 @@ class Evaluation:
         inference: what the model found in each image.
         targets: [n, L] bool, columns in path order.
         calibration: what decided.
-        nll: mean of -log P(the whole true set | image), in nats, over the images without unknown
-            labels; NaN where there is none.
-        nll_is_bound: it is an upper bound, since a set has further paths in the search's order.
+        set_nll: [n] float64 -log P(the whole true set | image), in nats; NaN for images with
+            unknown labels.
+        nll_is_bound: these are upper bounds, since a set has further paths in the search's order.
         unknown: [n, L] bool, labels that are neither present nor absent, or None.
         others: `reveal.metrics_of_others` of the images in which labels were revealed, by what the
             model was told: `none known`, and `K known`. Empty where none were.
@@ -50,10 +50,15 @@ class Evaluation:
     inference: Inference
     targets: Tensor
     calibration: Calibration
-    nll: float
+    set_nll: Tensor
     nll_is_bound: bool
     unknown: Tensor | None = None
     others: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def nll(self) -> float:
+        """Mean of `set_nll` over the images without unknown labels; NaN where there is none."""
+        return float(self.set_nll.nanmean())
 
 
 def evaluate(
@@ -95,53 +100,117 @@ def evaluate(
             reads, or labels that the model lacks, or no image has more labels than are revealed.
         ValueError: `revealed` is below 1, or it cannot search on `search_device`.
     """
-    if revealed is not None and revealed < 1:
-        raise ValueError(f"revealed must be at least 1, got {revealed}")
-    require_search_device(search_device)
+    _require_options(revealed, search_device)
     if not len(dataset):
         raise DataError(f"{dataset.source} has no images to evaluate on")
-    columns = model_columns(model, dataset)
-    targets = in_columns(dataset.label_matrix(), columns, len(model.labels))
-    unknown = None
-    if dataset.unknown_indices is not None:
-        unknown = in_columns(dataset.unknown_matrix(), columns, len(model.labels))
-    computed = model_features(
+    model_columns(model, dataset)  # fails before features are made
+    features = model_features(
         model, dataset, backend=backend, batch_size=batch_size, workers=workers,
         on_bad_image=on_bad_image, progress=progress,
     )  # fmt: skip
-    features, targets = computed.values, targets[computed.kept]
-    unknown = None if unknown is None else unknown[computed.kept]
+    return evaluate_features(
+        model, dataset, features, k=k, search=search, min_labels=min_labels, revealed=revealed,
+        search_device=search_device,
+    )  # fmt: skip
+
+
+def evaluate_features(
+    model: CNNRNN | Ensemble,
+    dataset: Dataset,
+    features: Features,
+    *,
+    k: int | None = 3,
+    search: SearchConfig | None = None,
+    min_labels: int | None = None,
+    revealed: int | None = None,
+    search_device: SearchDevice = "auto",
+) -> Evaluation:
+    """Measure a model on features of a dataset's records, as `model_features` returns them.
+
+    Other arguments, and errors, are those of `evaluate`.
+    """
+    _require_options(revealed, search_device)
+    columns = model_columns(model, dataset)
+    targets = in_columns(dataset.label_matrix(), columns, len(model.labels))[features.kept]
+    unknown = None
+    if dataset.unknown_indices is not None:
+        unknown = in_columns(dataset.unknown_matrix(), columns, len(model.labels))[features.kept]
     model.eval()
     calibration = model.calibration
     if min_labels is not None:
         calibration = replace(calibration, min_labels=min_labels)
         search = replace(search or model.search, min_labels=min_labels)
-    inference = model.infer(features.to(model.device), search, search_device=search_device)
+    values = features.values
+    inference = model.infer(values.to(model.device), search, search_device=search_device)
     metrics = decision_metrics(inference, targets, calibration, k, unknown)
-    known = slice(None) if unknown is None else ~unknown.any(1)
-    nll = float(model.set_nll(features[known], targets[known]).mean())
+    known = torch.ones(len(targets), dtype=torch.bool) if unknown is None else ~unknown.any(1)
+    set_nll = torch.full((len(targets),), math.nan, dtype=torch.float64)
+    set_nll[known] = model.set_nll(values[known], targets[known])
     is_bound = model.search.order != "increasing"
     others = {}
     if revealed is not None:
-        draw = reveal(targets[:, columns], revealed)  # the same whatever order the model has
-        if not len(draw.images):
+        if int(targets.sum(1).max()) <= revealed:
             raise DataError(
                 f"{dataset.source} must have images with more than {revealed} labels to reveal "
                 f"{revealed}, got {int(targets.sum(1).max())} at most"
             )
-        evidence = in_columns(draw.evidence, columns, len(model.labels))
-        scores = inference.mixed(calibration)[draw.images]
-        given = model.infer(features[draw.images].to(model.device), search, evidence, search_device)
-        told = given.mixed(calibration)
-        told = torch.where(told.isnan(), scores, told)  # where no path was found
-        others = {
-            name: metrics_of_others(
-                found, targets[draw.images], evidence,
-                unknown=None if unknown is None else unknown[draw.images],
-            )
-            for name, found in (("none known", scores), (f"{revealed} known", told))
-        }  # fmt: skip
-    return Evaluation(metrics, inference, targets, calibration, nll, is_bound, unknown, others)
+        others = measure_others(
+            model, values, targets, inference.mixed(calibration), revealed, columns,
+            calibration=calibration, search=search, search_device=search_device, unknown=unknown,
+        )  # fmt: skip
+    return Evaluation(metrics, inference, targets, calibration, set_nll, is_bound, unknown, others)
+
+
+def measure_others(
+    model: CNNRNN | Ensemble,
+    features: Tensor,
+    targets: Tensor,
+    scores: Tensor,
+    revealed: int,
+    columns: Sequence[int],
+    *,
+    calibration: Calibration,
+    search: SearchConfig | None = None,
+    search_device: SearchDevice = "auto",
+    unknown: Tensor | None = None,
+) -> dict[str, dict[str, float]]:
+    """Draw true labels of each image that has more, and measure the other labels.
+
+    Args:
+        model: in eval mode.
+        features: [n, F].
+        targets: [n, L] bool; at least one image has more than `revealed` labels.
+        scores: [n, L] of the images with nothing known.
+        revealed: labels that are drawn of each image.
+        columns: the labels in an order that does not depend on the model; the same ones are drawn
+            whatever order it has.
+        calibration: mixes the scores.
+        search: the model's own by default.
+        search_device: where to search.
+        unknown: [n, L] bool, labels that are neither present nor absent.
+
+    Returns:
+        `reveal.metrics_of_others` by what the model was told: `none known`, and `K known`.
+    """
+    draw = reveal(targets[:, columns], revealed)
+    images = draw.images
+    evidence = in_columns(draw.evidence, columns, targets.shape[1])
+    scores = scores[images]
+    given = model.infer(features[images].to(model.device), search, evidence, search_device)
+    told = given.mixed(calibration)
+    told = torch.where(told.isnan(), scores, told)  # where no path was found
+    return {
+        name: metrics_of_others(
+            found, targets[images], evidence, unknown=None if unknown is None else unknown[images]
+        )
+        for name, found in (("none known", scores), (f"{revealed} known", told))
+    }
+
+
+def _require_options(revealed: int | None, search_device: SearchDevice) -> None:
+    if revealed is not None and revealed < 1:
+        raise ValueError(f"revealed must be at least 1, got {revealed}")
+    require_search_device(search_device)
 
 
 def model_features(
@@ -247,10 +316,10 @@ def model_columns(model: CNNRNN | Ensemble, dataset: Dataset) -> list[int]:
     return [position[name] for name in dataset.label_names]
 
 
-def in_columns(matrix: Tensor, columns: list[int], num_labels: int) -> Tensor:
+def in_columns(matrix: Tensor, columns: Sequence[int], num_labels: int) -> Tensor:
     """Spread a matrix over the model's labels: [n, M] to [n, L], False or 0 in the others."""
     result = matrix.new_zeros(len(matrix), num_labels)
-    result[:, columns] = matrix
+    result[:, list(columns)] = matrix
     return result
 
 

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
     from cnnrnn.data import BadImageError, Dataset
     from cnnrnn.export import OnnxPredictor
+    from cnnrnn.model.classifier import CNNRNN
+    from cnnrnn.model.ensemble import Ensemble
     from cnnrnn.training.ensemble import EnsembleResult
     from cnnrnn.training.run import TrainResult
 
@@ -53,7 +55,7 @@ def run_train(options: Namespace) -> int:
 
     config, model, search = _recipe(options)
     out = _run_folder(options)
-    unsaved = ("config", "preset", "resume")
+    unsaved = ("config", "preset", "resume", "report")
     resolved = {k: v for k, v in options.as_dict().items() if k not in unsaved}
 
     def start() -> None:
@@ -84,9 +86,38 @@ def run_train(options: Namespace) -> int:
             )  # fmt: skip
     if not ranks.first:
         return 0
+    if options.report:
+        _report_on_training(result.model, dataset, config, out)
     print(metrics_table(result.metrics, f"validation, {len(result.model.labels)} labels"))
     print(f"best checkpoint: {out / 'best'}")
     return 0
+
+
+def _report_on_training(
+    model: CNNRNN | Ensemble, dataset: Dataset, config: TrainConfig, out: Path
+) -> None:
+    """Write report.html of the validation images."""
+    from cnnrnn.data.splits import training_splits
+    from cnnrnn.inspection.report import write_report
+    from cnnrnn.machine.progress import terminal_progress
+
+    _, validation = training_splits(dataset, config)
+    cache = Path(config.feature_cache) if config.feature_cache else out / "features"
+    write_report(
+        model, validation, out / "report.html", title=f"{out}: {dataset.source}, validation",
+        remarks=["These are the validation images, by which the best epoch and the thresholds were "
+                 "chosen: expect less of others."],
+        log=_training_log(out), cache=None if validation.images is None else cache,
+        backend=config.backend, workers=config.workers or None, on_bad_image=config.on_bad_image,
+        progress=terminal_progress,
+    )  # fmt: skip
+    print(f"report: {out / 'report.html'}")
+
+
+def _training_log(run: Path) -> Path:
+    """Return a run's log; of an ensemble that of its first member."""
+    own, member = run / "log.jsonl", run / "members" / "0" / "log.jsonl"
+    return member if member.is_file() else own
 
 
 def _dataset(options: Namespace, on_bad_image: OnBadImage) -> Dataset:
@@ -183,6 +214,11 @@ def run_compare(options: Namespace) -> int:
           f"{count}, NLL in nats, * best of its column")  # fmt: skip
     print(text_table(rows))
     print(f"also in {out / 'table.md'}; all figures: {out / 'results.json'}")
+    if options.report:
+        from cnnrnn.comparison.report import write_comparison
+
+        write_comparison(rows, out / "report.html", f"{options.data}, {options.test_split}")
+        print(f"report: {out / 'report.html'}")
     return 0
 
 
@@ -225,6 +261,47 @@ def run_evaluate(options: Namespace) -> int:
         values["NLL"] = without_nan(evaluation.nll)
         values |= without_nan(evaluation.others)
         write_json(options.json, values)
+    return 0
+
+
+def run_report(options: Namespace) -> int:
+    """Write a page that shows a model on labelled data."""
+    import numpy as np
+
+    from cnnrnn.api import resolve_model
+    from cnnrnn.inspection.report import write_report
+    from cnnrnn.inspection.suspects import seen_in_training
+    from cnnrnn.machine.progress import terminal_progress
+
+    run = Path(options.model)
+    out = Path(options.out or (run if run.is_dir() else Path()) / "report.html")
+    require_folder("out", str(out))
+    model = resolve_model(options.model, options.device)
+    source = _dataset(options, options.on_bad_image)
+    dataset = source
+    if options.split != "all" or "all" in source.splits:
+        dataset = source.split(options.split)
+    seen = np.intersect1d(seen_in_training(run, source), dataset.rows)
+    remarks = []
+    if len(seen):
+        remarks.append(
+            f"The model was trained on {len(seen):,} of these {len(dataset):,} images: expect less "
+            "of others."
+        )
+    home = run.parent if run.name == "best" else run
+    write_report(
+        model, dataset, out, title=f"{options.model}: {options.data}, {options.split}",
+        remarks=remarks, log=_training_log(home),
+        cache=home / "features" if (home / "features").is_dir() and dataset.images else None,
+        backend=options.backend, search_device=options.search_device,
+        batch_size=options.batch_size, workers=options.workers, on_bad_image=options.on_bad_image,
+        progress=terminal_progress,
+    )  # fmt: skip
+    print(f"report: {out}")
+    if options.open:
+        import webbrowser
+
+        webbrowser.open(out.absolute().as_uri())
     return 0
 
 
@@ -479,7 +556,7 @@ def run_check(options: Namespace) -> int:
 
 
 RUN: dict[str, Callable[[Namespace], int]] = {
-    "train": run_train, "compare": run_compare, "evaluate": run_evaluate, "predict": run_predict,
-    "suggest": run_suggest, "export": run_export, "scenes": run_scenes, "data": run_data,
-    "check": run_check,
+    "train": run_train, "compare": run_compare, "evaluate": run_evaluate, "report": run_report,
+    "predict": run_predict, "suggest": run_suggest, "export": run_export, "scenes": run_scenes,
+    "data": run_data, "check": run_check,
 }  # fmt: skip

@@ -44,6 +44,9 @@ def make_parser(preset: str) -> ArgumentParser:
         "compare", _compare_parser(preset), help="train and measure the comparison methods"
     )
     commands.add_subcommand("evaluate", _evaluate_parser(), help="measure a model on labelled data")
+    commands.add_subcommand(
+        "report", _report_parser(), help="write a page that shows a model on labelled data"
+    )
     commands.add_subcommand("predict", _predict_parser(), help="label images")
     commands.add_subcommand(
         "suggest", _suggest_parser(), help="name the labels that are worth asking about"
@@ -108,6 +111,10 @@ def _train_parser(preset: str) -> ArgumentParser:
         "--member_orders", type=str | None,
         help="label order of each member, such as frequency,rare,random; default: label_order's",
     )  # fmt: skip
+    parser.add_argument(
+        "--report", action="store_true",
+        help="also write report.html, of the validation data, as `cnnrnn report` does",
+    )  # fmt: skip
     _add_recipe(parser, preset)
     return parser
 
@@ -144,7 +151,8 @@ def _compare_parser(preset: str) -> ArgumentParser:
         "--methods", type=str | None,
         help="comma-separated methods, as docs/comparison.md names them; default: all",
     )  # fmt: skip
-    # The two above are lists with commas; jsonargparse would ask for brackets.
+    parser.add_argument("--report", action="store_true", help="also write report.html")
+    # The two lists have commas; jsonargparse would ask for brackets.
     parser.add_class_arguments(CompareConfig, None, skip={"seeds", "methods"})
     _add_recipe(parser, preset)
     return parser
@@ -164,6 +172,29 @@ def _evaluate_parser() -> ArgumentParser:
     parser.add_argument("--json", type=str | None, help="write all metrics as JSON")
     parser.add_argument("--min_labels", type=int | None, help=MIN_LABELS)
     _add_run_options(parser, batch_size=128)
+    _add_backend(parser)
+    _add_search_device(parser)
+    parser.add_argument("--workers", type=int | None, help=WORKERS)
+    return parser
+
+
+def _report_parser() -> ArgumentParser:
+    parser = _command_parser(
+        "Measure a model on labelled data and write one HTML page that shows what it does: "
+        "training, decisions, each label, reliability, mistakes, suspected labels and more."
+    )
+    parser.add_argument("model", type=str, help="run or checkpoint folder")
+    _add_data(parser)
+    parser.add_argument("--split", type=str, default="test", help="split of the data, or `all`")
+    parser.add_argument(
+        "--out",
+        type=str | None,
+        help="HTML file to write; default: report.html in the run's folder",
+    )
+    parser.add_argument("--open", action="store_true", help="open the page in a browser")
+    parser.add_argument("--batch_size", type=int, default=128, help="images per batch")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
+    _add_on_bad_image(parser)
     _add_backend(parser)
     _add_search_device(parser)
     parser.add_argument("--workers", type=int | None, help=WORKERS)
@@ -233,6 +264,10 @@ def _add_run_options(parser: ArgumentParser, batch_size: int) -> None:
     parser.add_argument("--beam_size", type=int | None, help="N; default: the model's own")
     parser.add_argument("--batch_size", type=int, default=batch_size, help="images per batch")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
+    _add_on_bad_image(parser)
+
+
+def _add_on_bad_image(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--on_bad_image", type=OnBadImage, default="error",
         help="stop at an unreadable image, or report it and continue",

@@ -234,7 +234,7 @@ def _standard_error(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) / math.sqrt(len(values))
 
 
-def _shown_columns(cells: dict[str, list[TableCell]]) -> list[int]:
+def shown_columns(cells: dict[str, list[TableCell]]) -> list[int]:
     """Return the columns that have a figure."""
     return [
         i
@@ -249,11 +249,11 @@ def text_table(rows: Sequence[Row]) -> str:
     All but the NLL are in per cent. A column without any figure is left out.
     """
     cells = table_cells(rows)
-    shown = _shown_columns(cells)
+    shown = shown_columns(cells)
     width = max(map(len, cells), default=0)
     lines = [" " * width + "".join(f"{COLUMNS[i]:>16}" for i in shown)]
     for title, figures in cells.items():
-        texts = (f"{_cell_text(figures[i])}{'*' if figures[i].is_best else ' '}" for i in shown)
+        texts = (f"{cell_text(figures[i])}{'*' if figures[i].is_best else ' '}" for i in shown)
         lines.append(f"{title:<{width}}" + "".join(f"{text:>16}" for text in texts))
     return "\n".join(lines)
 
@@ -261,18 +261,19 @@ def text_table(rows: Sequence[Row]) -> str:
 def markdown_table(rows: Sequence[Row]) -> str:
     """Lay the comparison out as a Markdown table: as `text_table`, the best in bold."""
     cells = table_cells(rows)
-    shown = _shown_columns(cells)
+    shown = shown_columns(cells)
     lines = ["|  | " + " | ".join(COLUMNS[i] for i in shown) + " |",
              "|---" * (len(shown) + 1) + "|"]  # fmt: skip
     for title, figures in cells.items():
-        texts = (_cell_text(figures[i]) for i in shown)
+        texts = (cell_text(figures[i]) for i in shown)
         marked = (f"**{text}**" if figures[i].is_best else text
                   for i, text in zip(shown, texts, strict=True))  # fmt: skip
         lines.append(f"| {title} | " + " | ".join(marked) + " |")
     return "\n".join(lines)
 
 
-def _cell_text(cell: TableCell) -> str:
+def cell_text(cell: TableCell) -> str:
+    """Write a figure with its standard error, or a dash where there is none."""
     if math.isnan(cell.mean):
         return "–"
     text = f"{'≤ ' if cell.is_bound else ''}{cell.mean:.{cell.digits}f}"

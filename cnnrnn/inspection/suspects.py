@@ -30,6 +30,7 @@ from cnnrnn.machine.files import write_whole
 from cnnrnn.machine.progress import Progress, no_progress
 from cnnrnn.model.classifier import CNNRNN
 from cnnrnn.model.ensemble import Ensemble
+from cnnrnn.network.features import Features
 from cnnrnn.search import NonFiniteError
 from cnnrnn.training.resume import Recipe, data_digest, stored_recipe
 from cnnrnn.training.run import train
@@ -119,6 +120,7 @@ def find_suspects(
     dataset: Dataset,
     *,
     cut: float = 0.0,
+    features: Features | None = None,
     cache: Path | None = None,
     batch_size: int = 128,
     workers: int | None = None,
@@ -137,6 +139,7 @@ def find_suspects(
             does one that is unknown in a record; neither is ever suspect.
         cut: a label is suspect from these log-odds of the other answer on, in nats: at 0 where the
             other answer is as probable. Below 0 more are.
+        features: what `model_features` returns of the dataset; None computes them.
         cache: folder that keeps features of images; None for none.
         batch_size: images per batch.
         workers: threads that decode.
@@ -148,10 +151,11 @@ def find_suspects(
         ValueError: the model's paths go in another order.
         NonFiniteError: records whose scores are not finite.
     """
-    features = model_features(
-        model, dataset, cache=cache, batch_size=batch_size, workers=workers,
-        on_bad_image=on_bad_image, progress=progress,
-    )  # fmt: skip
+    if features is None:
+        features = model_features(
+            model, dataset, cache=cache, batch_size=batch_size, workers=workers,
+            on_bad_image=on_bad_image, progress=progress,
+        )  # fmt: skip
     judged = _judged(model, dataset, features.values, features.kept, cut, progress)
     return _ranked(dataset, [judged], cut)
 
