@@ -69,7 +69,7 @@ $(VENV)/bin/python:
 	$(BIN)/pip install "torch>=2.11"  # before the build, which would fetch one of its own
 
 $(VENV)/installed: $(SOURCES) | $(VENV)/bin/python
-	$(BIN)/pip install -e ".[vision]"
+	$(BIN)/pip install -e ".[vision,report]"
 	touch $@
 
 $(VENV)/installed-dev: $(SOURCES) | $(VENV)/bin/python

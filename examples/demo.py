@@ -125,6 +125,7 @@ def main() -> None:
     )
     run(f"train {common} --out {model} --init_backbone {backbone} {head_options}")
     run(f"evaluate {common} --model {model} --split test --per_label {out / 'per_label.csv'}")
+    run(f"report {model} {common} --out {out / 'report.html'}")
     run(f"predict {scenes / 'test' / '000001.png'} --model {model} --device {options.device}")
     draw_predictions(scenes, model, out / "predictions.png")
 
@@ -145,7 +146,10 @@ def main() -> None:
         COMPARED,
         say=lambda line: print(line, flush=True),
     )
-    print(f"images: {out / 'predictions.png'}   figures: {out / 'compare' / 'results.json'}")
+    print(
+        f"report: {out / 'report.html'}   images: {out / 'predictions.png'}   "
+        f"figures: {out / 'compare' / 'results.json'}"
+    )
     print(f"{time.perf_counter() - began:.0f} s in all\n")
     print(f"{len(features.split('test')):,} held-out scenes, per cent, 3 seeds, same features:")
     print("CNN-RNN stops by itself; cuts and every learning rate are chosen on validation.")
