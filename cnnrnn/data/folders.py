@@ -17,6 +17,9 @@ from cnnrnn.data.files import Problems, cut, is_dropping, short
 # Most are, which spares the closer look.
 _PLAIN_NAME = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)*", re.ASCII)
 
+MAX_NAME = 4096
+"""Characters of a path: no system opens a longer one, and resolving it takes quadratic time."""
+
 Listing = dict[str, str]
 """The regular files of a folder: name to the target of a link, "" for no link."""
 
@@ -146,6 +149,9 @@ class Folder:
         missing: list[int] = []
         others: list[int] = []
         for position, name in enumerate(names):
+            if len(name) > MAX_NAME:
+                missing.append(position)
+                continue
             above, base, parent = self._split(name)
             if parent not in self._listings:
                 self._listings[parent] = None
@@ -182,6 +188,8 @@ class Folder:
 
     def has(self, name: str) -> bool:
         """Tell whether there is a file of that name, or a link, wherever it leads."""
+        if len(name) > MAX_NAME:
+            return False
         _, base, parent = self._split(name)
         return folded(base) in self._spellings_in(parent)
 

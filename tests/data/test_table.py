@@ -256,6 +256,7 @@ BAD_TABLES = {
     "path NUL": (GOOD + "b\0.png,sky,val\n", "line 3: .*not a file name"),
     "path URL": (GOOD + "https://h/b.png,sky,val\n", "line 3: .*a URL"),
     "path long": (GOOD + "x" * 5000 + ",sky,val\n", "labels.csv: line 3 must exist as"),
+    "path of many folders": (GOOD + "a/" * 60_000 + "b.png,sky,val\n", "line 3 must exist as"),
     "two splits": (GOOD + "a.png,sky,val\n", "line 3: an image must be in one split, got 'a.png'"),
     "two splits, dot": (GOOD + "./a.png,sky,val\n", "line 3: an image must .* and in train by"),
     "two splits, slash": (GOOD + "a.png/,sky,val\n", "line 3: an image must be in one split, got"),
