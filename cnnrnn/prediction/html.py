@@ -55,9 +55,9 @@ def notebook_html(prediction: Prediction) -> str:
     Colours are those around it or stand out on light and dark; no style leaves the block.
     """
     uri = picture_of(prediction, side=320)
-    picture = "" if uri is None else f'<img src="{uri}" alt="" style="max-width:240px">'
+    picture = "" if uri is None else f'<img src="{uri}" alt="" style="max-width:240px;max-height:240px">'
     if prediction.error is not None:
-        body = f'<p style="margin:0;color:#c62828">{text(prediction.error)}</p>'
+        body = f'<p style="margin:0;color:#d9453d">{text(prediction.error)}</p>'
     elif not prediction.labels:
         body = '<p style="margin:0">(no labels)</p>'
     else:
@@ -158,7 +158,7 @@ class ContactSheet:
             self._cards.seek(0)
             with open(part, "wb") as stream:
                 stream.write(_head(self).encode())
-                shutil.copyfileobj(self._cards, stream, 1 << 20)
+                shutil.copyfileobj(self._cards, stream)
                 stream.write(_TAIL.encode())
 
         write_whole(self.file, page)
@@ -241,18 +241,22 @@ figcaption { padding: .5rem .6rem; }
 .error { color: var(--bad); overflow-wrap: anywhere; }
 @media (max-width: 480px) { body { padding: .6rem; }
   .sheet { gap: .5rem; grid-template-columns: repeat(2, minmax(0, 1fr)); }
-  .card img, .none { height: 8rem; } .bar { display: none; } }
+  .card img, .none { height: 8rem; }
+  .row { flex-wrap: wrap; column-gap: .4rem; row-gap: 0; } .label { flex: 1 1 0; }
+  .bar { order: 1; flex: 1 0 100%; height: .25rem; margin-bottom: .2rem; } }
 """
 
 _SCRIPT = """
 const box = document.getElementById("filter"), seen = document.getElementById("seen");
 const cards = Array.from(document.querySelectorAll(".card")).map(card => [card,
   Array.from(card.querySelectorAll(".label"), label => label.textContent.toLowerCase())]);
+const names = new Set(cards.flatMap(([, labels]) => labels));
 function filter() {
-  const part = box.value.trim().toLowerCase();
+  const part = box.value.trim().toLowerCase(), whole = names.has(part);
   let count = 0;
   for (const [card, labels] of cards) {
-    card.hidden = part !== "" && !labels.some(label => label.includes(part));
+    card.hidden = part !== "" &&
+      !labels.some(label => whole ? label === part : label.includes(part));
     count += !card.hidden;
   }
   seen.textContent = part === "" ? "" : count.toLocaleString("en") + " of "
