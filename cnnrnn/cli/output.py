@@ -171,7 +171,9 @@ def write_labels(
         return
     width = max(len(name) for name in ("label", *thresholds))
     if form == "table":
-        print(f"{'label':<{width}}  threshold{'  nearest, with cosine' if near else ''}", file=stream)
+        print(
+            f"{'label':<{width}}  threshold{'  nearest, with cosine' if near else ''}", file=stream
+        )
     for name, cut in thresholds.items():
         if form == "jsonl":
             record: dict[str, Any] = {"label": name, "threshold": round(cut, 4)}

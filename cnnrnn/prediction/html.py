@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cnnrnn.config import MAX_PIXELS
@@ -55,7 +55,9 @@ def notebook_html(prediction: Prediction) -> str:
     Colours are those around it or stand out on light and dark; no style leaves the block.
     """
     uri = picture_of(prediction, side=320)
-    picture = "" if uri is None else f'<img src="{uri}" alt="" style="max-width:240px;max-height:240px">'
+    picture = (
+        "" if uri is None else f'<img src="{uri}" alt="" style="max-width:240px;max-height:240px">'
+    )
     if prediction.error is not None:
         body = f'<p style="margin:0;color:#d9453d">{text(prediction.error)}</p>'
     elif not prediction.labels:
@@ -165,7 +167,8 @@ class ContactSheet:
 
     def close(self) -> None:
         """Forget the images; the page stays if it was written."""
-        self._cards.close()
+        with suppress(OSError):  # of a full disk, of what nobody wants any more
+            self._cards.close()
 
 
 @contextmanager
