@@ -12,7 +12,8 @@ that give probabilities to label sets), those of the recipe from `benchmarks/res
 `benchmarks/results/planted_errors.json` (of benchmarks/quality/planted_errors.py), those of
 questions from `benchmarks/results/questions.json` (of benchmarks/quality/questions.py), those of
 unknown labels from `benchmarks/results/unknown_labels.json` (of
-benchmarks/quality/unknown_labels.py).
+benchmarks/quality/unknown_labels.py), those of nearest labels from
+`benchmarks/results/neighbours.json` (of benchmarks/quality/neighbours.py).
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`.
 """
@@ -28,6 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality import neighbours
 from benchmarks.quality.known_labels import table as known_table
 from benchmarks.quality.planted_errors import table as planted_table
 from benchmarks.quality.questions import table as questions_table
@@ -45,6 +47,7 @@ PAGES = (
             "data.md",
             "known_labels.md",
             "questions.md",
+            "labels.md",
             "performance.md",
             "comparison.md",
             "training.md",
@@ -441,6 +444,20 @@ def unknown() -> str:
     return unknown_table(json.loads(file.read_text(encoding="utf-8")), sources) + "\n"
 
 
+NEAR = {"coco": "COCO", "animals": "VOC animals"}
+
+
+def _near() -> list[dict[str, Any]]:
+    file = ROOT / "benchmarks" / "results" / "neighbours.json"
+    results: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+    return results
+
+
+def near_names(source: str, recipe: str) -> str:
+    """What is near to a dozen labels."""
+    return neighbours.names_table(_near(), source, recipe) + "\n"
+
+
 def known() -> str:
     """What one known label is worth, to each method that can use it."""
     names = {"cocoweak": "COCO, weak", "corel16k": "Corel-16k"}
@@ -618,6 +635,11 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "known-labels": lambda results: known(),
     "unknown-labels": lambda results: unknown(),
     "exact": lambda results: exact(),
+    "neighbours": lambda results: neighbours.table(_near(), NEAR) + "\n",
+    "neighbours-images": lambda results: neighbours.image_table(_near(), NEAR) + "\n",
+    "neighbours-coco": lambda results: near_names("coco", "the default recipe"),
+    "neighbours-coco-paper": lambda results: near_names("coco", "the paper's preset"),
+    "neighbours-animals": lambda results: near_names("animals", "the default recipe"),
     "questions-cocoweak": lambda results: questions("cocoweak"),
     "questions-corel16k": lambda results: questions("corel16k"),
     "instructions": lambda results: instructions(),

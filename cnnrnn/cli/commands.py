@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -20,6 +21,7 @@ from cnnrnn.cli.output import (
     say,
     uncalibrated_line,
     write_json,
+    write_labels,
     yaml_text,
 )
 from cnnrnn.config import (
@@ -37,8 +39,11 @@ if TYPE_CHECKING:
 
     from cnnrnn.data import BadImageError, Dataset
     from cnnrnn.export import OnnxPredictor
+    from cnnrnn.machine.progress import Progress
     from cnnrnn.model.classifier import CNNRNN
     from cnnrnn.model.ensemble import Ensemble
+    from cnnrnn.prediction.html import ContactSheet
+    from cnnrnn.prediction.result import Prediction
     from cnnrnn.training.ensemble import EnsembleResult
     from cnnrnn.training.run import TrainResult
 
@@ -319,6 +324,7 @@ def run_predict(options: Namespace) -> int:
         for name in ("top_k", "beam_size", "min_labels", "decide", "threshold", "batch_size",
                      "workers", "on_bad_image", "max_pixels")
     }  # fmt: skip
+    _require_predict_files(options)
     images = with_folders_listed(options.images, options.on_bad_image)
     asked |= {"known": _known_labels(options, images), "absent": options.absent}
     torch_only = [name for name, value in default.items() if options[name] != value]
@@ -328,26 +334,92 @@ def run_predict(options: Namespace) -> int:
                 f"--{torch_only[0]} does not apply to {options.model}, which ONNX Runtime runs; "
                 "`cnnrnn export --precision float16` makes a file in half precision"
             )
+        if options.neighbours is not None:
+            raise ValueError(
+                f"--neighbours needs a checkpoint folder, got the exported file {options.model}"
+            )
         predictions = _onnx_predictor(options).predict_iter(images, **asked)
     elif options.search != "onnx":
         raise ValueError(f"--search is only for FILE.onnx, got {options.search}")
     else:
         predictions = predict_iter(
-            images, options.model, device=options.device, precision=options.precision,
+            images, _with_neighbours(options), device=options.device, precision=options.precision,
             compiled=options.compiled, backend=options.backend,
             search_device=options.search_device, **asked,
         )  # fmt: skip
-    bad = 0
     show = no_progress if options.out is None else terminal_progress
+    bad = 0
+    # Outside of what writes --out, whose errors name that file.
+    with _contact_sheet(options) as sheet, closing(_written(predictions, options, show)) as written:
+        for prediction in written:
+            bad += prediction.error is not None
+            if sheet is not None:
+                sheet.add(prediction)
+    if bad:
+        print(f"cnnrnn: warning: {bad} images could not be read", file=sys.stderr)
+    return 0
+
+
+def _written(
+    predictions: Iterator[Prediction], options: Namespace, show: Progress
+) -> Generator[Prediction, None, None]:
+    """Yield predictions, each once it is written."""
     with opened(options.out) as stream, show("predict", None) as advance:
-        write = prediction_writer(options.format, stream)
+        write = prediction_writer(options.format, stream, options.neighbours or 0)
         for prediction in predictions:
             write(prediction)
             stream.flush()
-            bad += prediction.error is not None
             advance(1)
-    if bad:
-        print(f"cnnrnn: warning: {bad} images could not be read", file=sys.stderr)
+            yield prediction
+
+
+def _contact_sheet(options: Namespace) -> AbstractContextManager[ContactSheet | None]:
+    from cnnrnn.prediction.html import contact_sheet
+
+    if options.html is None:
+        return nullcontext()
+    return contact_sheet(
+        options.html, title=f"Predictions of {options.model or 'the demo model'}",
+        neighbours=options.neighbours or 0, max_pixels=options.max_pixels,
+    )  # fmt: skip
+
+
+def _require_predict_files(options: Namespace) -> None:
+    """Fail before images are read where the page cannot be written, or would be overwritten."""
+    require_folder("html", options.html)
+    if options.html is not None and options.out is not None:
+        if os.path.realpath(options.html) == os.path.realpath(options.out):
+            raise ValueError(f"--html and --out must name two files, got {options.html} for both")
+
+
+def _with_neighbours(options: Namespace) -> CNNRNN | Ensemble | str | None:
+    """Return the model, loaded where it must be checked that images have neighbours in it."""
+    from cnnrnn.api import resolve_model
+    from cnnrnn.inspection.neighbours import require_one_space
+
+    if options.neighbours is None:
+        model: str | None = options.model
+        return model
+    if options.neighbours < 1:
+        raise ValueError(f"--neighbours must be at least 1, got {options.neighbours}")
+    return require_one_space(resolve_model(options.model, options.device))
+
+
+def run_labels(options: Namespace) -> int:
+    """List a model's labels and what is near to each."""
+    from cnnrnn.api import load
+    from cnnrnn.inspection.neighbours import nearest_labels
+
+    if options.nearest < 0:
+        raise ValueError(f"--nearest must be at least 0, got {options.nearest}")
+    if options.model.lower().endswith(".onnx"):
+        raise ValueError(f"labels needs a checkpoint folder, got the exported file {options.model}")
+    model = load(options.model)
+    near = nearest_labels(model, options.nearest) if options.nearest else {}
+    calibration = model.calibration
+    cuts = calibration.label_thresholds or [calibration.threshold] * len(model.labels)
+    with opened(options.out) as stream:
+        write_labels(options.format, dict(zip(model.labels, cuts, strict=True)), near, stream)
     return 0
 
 
@@ -557,6 +629,7 @@ def run_check(options: Namespace) -> int:
 
 RUN: dict[str, Callable[[Namespace], int]] = {
     "train": run_train, "compare": run_compare, "evaluate": run_evaluate, "report": run_report,
-    "predict": run_predict, "suggest": run_suggest, "export": run_export, "scenes": run_scenes,
+    "predict": run_predict, "suggest": run_suggest, "labels": run_labels, "export": run_export,
+    "scenes": run_scenes,
     "data": run_data, "check": run_check,
 }  # fmt: skip

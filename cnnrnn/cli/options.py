@@ -51,6 +51,9 @@ def make_parser(preset: str) -> ArgumentParser:
     commands.add_subcommand(
         "suggest", _suggest_parser(), help="name the labels that are worth asking about"
     )
+    commands.add_subcommand(
+        "labels", _labels_parser(), help="list a model's labels and what is near to each"
+    )
     commands.add_subcommand("export", _export_parser(), help="write a model as an ONNX file")
     commands.add_subcommand("scenes", _scenes_parser(), help="write the synthetic scenes data set")
     data = ArgumentParser(description="Inspect a labelled data set.")
@@ -213,6 +216,14 @@ def _predict_parser() -> ArgumentParser:
         help="readable lines, CSV, or JSON lines",
     )  # fmt: skip
     parser.add_argument("--out", type=str | None, help="file to write; default: standard output")
+    parser.add_argument(
+        "--html", type=str | None,
+        help="also write a page with small pictures, labels and scores, of the first 2,000 images",
+    )  # fmt: skip
+    parser.add_argument(
+        "--neighbours", type=int | None,
+        help="also name so many labels nearest to each image in the joint space, with cosines",
+    )  # fmt: skip
     _add_known(parser)
     parser.add_argument("--top_k", type=int | None, help="keep at most this many labels")
     parser.add_argument("--min_labels", type=int | None, help=MIN_LABELS)
@@ -352,6 +363,21 @@ def _suggest_parser() -> ArgumentParser:
     _add_search_device(parser)
     _add_max_pixels(parser)
     _add_run_options(parser, batch_size=64)
+    return parser
+
+
+def _labels_parser() -> ArgumentParser:
+    parser = _command_parser(
+        "List a model's labels in path order, with their thresholds and the labels nearest to each "
+        "in the joint space, by cosine."
+    )
+    parser.add_argument("model", type=str, help="run or checkpoint folder, or `animals`")
+    parser.add_argument("--nearest", type=int, default=5, help="how many to name; 0 for none")
+    parser.add_argument(
+        "--format", type=Literal["table", "csv", "jsonl"], default="table",
+        help="readable lines, CSV with a row per pair, or JSON lines",
+    )  # fmt: skip
+    parser.add_argument("--out", type=str | None, help="file to write; default: standard output")
     return parser
 
 

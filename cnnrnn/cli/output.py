@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -97,23 +98,91 @@ def opened(path: str | None) -> Iterator[IO[str]]:
         yield stream
 
 
-def prediction_writer(form: str, stream: IO[str]) -> Callable[[Prediction], None]:
-    """Return what writes a prediction in a form: table, csv or jsonl."""
+def prediction_writer(
+    form: str, stream: IO[str], neighbours: int = 0
+) -> Callable[[Prediction], None]:
+    """Return what writes a prediction in a form: table, csv or jsonl.
+
+    With `neighbours`, so many labels nearest to each image are written too.
+    """
+    near = partial(_near, count=neighbours)
     if form == "csv":
         rows = csv.writer(stream)
-        rows.writerow(["image", "labels", "log_prob", "error"])
-        return lambda p: rows.writerow(
-            [p.source, ";".join(p.labels), "" if p.error else f"{p.log_prob:.6g}", p.error or ""]
-        )
+        header = ["image", "labels", "log_prob", "error"]
+        rows.writerow([*header, "neighbours"] if neighbours else header)
+
+        def row(p: Prediction) -> None:
+            log_prob = "" if p.error else f"{p.log_prob:.6g}"
+            cells = [p.source, ";".join(p.labels), log_prob, p.error or ""]
+            rows.writerow([*cells, ";".join(n for n, _ in near(p))] if neighbours else cells)
+
+        return row
     if form == "jsonl":
-        return lambda p: print(json.dumps(_record(p), ensure_ascii=False), file=stream)
+
+        def record(p: Prediction) -> None:
+            values = _record(p)
+            if neighbours and p.error is None:
+                values["neighbours"] = _pairs(near(p))
+            print(json.dumps(values, ensure_ascii=False), file=stream)
+
+        return record
 
     def line(p: Prediction) -> None:
         scores = p.scores
-        shown = ", ".join(f"{name} {scores[name]:.2f}" for name in p.labels)
-        print(f"{p.source:<40}  {p.error or shown or '(no labels)'}", file=stream)
+        shown = ", ".join(f"{name} {scores[name]:.2f}" for name in p.labels) or "(no labels)"
+        if neighbours and p.error is None:
+            shown += "; near: " + ", ".join(f"{name} {cosine:.2f}" for name, cosine in near(p))
+        print(f"{p.source:<40}  {p.error or shown}", file=stream)
 
     return line
+
+
+def _near(p: Prediction, count: int) -> list[tuple[str, float]]:
+    return p.neighbours(count) if count and p.error is None else []
+
+
+def _pairs(near: list[tuple[str, float]]) -> list[dict[str, Any]]:
+    return [{"label": name, "cosine": round(cosine, 4)} for name, cosine in near]
+
+
+def write_labels(
+    form: str,
+    thresholds: dict[str, float],
+    near: dict[str, list[tuple[str, float]]],
+    stream: IO[str],
+) -> None:
+    """Write a model's labels in a form: table, csv or jsonl.
+
+    Args:
+        form: of the text.
+        thresholds: of each label, in path order.
+        near: of each label, the nearest ones with cosines; empty where they are not asked for.
+        stream: takes the text.
+    """
+    if form == "csv":
+        rows = csv.writer(stream)
+        rows.writerow(["label", "threshold", *(["nearest", "cosine"] if near else [])])
+        for name, cut in thresholds.items():
+            cells = [name, f"{cut:.4g}"]
+            if near:
+                rows.writerows([*cells, other, f"{cosine:.4f}"] for other, cosine in near[name])
+            else:
+                rows.writerow(cells)
+        return
+    width = max(len(name) for name in ("label", *thresholds))
+    if form == "table":
+        print(
+            f"{'label':<{width}}  threshold{'  nearest, with cosine' if near else ''}", file=stream
+        )
+    for name, cut in thresholds.items():
+        if form == "jsonl":
+            record: dict[str, Any] = {"label": name, "threshold": round(cut, 4)}
+            if near:
+                record["nearest"] = _pairs(near[name])
+            print(json.dumps(record, ensure_ascii=False), file=stream)
+            continue
+        shown = ", ".join(f"{other} {cosine:.2f}" for other, cosine in near.get(name, []))
+        print(f"{name:<{width}}  {cut:9.2f}  {shown}".rstrip(), file=stream)
 
 
 def question_writer(form: str, count: int, stream: IO[str]) -> Callable[[Prediction], None]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from cnnrnn.config import Calibration
 from cnnrnn.labels import PAD
 from cnnrnn.machine.words import without_nan
+from cnnrnn.network.joint_space import image_vectors, label_vectors, nearest
 from cnnrnn.prediction.decisions import Decided, DecisionOptions, decide
 from cnnrnn.search import best_sets
 from cnnrnn.search.inference import Inference
@@ -212,6 +213,45 @@ class Prediction:
             )
         ]
         return Candidates(sets, complete=bool(found.ended[0]))
+
+    def neighbours(self, count: int = 5) -> list[tuple[str, float]]:
+        """Return the labels nearest to the image in the joint space, by cosine, nearest first.
+
+        They are those whose rows U_l point where the image's own part of the score, h(U_I I), does.
+        They are no predictions, and what is known of labels does not matter to them.
+
+        Args:
+            count: how many; all labels where there are fewer.
+
+        Returns:
+            Names with cosines in -1..1.
+
+        Raises:
+            ValueError: the model is an ensemble or an exported file; the image could not be read;
+                the prediction was pickled or copied.
+        """
+        if self._batch is None:
+            raise ValueError(f"{self.source} could not be read: {self.error}")
+        if count < 1:
+            raise ValueError(f"count must be at least 1, got {count}")
+        if self._batch.inference.embedded is None:
+            raise ValueError(
+                "neighbours need a single model that torch runs, and a prediction that was not "
+                "pickled"
+            )
+        head, embedding = self._batch.inference.embedding_of(self._row)
+        image = image_vectors(head, embedding.joint)
+        (cosines,), (indices,) = nearest(image, label_vectors(head), count)
+        return [
+            (self._names[i], cosine)
+            for i, cosine in zip(indices.tolist(), cosines.tolist(), strict=True)
+        ]
+
+    def _repr_html_(self) -> str:
+        """Show the picture, its labels and their scores in a notebook."""
+        from cnnrnn.prediction.html import notebook_html
+
+        return notebook_html(self)
 
     def _paths(self) -> tuple[Tensor, Tensor]:
         assert self._batch is not None

@@ -55,7 +55,7 @@ def jobs(sources: Path, out: Path) -> dict[str, list[str]]:
         "evaluate": ["evaluate", *pictures, "--model", of_pictures, "--json", f"{out}/figures.json",
                      "--per_label", f"{out}/labels.csv"],
         "predict": ["predict", str(sources / "scenes" / "test"), "--model", of_pictures,
-                    "--format=jsonl", "--out", f"{out}/labels.jsonl"],
+                    "--format=jsonl", "--out", f"{out}/labels.jsonl", "--html", f"{out}/page.html"],
         "export": ["export", of_vectors, f"{out}/model.onnx"],
         "scenes": ["scenes", "--out", f"{out}/drawn", "--train=30", "--val=6", "--test=6"],
         "check": ["data", "check", f"scenes:{sources / 'scenes'}", "--json", f"{out}/report.json"],

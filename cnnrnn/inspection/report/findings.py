@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from cnnrnn.config import Backend, OnBadImage, SearchDevice
 from cnnrnn.data import Dataset
@@ -37,6 +36,7 @@ from cnnrnn.metrics import per_label_metrics
 from cnnrnn.model.classifier import CNNRNN
 from cnnrnn.model.ensemble import Ensemble
 from cnnrnn.network.features import Features
+from cnnrnn.network.joint_space import label_vectors, nearest
 from cnnrnn.prediction.decisions import decided_sets
 from cnnrnn.search.inference import Inference
 
@@ -245,7 +245,7 @@ def find(
     known = ~_unknown(evaluation)
     scores = inference.mixed(evaluation.calibration)
     sets = decided_sets("path", inference, scores, evaluation.calibration)
-    map_, nearest = _label_map(model, targets)
+    map_, near = _label_map(model, targets)
     suspects = _suspects(model, data, features)
     notes = {}
     if suspects is None:
@@ -257,7 +257,7 @@ def find(
         facts=_facts(model, data, evaluation),
         epochs=_epochs(log),
         evaluation=evaluation,
-        labels=_label_rows(model, evaluation, scores, sets, nearest),
+        labels=_label_rows(model, evaluation, scores, sets, near),
         pooled=precision_recall(scores[known], targets[known]),
         decisions={
             name: (values["O-R"], values["O-P"]) for name, values in evaluation.metrics.items()
@@ -330,7 +330,7 @@ def _label_rows(
     evaluation: Evaluation,
     scores: Tensor,
     sets: Tensor,
-    nearest: list[tuple[str, ...]],
+    near: list[tuple[str, ...]],
 ) -> list[LabelRow]:
     targets, unknown, calibration = evaluation.targets, evaluation.unknown, evaluation.calibration
     figures = per_label_metrics(sets, targets, scores=scores, unknown=unknown)
@@ -352,7 +352,7 @@ def _label_rows(
                 precision_recall(scores[known, label], targets[known, label]),
                 cuts[label] if cuts else calibration.threshold,
                 bool(cuts) and label not in uncalibrated,
-                nearest[label] if nearest else (),
+                near[label] if near else (),
             )
         )
     return rows
@@ -484,16 +484,10 @@ def _label_map(
     """Lay the labels out in the plane; return also the nearest labels of each."""
     if isinstance(model, Ensemble):
         return None, []
-    rows = model.head.label_embedding[: len(model.labels)].detach().cpu()
+    rows = label_vectors(model.head).cpu()
     counts = targets.sum(0)
     shown = counts.sort(descending=True, stable=True).indices[:LABELS_ON_MAP]
     places, share = in_two_dimensions(rows[shown])
-    names = tuple(model.labels[i] for i in shown.tolist())
-    return LabelMap(names, places, counts[shown], share), _nearest(model.labels, rows)
-
-
-def _nearest(labels: tuple[str, ...], rows: Tensor) -> list[tuple[str, ...]]:
-    unit = functional.normalize(rows.double(), dim=1)
-    near = (unit @ unit.T).fill_diagonal_(-math.inf)
-    best = near.topk(min(NEAREST, len(labels) - 1), dim=1).indices
-    return [tuple(labels[i] for i in row) for row in best.tolist()]
+    _, near = nearest(rows, rows, NEAREST, are_labels=True)
+    names = [tuple(model.labels[i] for i in row) for row in (shown.tolist(), *near.tolist())]
+    return LabelMap(names[0], places, counts[shown], share), names[1:]
