@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from cnnrnn.cli.output import (
     metrics_table,
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from jsonargparse import Namespace
 
     from cnnrnn.data import BadImageError, Dataset
+    from cnnrnn.deployment.rows import RowFile
     from cnnrnn.export import OnnxPredictor
     from cnnrnn.machine.progress import Progress
     from cnnrnn.model.classifier import CNNRNN
@@ -312,45 +313,31 @@ def run_report(options: Namespace) -> int:
 
 def run_predict(options: Namespace) -> int:
     """Label images."""
-    from cnnrnn.api import predict_iter
+    from cnnrnn.deployment.rows import FORMS, RowOptions, form_of
     from cnnrnn.machine.progress import no_progress, terminal_progress
     from cnnrnn.prediction.inputs import with_folders_listed
 
-    default = {
-        "precision": "fp32", "compiled": False, "backend": "auto", "search_device": "auto",
-    }  # fmt: skip
-    asked: dict[str, Any] = {
-        name: options[name]
-        for name in ("top_k", "beam_size", "min_labels", "decide", "threshold", "batch_size",
-                     "workers", "on_bad_image", "max_pixels")
-    }  # fmt: skip
     _require_predict_files(options)
+    row_options = RowOptions(options.scores, options.sets or 0, options.neighbours or 0)
+    form = options.format
+    if form is None:
+        form = "table" if options.out is None else form_of(options.out, default="table")
     images = with_folders_listed(options.images, options.on_bad_image)
-    asked |= {"known": _known_labels(options, images), "absent": options.absent}
-    torch_only = [name for name, value in default.items() if options[name] != value]
-    if options.model is not None and options.model.lower().endswith(".onnx"):
-        if torch_only:
-            raise ValueError(
-                f"--{torch_only[0]} does not apply to {options.model}, which ONNX Runtime runs; "
-                "`cnnrnn export --precision float16` makes a file in half precision"
-            )
-        if options.neighbours is not None:
-            raise ValueError(
-                f"--neighbours needs a checkpoint folder, got the exported file {options.model}"
-            )
-        predictions = _onnx_predictor(options).predict_iter(images, **asked)
-    elif options.search != "onnx":
-        raise ValueError(f"--search is only for FILE.onnx, got {options.search}")
-    else:
-        predictions = predict_iter(
-            images, _with_neighbours(options), device=options.device, precision=options.precision,
-            compiled=options.compiled, backend=options.backend,
-            search_device=options.search_device, **asked,
-        )  # fmt: skip
+    known = _known_labels(options, images)
+    predict, model = _predicting(options)
+    if options.out is not None and form in FORMS:
+        rows = FORMS[form](row_options, model.labels)
+        return _label_files(options, images, known, rows, predict, model)
     show = no_progress if options.out is None else terminal_progress
     bad = 0
     # Outside of what writes --out, whose errors name that file.
-    with _contact_sheet(options) as sheet, closing(_written(predictions, options, show)) as written:
+    predictions = predict(images, known)
+
+    def writer(stream: IO[str]) -> Callable[[Prediction], None]:
+        return prediction_writer(form, stream, row_options, model.labels)
+
+    writing = _written(predictions, options.out, writer, show)
+    with _contact_sheet(options) as sheet, closing(writing) as written:
         for prediction in written:
             bad += prediction.error is not None
             if sheet is not None:
@@ -360,12 +347,109 @@ def run_predict(options: Namespace) -> int:
     return 0
 
 
+def _predicting(
+    options: Namespace,
+) -> tuple[Callable[[Any, Any], Iterator[Prediction]], CNNRNN | Ensemble | OnnxPredictor]:
+    """Return what labels images given what is known of them, as the options say, and its model."""
+    from cnnrnn.api import resolve_model
+    from cnnrnn.inspection.neighbours import require_one_space
+
+    how: dict[str, Any] = {
+        name: options[name]
+        for name in ("absent", "top_k", "beam_size", "min_labels", "decide", "threshold",
+                     "batch_size", "workers", "on_bad_image", "max_pixels")
+    }  # fmt: skip
+    torch_only = {
+        "precision": "fp32", "compiled": False, "backend": "auto", "search_device": "auto",
+    }  # fmt: skip
+    if options.neighbours is not None and options.neighbours < 1:
+        raise ValueError(f"--neighbours must be at least 1, got {options.neighbours}")
+    model: CNNRNN | Ensemble | OnnxPredictor
+    if options.model is not None and options.model.lower().endswith(".onnx"):
+        given = [name for name, value in torch_only.items() if options[name] != value]
+        if given:
+            raise ValueError(
+                f"--{given[0]} does not apply to {options.model}, which ONNX Runtime runs; "
+                "`cnnrnn export --precision float16` makes a file in half precision"
+            )
+        if options.neighbours is not None:
+            raise ValueError(
+                f"--neighbours needs a checkpoint folder, got the exported file {options.model}"
+            )
+        model = _onnx_predictor(options)
+    elif options.search != "onnx":
+        raise ValueError(f"--search is only for FILE.onnx, got {options.search}")
+    else:
+        model = resolve_model(options.model, options.device)
+        how |= {name: options[name] for name in torch_only}
+        if options.neighbours is not None:
+            require_one_space(model)
+
+    def predict(images: Any, known: Any) -> Iterator[Prediction]:
+        return model.predict_iter(images, known=known, **how)
+
+    return predict, model
+
+
+def _label_files(
+    options: Namespace,
+    images: list[Path | BadImageError],
+    known: list[str] | list[list[str]],
+    rows: RowFile,
+    predict: Callable[[Any, Any], Iterator[Prediction]],
+    model: CNNRNN | Ensemble | OnnxPredictor,
+) -> int:
+    """Write a row for each image to --out, which a stopped run leaves to be resumed."""
+    from cnnrnn.deployment.labelling import label_files
+    from cnnrnn.machine.progress import terminal_progress
+
+    paths = [str(image) if isinstance(image, Path) else image for image in images]
+    of_each = options.known_from is not None
+
+    def predict_some(some: Any, positions: Any) -> Iterator[Prediction]:
+        return predict(some, [known[i] for i in positions] if of_each else known)
+
+    with _contact_sheet(options) as sheet:
+        summary = label_files(
+            paths, predict_some, Path(options.out), rows, _labelling_identity(options, rows, model),
+            resume=options.resume, progress=terminal_progress,
+            each=(lambda prediction: None) if sheet is None else sheet.add,
+        )  # fmt: skip
+    print("\n".join(summary.lines(Path(options.out))), file=sys.stderr)
+    return 0
+
+
+def _labelling_identity(
+    options: Namespace, rows: RowFile, model: CNNRNN | Ensemble | OnnxPredictor
+) -> dict[str, Any]:
+    """Return what rows of one file must have in common."""
+    from dataclasses import asdict
+
+    from cnnrnn.machine.files import file_digest, weights_digest
+
+    is_file = options.model is not None and options.model.lower().endswith(".onnx")
+    names = ("known", "absent", "known_from", "top_k", "min_labels", "decide", "threshold",
+             "beam_size", "precision", "max_pixels", "search")  # fmt: skip
+    return {
+        "format": type(rows).__name__,
+        **asdict(rows.options),
+        **{name: options[name] for name in names},
+        "labels": list(model.labels),
+        "calibration": asdict(model.calibration),
+        "weights": file_digest(Path(options.model)) if is_file
+        else weights_digest(model.state_dict().items()),  # type: ignore[union-attr]
+    }  # fmt: skip
+
+
 def _written(
-    predictions: Iterator[Prediction], options: Namespace, show: Progress
+    predictions: Iterator[Prediction],
+    out: str | None,
+    writer: Callable[[IO[str]], Callable[[Prediction], None]],
+    show: Progress,
 ) -> Generator[Prediction, None, None]:
     """Yield predictions, each once it is written."""
-    with opened(options.out) as stream, show("predict", None) as advance:
-        write = prediction_writer(options.format, stream, options.neighbours or 0)
+    with opened(out) as stream, show("predict", None) as advance:
+        write = writer(stream)
         for prediction in predictions:
             write(prediction)
             stream.flush()
@@ -385,24 +469,16 @@ def _contact_sheet(options: Namespace) -> AbstractContextManager[ContactSheet | 
 
 
 def _require_predict_files(options: Namespace) -> None:
-    """Fail before images are read where the page cannot be written, or would be overwritten."""
-    require_folder("html", options.html)
+    """Fail before images are read where what is written would fail, or be overwritten."""
+    for name in ("html", "out"):
+        require_folder(name, options[name])
+    if options.resume and options.out is None:
+        raise ValueError("--resume needs --out FILE.jsonl, FILE.csv or FILE.parquet, got none")
+    if options.resume and options.html is not None:
+        raise ValueError("--html shows images as they are labelled: it cannot go with --resume")
     if options.html is not None and options.out is not None:
         if os.path.realpath(options.html) == os.path.realpath(options.out):
             raise ValueError(f"--html and --out must name two files, got {options.html} for both")
-
-
-def _with_neighbours(options: Namespace) -> CNNRNN | Ensemble | str | None:
-    """Return the model, loaded where it must be checked that images have neighbours in it."""
-    from cnnrnn.api import resolve_model
-    from cnnrnn.inspection.neighbours import require_one_space
-
-    if options.neighbours is None:
-        model: str | None = options.model
-        return model
-    if options.neighbours < 1:
-        raise ValueError(f"--neighbours must be at least 1, got {options.neighbours}")
-    return require_one_space(resolve_model(options.model, options.device))
 
 
 def run_labels(options: Namespace) -> int:

@@ -212,10 +212,22 @@ def _predict_parser() -> ArgumentParser:
         help="checkpoint folder, or FILE.onnx of `cnnrnn export`; default: the demo model",
     )  # fmt: skip
     parser.add_argument(
-        "--format", type=Literal["table", "csv", "jsonl"], default="table",
-        help="readable lines, CSV, or JSON lines",
+        "--format", type=Literal["table", "csv", "jsonl", "parquet"] | None,
+        help="readable lines, CSV, JSON lines, or Parquet; default: by the suffix of --out, else "
+        "readable lines",
     )  # fmt: skip
     parser.add_argument("--out", type=str | None, help="file to write; default: standard output")
+    parser.add_argument(
+        "--resume", action="store_true",
+        help="keep what --out, or a run for it that was stopped, has of files that are unchanged",
+    )  # fmt: skip
+    parser.add_argument(
+        "--scores", type=Literal["labels", "all"], default="labels",
+        help="scores in CSV, JSON lines and Parquet: of the predicted labels, or of all",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sets", type=int | None, help="also write so many of the most probable label sets"
+    )
     parser.add_argument(
         "--html", type=str | None,
         help="also write a page with small pictures, labels and scores, of the first 2,000 images",

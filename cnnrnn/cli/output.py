@@ -6,12 +6,12 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from cnnrnn.deployment.rows import Csv, JsonLines, RowOptions, record_of
 from cnnrnn.machine.files import writing
 from cnnrnn.machine.words import listed
 from cnnrnn.prediction.result import Prediction
@@ -20,6 +20,7 @@ TABLE_METRICS = ("C-P", "C-R", "C-F1", "O-P", "O-R", "O-F1", "MAP@10", "mAP", "m
                  "exact-match", "example-F1")  # fmt: skip
 NAMES_SHOWN = 10
 STANDARD_OUTPUT = "standard output"
+LABELS_ALONE = RowOptions()
 
 
 def say(line: str) -> None:
@@ -99,46 +100,36 @@ def opened(path: str | None) -> Iterator[IO[str]]:
 
 
 def prediction_writer(
-    form: str, stream: IO[str], neighbours: int = 0
+    form: str,
+    stream: IO[str],
+    options: RowOptions = LABELS_ALONE,
+    labels: Sequence[str] = (),
 ) -> Callable[[Prediction], None]:
     """Return what writes a prediction in a form: table, csv or jsonl.
 
-    With `neighbours`, so many labels nearest to each image are written too.
+    Args:
+        form: of the text.
+        stream: takes it.
+        options: what is written beside the labels.
+        labels: the model's, for the columns of CSV with all scores.
     """
-    near = partial(_near, count=neighbours)
     if form == "csv":
-        rows = csv.writer(stream)
-        header = ["image", "labels", "log_prob", "error"]
-        rows.writerow([*header, "neighbours"] if neighbours else header)
-
-        def row(p: Prediction) -> None:
-            log_prob = "" if p.error else f"{p.log_prob:.6g}"
-            cells = [p.source, ";".join(p.labels), log_prob, p.error or ""]
-            rows.writerow([*cells, ";".join(n for n, _ in near(p))] if neighbours else cells)
-
-        return row
+        table, rows = Csv(options, labels), csv.writer(stream)
+        rows.writerow(table.header)
+        return lambda p: rows.writerow(table.row(record_of(p, options)))
     if form == "jsonl":
-
-        def record(p: Prediction) -> None:
-            values = _record(p)
-            if neighbours and p.error is None:
-                values["neighbours"] = _pairs(near(p))
-            print(json.dumps(values, ensure_ascii=False), file=stream)
-
-        return record
+        lines = JsonLines(options, labels)
+        return lambda p: print(lines.row(record_of(p, options)), file=stream)
 
     def line(p: Prediction) -> None:
         scores = p.scores
         shown = ", ".join(f"{name} {scores[name]:.2f}" for name in p.labels) or "(no labels)"
-        if neighbours and p.error is None:
-            shown += "; near: " + ", ".join(f"{name} {cosine:.2f}" for name, cosine in near(p))
+        if options.neighbours and p.error is None:
+            near = p.neighbours(options.neighbours)
+            shown += "; near: " + ", ".join(f"{name} {cosine:.2f}" for name, cosine in near)
         print(f"{p.source:<40}  {p.error or shown}", file=stream)
 
     return line
-
-
-def _near(p: Prediction, count: int) -> list[tuple[str, float]]:
-    return p.neighbours(count) if count and p.error is None else []
 
 
 def _pairs(near: list[tuple[str, float]]) -> list[dict[str, Any]]:
@@ -192,7 +183,7 @@ def question_writer(form: str, count: int, stream: IO[str]) -> Callable[[Predict
     def write(p: Prediction) -> None:
         questions = next_questions(p, count)
         if form == "jsonl":
-            record = _record(p)
+            record = record_of(p, LABELS_ALONE)
             if p.error is None:
                 record["questions"] = [question._asdict() for question in questions]
             print(json.dumps(record, ensure_ascii=False), file=stream)
@@ -202,13 +193,6 @@ def question_writer(form: str, count: int, stream: IO[str]) -> Callable[[Predict
         print(f"{p.source:<40}  {p.error or f'{labels}; ask: {asked}'}", file=stream)
 
     return write
-
-
-def _record(p: Prediction) -> dict[str, Any]:
-    record = p.to_dict()
-    for name, score in record.get("scores", {}).items():
-        record["scores"][name] = None if score is None else round(score, 6)
-    return record
 
 
 def require_folder(name: str, file: str | None) -> None:

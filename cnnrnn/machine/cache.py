@@ -6,7 +6,6 @@ used entries are evicted where all together are larger than the bound.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import secrets
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 
 import platformdirs
 
-from cnnrnn.machine.files import write_whole
+from cnnrnn.machine.files import file_digest, write_whole
 
 ABOUT = "about.json"
 FOLDER_VARIABLE = "CNNRNN_CACHE"
@@ -91,7 +90,7 @@ class Cache:
         if about is None:
             return None
         try:
-            sound = all(_sha256(entry / name) == sha for name, sha in about["files"].items())
+            sound = all(file_digest(entry / name) == sha for name, sha in about["files"].items())
         except FileNotFoundError:
             sound = False
         except OSError:  # such as a file that this user may not read
@@ -123,7 +122,7 @@ class Cache:
         partial.mkdir()
         try:
             known = write(partial)
-            files = {file.name: _sha256(file) for file in sorted(partial.iterdir())}
+            files = {file.name: file_digest(file) for file in sorted(partial.iterdir())}
             (partial / ABOUT).write_text(json.dumps(known | {"files": files}, indent=1) + "\n")
             entry = self.folder / key
             with suppress(OSError):  # there is none
@@ -186,11 +185,6 @@ def _about(entry: Path) -> dict[str, Any] | None:
         return about if isinstance(about["files"], dict) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _size(entry: Path) -> int:

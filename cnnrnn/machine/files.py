@@ -61,6 +61,14 @@ def writing(what: str | Path) -> Iterator[None]:
         raise OSError(number, os.strerror(number), str(what)) from error
 
 
+def file_digest(file: Path) -> str:
+    """Return the SHA-256 of a file's content."""
+    import hashlib
+
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
 def weights_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Return a SHA-256 over names, types, shapes and values of weights, on any device."""
     import hashlib

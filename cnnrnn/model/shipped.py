@@ -6,7 +6,6 @@ which the extra `[animals]` installs, and must be those that the head was traine
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import shutil
 from dataclasses import replace
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cnnrnn.machine.extras import from_extra
+from cnnrnn.machine.files import file_digest
 from cnnrnn.model.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -107,8 +107,7 @@ def weights_file(weights: PackagedWeights, what: str) -> Path:
     file = Path(spec.origin).parent / weights.file
     found = "no such file"
     if file.is_file():
-        with file.open("rb") as handle:
-            found = hashlib.file_digest(handle, "sha256").hexdigest()
+        found = file_digest(file)
     if found != weights.sha256:
         raise CheckpointError(
             f"{file} must have SHA-256 {weights.sha256}, on which {what} was trained, got {found}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,9 @@ def count_of(images: Any) -> int | None:
         return None if None in counts else sum(count for count in counts if count is not None)
     if isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4:
         return len(images)
-    return 1 if _is_one(images) else None
+    if _is_one(images):
+        return 1
+    return len(images) if isinstance(images, Sequence) else None  # of files, read as they come
 
 
 def are_images(images: Any) -> bool:
