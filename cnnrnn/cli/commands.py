@@ -412,7 +412,7 @@ def _label_files(
     with _contact_sheet(options) as sheet:
         summary = label_files(
             paths, predict_some, Path(options.out), rows, _labelling_identity(options, rows, model),
-            resume=options.resume, progress=terminal_progress,
+            resume=options.resume, progress=terminal_progress, batch_size=options.batch_size,
             each=(lambda prediction: None) if sheet is None else sheet.add,
         )  # fmt: skip
     print("\n".join(summary.lines(Path(options.out))), file=sys.stderr)
@@ -429,7 +429,7 @@ def _labelling_identity(
 
     is_file = options.model is not None and options.model.lower().endswith(".onnx")
     names = ("known", "absent", "known_from", "top_k", "min_labels", "decide", "threshold",
-             "beam_size", "precision", "max_pixels", "search")  # fmt: skip
+             "beam_size", "batch_size", "precision", "max_pixels", "search")  # fmt: skip
     return {
         "format": type(rows).__name__,
         **asdict(rows.options),

@@ -114,9 +114,14 @@ def label_files(
     resume: bool = False,
     each: Callable[[Prediction], None] = lambda prediction: None,
     progress: Progress = no_progress,
+    batch_size: int = 64,
     part_rows: int = PART_ROWS,
 ) -> Summary:
-    """Label files and write a row for each, in their order; a file named twice has one row.
+    """Label files and write a row for each, in their order.
+
+    The rows are those of a run that was not stopped, to the last digit, as long as no file changed:
+    parts hold whole batches, so that what is left is labelled in the same batches, on which the
+    last digits depend.
 
     Args:
         paths: of the images.
@@ -129,7 +134,8 @@ def label_files(
             are tried again. The first run may have it, too.
         each: called with each prediction, before its row is kept.
         progress: told how many files are done.
-        part_rows: rows of a part.
+        batch_size: images that `predict` labels together.
+        part_rows: least number of rows of a part.
 
     Returns:
         Counts, and the images that could not be read.
@@ -144,12 +150,15 @@ def label_files(
     with alone_in(folder, "labelling"):
         state = _State(folder, out, rows, json.loads(json.dumps(identity)))
         state.open(resume)
-        names = {_name(path): position for position, path in reversed(list(enumerate(paths)))}
-        positions = np.fromiter(sorted(names.values()), dtype=np.int64, count=len(names))
+        names: dict[str, int] = {}
+        first = np.array(
+            [names.setdefault(_name(path), position) for position, path in enumerate(paths)],
+            dtype=np.int64,
+        )
         stats = _stats(paths)
         found = state.find(names, len(paths)) if resume else _Found.nothing(len(paths))
-        todo = positions[~found.holds(stats)[positions]]
-        part = _Part(state, part_rows)
+        todo = np.flatnonzero((first == np.arange(len(paths))) & ~found.holds(stats))
+        part = _Part(state, part_rows, batch_size)
         with progress("predict", len(todo)) as advance:
             try:
                 predictions = predict(Images(paths, todo), todo)
@@ -159,11 +168,11 @@ def label_files(
                     advance(1)
             except BaseException:  # Ctrl-C too: what is labelled is kept
                 with suppress(OSError):
-                    part.write()
+                    part.write_batches()
                 raise
             part.write()
         found = state.find(names, len(paths))
-        summary = state.join(found, positions, len(todo))
+        summary = state.join(found, first, len(todo))
         if not resume:
             shutil.rmtree(folder, ignore_errors=True)
         return summary
@@ -369,25 +378,36 @@ def _stat(file: Path) -> list[int] | None:
 
 
 class _Part:
-    """Rows until they are written as a part."""
+    """Rows until they are written as a part, which holds whole batches of them.
 
-    def __init__(self, state: _State, rows: int) -> None:
-        self._state, self._rows = state, rows
+    Args:
+        state: where parts are written.
+        rows: the least number in a part.
+        batch_size: of what is predicted.
+    """
+
+    def __init__(self, state: _State, rows: int, batch_size: int) -> None:
+        self._state, self._rows, self._batch_size = state, rows, batch_size
         parts = state.parts()
         self._number = int(parts[-1].name[5:]) + 1 if parts else 0
         self._lines: list[bytes] = []
         self._began = time.monotonic()
 
     def add(self, name: str, prediction: Prediction, stat: npt.NDArray[np.int64]) -> None:
-        """Take a prediction of a file of that name, size and time."""
+        """Take the prediction of a file of that name, size and time."""
         error = prediction.error
         row = self._state.rows.row(record_of(prediction, self._state.rows.options))
         if error is not None:
             stat = np.full_like(stat, TO_RETRY)
         self._lines.append(_line(name, stat.tolist(), error, row))
         late = time.monotonic() - self._began > PART_SECONDS
-        if len(self._lines) >= self._rows or late:
+        if len(self._lines) % self._batch_size == 0 and (late or len(self._lines) >= self._rows):
             self.write()
+
+    def write_batches(self) -> None:
+        """Write whole batches, and forget the rest."""
+        del self._lines[len(self._lines) // self._batch_size * self._batch_size :]
+        self.write()
 
     def write(self) -> None:
         """Write what there is."""
