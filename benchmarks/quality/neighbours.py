@@ -34,8 +34,6 @@ from cnnrnn.training.run import train
 
 RECIPES = {
     "the default recipe": (ModelConfig(), SearchConfig(), TrainConfig),
-    "one embedding for both": (ModelConfig(tied_embedding=True), SearchConfig(), TrainConfig),
-    "no chain term": (ModelConfig(chain_term=False), SearchConfig(), TrainConfig),
     "the paper's preset": (ModelConfig.paper(), SearchConfig.paper(), TrainConfig.paper),
 }
 NEAREST = 3
