@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import pickle
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.quality.neighbours import company, correlation, share
 from cnnrnn import Ensemble, Head, ModelConfig
 from cnnrnn.cli import main
 from cnnrnn.config import Calibration
@@ -103,6 +105,28 @@ def test_many_labels_go_by_parts(monkeypatch):
 def test_the_papers_model_has_one_embedding():
     head = Head.from_config(ModelConfig.paper(), 5, 7)
     torch.testing.assert_close(label_vectors(head), head.label_embedding[:5])
+
+
+def test_what_the_benchmark_compares_with():
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.rand(400, 7, generator=generator) < 0.3
+    targets[:, 3] |= targets[:, 2]
+    expected = np.corrcoef(targets.numpy().T)
+    found = correlation(targets)
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    alike = company(found)
+    for i, j in itertools.permutations(range(7), 2):
+        others = [k for k in range(7) if k not in (i, j)]
+        assert alike[i, j] == pytest.approx(cosine(expected[i, others], expected[j, others]))
+    strength = torch.rand(7, 7, generator=generator)
+    hits = [
+        len(set(_first(found[i], i, 3)) & set(_first(strength[i], i, 4))) / 3 for i in range(7)
+    ]  # fmt: skip
+    assert share(found, strength, 4) == pytest.approx(np.mean(hits))
+
+
+def _first(values, own, count):
+    return sorted((j for j in range(len(values)) if j != own), key=lambda j: -values[j])[:count]
 
 
 def test_who_has_no_neighbours_says_so(tmp_path):
