@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -322,7 +322,9 @@ def run_predict(options: Namespace) -> int:
     form = options.format
     if form is None:
         form = "table" if options.out is None else form_of(options.out, default="table")
-    images = with_folders_listed(options.images, options.on_bad_image)
+    listed = with_folders_listed(options.images, options.on_bad_image)
+    images = [str(image) if isinstance(image, Path) else image for image in listed]
+    del listed  # of a million files half a gigabyte
     known = _known_labels(options, images)
     predict, model = _predicting(options)
     if options.out is not None and form in FORMS:
@@ -393,7 +395,7 @@ def _predicting(
 
 def _label_files(
     options: Namespace,
-    images: list[Path | BadImageError],
+    images: list[str | BadImageError],
     known: list[str] | list[list[str]],
     rows: RowFile,
     predict: Callable[[Any, Any], Iterator[Prediction]],
@@ -403,15 +405,15 @@ def _label_files(
     from cnnrnn.deployment.labelling import label_files
     from cnnrnn.machine.progress import terminal_progress
 
-    paths = [str(image) if isinstance(image, Path) else image for image in images]
     of_each = options.known_from is not None
 
     def predict_some(some: Any, positions: Any) -> Iterator[Prediction]:
         return predict(some, [known[i] for i in positions] if of_each else known)
 
+    identity = _labelling_identity(options, rows, model)
     with _contact_sheet(options) as sheet:
         summary = label_files(
-            paths, predict_some, Path(options.out), rows, _labelling_identity(options, rows, model),
+            images, predict_some, Path(options.out), rows, identity,
             resume=options.resume, progress=terminal_progress, batch_size=options.batch_size,
             each=(lambda prediction: None) if sheet is None else sheet.add,
         )  # fmt: skip
@@ -500,7 +502,7 @@ def run_labels(options: Namespace) -> int:
 
 
 def _known_labels(
-    options: Namespace, images: list[Path | BadImageError]
+    options: Namespace, images: Sequence[str | Path | BadImageError]
 ) -> list[str] | list[list[str]]:
     """Return the labels that are known of all images, or a list for each where a file has some."""
     if options.known_from is None:

@@ -169,7 +169,14 @@ class Parquet(RowFile):
     r"""Columns image, labels, log_prob, scores (a map), error; then what is asked for.
 
     A file name that is not UTF-8 has its other bytes as `\xff`.
+
+    Raises:
+        ModuleNotFoundError: pyarrow is not installed.
     """
+
+    def __init__(self, options: RowOptions, labels: Sequence[str]) -> None:
+        super().__init__(options, labels)
+        _arrow()
 
     def row(self, record: dict[str, Any]) -> dict[str, Any]:
         """Return the values by column."""
