@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None, *, ends_at_once: bool = False) 
     except KeyboardInterrupt as interrupt:
         terminated = isinstance(interrupt, Terminated)
         how = "terminated" if terminated else "interrupted"
-        again = "; the same command with --resume goes on" if command == "train" else ""
+        again = "; the same command with --resume goes on" if _can_resume(options) else ""
         print(f"cnnrnn: {how}{again}", file=sys.stderr)
         status = 128 + (signal.SIGTERM if terminated else signal.SIGINT)
         if ends_at_once:
@@ -91,6 +91,18 @@ def run() -> NoReturn:
     use_usable_cores()
     keep_freed_memory()
     sys.exit(main(ends_at_once=True))
+
+
+def _can_resume(options: Namespace) -> bool:
+    """Tell whether what a command had done when it was stopped is kept."""
+    from cnnrnn.deployment.rows import FORMS, form_of
+
+    if options.command == "train":
+        return True
+    one = options[options.command]
+    if options.command != "predict" or one.out is None or one.html is not None:
+        return False
+    return (one.format or form_of(one.out, default="table")) in FORMS
 
 
 @contextmanager

@@ -131,7 +131,7 @@ def label_files(
         identity: what rows must have in common: names with JSON values.
         resume: keep rows of files that are as they were when a former run labelled them, one that
             was stopped, or one that was complete and could be resumed. Files that could not be read
-            are tried again. The first run may have it, too.
+            are tried again. The first run may have it, too. False starts over.
         each: called with each prediction, before its row is kept.
         progress: told how many files are done.
         batch_size: images that `predict` labels together.
@@ -141,8 +141,8 @@ def label_files(
         Counts, and the images that could not be read.
 
     Raises:
-        LabellingError: what a former run left is of another identity, or is there and `resume` is
-            false, or `out` was made otherwise or changed since.
+        LabellingError: with `resume`, what a former run left is of another identity, or `out` was
+            made otherwise or changed since.
         InUseError: another process writes to `out`.
         OSError: with the name of the file that cannot be written.
     """
@@ -234,20 +234,17 @@ class _State:
 
     def open(self, resume: bool) -> None:
         """Check what a former run left, and put the rows of its results with the parts."""
-        run = self._read_run()
+        run = self._read_run() if resume else {}
         result = run.get("result")
         joined = self.folder / _JOINED
         if result is not None and _stat(joined) == result:  # stopped before the last step
             os.replace(joined, self.out)
         joined.unlink(missing_ok=True)
         if not resume:
-            if self.parts():
-                raise LabellingError(
-                    f"{self.folder} holds what a run for {self.out} had labelled when it was "
-                    "stopped: --resume goes on from there; remove the folder to start over"
-                )
             for name in (_RUN, _DONE, _KEPT):
                 (self.folder / name).unlink(missing_ok=True)
+            for part in self.parts():
+                part.unlink()
         elif run:
             self._require_same(run)
             if result is not None and not (self.folder / _KEPT).exists():

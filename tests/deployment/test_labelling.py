@@ -149,6 +149,16 @@ def test_a_complete_run_is_not_repeated(files, predictions, tmp_path):
         assert "labelled before" in summary.lines(out)[0]
 
 
+def test_without_resume_a_stopped_run_starts_over(files, predictions, tmp_path):
+    out, rows = tmp_path / "out.jsonl", JsonLines(ALL, LABELS)
+    with pytest.raises(KeyboardInterrupt):
+        label_files(files, Labeller(predictions, 30), out, rows, IDENTITY, batch_size=1)
+    other = {**IDENTITY, "decide": "k"}
+    label_files(files, again := Labeller(predictions), out, rows, other)
+    assert again.seen == files
+    assert [file.name for file in tmp_path.glob(".*")] == []
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_new_and_changed_files_alone_are_labelled(files, predictions, tmp_path, form):
     files = [file for file in files if "\udcff" not in file]
@@ -256,8 +266,6 @@ def test_what_does_not_fit_is_refused(files, predictions, tmp_path):
     run = label_files
     with pytest.raises(KeyboardInterrupt):
         run(files, Labeller(predictions, 5), out, rows, IDENTITY, batch_size=2)
-    with pytest.raises(LabellingError, match="--resume goes on from there; remove the folder"):
-        run(files, Labeller(predictions), out, rows, IDENTITY)
     with pytest.raises(LabellingError, match="weights was 'abc' and is 'def'"):
         run(files, Labeller(predictions), out, rows, {**IDENTITY, "weights": "def"}, resume=True)
     run(files, Labeller(predictions), out, rows, IDENTITY, resume=True)
@@ -265,7 +273,8 @@ def test_what_does_not_fit_is_refused(files, predictions, tmp_path):
     out.write_text(text.replace("sky", "skies"), "utf-8", "surrogateescape")
     with pytest.raises(LabellingError, match="was changed or removed since it was written"):
         run(files, Labeller(predictions), out, rows, IDENTITY, resume=True)
-    run(files, Labeller(predictions), out, rows, IDENTITY)  # starts over
+    run(files, again := Labeller(predictions), out, rows, IDENTITY)  # starts over
+    assert again.seen == files
     with pytest.raises(LabellingError, match="what it was made from is not known"):
         run(files, Labeller(predictions), out, rows, IDENTITY, resume=True)
     folder = tmp_path / ".other.jsonl.labelling"

@@ -51,7 +51,8 @@ for name in jobs(sources, folder) if tries > 1 else ("train", "predict"):
         status = ended(child)
         seconds = time.perf_counter() - sent
         said = (folder / "said").read_text()
-        hidden = [str(f) for f in out.rglob(".*") if f.name not in (".lock",)]
+        kept = (".lock", ".labels.jsonl.labelling")
+        hidden = [str(f) for f in out.rglob(".*") if f.name not in kept]
         again = ended(started(jobs(sources, out)[name], folder / "said"))
         report.append([name, int(which), after, seconds, status, said, hidden, again,
                        (folder / "said").read_text(), str(whole), str(out)])
