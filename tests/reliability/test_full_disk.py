@@ -58,7 +58,8 @@ for name, points in counts.items():
         out.mkdir()
         room = 1 + int(written * (point + 0.5) / points)
         status, said = run(name, room, out)
-        hidden = [str(f) for f in out.rglob(".*") if f.name not in (".lock", ".labels.jsonl.labelling")]
+        kept = (".lock", ".labels.jsonl.labelling")
+        hidden = [str(f) for f in out.rglob(".*") if f.name not in kept]
         again, said_again = run(name, PLENTY, out)
         report.append([name, room, status, said, hidden, again, said_again, str(whole), str(out)])
 print(json.dumps(report))
