@@ -337,14 +337,15 @@ def _explain_parser() -> ArgumentParser:
     parser.add_argument("--out", type=str, required=True, help="picture to write: PNG, JPEG, PDF")
     parser.add_argument(
         "--method",
-        type=Literal["deconvolution", "occlusion", "integrated_gradients"],
+        type=Literal["deconvolution", "label_deconvolution", "occlusion", "integrated_gradients"],
         default="deconvolution",
-        help="deconvolution of the average of the label nodes (networks of ReLUs alone), or of a "
-        "label's conditional score, occlusion or integrated gradients",
+        help="deconvolution, the paper's, of the average of the label nodes; the others of a "
+        "label's conditional score; deconvolutions are for networks of ReLUs",
     )  # fmt: skip
     parser.add_argument(
         "--label", type=str | None,
-        help="explain this label wherever it may come next; default: the next label of the path",
+        help="explain this label wherever it may come next; default: the next label of the path; "
+        "not for deconvolution",
     )  # fmt: skip
     parser.add_argument(
         "--path", action="append", type=str, metavar="LABEL",

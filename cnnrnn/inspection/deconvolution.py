@@ -88,8 +88,8 @@ def deconvolvable(network: Callable[[Tensor], Tensor], images: Tensor, name: str
     if others or not rules.found:
         has = "ReLUs beside " if "relu" in rules.found else ""
         raise ValueError(
-            "method deconvolution is for networks whose activations are ReLUs: where there is "
-            f"none it is the plain gradient, and backbone {name} has {has}"
+            "deconvolution is for networks whose activations are ReLUs: where there is none it is "
+            f"the plain gradient, and backbone {name} has {has}"
             f"{', '.join(sorted(others)) or 'no ReLU'}. Methods occlusion and "
             "integrated_gradients take any backbone"
         )

@@ -31,7 +31,8 @@ from cnnrnn.network.backbones import Backbone
 from cnnrnn.network.head import ImageEmbedding
 from cnnrnn.prediction.inputs import read_image
 
-Method = Literal["deconvolution", "occlusion", "integrated_gradients"]
+Method = Literal["deconvolution", "label_deconvolution", "occlusion", "integrated_gradients"]
+DECONVOLUTIONS = ("deconvolution", "label_deconvolution")
 STEPS = 64
 WINDOWS = 8
 """Occluded squares are an eighth of the side wide, and move by half of that."""
@@ -129,13 +130,12 @@ def explain(
         image: a path, the bytes of an image file or one open in binary mode, a PIL image, an array
             [H, W, 3] of uint8 RGB, or a tensor [3, H, W] of uint8 or of float in 0..1.
         model: a model, a checkpoint folder, `animals`, or None for the small demo model.
-        method: `deconvolution` (of the average of the label nodes, the paper's, or of one label's
-            conditional score; for networks of ReLUs), or of a conditional score `occlusion` (what
-            the score loses when a square is covered) or `integrated_gradients` (Sundararajan et
-            al., 2017), which need the extra `[explain]`.
-        label: explain this label at every step where it may come next; by default `deconvolution`
-            explains the average of the label nodes, and the others the next label of the path, and
-            END after the last.
+        method: `deconvolution`, the paper's, of the average of the label nodes; or of a label's
+            conditional score `label_deconvolution`, `occlusion` (what the score loses when a square
+            is covered) or `integrated_gradients` (Sundararajan et al., 2017). The first two are for
+            networks of ReLUs, the last two need the extra `[explain]`.
+        label: explain this label at every step where it may come next; by default the next label
+            of the path, and END after the last. Not for `deconvolution`.
         path: the labels of the path, in any order where paths increase; by default those of the
             best path.
         known: labels that are present, for the search of the best path.
@@ -159,6 +159,11 @@ def explain(
     """
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
+    if label is not None and method == "deconvolution":
+        raise ValueError(
+            "method deconvolution explains the average of the label nodes: label is for "
+            f"label_deconvolution and other methods, got {label!r}"
+        )
     if window is not None and method != "occlusion":
         raise ValueError(f"window is for method occlusion, got {window} for {method}")
     if steps < 1:
@@ -181,7 +186,7 @@ def explain(
         names = _as_path(path, one)
     # Weights of a frozen backbone need no gradient, the image does, whatever the caller's mode.
     with torch.inference_mode(False), torch.enable_grad():
-        scores = _PathScores(one, names, label, average=method == "deconvolution" and label is None)
+        scores = PathScores(one, names, label, average=method == "deconvolution")
         inputs = normalize(pixels[None].to(one.device), one.backbone.preprocessing)
         maps, values, baselines = _explained(one.backbone, scores, inputs, method, window, steps)
     if not (maps.isfinite().all() and values.isfinite().all()):
@@ -257,7 +262,7 @@ def _require_label(rule: str, name: str, model: CNNRNN) -> None:
         raise ValueError(f"{rule} ({listed(model.labels)}), got {name!r}")
 
 
-class _PathScores:
+class PathScores:
     """The scores of a path's steps as a function of image features.
 
     Args:
@@ -326,14 +331,14 @@ class _PathScores:
 
 def _explained(
     backbone: Backbone,
-    scores: _PathScores,
+    scores: PathScores,
     inputs: Tensor,
     method: Method,
     window: int | None,
     steps: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return maps [K, S, S], and the scores of the image and of the mean colour, [K] each."""
-    if method == "deconvolution":
+    if method in DECONVOLUTIONS:
         return _deconvolved(backbone, scores, inputs)
     with torch.no_grad():
         grey = torch.zeros_like(inputs)  # the mean colour, normalised
@@ -349,7 +354,7 @@ def _explained(
 
 
 def _deconvolved(
-    backbone: Backbone, scores: _PathScores, inputs: Tensor
+    backbone: Backbone, scores: PathScores, inputs: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Bring the gradient of each score at the image feature back to the pixels by the rule."""
     inputs = inputs.detach().clone().requires_grad_()
@@ -362,9 +367,7 @@ def _deconvolved(
     return torch.stack(maps).detach(), values.detach(), torch.full_like(values.detach(), torch.nan)
 
 
-def _occluded(
-    backbone: Backbone, scores: _PathScores, inputs: Tensor, window: int | None
-) -> Tensor:
+def _occluded(backbone: Backbone, scores: PathScores, inputs: Tensor, window: int | None) -> Tensor:
     """Cover squares with the mean colour; a pixel gets the mean over the squares that hold it."""
     from captum.attr import Occlusion
 
@@ -381,7 +384,7 @@ def _occluded(
     return found[:, 0]
 
 
-def _integrated(backbone: Backbone, scores: _PathScores, inputs: Tensor, steps: int) -> Tensor:
+def _integrated(backbone: Backbone, scores: PathScores, inputs: Tensor, steps: int) -> Tensor:
     """Integrate gradients from the mean colour to the image; the sum is the scores' difference."""
     from captum.attr import IntegratedGradients
 
@@ -396,12 +399,12 @@ def _integrated(backbone: Backbone, scores: _PathScores, inputs: Tensor, steps: 
     return torch.stack(maps).detach()
 
 
-def _explained_in_words(method: Method, scores: _PathScores, model: CNNRNN) -> str:
+def _explained_in_words(method: Method, scores: PathScores, model: CNNRNN) -> str:
     """Say what the maps are of."""
-    name = method.replace("_", " ")
-    if scores.names[0] is not None:
+    if method != "deconvolution":
+        name = "deconvolution" if method in DECONVOLUTIONS else method.replace("_", " ")
         return f"{name} of a label's conditional score, in nats"
-    text = f"{name} of the average of the label nodes"
+    text = "deconvolution of the average of the label nodes"
     if model.head.label_classifier is not None:
         text += (
             ", of the recurrent part alone: the chain term's scores, which are the same at every "

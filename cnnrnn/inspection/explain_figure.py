@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 COLUMNS = 6
 PANEL = 1.8  # inches, of the longer side
 FOR, AGAINST = (0.80, 0.10, 0.10), (0.10, 0.25, 0.80)
+BRIGHT = 0.995  # a map's scale ends where so many of its pixels do: few may be far above the rest
 FADED = 0.55  # how far towards white the image goes under a map
 
 
@@ -39,7 +40,7 @@ def draw(explanation: Explanation, file: Path) -> None:
     """Draw the image, and over it the map of each step; see `Explanation.save`.
 
     Red is what speaks for the score (of a deconvolution, what arrives), blue against it. Each map
-    has its own scale, up to its largest value.
+    has its own scale, see `overlaid`.
     """
     require_drawable(file)
     from matplotlib.figure import Figure
@@ -76,13 +77,14 @@ def overlaid(image: NDArray[Any], values: NDArray[Any]) -> NDArray[Any]:
 
     Args:
         image: [S, S, 3] in 0..1.
-        values: [S, S], of any scale.
+        values: [S, S]; the 0.995 quantile of its size is full colour.
 
     Returns:
         [S, S, 3], red where the map is above 0, blue where it is below.
     """
-    largest = np.abs(values).max()
-    strength = np.abs(values)[..., None] / (largest if largest > 0 else 1.0)
+    sizes = np.abs(values)
+    largest = np.quantile(sizes, BRIGHT) or sizes.max() or 1.0
+    strength = np.minimum(sizes[..., None] / largest, 1.0)
     ink = np.where(values[..., None] > 0, FOR, AGAINST)
     mixed: NDArray[Any] = image * (1 - strength) + ink * strength
     return mixed

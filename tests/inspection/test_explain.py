@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import cnnrnn
 from cnnrnn import BadImageError, Ensemble, ModelConfig, Preprocessing, SearchConfig
 from cnnrnn.cli import main
 from cnnrnn.inspection.deconvolution import deconvolvable
-from cnnrnn.inspection.explain import _PathScores
+from cnnrnn.inspection.explain import Method, PathScores
 from cnnrnn.inspection.explain_figure import overlaid
 from cnnrnn.labels import LabelSpace
 from cnnrnn.model.classifier import CNNRNN
@@ -247,7 +248,7 @@ def test_the_chain_terms_conditional_score_is_its_classifiers():
         model.head.score_bias.zero_()
     features = torch.randn(3, model.feature_dim)
     v = model.head.label_classifier(features)
-    found = _PathScores(model, ("sky", "boat"), None, average=False)(features)
+    found = PathScores(model, ("sky", "boat"), None, average=False)(features)
     torch.testing.assert_close(found[:, :2], v[:, [0, 2]], atol=1e-4, rtol=1e-4)
 
 
@@ -255,10 +256,16 @@ def test_a_label_is_explained_where_it_may_come():
     model = make_model()
     found = cnnrnn.explain(picture(), model, path=["sky", "boat"], label="sea", method="occlusion")
     assert [(step.prefix, step.label) for step in found.steps] == [((), "sea"), (("sky",), "sea")]
-    one = cnnrnn.explain(picture(), model, path=["sky", "boat"], label="boat")
+    one = cnnrnn.explain(picture(), model, path=["sky", "boat"], label="boat",
+                         method="label_deconvolution")  # fmt: skip
     assert [step.prefix for step in one.steps] == [(), ("sky",)]
     assert one.explained == "deconvolution of a label's conditional score, in nats"
     assert all(np.isnan(step.baseline) for step in one.steps)
+    following = cnnrnn.explain(picture(), model, path=["sky", "boat"], method="label_deconvolution")
+    assert [step.label for step in following.steps] == ["sky", "boat", "END"]
+    torch.testing.assert_close(following.maps[1], one.maps[1])
+    average = cnnrnn.explain(picture(), model, path=["sky", "boat"])
+    assert not torch.allclose(following.maps[:2], average.maps[:2], rtol=0.1)
 
 
 def test_nothing_follows_the_last_label():
@@ -306,7 +313,7 @@ def test_integrated_gradients_add_up_to_the_difference_from_the_mean_colour():
         rest[5, 11] = rest[0, 3] = 0
         assert not rest.any()
         grey = model.backbone(torch.zeros(1, 3, SIDE, SIDE))
-        baseline = _PathScores(model, ("sky", "boat"), None, average=False)(grey)[0]
+        baseline = PathScores(model, ("sky", "boat"), None, average=False)(grey)[0]
         assert step.baseline in [pytest.approx(value, abs=1e-5) for value in baseline.tolist()]
 
 
@@ -318,7 +325,7 @@ def test_integrated_gradients_of_the_small_network_add_up():
         assert float(values.sum()) == pytest.approx(whole, abs=0.02 * abs(whole) + 0.02)
 
 
-@pytest.mark.parametrize("method", ["deconvolution", "occlusion", "integrated_gradients"])
+@pytest.mark.parametrize("method", get_args(Method))
 def test_a_call_leaves_the_model_as_it_was(method):
     model = make_model()
     model.backbone.requires_grad_(False)  # frozen, as by default
@@ -390,11 +397,15 @@ def test_models_that_cannot_be_explained_are_refused():
     ("options", "error"),
     [
         ({"method": "attention"}, "method must be one of deconvolution, occlusion"),
+        ({"label": "sea"}, "label is for label_deconvolution and other methods, got 'sea'"),
         ({"window": 3}, "window is for method occlusion"),
         ({"window": 16, "method": "occlusion"}, r"window must be in 1\.\.15, got 16"),
         ({"window": 0, "method": "occlusion"}, r"window must be in 1\.\.15, got 0"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"label": "cow"}, r"label must be one of the model's \(sky, sea, boat, gull\), got 'cow'"),
+        (
+            {"label": "cow", "method": "occlusion"},
+            r"label must be one of the model's \(sky, sea, boat, gull\), got 'cow'",
+        ),
         ({"path": ["cow"]}, "path must hold labels of the model"),
         ({"path": ["sea", "sea"]}, "path must hold each label once"),
         ({"path": ["sea"], "known": ["sky"]}, "known and absent are for the search"),
@@ -470,7 +481,7 @@ def test_the_command_fails_with_a_sentence(tmp_path, capsys):
         ([run, image, "--out", str(tmp_path / "no" / "a.png")], "must be in a folder that exists"),
         ([run, image, "--out", str(tmp_path / "a.xyz")], "name must end in one of"),
         (["model.onnx", image, "--out", str(tmp_path / "a.png")], "an exported file has none"),
-        ([run, image, "--out", str(tmp_path / "a.png"), "--label", "cow"], "got 'cow'"),
+        ([run, image, "--out", str(tmp_path / "a.png"), "--path", "cow"], "got 'cow'"),
     ):
         assert main(["explain", *words]) == 1
         assert error in capsys.readouterr().err
