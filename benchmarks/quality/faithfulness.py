@@ -232,7 +232,7 @@ def faithfulness_table(results: Mapping[str, Any]) -> str:
     ]
     for name, one in results["scenes"].items():
         for method in METHODS:
-            title = name if method == METHODS[0] else ""
+            title = f"{name} ({one['labels']} labels)" if method == METHODS[0] else ""
             if method not in one["methods"]:
                 lines.append(f"| {title} | {method} | refused | – | – | – |")
                 continue

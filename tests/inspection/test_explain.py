@@ -236,7 +236,7 @@ def test_a_conditional_score_is_the_log_odds_of_the_searchs_own_distribution(ord
         if order == "increasing" and target < len(NAMES):
             allowed[:target] = False  # none of those in between comes
         p = scores.masked_fill(~allowed, -torch.inf).softmax(0)[target]
-        assert step.score == pytest.approx(float((p / (1 - p)).log()), abs=1e-3)
+        assert step.score == pytest.approx((p / (1 - p)).log().item(), abs=1e-3)
         last = target
 
 
@@ -396,7 +396,7 @@ def test_models_that_cannot_be_explained_are_refused():
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"method": "attention"}, "method must be one of deconvolution, occlusion"),
+        ({"method": "attention"}, "method must be one of deconvolution, label_deconvolution"),
         ({"label": "sea"}, "label is for label_deconvolution and other methods, got 'sea'"),
         ({"window": 3}, "window is for method occlusion"),
         ({"window": 16, "method": "occlusion"}, r"window must be in 1\.\.15, got 16"),
