@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 import cnnrnn
+from benchmarks.quality.faithfulness import box_figures, scores_lost
 from cnnrnn import BadImageError, Ensemble, ModelConfig, Preprocessing, SearchConfig
 from cnnrnn.cli import main
 from cnnrnn.inspection.deconvolution import deconvolvable
@@ -485,3 +486,30 @@ def test_the_command_fails_with_a_sentence(tmp_path, capsys):
     ):
         assert main(["explain", *words]) == 1
         assert error in capsys.readouterr().err
+
+
+# The figures of docs/explain.md
+
+
+def test_figures_of_a_map_are_those_counted_by_hand():
+    values = torch.tensor([[4.0, 1.0, 0.0], [0.0, 1.0, 4.0]])
+    box = torch.tensor([[True, True, False], [False, False, False]])
+    other = torch.tensor([[False, True, True], [False, False, False]])
+    found = box_figures(values, box, [other, ~box, box])
+    assert found["mass"] == pytest.approx((5 / 10) / (2 / 6))
+    assert found["brightest"] == 0.5  # one of the two brightest pixels
+    assert found["own"] == [1.0, 1.0]  # 4 above 0; 2.5 above 5/4; itself tells nothing
+    even = box_figures(torch.zeros(2, 3), box, [other])
+    assert even == {"mass": 1.0, "brightest": pytest.approx(2 / 6), "own": [0.5]}
+
+
+def test_what_is_lost_is_what_greying_takes():
+    model = make_model(Pixels((5, 11), (0, 3)))
+    found = cnnrnn.explain(picture(), model, path=["sea"], method="occlusion")
+    right, wrong = torch.zeros(SIDE, SIDE), torch.zeros(SIDE, SIDE)
+    right[5, 11] = right[0, 3] = wrong[9, 9] = 1
+    wrong[8] = 1  # a tenth of the pixels, none of those that are read
+    wrong[7, :9] = 1
+    lost = scores_lost(model, found.image, ["sea"], 0, {"right": right, "wrong": wrong})
+    whole = found.steps[0].score - found.steps[0].baseline
+    assert lost == {"right": pytest.approx(whole, abs=1e-4), "wrong": pytest.approx(0, abs=1e-5)}
