@@ -20,8 +20,8 @@ from PIL import Image
 
 import cnnrnn
 from cnnrnn.data.sources.scenes import draw_scene
-from cnnrnn.inspection.explain import Explanation, Method
-from cnnrnn.inspection.explain_figure import overlaid
+from cnnrnn.inspection.explain import DECONVOLUTIONS, Explanation, Method
+from cnnrnn.inspection.explain_figure import full_colour, overlaid
 
 SCENE = [5, 2, 3]  # seed 5, test split, fourth image of `cnnrnn scenes --seed 5`
 PHOTOGRAPHS = (("chelsea", "cat"), ("astronaut", "person"))
@@ -34,9 +34,12 @@ def pixels_of(found: Explanation) -> np.ndarray[Any, Any]:
 
 
 def map_panel(found: Explanation, step: int, title: str) -> Panel:
-    """Lay the map of a step over the image in grey."""
+    """Lay the map of a step over the image in grey; the title gets the nats of full colour."""
     grey = pixels_of(found).mean(2, keepdims=True).repeat(3, axis=2)
-    return title, overlaid(0.45 * grey + 0.55, found.maps[step].numpy()), found.size
+    values = found.maps[step].numpy()
+    if found.method not in DECONVOLUTIONS:
+        title += f"\ncolour ±{full_colour(values):.2g}"
+    return title, overlaid(0.45 * grey + 0.55, values), found.size
 
 
 def draw(rows: Sequence[tuple[str, Sequence[Panel]]], file: Path, side: float) -> None:

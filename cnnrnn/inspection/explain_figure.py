@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cnnrnn.inspection.explain import DECONVOLUTIONS
 from cnnrnn.machine.extras import from_extra
 from cnnrnn.machine.files import write_whole
 
@@ -40,7 +41,7 @@ def draw(explanation: Explanation, file: Path) -> None:
     """Draw the image, and over it the map of each step; see `Explanation.save`.
 
     Red is what speaks for the score (of a deconvolution, what arrives), blue against it. Each map
-    has its own scale, see `overlaid`.
+    has its own scale: the title names the nats of full colour.
     """
     require_drawable(file)
     from matplotlib.figure import Figure
@@ -52,7 +53,7 @@ def draw(explanation: Explanation, file: Path) -> None:
     rows = math.ceil(count / columns)
     panel = (PANEL * width / longer, PANEL * height / longer)
     figure = Figure(
-        figsize=(columns * max(panel[0], 1.5) + 0.2, rows * (max(panel[1], 0.5) + 0.5) + 0.35),
+        figsize=(columns * max(panel[0], 1.5) + 0.2, rows * (max(panel[1], 0.5) + 0.6) + 0.35),
         layout="constrained",
     )
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -61,8 +62,12 @@ def draw(explanation: Explanation, file: Path) -> None:
     faded = grey + (1 - grey) * FADED
     panels: list[tuple[str, NDArray[Any]]] = [(", ".join(explanation.path) or "(no labels)", image)]
     for step, values in zip(explanation.steps, explanation.maps.numpy(), strict=True):
-        score = "" if step.label is None else f"\n{step.label} {step.score:+.1f}"
-        panels.append((step.name + score, overlaid(faded, values)))
+        title = step.name
+        if step.label is not None:
+            title += f"\n{step.label} {step.score:+.1f}"
+        if explanation.method not in DECONVOLUTIONS:  # whose unit means nothing
+            title += f"\ncolour ±{full_colour(values):.2g}"
+        panels.append((title, overlaid(faded, values)))
     for axes in grid:
         axes.set_axis_off()
     for axes, (title, pixels) in zip(grid, panels, strict=False):
@@ -72,19 +77,23 @@ def draw(explanation: Explanation, file: Path) -> None:
     write_whole(file, lambda target: figure.savefig(target, dpi=110))
 
 
+def full_colour(values: NDArray[Any]) -> float:
+    """Return the size at which a map [S, S] has full colour."""
+    sizes = np.abs(values)
+    return float(np.quantile(sizes, BRIGHT) or sizes.max())
+
+
 def overlaid(image: NDArray[Any], values: NDArray[Any]) -> NDArray[Any]:
     """Lay a map over an image.
 
     Args:
         image: [S, S, 3] in 0..1.
-        values: [S, S]; the 0.995 quantile of its size is full colour.
+        values: [S, S].
 
     Returns:
         [S, S, 3], red where the map is above 0, blue where it is below.
     """
-    sizes = np.abs(values)
-    largest = np.quantile(sizes, BRIGHT) or sizes.max() or 1.0
-    strength = np.minimum(sizes[..., None] / largest, 1.0)
+    strength = np.minimum(np.abs(values)[..., None] / (full_colour(values) or 1.0), 1.0)
     ink = np.where(values[..., None] > 0, FOR, AGAINST)
     mixed: NDArray[Any] = image * (1 - strength) + ink * strength
     return mixed
