@@ -13,7 +13,8 @@ that give probabilities to label sets), those of the recipe from `benchmarks/res
 questions from `benchmarks/results/questions.json` (of benchmarks/quality/questions.py), those of
 unknown labels from `benchmarks/results/unknown_labels.json` (of
 benchmarks/quality/unknown_labels.py), those of nearest labels from
-`benchmarks/results/neighbours.json` (of benchmarks/quality/neighbours.py).
+`benchmarks/results/neighbours.json` (of benchmarks/quality/neighbours.py), those of explanations
+from `benchmarks/results/faithfulness.json` (of benchmarks/quality/faithfulness.py).
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`.
 """
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import neighbours
+from benchmarks.quality.faithfulness import correlation_table, faithfulness_table
 from benchmarks.quality.known_labels import table as known_table
 from benchmarks.quality.planted_errors import table as planted_table
 from benchmarks.quality.questions import table as questions_table
@@ -48,6 +50,7 @@ PAGES = (
             "known_labels.md",
             "questions.md",
             "labels.md",
+            "explain.md",
             "performance.md",
             "comparison.md",
             "training.md",
@@ -437,6 +440,12 @@ def questions(data_set: str) -> str:
     return questions_table(results, data_set, (0, 1, 2, 3, 5, 10)) + "\n"
 
 
+def faithfulness(lay_out: Callable[[dict[str, Any]], str]) -> str:
+    """Whether explanations show what a label's score comes from, by the boxes of scenes."""
+    file = ROOT / "benchmarks" / "results" / "faithfulness.json"
+    return lay_out(json.loads(file.read_text(encoding="utf-8"))) + "\n"
+
+
 def unknown() -> str:
     """What it is worth to say that labels are unknown."""
     file = ROOT / "benchmarks" / "results" / "unknown_labels.json"
@@ -640,6 +649,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "neighbours-coco": lambda results: near_names("coco", "the default recipe"),
     "neighbours-coco-paper": lambda results: near_names("coco", "the paper's preset"),
     "neighbours-animals": lambda results: near_names("animals", "the default recipe"),
+    "faithfulness": lambda results: faithfulness(faithfulness_table),
+    "faithfulness-steps": lambda results: faithfulness(correlation_table),
     "questions-cocoweak": lambda results: questions("cocoweak"),
     "questions-corel16k": lambda results: questions("corel16k"),
     "instructions": lambda results: instructions(),

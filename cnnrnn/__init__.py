@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cnnrnn.config import ModelConfig, Preprocessing, SearchConfig, TrainConfig
     from cnnrnn.data import BadImageError, DataError, Dataset, load_dataset
     from cnnrnn.export import OnnxModelError, OnnxPredictor, ProviderError, export_onnx
+    from cnnrnn.inspection.explain import explain
     from cnnrnn.inspection.report import write_report
     from cnnrnn.model.checkpoint import CheckpointError
     from cnnrnn.model.classifier import CNNRNN
@@ -45,6 +46,7 @@ _HOMES = {
     "TrainConfig": "cnnrnn.config",
     "beam_search": "cnnrnn.search",
     "evaluate": "cnnrnn.api",
+    "explain": "cnnrnn.inspection.explain",
     "export_onnx": "cnnrnn.export",
     "load": "cnnrnn.api",
     "load_dataset": "cnnrnn.data",
@@ -78,6 +80,7 @@ __all__ = [
     "__version__",
     "beam_search",
     "evaluate",
+    "explain",
     "export_onnx",
     "load",
     "load_dataset",

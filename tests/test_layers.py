@@ -106,7 +106,7 @@ def test_an_import_that_runs_up_is_found():
 def test_only_what_every_installation_has_is_imported_at_once():
     """The extras are asked for where they are used, so that what needs none works without."""
     extras = ("timm", "torchvision", "sklearn", "scipy", "pycocotools", "onnx", "onnxscript",
-              "onnxruntime", "defusedxml", "tensorboard", "torch.utils.tensorboard",
+              "onnxruntime", "defusedxml", "tensorboard", "torch.utils.tensorboard", "captum",
               "matplotlib", "jinja2", "markupsafe")  # fmt: skip
     for file in FILES:
         for node in ast.parse(file.read_text(encoding="utf-8")).body:

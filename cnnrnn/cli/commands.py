@@ -570,6 +570,26 @@ def run_suggest(options: Namespace) -> int:
     return 0
 
 
+def run_explain(options: Namespace) -> int:
+    """Draw where the steps of an image's path come from."""
+    from cnnrnn.inspection.explain import explain
+    from cnnrnn.inspection.explain_figure import require_drawable
+
+    require_folder("out", options.out)
+    require_drawable(Path(options.out))  # before what may take minutes
+    found = explain(
+        options.image, options.model, method=options.method, label=options.label,
+        path=options.path, known=options.known, absent=options.absent, window=options.window,
+        steps=options.steps, device=options.device, max_pixels=options.max_pixels,
+    )  # fmt: skip
+    found.save(options.out)
+    for step in found.steps:
+        of = "" if step.label is None else f"  {step.label} {step.score:+.2f} nats"
+        print(f"{step.name}{of}")
+    print(f"{options.out}: {found.explained}")
+    return 0
+
+
 def run_export(options: Namespace) -> int:
     """Write a model as an ONNX file."""
     from cnnrnn.api import load
@@ -708,6 +728,6 @@ def run_check(options: Namespace) -> int:
 RUN: dict[str, Callable[[Namespace], int]] = {
     "train": run_train, "compare": run_compare, "evaluate": run_evaluate, "report": run_report,
     "predict": run_predict, "suggest": run_suggest, "labels": run_labels, "export": run_export,
-    "scenes": run_scenes,
+    "explain": run_explain, "scenes": run_scenes,
     "data": run_data, "check": run_check,
 }  # fmt: skip

@@ -54,6 +54,9 @@ def make_parser(preset: str) -> ArgumentParser:
     commands.add_subcommand(
         "labels", _labels_parser(), help="list a model's labels and what is near to each"
     )
+    commands.add_subcommand(
+        "explain", _explain_parser(), help="draw where in an image the steps of its path come from"
+    )
     commands.add_subcommand("export", _export_parser(), help="write a model as an ONNX file")
     commands.add_subcommand("scenes", _scenes_parser(), help="write the synthetic scenes data set")
     data = ArgumentParser(description="Inspect a labelled data set.")
@@ -390,6 +393,52 @@ def _labels_parser() -> ArgumentParser:
         help="readable lines, CSV with a row per pair, or JSON lines",
     )  # fmt: skip
     parser.add_argument("--out", type=str | None, help="file to write; default: standard output")
+    return parser
+
+
+def _explain_parser() -> ArgumentParser:
+    parser = _command_parser(
+        "Draw where in an image the steps of its label path come from: before the first label, and "
+        "after each. docs/explain.md says how far to trust the methods."
+    )
+    parser.add_argument(
+        "model",
+        type=str,
+        help="run or checkpoint folder, `animals`, or `scenes` for the demo model",
+    )
+    parser.add_argument("image", type=str, help="image file")
+    parser.add_argument("--out", type=str, required=True, help="picture to write: PNG, JPEG, PDF")
+    parser.add_argument(
+        "--method",
+        type=Literal["deconvolution", "label_deconvolution", "occlusion", "integrated_gradients"],
+        default="deconvolution",
+        help="deconvolution, the paper's, of the average of the label nodes; the others of a "
+        "label's conditional score; deconvolutions are for networks of ReLUs",
+    )  # fmt: skip
+    parser.add_argument(
+        "--label", type=str | None,
+        help="explain this label wherever it may come next; default: the next label of the path; "
+        "not for deconvolution",
+    )  # fmt: skip
+    parser.add_argument(
+        "--path", action="append", type=str, metavar="LABEL",
+        help="a label of the path to explain; may be given again; default: the best path",
+    )  # fmt: skip
+    parser.add_argument(
+        "--known", action="append", type=str, default=[], metavar="LABEL",
+        help="a label known to be present; may be given again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--absent", action="append", type=str, default=[], metavar="LABEL",
+        help="a label known to be absent; may be given again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--window", type=int | None,
+        help="side in pixels of the square that occlusion covers; default: an eighth of the input",
+    )  # fmt: skip
+    parser.add_argument("--steps", type=int, default=64, help="points of integrated gradients")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
+    _add_max_pixels(parser)
     return parser
 
 
