@@ -15,7 +15,7 @@ ROOT = Path(cnnrnn.__file__).parent
 LAYERS = (
     "_build_info", "_build_check", "config", "machine", "labels", "metrics", "reveal", "data",
     "network", "search", "prediction", "model", "training", "export", "evaluation", "api",
-    "inspection",
+    "inspection", "deployment",
     "comparison", "cli", "__main__",
 )  # fmt: skip
 

@@ -1,0 +1,1 @@
+"""Taking what a model predicts to where it is used."""
