@@ -36,6 +36,7 @@ MAX_ELEMENTS = 100_000
 _RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 _DC = "http://purl.org/dc/elements/1.1/"
 _XML = "http://www.w3.org/XML/1998/namespace"
+_MAX_SPACE = 1000  # characters of an indentation that is imitated
 _PART = "\x1f"  # between the parts of expat's names: no XML file can hold it
 _LISTS = ("Bag", "Seq", "Alt")
 _NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -255,7 +256,8 @@ def _with_lines(data: bytes, wanted: dict[str, str], replace: bool) -> bytes:
             return data
         mark = codecs.BOM_UTF8 if data.startswith(codecs.BOM_UTF8) else b""
         return mark + "".join(label + new_line for label in wanted.values()).encode()
-    missing = [label for key, label in wanted.items() if key not in there]
+    distinct = set(there)
+    missing = [label for key, label in wanted.items() if key not in distinct]
     if not missing:
         return data
     ends = not text or text[-1] in "\r\n"
@@ -335,8 +337,8 @@ class _Reader:
         parser.EndNamespaceDeclHandler = self._forget
         parser.StartElementHandler = self._start
         parser.EndElementHandler = self._end
-        parser.CharacterDataHandler = self._text
-        # These and the text are all that follows a tag, so that no tag's end is missed.
+        # With text, which is asked for after each tag, these are all that can follow a tag: the end
+        # of none is missed.
         parser.CommentHandler = parser.StartCdataSectionHandler = self._other
         parser.EndCdataSectionHandler = parser.ProcessingInstructionHandler = self._other
         self._parser = parser
@@ -406,6 +408,7 @@ class _Reader:
             self._keep(element, parent)
         self._open.append(element)
         self._opened = element
+        self._parser.CharacterDataHandler = self._text
 
     def _part(self, parent: _Element | None, uri: str, local: str) -> str:
         if len(self._open) < 2 and (uri, local) == (_RDF, "RDF"):
@@ -438,12 +441,15 @@ class _Reader:
         if element is not None:
             element.close = at
         self._closed = element
+        self._parser.CharacterDataHandler = self._text
 
     def _text(self, text: str) -> None:
         self._here()
         element = self._open[-1]
         if element is not None and element.part == "keywords":
             element.text.append(text)
+        else:  # the first text after a tag says where that ends; there may be millions more
+            self._parser.CharacterDataHandler = None
 
     def _other(self, *_: object) -> None:
         self._here()
@@ -583,8 +589,9 @@ class _Packet:
     def with_keywords(self, wanted: dict[str, str], replace: bool) -> bytes:
         """Return the file with these keywords: added, or exactly these."""
         there = [_key(keyword) for keyword in self.keywords()]
-        kept = [k for k in dict.fromkeys(there) if k in wanted] if replace else there
-        missing = [label for key, label in wanted.items() if key not in set(there)]
+        distinct = dict.fromkeys(there)
+        kept = [key for key in distinct if key in wanted] if replace else there
+        missing = [label for key, label in wanted.items() if key not in distinct]
         if kept == there and not missing:
             return self._data
         new = self._spliced(self._edits(wanted, missing, replace))
@@ -679,9 +686,7 @@ class _Packet:
             return slash, element.inner, f">{content}{outer}</{element.name}>"
         return element.inner, element.inner, content + outer
 
-    def _subject(
-        self, labels: list[str], dc: str | None, rdf: str, lead: str, step: str
-    ) -> str:  # fmt: skip
+    def _subject(self, labels: list[str], dc: str | None, rdf: str, lead: str, step: str) -> str:
         """Return `dc:subject` as text, which declares its prefix where there is none."""
         declared = ""
         if dc is None:
@@ -702,19 +707,23 @@ class _Packet:
     def _attribute(self, description: _Element) -> tuple[int, int]:
         """Return where the attribute `dc:subject` of a description is, with the space before."""
         tag = self._text(description.start, description.inner)
-        (found,) = (m for m in _ATTRIBUTE.finditer(tag) if m[1] == description.inline)
-        start, end = (
-            description.start + len(tag[:at].encode(self._encoding)) for at in found.span()
-        )
-        return start, end
+        found = None
+        at = len(f"<{description.name}")
+        while found is None or found[1] != description.inline:
+            found = _ATTRIBUTE.match(tag, at)
+            assert found is not None, "the parser found the attribute"
+            at = found.end()
+        before, whole = (len(tag[:end].encode(self._encoding)) for end in found.span())
+        return description.start + before, description.start + whole
 
     def _text(self, start: int, end: int) -> str:
         return self._data[start:end].decode(self._encoding)
 
     def _before_space(self, at: int) -> int:
-        """Return where the space before a tag begins."""
+        """Return where the space before a tag begins, or the last part of much space."""
         spaces = {space.encode(self._encoding) for space in " \t\r\n"}
-        while self._data[max(0, at - self._width) : at] in spaces:
+        least = at - _MAX_SPACE * self._width
+        while at > least and self._data[max(0, at - self._width) : at] in spaces:
             at -= self._width
         return at
 
