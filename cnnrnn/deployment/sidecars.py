@@ -568,9 +568,10 @@ class _Packet:
         (self._rdf,) = reader.rdfs
         self._descriptions = reader.descriptions
         self._inline, self._holder, self._bag = inline, holder, bag
-        if data[:2] in (codecs.BOM_UTF16_LE, b"<\0"):
+        # As the parser decides: the file may begin with space, and without a byte order mark.
+        if data.startswith(codecs.BOM_UTF16_LE) or data[1:2] == b"\0":
             self._encoding = "utf-16-le"
-        elif data[:2] in (codecs.BOM_UTF16_BE, b"\0<"):
+        elif data.startswith(codecs.BOM_UTF16_BE) or data[:1] == b"\0":
             self._encoding = "utf-16-be"
         else:
             self._encoding = "utf-8"

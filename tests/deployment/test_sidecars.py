@@ -63,8 +63,11 @@ def others_in(data: bytes) -> object:
     def walk(element: Element) -> object:
         attributes = {k: v for k, v in element.attrib.items() if k != SUBJECT}
         children = [walk(child) for child in element if child.tag != SUBJECT]
-        return element.tag, attributes, (element.text or "").strip(), children
+        text = (element.text or "") + "".join(child.tail or "" for child in element)
+        return element.tag, attributes, "".join(text.split()), [c for c in children if c != empty]
 
+    # What is made where there is none, and says nothing itself.
+    empty = (f"{{{RDF}}}Description", {f"{{{RDF}}}about": ""}, "", [])
     return walk(tree_of(data))
 
 
@@ -393,6 +396,10 @@ def test_the_splice_to_the_byte(tmp_path):
          described(f"<dc:subject><rdf:Bag>{a}</rdf:Bag><!-- c --></dc:subject>")),
         (described(bag.format("<rdf:li>x</rdf:li><!-- c --><rdf:li>y</rdf:li> <?p?>")),
          described(bag.format(f"<rdf:li>x</rdf:li><!-- c --><rdf:li>y</rdf:li>{a} <?p?>"))),
+        (described(bag.format("<rdf:li>x</rdf:li> <rdf:li>y</rdf:li>")),
+         described(bag.format(f"<rdf:li>x</rdf:li> <rdf:li>y</rdf:li> {a}"))),
+        (described(bag.format("\n\n\n\t<rdf:li>x</rdf:li>")),
+         described(bag.format(f"\n\n\n\t<rdf:li>x</rdf:li>\n\t{a}"))),
         (described("<dc:subject>x<![CDATA[<]]>&#x79;</dc:subject>"),
          described(bag.format(f"<rdf:li>x&lt;y</rdf:li>{a}"))),
         (rdf("<rdf:Description/><rdf:Description dc:type=''/><rdf:Description/>"),
@@ -417,6 +424,12 @@ def test_the_splice_to_the_byte(tmp_path):
                    "<dc:type/></dc:subject>"),
          described(f'<dc:subject rdf:parseType="Resource"><rdf:value><rdf:Bag>{a}</rdf:Bag>'
                    "</rdf:value><dc:type/></dc:subject>")),
+        (f'<RDF xmlns="{RDF}" xmlns:rdf="{DC}"/>'.encode(),
+         f'<RDF xmlns="{RDF}" xmlns:rdf="{DC}"><rdf:Description xmlns:rdf="{RDF}" rdf:about="">'
+         f'<dc:subject xmlns:dc="{DC}"><rdf:Bag>{a}</rdf:Bag></dc:subject></rdf:Description></RDF>'
+         .encode()),
+        (described("", ' x:subject="other" subject="none" xmlns:x="http://x/"'),
+         described(bag.format(a), ' x:subject="other" subject="none" xmlns:x="http://x/"')),
         (described("<dc:source><rdf:Description><dc:subject>not its own</dc:subject>"
                    "</rdf:Description></dc:source>"),
          described("<dc:source><rdf:Description><dc:subject>not its own</dc:subject>"
@@ -472,6 +485,18 @@ def test_replacing_keeps_what_stays_and_its_order(tmp_path):
         file.write_bytes(described("" if form else "<dc:subject>x</dc:subject>", form))
         assert write_sidecar(image, [], kind="xmp", existing="replace") == "written"
         assert keywords_in(file.read_bytes()) == []
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("start", ["", "\n ", "\ufeff", "\ufeff\n"])
+def test_utf_16_with_and_without_a_mark(start, encoding, tmp_path):
+    file = tmp_path / "p.xmp"
+    old = start + rdf("<rdf:Description/>").decode()
+    file.write_bytes(old.encode(encoding))
+    assert write_sidecar(tmp_path / "p.png", ["\u3c00\u3e00 𝄞"], kind="xmp") == "written"
+    item = "<rdf:li>\u3c00\u3e00 𝄞</rdf:li>"
+    new = described(f"<dc:subject><rdf:Bag>{item}</rdf:Bag></dc:subject>").decode()
+    assert file.read_bytes().decode(encoding) == start + new
 
 
 def test_skip_appends_only_where_there_are_no_keywords(tmp_path):
