@@ -1,1 +1,1 @@
-"""Running a model over more than one process can hold, and handing it on."""
+"""Taking what a model predicts to where it is used."""

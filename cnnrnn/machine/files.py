@@ -13,10 +13,15 @@ import torch
 from torch import Tensor
 
 
-def write_whole(file: Path, write: Callable[[Path], object]) -> None:
+def write_whole(file: Path, write: Callable[[Path], object], *, mode: int | None = None) -> None:
     """Write a file atomically: `write` makes it in a temporary folder, from where it is moved.
 
     A folder, because safetensors writes a temporary file of its own beside its target.
+
+    Args:
+        file: where it is in the end.
+        write: is called with the file to make.
+        mode: the file's permission bits; None takes those of any new file.
 
     Raises:
         OSError: with the file's name; what was there before still is.
@@ -28,6 +33,8 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
             write(folder / file.name)
             (folder / "mode").touch()  # safetensors' file is for the owner alone; the umask decides
             shutil.copymode(folder / "mode", folder / file.name)
+            if mode is not None:
+                os.chmod(folder / file.name, mode)
             with open(folder / file.name, "rb") as handle:
                 os.fsync(handle.fileno())
             os.replace(folder / file.name, file)
