@@ -32,7 +32,7 @@ from cnnrnn.config import (
     SearchConfig,
     TrainConfig,
 )
-from cnnrnn.machine.words import without_nan
+from cnnrnn.machine.words import listed, without_nan
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -322,31 +322,63 @@ def run_predict(options: Namespace) -> int:
     form = options.format
     if form is None:
         form = "table" if options.out is None else form_of(options.out, default="table")
-    listed = with_folders_listed(options.images, options.on_bad_image)
-    images = [str(image) if isinstance(image, Path) else image for image in listed]
-    del listed  # of a million files half a gigabyte
+    found = with_folders_listed(options.images, options.on_bad_image)
+    images = [str(image) if isinstance(image, Path) else image for image in found]
+    del found  # of a million files half a gigabyte
     known = _known_labels(options, images)
     predict, model = _predicting(options)
+    unknown = sorted(set(options.exclude) - set(model.labels))
+    if unknown:
+        raise ValueError(f"--exclude must name labels of the model, got {listed(unknown)}")
+    failed: list[str] = []
+    sidecar = _sidecar_writer(options, failed)
     if options.out is not None and form in FORMS:
         rows = FORMS[form](row_options, model.labels)
-        return _label_files(options, images, known, rows, predict, model)
-    show = no_progress if options.out is None else terminal_progress
-    bad = 0
-    # Outside of what writes --out, whose errors name that file.
-    predictions = predict(images, known)
+        _label_files(options, images, known, rows, predict, model, sidecar)
+    else:
+        show = no_progress if options.out is None else terminal_progress
+        bad = 0
 
-    def writer(stream: IO[str]) -> Callable[[Prediction], None]:
-        return prediction_writer(form, stream, row_options, model.labels)
+        def writer(stream: IO[str]) -> Callable[[Prediction], None]:
+            return prediction_writer(form, stream, row_options, model.labels)
 
-    writing = _written(predictions, options.out, writer, show)
-    with _contact_sheet(options) as sheet, closing(writing) as written:
-        for prediction in written:
-            bad += prediction.error is not None
-            if sheet is not None:
-                sheet.add(prediction)
-    if bad:
-        print(f"cnnrnn: warning: {bad} images could not be read", file=sys.stderr)
+        # Outside of what writes --out, whose errors name that file.
+        writing = _written(predict(images, known), options.out, writer, show)
+        with _contact_sheet(options) as sheet, closing(writing) as written:
+            for prediction in written:
+                bad += prediction.error is not None
+                sidecar(prediction)
+                if sheet is not None:
+                    sheet.add(prediction)
+        if bad:
+            print(f"cnnrnn: warning: {bad} images could not be read", file=sys.stderr)
+    if failed:
+        print(
+            f"cnnrnn: warning: {len(failed)} sidecars were left as they are, the first: "
+            f"{failed[0]}",
+            file=sys.stderr,
+        )
     return 0
+
+
+def _sidecar_writer(options: Namespace, failed: list[str]) -> Callable[[Prediction], None]:
+    """Return what writes the labels of an image beside it; what fails is listed under `skip`."""
+    from cnnrnn.deployment.sidecars import write_sidecar
+
+    def write(prediction: Prediction) -> None:
+        if options.sidecar is None or prediction.error is not None:
+            return
+        try:
+            write_sidecar(
+                prediction.source, prediction.labels, kind=options.sidecar,
+                existing=options.existing, exclude=options.exclude,
+            )  # fmt: skip
+        except (ValueError, OSError) as error:
+            if options.on_bad_image == "error":
+                raise
+            failed.append(str(error))
+
+    return write
 
 
 def _predicting(
@@ -400,7 +432,8 @@ def _label_files(
     rows: RowFile,
     predict: Callable[[Any, Any], Iterator[Prediction]],
     model: CNNRNN | Ensemble | OnnxPredictor,
-) -> int:
+    sidecar: Callable[[Prediction], None],
+) -> None:
     """Write a row for each image to --out, which a stopped run leaves to be resumed."""
     from cnnrnn.deployment.labelling import label_files
     from cnnrnn.machine.progress import terminal_progress
@@ -410,15 +443,19 @@ def _label_files(
     def predict_some(some: Any, positions: Any) -> Iterator[Prediction]:
         return predict(some, [known[i] for i in positions] if of_each else known)
 
+    def each(prediction: Prediction) -> None:
+        sidecar(prediction)
+        if sheet is not None:
+            sheet.add(prediction)
+
     identity = _labelling_identity(options, rows, model)
     with _contact_sheet(options) as sheet:
         summary = label_files(
             images, predict_some, Path(options.out), rows, identity,
             resume=options.resume, progress=terminal_progress, batch_size=options.batch_size,
-            each=(lambda prediction: None) if sheet is None else sheet.add,
+            each=each,
         )  # fmt: skip
     print("\n".join(summary.lines(Path(options.out))), file=sys.stderr)
-    return 0
 
 
 def _labelling_identity(
@@ -474,6 +511,9 @@ def _require_predict_files(options: Namespace) -> None:
     """Fail before images are read where what is written would fail, or be overwritten."""
     for name in ("html", "out"):
         require_folder(name, options[name])
+    if options.sidecar is None and (options.exclude or options.existing != "append"):
+        name = "exclude" if options.exclude else "existing"
+        raise ValueError(f"--{name} needs --sidecar txt or --sidecar xmp, got none")
     if options.resume and options.out is None:
         raise ValueError("--resume needs --out FILE.jsonl, FILE.csv or FILE.parquet, got none")
     if options.resume and options.html is not None:

@@ -236,6 +236,20 @@ def _predict_parser() -> ArgumentParser:
         help="also write a page with small pictures, labels and scores, of the first 2,000 images",
     )  # fmt: skip
     parser.add_argument(
+        "--sidecar", type=Literal["txt", "xmp"] | None,
+        help="also write the labels beside each image: lines of text, or keywords (dc:subject) in "
+        "the XMP file that is there, or a new one",
+    )  # fmt: skip
+    parser.add_argument(
+        "--existing", type=Literal["skip", "append", "replace"], default="append",
+        help="what to do with labels that a sidecar has: leave it as it is, add to them, or put "
+        "these in their place",
+    )  # fmt: skip
+    parser.add_argument(
+        "--exclude", action="append", type=str, default=[], metavar="LABEL",
+        help="a label that is not written to sidecars; may be given again",
+    )  # fmt: skip
+    parser.add_argument(
         "--neighbours", type=int | None,
         help="also name so many labels nearest to each image in the joint space, with cosines",
     )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -377,3 +378,31 @@ def test_a_part_is_written_after_a_while(files, predictions, tmp_path, monkeypat
     label_files(files, Labeller(predictions), out, rows, IDENTITY, batch_size=1,
                 each=lambda p: counts.append(len(list(folder.glob("part-*")))))  # fmt: skip
     assert counts == list(range(len(files)))
+
+
+def test_sidecars_of_the_command(scenes, tmp_path, capsys):
+    images = tmp_path / "images"
+    shutil.copytree(scenes, images)
+    files = sorted(images.glob("*.png"))[:3]
+    (images / f"{files[1].name}.xmp").write_text("no XML")
+    command = ["predict", *map(str, files), "--model", str(DEMO_MODEL), "--sidecar"]
+    assert main([*command, "xmp", "--out", str(tmp_path / "l.csv")]) == 1
+    assert f"{files[1].name}.xmp" in capsys.readouterr().err
+    assert main([*command, "xmp", "--on-bad-image", "skip", "--out", str(tmp_path / "l.csv")]) == 0
+    assert "1 sidecars were left as they are, the first: " in capsys.readouterr().err
+    assert (images / f"{files[1].name}.xmp").read_text() == "no XML"
+    assert main([*command, "txt", "--exclude", "sky"]) == 0
+    capsys.readouterr()
+    rows = {image: cells[1] for image, _, cells in Csv(RowOptions(), ()).read(tmp_path / "l.csv")}
+    for file in files:
+        labels = [label for label in rows[str(file)].split(";") if label]
+        text = file.with_suffix(".txt")
+        written = text.read_text().splitlines() if text.exists() else []
+        assert written == [label for label in labels if label != "sky"]
+        if file != files[1] and labels:
+            xmp = (images / f"{file.name}.xmp").read_text()
+            assert re.findall("<rdf:li>(.*)</rdf:li>", xmp) == labels
+    for wrong, said in ((["--exclude", "sky"], "--exclude needs --sidecar"),
+                        (["--sidecar", "txt", "--exclude", "yeti"], "got yeti")):  # fmt: skip
+        assert main([*command[:-1], *wrong]) == 1
+        assert said in capsys.readouterr().err
