@@ -30,7 +30,7 @@ def test_each_block_runs_after_the_one_before(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "docs/python.md", "exec"), names)
@@ -43,5 +43,8 @@ def test_each_block_runs_after_the_one_before(tmp_path, monkeypatch, capsys):
     assert told.scores[prediction.labels[0]] == 1.0  # type: ignore[attr-defined]
     page = Path("page.html").read_text(encoding="utf-8")
     assert page.count("<figure") == page.count("data:image/jpeg") == 90
+    assert 'id="mistakes"' in Path("report.html").read_text(encoding="utf-8")
+    with Image.open("maps.png") as maps:
+        assert maps.width > 256
     with Image.open("labelled.png") as labelled:
         assert labelled.size == (256, 256)

@@ -42,6 +42,9 @@ def report() -> tuple[list[str], list[str]]:
                 f"extra [{extra}] is incomplete, without {missing}: run "
                 f'`pip install "cnnrnn[{extra}]"`'
             )
+    others = ("matplotlib", "jinja2", "captum", "pyarrow", "datasets", "tensorboard")
+    shown = ", ".join(f"{name} {_version(name) or 'missing'}" for name in others)
+    lines.append(f"for reports, explanations, Parquet and others: {shown}")
     problems += _import_problems() + _search_problems()
     if (problem := distribution_problem()) is not None:
         problems.append(problem)
