@@ -101,8 +101,7 @@ def evaluate(
         ValueError: `revealed` is below 1, or it cannot search on `search_device`.
     """
     _require_options(revealed, search_device)
-    if not len(dataset):
-        raise DataError(f"{dataset.source} has no images to evaluate on")
+    _require_images(dataset)
     model_columns(model, dataset)  # fails before features are made
     features = model_features(
         model, dataset, backend=backend, batch_size=batch_size, workers=workers,
@@ -130,6 +129,7 @@ def evaluate_features(
     Other arguments, and errors, are those of `evaluate`.
     """
     _require_options(revealed, search_device)
+    _require_images(dataset)
     columns = model_columns(model, dataset)
     targets = in_columns(dataset.label_matrix(), columns, len(model.labels))[features.kept]
     unknown = None
@@ -205,6 +205,11 @@ def measure_others(
         )
         for name, found in (("none known", scores), (f"{revealed} known", told))
     }
+
+
+def _require_images(dataset: Dataset) -> None:
+    if not len(dataset):
+        raise DataError(f"{dataset.source} has no images to evaluate on")
 
 
 def _require_options(revealed: int | None, search_device: SearchDevice) -> None:

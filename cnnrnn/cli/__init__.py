@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
@@ -74,6 +75,7 @@ def main(arguments: Sequence[str] | None = None, *, ends_at_once: bool = False) 
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
         if not _is_meant_for_people(error):
             raise
+        from cnnrnn.deployment.labelling import has_parts
         from cnnrnn.machine.distributed import process_prefix
 
         text = str(error)
@@ -83,6 +85,8 @@ def main(arguments: Sequence[str] | None = None, *, ends_at_once: bool = False) 
             if error.filename == STANDARD_OUTPUT:
                 _forget_output()
         print(f"cnnrnn: error: {process_prefix()}{text}", file=sys.stderr)
+        if command == "predict" and _can_resume(options) and has_parts(Path(options.predict.out)):
+            print("cnnrnn: what is labelled is kept: --resume goes on from there", file=sys.stderr)
         return 1
 
 

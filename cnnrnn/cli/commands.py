@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 def run_train(options: Namespace) -> int:
     """Train a model or an ensemble."""
     from cnnrnn.data.splits import describe_splits
+    from cnnrnn.inspection.report import require_report
     from cnnrnn.machine.devices import resolve_device
     from cnnrnn.machine.distributed import join
     from cnnrnn.machine.files import write_whole
@@ -59,6 +60,8 @@ def run_train(options: Namespace) -> int:
     from cnnrnn.training.ensemble import train_ensemble
     from cnnrnn.training.run import train
 
+    if options.report:
+        require_report()
     config, model, search = _recipe(options)
     out = _run_folder(options)
     unsaved = ("config", "preset", "resume", "report")
@@ -92,10 +95,10 @@ def run_train(options: Namespace) -> int:
             )  # fmt: skip
     if not ranks.first:
         return 0
-    if options.report:
-        _report_on_training(result.model, dataset, config, out)
     print(metrics_table(result.metrics, f"validation, {len(result.model.labels)} labels"))
     print(f"best checkpoint: {out / 'best'}")
+    if options.report:
+        _report_on_training(result.model, dataset, config, out)
     return 0
 
 
@@ -173,6 +176,7 @@ def run_compare(options: Namespace) -> int:
         frozen_features,
         text_table,
     )
+    from cnnrnn.inspection.report import require_report
     from cnnrnn.machine.devices import resolve_device
     from cnnrnn.machine.distributed import started_by_torchrun
     from cnnrnn.machine.progress import terminal_progress
@@ -180,6 +184,8 @@ def run_compare(options: Namespace) -> int:
 
     if started_by_torchrun():
         raise ValueError("compare runs in one process: start it without torchrun")
+    if options.report:
+        require_report()
     config, model, search = _recipe(options)
     try:
         seeds = tuple(int(seed) for seed in options.seeds.split(","))
@@ -275,10 +281,11 @@ def run_report(options: Namespace) -> int:
     import numpy as np
 
     from cnnrnn.api import resolve_model
-    from cnnrnn.inspection.report import write_report
+    from cnnrnn.inspection.report import require_report, write_report
     from cnnrnn.inspection.suspects import seen_in_training
     from cnnrnn.machine.progress import terminal_progress
 
+    require_report()
     run = Path(options.model)
     out = Path(options.out or (run if run.is_dir() else Path()) / "report.html")
     require_folder("out", str(out))
@@ -322,6 +329,15 @@ def run_predict(options: Namespace) -> int:
     form = options.format
     if form is None:
         form = "table" if options.out is None else form_of(options.out, default="table")
+    if form == "parquet" and not _is_kept(options.out):
+        raise ValueError("Parquet needs --out FILE, a file of its own")
+    if options.resume and not (form in FORMS and _is_kept(options.out)):
+        raise ValueError(
+            "--resume needs --out FILE in CSV, JSON lines or Parquet, such as labels.jsonl"
+        )
+    if form == "table" and (options.sets or options.scores == "all"):
+        name = "sets" if options.sets else "scores"
+        raise ValueError(f"--{name} needs --format csv, jsonl or parquet")
     found = with_folders_listed(options.images, options.on_bad_image)
     images = [str(image) if isinstance(image, Path) else image for image in found]
     del found  # of a million files half a gigabyte
@@ -332,7 +348,7 @@ def run_predict(options: Namespace) -> int:
         raise ValueError(f"--exclude must name labels of the model, got {listed(unknown)}")
     failed: list[str] = []
     sidecar = _sidecar_writer(options, failed)
-    if options.out is not None and form in FORMS:
+    if form in FORMS and _is_kept(options.out):
         rows = FORMS[form](row_options, model.labels)
         _label_files(options, images, known, rows, predict, model, sidecar)
     else:
@@ -379,6 +395,11 @@ def _sidecar_writer(options: Namespace, failed: list[str]) -> Callable[[Predicti
             failed.append(str(error))
 
     return write
+
+
+def _is_kept(out: str | None) -> bool:
+    """Whether results go to a file, and not to standard output, a pipe or a device."""
+    return out is not None and (os.path.isfile(out) or not os.path.exists(out))
 
 
 def _predicting(
@@ -448,12 +469,13 @@ def _label_files(
         if sheet is not None:
             sheet.add(prediction)
 
+    out = Path(os.path.realpath(options.out))  # what a link names is replaced, not the link
     identity = _labelling_identity(options, rows, model)
     with _contact_sheet(options) as sheet:
         summary = label_files(
-            images, predict_some, Path(options.out), rows, identity,
+            images, predict_some, out, rows, identity,
             resume=options.resume, progress=terminal_progress, batch_size=options.batch_size,
-            each=each,
+            each=each, told=["\n".join(names) for names in known] if of_each else None,
         )  # fmt: skip
     print("\n".join(summary.lines(Path(options.out))), file=sys.stderr)
 
@@ -468,13 +490,17 @@ def _labelling_identity(
 
     is_file = options.model is not None and options.model.lower().endswith(".onnx")
     names = ("known", "absent", "known_from", "top_k", "min_labels", "decide", "threshold",
-             "beam_size", "batch_size", "precision", "max_pixels", "search")  # fmt: skip
+             "beam_size", "batch_size", "precision", "max_pixels", "search", "sidecar", "existing",
+             "exclude")  # fmt: skip
+    backbone = None if is_file else model.backbone  # type: ignore[union-attr]
     return {
         "format": type(rows).__name__,
         **asdict(rows.options),
         **{name: options[name] for name in names},
         "labels": list(model.labels),
         "calibration": asdict(model.calibration),
+        "search of the model": None if is_file else asdict(cast("CNNRNN", model).search),
+        "preprocessing": None if backbone is None else asdict(backbone.preprocessing),
         "weights": file_digest(Path(options.model)) if is_file
         else weights_digest(model.state_dict().items()),  # type: ignore[union-attr]
     }  # fmt: skip
@@ -514,8 +540,8 @@ def _require_predict_files(options: Namespace) -> None:
     if options.sidecar is None and (options.exclude or options.existing != "append"):
         name = "exclude" if options.exclude else "existing"
         raise ValueError(f"--{name} needs --sidecar txt or --sidecar xmp, got none")
-    if options.resume and options.out is None:
-        raise ValueError("--resume needs --out FILE.jsonl, FILE.csv or FILE.parquet, got none")
+    if options.out is not None and os.path.isdir(options.out):
+        raise ValueError(f"--out must name a file, got the folder {options.out}")
     if options.resume and options.html is not None:
         raise ValueError("--html shows images as they are labelled: it cannot go with --resume")
     if options.html is not None and options.out is not None:

@@ -208,7 +208,10 @@ def _report_parser() -> ArgumentParser:
 
 
 def _predict_parser() -> ArgumentParser:
-    parser = _command_parser("Label images; writes each result as it is ready.")
+    parser = _command_parser(
+        "Label images. Standard output and tables get each result as it is ready, files in other "
+        "forms appear at the end."
+    )
     parser.add_argument("images", type=str, nargs="+", help="image files and folders")
     parser.add_argument(
         "--model", type=str | None,
@@ -229,7 +232,9 @@ def _predict_parser() -> ArgumentParser:
         help="scores in CSV, JSON lines and Parquet: of the predicted labels, or of all",
     )  # fmt: skip
     parser.add_argument(
-        "--sets", type=int | None, help="also write so many of the most probable label sets"
+        "--sets",
+        type=int | None,
+        help="in CSV, JSON lines and Parquet, also write so many of the most probable label sets",
     )
     parser.add_argument(
         "--html", type=str | None,

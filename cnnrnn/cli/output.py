@@ -156,7 +156,8 @@ def write_labels(
         for name, cut in thresholds.items():
             cells = [name, f"{cut:.4g}"]
             if near:
-                rows.writerows([*cells, other, f"{cosine:.4f}"] for other, cosine in near[name])
+                pairs = [[other, f"{cosine:.4f}"] for other, cosine in near[name]] or [["", ""]]
+                rows.writerows([*cells, *pair] for pair in pairs)
             else:
                 rows.writerow(cells)
         return

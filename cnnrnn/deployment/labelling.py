@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -114,14 +115,15 @@ def label_files(
     resume: bool = False,
     each: Callable[[Prediction], None] = lambda prediction: None,
     progress: Progress = no_progress,
+    told: Sequence[str] | None = None,
     batch_size: int = 64,
     part_rows: int = PART_ROWS,
 ) -> Summary:
     """Label files and write a row for each, in their order.
 
-    The rows are those of a run that was not stopped, to the last digit, as long as no file changed:
-    parts hold whole batches, so that what is left is labelled in the same batches, on which the
-    last digits depend.
+    The rows are those of a run that was not stopped, to the last digit, as long as no file changed
+    and all could be read: parts hold whole batches, so that what is left is labelled in the same
+    batches, on which the last digits depend.
 
     Args:
         paths: of the images.
@@ -134,6 +136,7 @@ def label_files(
             are tried again. The first run may have it, too. False starts over.
         each: called with each prediction, before its row is kept.
         progress: told how many files are done.
+        told: what is told of each image; one that is told something else is labelled again.
         batch_size: images that `predict` labels together.
         part_rows: least number of rows of a part.
 
@@ -146,16 +149,16 @@ def label_files(
         InUseError: another process writes to `out`.
         OSError: with the name of the file that cannot be written.
     """
-    folder = out.with_name(f".{out.name}.labelling")
+    folder = _folder_of(out)
     with alone_in(folder, "labelling"):
         state = _State(folder, out, rows, json.loads(json.dumps(identity)))
         state.open(resume)
         names: dict[str, int] = {}
         first = np.array(
-            [names.setdefault(_name(path), position) for position, path in enumerate(paths)],
+            [names.setdefault(rows.name(_name(path)), i) for i, path in enumerate(paths)],
             dtype=np.int64,
         )
-        stats = _stats(paths)
+        stats = _stats(paths, told)
         found = state.find(names, len(paths)) if resume else _Found.nothing(len(paths))
         todo = np.flatnonzero((first == np.arange(len(paths))) & ~found.holds(stats))
         part = _Part(state, part_rows, batch_size)
@@ -164,7 +167,8 @@ def label_files(
                 predictions = predict(Images(paths, todo), todo)
                 for position, prediction in zip(todo.tolist(), predictions, strict=True):
                     each(prediction)
-                    part.add(_name(paths[position]), prediction, stats[position])
+                    name = rows.name(_name(paths[position]))
+                    part.add(name, prediction, stats[position])
                     advance(1)
             except BaseException:  # Ctrl-C too: what is labelled is kept
                 with suppress(OSError):
@@ -174,21 +178,36 @@ def label_files(
         found = state.find(names, len(paths))
         summary = state.join(found, first, len(todo))
         if not resume:
+            state.clear()
             shutil.rmtree(folder, ignore_errors=True)
         return summary
+
+
+def has_parts(out: Path) -> bool:
+    """Whether a run for a file was stopped and left rows."""
+    return any(_folder_of(out).glob("part-[0-9]*"))
+
+
+def _folder_of(out: Path) -> Path:
+    return out.with_name(f".{out.name}.labelling")
 
 
 def _name(path: Image) -> str:
     return path if isinstance(path, str) else path.path
 
 
-def _stats(paths: Sequence[Image]) -> npt.NDArray[np.int64]:
-    """Return size in bytes and time of change in ns of files: [n, 2], -1 where there is none."""
-    stats = np.full((len(paths), 2), -1, dtype=np.int64)
+def _stats(paths: Sequence[Image], told: Sequence[str] | None) -> npt.NDArray[np.int64]:
+    """Return size, time of change in ns and a digest of what is told of each file: [n, 3].
+
+    Size and time are -1 where there is no file.
+    """
+    stats = np.full((len(paths), 3), -1, dtype=np.int64)
     for position, path in enumerate(paths):
         with suppress(OSError, ValueError):
             about = os.stat(_name(path))
-            stats[position] = about.st_size, about.st_mtime_ns
+            stats[position, :2] = about.st_size, about.st_mtime_ns
+        text = "" if told is None else told[position]
+        stats[position, 2] = zlib.crc32(text.encode("utf-8", "surrogateescape"))
     return stats
 
 
@@ -200,7 +219,7 @@ class _Found:
         parts: files of rows.
         part: [n] int32, which of them has an image's row; -1 for none.
         offset: [n] int64, where it begins, in bytes.
-        stats: [n, 2] int64, size and time of the file that was labelled.
+        stats: [n, 3] int64, as `_stats` of the file that was labelled.
     """
 
     parts: list[Path]
@@ -213,7 +232,7 @@ class _Found:
         """Return that of images without rows."""
         return cls(
             [], np.full(count, -1, dtype=np.int32), np.zeros(count, dtype=np.int64),
-            np.full((count, 2), TO_RETRY, dtype=np.int64),
+            np.full((count, 3), TO_RETRY, dtype=np.int64),
         )  # fmt: skip
 
     def holds(self, stats: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
@@ -240,21 +259,23 @@ class _State:
         if result is not None and _stat(joined) == result:  # stopped before the last step
             os.replace(joined, self.out)
         joined.unlink(missing_ok=True)
-        if not resume:
-            for name in (_RUN, _DONE, _KEPT):
-                (self.folder / name).unlink(missing_ok=True)
-            for part in self.parts():
-                part.unlink()
-        elif run:
+        if run:
             self._require_same(run)
-            if result is not None and not (self.folder / _KEPT).exists():
+            if result is not None:
                 self._keep(result)
-        elif self.out.exists():
+        elif resume and self.out.exists():
             raise LabellingError(
                 f"{self.out} cannot be resumed: what it was made from is not known; name another "
                 "file, or leave --resume out to replace it"
             )
-        self._write_run(result if resume else None)
+        else:
+            self.clear()
+        self._write_run(result)
+
+    def clear(self) -> None:
+        """Remove what former runs left; last of all what it says of them."""
+        for file in [*self.parts(), *(self.folder / name for name in (_KEPT, _DONE, _RUN))]:
+            file.unlink(missing_ok=True)
 
     def _read_run(self) -> dict[str, Any]:
         file = self.folder / _RUN
@@ -290,12 +311,14 @@ class _State:
             )
 
     def _keep(self, result: list[int]) -> None:
-        """Write the rows of the results of a former run as a part."""
+        """Write the rows of the results of a former run as a part, if that is not done yet."""
         if _stat(self.out) != result:
             raise LabellingError(
                 f"{self.out} was changed or removed since it was written: its rows are not known "
                 f"any more. Name another file, or remove {self.folder} to start over"
             )
+        if (self.folder / _KEPT).exists():
+            return
         with np.load(self.folder / _DONE, allow_pickle=False) as done:
             stats = done["stats"]
 
@@ -316,11 +339,11 @@ class _State:
             offset = 0
             with file.open("rb") as stream:
                 for line in stream:
-                    image, size, time_ns, _, _ = json.loads(line)
+                    image, stat, _, _ = json.loads(line)
                     position = names.get(image)
                     if position is not None:
                         found.part[position], found.offset[position] = number, offset
-                        found.stats[position] = size, time_ns
+                        found.stats[position] = stat
                     offset += len(line)
         return found
 
@@ -334,7 +357,7 @@ class _State:
                 stream = streams[found.part[position]]
                 if stream.tell() != found.offset[position]:
                     stream.seek(found.offset[position])
-                image, _, _, error, row = json.loads(stream.readline())
+                image, _, error, row = json.loads(stream.readline())
                 if error is not None:
                     summary.bad += 1
                     if len(summary.first_bad) < MOST_BAD:
@@ -355,9 +378,8 @@ class _State:
         return summary
 
 
-def _line(image: str, stat: Sequence[int], error: str | None, row: Any) -> bytes:
-    size, time_ns = (int(value) for value in stat)
-    return json.dumps([image, size, time_ns, error, row]).encode() + b"\n"
+def _line(image: str, stat: npt.NDArray[np.int64], error: str | None, row: Any) -> bytes:
+    return json.dumps([image, stat.tolist(), error, row]).encode() + b"\n"
 
 
 def _save(file: Path, stats: npt.NDArray[np.int64]) -> None:
@@ -396,7 +418,7 @@ class _Part:
         row = self._state.rows.row(record_of(prediction, self._state.rows.options))
         if error is not None:
             stat = np.full_like(stat, TO_RETRY)
-        self._lines.append(_line(name, stat.tolist(), error, row))
+        self._lines.append(_line(name, stat, error, row))
         late = time.monotonic() - self._began > PART_SECONDS
         if len(self._lines) % self._batch_size == 0 and (late or len(self._lines) >= self._rows):
             self.write()

@@ -79,6 +79,10 @@ class RowFile(ABC):
         self.options = options
         self.labels = tuple(labels)
 
+    def name(self, image: str) -> str:
+        """Return an image's path as `read` gives it back."""
+        return image
+
     @abstractmethod
     def row(self, record: dict[str, Any]) -> Any:
         """Return a record, as `record_of` makes it, as `write` takes it."""
@@ -178,14 +182,19 @@ class Parquet(RowFile):
         super().__init__(options, labels)
         _arrow()
 
+    def name(self, image: str) -> str:
+        """Return an image's path as UTF-8 can hold it."""
+        return image.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
     def row(self, record: dict[str, Any]) -> dict[str, Any]:
         """Return the values by column."""
+        error = record.get("error")
         return {
-            "image": _utf8(record["image"]),
+            "image": self.name(record["image"]),
             "labels": record.get("labels"),
             "log_prob": record.get("log_prob"),
             "scores": list(record["scores"].items()) if "scores" in record else None,
-            "error": record.get("error"),
+            "error": None if error is None else self.name(error),
             **{name: record.get(name) for name in ("sets", "neighbours")
                if getattr(self.options, name)},
         }  # fmt: skip
@@ -240,10 +249,6 @@ def _text(file: Path, mode: str) -> IO[str]:
 
 def _pairs(scores: list[Any] | None) -> list[tuple[str, float | None]] | None:
     return None if scores is None else [(name, score) for name, score in scores]
-
-
-def _utf8(name: str) -> str:
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _arrow() -> tuple[Any, Any]:

@@ -72,8 +72,8 @@ def draw(explanation: Explanation, file: Path) -> None:
         axes.set_axis_off()
     for axes, (title, pixels) in zip(grid, panels, strict=False):
         axes.imshow(pixels, extent=(0, width, height, 0), interpolation="nearest")
-        axes.set_title(title, fontsize=8, wrap=True)
-    figure.supxlabel(explanation.explained, fontsize=7, wrap=True)
+        axes.set_title(title, fontsize=8, wrap=True, parse_math=False)  # a label may hold a $
+    figure.supxlabel(explanation.explained, fontsize=7, wrap=True, parse_math=False)
     write_whole(file, lambda target: figure.savefig(target, dpi=110))
 
 

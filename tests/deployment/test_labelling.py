@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -144,8 +145,7 @@ def test_a_complete_run_is_not_repeated(files, predictions, tmp_path):
         whole = out.read_bytes()
         again = Labeller(predictions)
         summary = label_files(files, again, out, rows, IDENTITY, resume=True)
-        unknown = [f for f in files if "\udcff" in f and form == "parquet"]  # not UTF-8
-        assert again.seen == unknown and summary.labelled == len(unknown)
+        assert again.seen == [] and summary.labelled == 0
         assert out.read_bytes() == whole
         assert "labelled before" in summary.lines(out)[0]
 
@@ -162,7 +162,6 @@ def test_without_resume_a_stopped_run_starts_over(files, predictions, tmp_path):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_new_and_changed_files_alone_are_labelled(files, predictions, tmp_path, form):
-    files = [file for file in files if "\udcff" not in file]
     out, rows = tmp_path / f"out.{form}", FORMS[form](ALL, LABELS)
     label_files(files, Labeller(predictions), out, rows, IDENTITY, resume=True)
     os.unlink(files[4])
@@ -285,6 +284,49 @@ def test_what_does_not_fit_is_refused(files, predictions, tmp_path):
         run(files, Labeller(predictions), tmp_path / "other.jsonl", rows, IDENTITY, resume=True)
 
 
+def test_rows_of_unknown_origin_are_not_used(files, predictions, tmp_path):
+    out, rows = tmp_path / "out.jsonl", JsonLines(ALL, LABELS)
+    with pytest.raises(KeyboardInterrupt):
+        label_files(files, Labeller(predictions, 9), out, rows, IDENTITY, batch_size=1)
+    (tmp_path / ".out.jsonl.labelling" / "run.json").unlink()
+    label_files(files, again := Labeller(predictions), out, rows, IDENTITY, resume=True)
+    assert again.seen == files
+
+
+def test_a_changed_result_is_refused_after_a_stop_too(files, predictions, tmp_path):
+    out, rows = tmp_path / "out.jsonl", JsonLines(ALL, LABELS)
+    label_files(files[:9], Labeller(predictions), out, rows, IDENTITY, resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        label_files(files, Labeller(predictions, 5), out, rows, IDENTITY, resume=True)
+    out.write_text("mine\n")
+    with pytest.raises(LabellingError, match="was changed or removed"):
+        label_files(files, Labeller(predictions), out, rows, IDENTITY, resume=True)
+    assert out.read_text() == "mine\n"
+
+
+def test_an_image_that_is_told_something_else_is_labelled_again(files, predictions, tmp_path):
+    out, rows = tmp_path / "out.jsonl", JsonLines(ALL, LABELS)
+    told = ["sky"] * len(files)
+    label_files(files, Labeller(predictions), out, rows, IDENTITY, resume=True, told=told)
+    told[4] = "sea"
+    again = Labeller(predictions)
+    label_files(files, again, out, rows, IDENTITY, resume=True, told=told)
+    assert again.seen == [files[4]]
+
+
+def test_names_that_are_no_text_in_parquet(files, predictions, tmp_path):
+    name = next(file for file in files if "\udcff" in file)
+    Path(name).write_text("no number")
+    out, rows = tmp_path / "out.parquet", Parquet(ALL, LABELS)
+    label_files(files, Labeller(predictions), out, rows, IDENTITY, resume=True)
+    ((image, error, _),) = [row for row in rows.read(out) if row[1] is not None]
+    assert image == name.replace("\udcff", "\\xff") and image in error
+    Path(name).write_text("3")
+    label_files(files, Labeller(predictions), out, rows, IDENTITY, resume=True)
+    label_files(files, again := Labeller(predictions), out, rows, IDENTITY, resume=True)
+    assert again.seen == []
+
+
 def test_one_process_at_a_time(files, predictions, tmp_path):
     out, rows = tmp_path / "out.jsonl", JsonLines(ALL, LABELS)
     with alone_in(tmp_path / ".out.jsonl.labelling", "labelling"):
@@ -339,8 +381,44 @@ def test_the_command_resumes(scenes, tmp_path, capsys):
     assert out.read_bytes() == first
     assert main([*command, "--decide", "threshold"]) == 1
     assert "decide was 'path' and is 'threshold'" in capsys.readouterr().err
-    assert main(["predict", str(scenes), "--resume"]) == 1
-    assert "--resume needs --out" in capsys.readouterr().err
+    for words, said in (
+        (["--resume"], "--resume needs --out"),
+        (["--resume", "--out", str(tmp_path / "a.txt")], "--resume needs --out"),
+        (["--format", "parquet"], "Parquet needs --out"),
+        (["--out", str(tmp_path)], "--out must name a file, got the folder"),
+        (["--sets", "2"], "--sets needs --format"),
+        (["--scores", "all"], "--scores needs --format"),
+    ):
+        assert main(["predict", str(scenes), "--model", str(DEMO_MODEL), *words]) == 1
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="makes a pipe")
+def test_the_command_writes_to_links_and_pipes(scenes, tmp_path, capsys):
+    command = ["predict", str(scenes), "--model", str(DEMO_MODEL), "--format", "jsonl"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    real, link, pipe = tmp_path / "real.jsonl", tmp_path / "link.jsonl", tmp_path / "pipe"
+    real.write_text("former")
+    link.symlink_to(real)
+    assert main([*command, "--out", str(link)]) == 0
+    assert link.is_symlink() and real.read_text() == printed
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as reader:
+        text = reader.submit(pipe.read_text)
+        assert main([*command, "--out", str(pipe)]) == 0
+        assert text.result() == printed
+    assert pipe.is_fifo()
+
+
+def test_an_error_says_that_what_is_labelled_is_kept(scenes, tmp_path, capsys):
+    images = tmp_path / "images"
+    shutil.copytree(scenes, images)
+    (images / "~.png").write_text("no image")
+    command = ["predict", str(images), "--model", str(DEMO_MODEL), "--batch-size", "8", "--out"]
+    assert main([*command, str(tmp_path / "l.jsonl")]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert "~.png must be a readable image" in said[-2] and "--resume goes on" in said[-1]
 
 
 def test_known_labels_stay_with_their_images(scenes, tmp_path, capsys):

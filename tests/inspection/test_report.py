@@ -22,10 +22,10 @@ from cnnrnn.api import DEMO_MODEL
 from cnnrnn.cli import main
 from cnnrnn.comparison.report import write_comparison
 from cnnrnn.comparison.results import Row
-from cnnrnn.data import load_dataset
+from cnnrnn.data import DataError, load_dataset
 from cnnrnn.data.dataset import csr
 from cnnrnn.data.sources.scenes import write_scenes
-from cnnrnn.evaluation import evaluate
+from cnnrnn.evaluation import evaluate, model_features
 from cnnrnn.inspection.report import figures, findings, write_report
 from cnnrnn.inspection.report.page import SECTIONS
 from cnnrnn.inspection.report.statistics import (
@@ -259,24 +259,62 @@ def test_a_log_is_read_as_far_as_it_is_whole(page):
     assert findings._epochs(page.with_name("none")) == []
 
 
-def test_an_ensemble_and_another_order(model, scenes, tmp_path):
-    for other, lacking in (
-        (Ensemble([model, model]), "joint spaces of their own"),
-        (
-            cnnrnn.CNNRNN(
-                model.config,
-                model.label_space,
-                model.head,
-                model.backbone,
-                replace(model.search, order="unique"),
-                model.calibration,
-            ),  # fmt: skip
-            "Suspected labels need",
-        ),
-    ):
-        write_report(other, scenes, tmp_path / "r.html")
-        text = (tmp_path / "r.html").read_text()
-        assert lacking in text and "Sets have no probability here" in text
+def test_an_ensemble(model, scenes, tmp_path):
+    ensemble = Ensemble([model, model])
+    write_report(ensemble, scenes, tmp_path / "r.html")
+    assert "joint spaces of their own" in (tmp_path / "r.html").read_text()
+    one, both = findings.find(model, scenes), findings.find(ensemble, scenes)
+    assert one.of_sets is not None and both.of_sets is not None
+    assert math.isclose(one.of_sets.error, both.of_sets.error, abs_tol=1e-4)
+    assert [row.name for row in one.mistakes] == [row.name for row in both.mistakes]
+
+
+def test_another_order(model, scenes, tmp_path):
+    other = cnnrnn.CNNRNN(
+        model.config, model.label_space, model.head, model.backbone,
+        replace(model.search, order="unique"), model.calibration,
+    )  # fmt: skip
+    write_report(other, scenes, tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    assert "Suspected labels need" in text and "Sets have no probability here" in text
+    rows = findings.find(other, scenes).mistakes
+    assert all(row.p_decided is None for row in rows)
+    wrong = [len(row.missed) + len(row.wrong) for row in rows]
+    assert wrong == sorted(wrong, reverse=True)
+
+
+def test_probabilities_are_of_the_decided_set(model, scenes):
+    """Where the best path is too short, another set is decided, and far less probable."""
+    calibration = replace(model.calibration, min_labels=6)
+    other = cnnrnn.CNNRNN(
+        model.config, model.label_space, model.head, model.backbone, model.search, calibration
+    )
+    for row in findings.find(other, scenes).mistakes:
+        decided = {*row.found, *row.wrong}
+        assert len(decided) >= 6
+        (index,) = [i for i in range(len(scenes)) if scenes.record_name(i) == row.name]
+        features = model_features(model, scenes.select([index])).values
+        sets = torch.tensor([[name in decided for name in model.labels]])
+        expected = math.exp(-float(model.set_nll(features, sets)))
+        assert math.isclose(row.p_decided, expected, rel_tol=1e-3)
+
+
+def test_no_images(model, scenes, tmp_path):
+    with pytest.raises(DataError, match="has no images to evaluate on"):
+        write_report(model, scenes.select([]), tmp_path / "r.html")
+
+
+def test_what_is_left_out_is_told(model, tmp_path):
+    write_scenes(tmp_path / "s", train=2, val=2, test=6, seed=3)
+    data = load_dataset(f"scenes:{tmp_path / 's'}").split("test")
+    Path(data.image_paths[2]).write_bytes(b"no image")
+    sky = Dataset(list(data.image_paths), [["sky"]] * 6)
+    with pytest.warns(UserWarning, match="1 of 6"):
+        write_report(model, sky, tmp_path / "r.html", on_bad_image="skip")
+    text = (tmp_path / "r.html").read_text()
+    assert "1 of 6 images could not be read and are left out." in text
+    assert "25 of the model&#39;s 26 labels not at all" in text
+    assert Path(data.image_paths[2]).name not in text
 
 
 def test_unknown_labels_count_nowhere(model, scenes):
@@ -460,7 +498,7 @@ def test_pictures_are_drawn_in_a_browser(browser, page):
     tab.goto(page.as_uri())
     first = tab.locator("#mistakes img").first
     first.scroll_into_view_if_needed()
-    tab.wait_for_function("document.querySelector('#mistakes img').complete")
+    first.evaluate("image => image.decode()")
     assert first.evaluate("image => image.naturalWidth") > 0
     assert first.get_attribute("loading") == "lazy"
     tab.close()

@@ -8,9 +8,18 @@ from cnnrnn.config import Backend, OnBadImage, SearchDevice
 from cnnrnn.data import Dataset
 from cnnrnn.inspection.report.findings import find
 from cnnrnn.inspection.report.page import report_values, write_page
+from cnnrnn.machine.extras import from_extra
 from cnnrnn.machine.progress import Progress, no_progress
 from cnnrnn.model.classifier import CNNRNN
 from cnnrnn.model.ensemble import Ensemble
+
+
+def require_report() -> None:
+    """Raise `ModuleNotFoundError` if what makes a page is not installed."""
+    with from_extra("matplotlib", "a report", "report"):
+        import matplotlib  # noqa: F401
+    with from_extra("Jinja2", "a report", "report"):
+        import jinja2  # noqa: F401
 
 
 def write_report(
@@ -56,6 +65,7 @@ def write_report(
         ModuleNotFoundError: matplotlib or Jinja2, of the extra `report`, is not installed.
         OSError: the page cannot be written.
     """
+    require_report()
     found = find(
         model, dataset, log=log, cache=cache, backend=backend, search_device=search_device,
         batch_size=batch_size, workers=workers, on_bad_image=on_bad_image, progress=progress,

@@ -38,13 +38,14 @@ from cnnrnn.model.ensemble import Ensemble
 from cnnrnn.network.features import Features
 from cnnrnn.network.joint_space import label_vectors, nearest
 from cnnrnn.prediction.decisions import decided_sets
-from cnnrnn.search.inference import Inference
 
 MISTAKES = 24
 SUSPECTS = 24
 SUSPECTS_AMONG = 5_000
 KNOWN_AMONG = 2_000
 """Images of which labels are revealed, and of which labels are judged: a sample of larger data."""
+POOLED = 20_000_000
+"""Scores that are ranked together; of more, those of a sample of the images."""
 MOST_KNOWN = 3
 LABELS_ON_MAP = 80
 LABELS_IN_TABLE = 2_000
@@ -91,8 +92,8 @@ class Mistake(NamedTuple):
         found: true labels in the decided set.
         missed: true labels that are not.
         wrong: labels of the decided set that are not true.
-        p_decided: probability of the decided set.
-        p_true: probability of the true set.
+        p_decided: probability of the decided set; None where a set has several paths.
+        p_true: probability of the true set; likewise.
     """
 
     name: str
@@ -100,8 +101,8 @@ class Mistake(NamedTuple):
     found: tuple[str, ...]
     missed: tuple[str, ...]
     wrong: tuple[str, ...]
-    p_decided: float
-    p_true: float
+    p_decided: float | None
+    p_true: float | None
 
 
 class Suspicious(NamedTuple):
@@ -166,6 +167,7 @@ class Findings:
         evaluation: every decision measured.
         labels: a row per label; of many, those with the most positives.
         pooled: [p, 2] recall and precision over all labels together.
+        pooled_among: of how many images.
         decisions: recall and precision of each decision over all labels together.
         of_scores: scores against labels.
         of_sets: probabilities of the decided sets against whether they are right; None where a path
@@ -174,6 +176,7 @@ class Findings:
         sizes: how many sets have 0, 1, ... labels, [most + 1], by `true` and decision.
         mistakes: the worst.
         images_wrong: how many decided sets are wrong.
+        images_known: among how many images, those without unknown labels.
         suspects: the most suspicious labels.
         suspects_found: how many labels look wrong.
         suspects_among: how many images were judged; 0 where the model cannot.
@@ -188,6 +191,7 @@ class Findings:
     evaluation: Evaluation
     labels: list[LabelRow]
     pooled: Tensor
+    pooled_among: int
     decisions: dict[str, tuple[float, float]]
     of_scores: Reliability
     of_sets: Reliability | None
@@ -195,6 +199,7 @@ class Findings:
     sizes: dict[str, Tensor]
     mistakes: list[Mistake]
     images_wrong: int
+    images_known: int
     suspects: list[Suspicious]
     suspects_found: int
     suspects_among: int
@@ -244,10 +249,25 @@ def find(
     targets, inference = evaluation.targets, evaluation.inference
     known = ~_unknown(evaluation)
     scores = inference.mixed(evaluation.calibration)
+    some = torch.from_numpy(_sample(len(targets), max(1, POOLED // len(model.labels))))
     sets = decided_sets("path", inference, scores, evaluation.calibration)
+    log_probs = None
+    if model.search.order == "increasing":
+        log_probs = -model.set_nll(features.values, sets)
     map_, near = _label_map(model, targets)
     suspects = _suspects(model, data, features)
-    notes = {}
+    notes: dict[str, str] = {}
+    if len(data) < len(dataset):
+        notes["unread"] = (
+            f"{len(dataset) - len(data):,} of {len(dataset):,} images could not be read and are "
+            "left out."
+        )
+    lacking = len(model.labels) - len(dataset.label_names)
+    if lacking:
+        notes["lacking"] = (
+            f"The data has {lacking} of the model's {len(model.labels)} labels not at all: they "
+            "count as absent everywhere."
+        )
     if suspects is None:
         notes["suspects"] = (
             "Suspected labels need a model whose paths go in the order increasing: "
@@ -258,16 +278,18 @@ def find(
         epochs=_epochs(log),
         evaluation=evaluation,
         labels=_label_rows(model, evaluation, scores, sets, near),
-        pooled=precision_recall(scores[known], targets[known]),
+        pooled=precision_recall(scores[some][known[some]], targets[some][known[some]]),
+        pooled_among=len(some),
         decisions={
             name: (values["O-R"], values["O-P"]) for name, values in evaluation.metrics.items()
         },
         of_scores=reliability(scores[known], targets[known]),
-        of_sets=_set_reliability(model, evaluation, sets),
+        of_sets=None if log_probs is None else _set_reliability(evaluation, sets, log_probs),
         pairs=pairs(targets, sets & known),
         sizes=_sizes(evaluation, scores),
-        mistakes=_mistakes(model, data, evaluation, sets),
-        images_wrong=int(((sets & known) != targets).any(1).sum()),
+        mistakes=_mistakes(model, data, evaluation, sets, log_probs),
+        images_wrong=int(((sets != targets).any(1) & known.all(1)).sum()),
+        images_known=int(known.all(1).sum()),
         suspects=[] if suspects is None else _suspicious(suspects),
         suspects_found=0 if suspects is None else len(suspects),
         suspects_among=0 if suspects is None else len(suspects.dataset),
@@ -304,10 +326,15 @@ def _facts(
                    f"order {search.order}"),
         ("Data", f"{data.source}: {len(data):,} images, "
                  f"{best['mean-labels-true']:.2f} labels an image"),
-        ("Result", f"mAP {100 * best['mAP']:.1f}, O-F1 {100 * best['O-F1']:.1f} and whole sets "
-                   f"right {100 * best['exact-match']:.1f} per cent by the best path; NLL "
-                   f"{bound}{evaluation.nll:.2f} nats"),
+        ("Result", f"mAP {fixed(100 * best['mAP'], 1)}, O-F1 {fixed(100 * best['O-F1'], 1)} and "
+                   f"whole sets right {fixed(100 * best['exact-match'], 1)} per cent by the best "
+                   f"path; NLL {bound}{fixed(evaluation.nll, 2)} nats"),
     ]  # fmt: skip
+
+
+def fixed(value: float, digits: int) -> str:
+    """Write a number, or a dash where there is none."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else "–"
 
 
 def _epochs(log: Path | None) -> list[dict[str, Any]]:
@@ -358,21 +385,11 @@ def _label_rows(
     return rows
 
 
-def _set_reliability(
-    model: CNNRNN | Ensemble, evaluation: Evaluation, sets: Tensor
-) -> Reliability | None:
+def _set_reliability(evaluation: Evaluation, sets: Tensor, log_probs: Tensor) -> Reliability:
     """Compare the probabilities of decided sets with whether they are the true ones."""
-    if isinstance(model, Ensemble) or model.search.order != "increasing":
-        return None
     whole = ~_unknown(evaluation).any(1)
-    best = _best_probabilities(evaluation.inference)
     right = (sets == evaluation.targets).all(1)
-    return reliability(best[whole], right[whole])
-
-
-def _best_probabilities(inference: Inference) -> Tensor:
-    """Return the probability of each image's best path: [n] float64."""
-    return torch.cat([r.log_probs[:, 0].double().exp().cpu() for r in inference.search])
+    return reliability(log_probs[whole].exp(), right[whole])
 
 
 def _sizes(evaluation: Evaluation, scores: Tensor) -> dict[str, Tensor]:
@@ -387,15 +404,22 @@ def _sizes(evaluation: Evaluation, scores: Tensor) -> dict[str, Tensor]:
 
 
 def _mistakes(
-    model: CNNRNN | Ensemble, data: Dataset, evaluation: Evaluation, sets: Tensor
+    model: CNNRNN | Ensemble,
+    data: Dataset,
+    evaluation: Evaluation,
+    sets: Tensor,
+    log_probs: Tensor | None,
 ) -> list[Mistake]:
-    """Return the images of which the model is surest, and wrong."""
+    """Return the images of which the model is surest, and wrong.
+
+    Without probabilities of sets, those with the most wrong labels.
+    """
     targets, unknown = evaluation.targets, _unknown(evaluation)
-    best = torch.cat([r.log_probs[:, 0].double().cpu() for r in evaluation.inference.search])
-    wrong = ((sets != targets) & ~unknown).any(1) & ~unknown.any(1)
-    gaps = (best + evaluation.set_nll).masked_fill(~wrong, -math.inf).nan_to_num(-math.inf)
+    differing = (sets != targets).sum(1).masked_fill(unknown.any(1), 0)
+    gaps = differing.double() if log_probs is None else log_probs + evaluation.set_nll
+    gaps = gaps.masked_fill(differing == 0, -math.inf).nan_to_num(-math.inf)
     found = []
-    for image in gaps.topk(min(MISTAKES, int(wrong.sum()))).indices.tolist():
+    for image in gaps.topk(min(MISTAKES, int((differing > 0).sum()))).indices.tolist():
         true, decided = targets[image], sets[image]
         found.append(
             Mistake(
@@ -404,8 +428,8 @@ def _mistakes(
                 _names(model.labels, true & decided),
                 _names(model.labels, true & ~decided),
                 _names(model.labels, decided & ~true),
-                math.exp(float(best[image])),
-                math.exp(-float(evaluation.set_nll[image])),
+                None if log_probs is None else math.exp(float(log_probs[image])),
+                None if log_probs is None else math.exp(-float(evaluation.set_nll[image])),
             )
         )
     return found

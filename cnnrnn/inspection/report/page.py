@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from cnnrnn.inspection.report import figures
-from cnnrnn.inspection.report.findings import Findings
+from cnnrnn.inspection.report.findings import Findings, fixed
 from cnnrnn.machine.extras import from_extra
 from cnnrnn.machine.files import write_whole
 
@@ -70,18 +70,14 @@ def _environment() -> Environment:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {
-        "percent": lambda value: _fixed(100 * value, 1),
-        "number": _fixed,
+        "percent": lambda value: fixed(100 * value, 1),
+        "number": fixed,
         "thousands": lambda value: f"{value:,}",
         "probability": _probability,
         "path": _svg_path,
         "record": _short_name,
     }
     return environment
-
-
-def _fixed(value: float, digits: int) -> str:
-    return f"{value:.{digits}f}" if math.isfinite(value) else "–"
 
 
 def _probability(value: float) -> str:
@@ -136,7 +132,7 @@ def report_values(found: Findings, labels: tuple[str, ...], remarks: list[str]) 
     metrics = found.evaluation.metrics
     return {
         "found": found,
-        "remarks": remarks,
+        "remarks": [*remarks, *(found.notes[n] for n in ("unread", "lacking") if n in found.notes)],
         "plots": marked,
         "sections": list(SECTIONS.items()),
         "measures": MEASURES,

@@ -75,8 +75,8 @@ def precision_recall(scores: Tensor, targets: Tensor) -> Tensor:
     if int(correct[0]) == 0:
         rank, correct = rank[1:], correct[1:]
     if len(correct) > CURVE_POINTS:
-        wanted = torch.linspace(int(correct[0]), positives, CURVE_POINTS)
-        kept = torch.searchsorted(correct, wanted.ceil().long()).unique()
+        wanted = torch.linspace(int(correct[0]), positives, CURVE_POINTS, dtype=torch.float64)
+        kept = torch.searchsorted(correct, wanted.ceil().long().clamp(max=positives)).unique()
         rank, correct = rank[kept], correct[kept]
     return torch.stack([correct.double() / positives, correct.double() / (rank + 1)], 1)
 
