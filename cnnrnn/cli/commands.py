@@ -781,9 +781,9 @@ def _write_suspects(options: Namespace) -> str:
 
 def run_check(options: Namespace) -> int:
     """Report what this installation has."""
-    from cnnrnn.cli.installation import report
+    from cnnrnn.cli.installation import installed
 
-    lines, problems = report()
+    lines, problems = installed()
     print("\n".join(lines))
     for problem in problems:
         print(f"problem: {problem}")

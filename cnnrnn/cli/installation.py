@@ -17,8 +17,8 @@ EXTRAS = {
 }
 
 
-def report() -> tuple[list[str], list[str]]:
-    """Return the lines of the report, and the problems found, each with its remedy."""
+def installed() -> tuple[list[str], list[str]]:
+    """Return lines on what is installed, and the problems found, each with its remedy."""
     from cnnrnn._build_info import TORCH
 
     lines = [

@@ -408,8 +408,10 @@ def test_a_comparison_ranks_its_methods(tmp_path):
 
 
 def test_plots_have_no_names_that_come_twice():
-    plot = figures.sizes({"true": torch.tensor([1, 2]), "path": torch.tensor([2, 1])})
-    other = figures.known_labels([findings.Known(1, 5, {"example-AP": 0.5}, {"example-AP": 0.6})])
+    plot = figures.size_plot({"true": torch.tensor([1, 2]), "path": torch.tensor([2, 1])})
+    other = figures.known_label_plot(
+        [findings.Known(1, 5, {"example-AP": 0.5}, {"example-AP": 0.6})]
+    )
     names = Page(plot + other).ids
     assert len(names) == len(set(names))
     used = set(re.findall(r"(?:url\(#|href=\"#)([^)\"]+)", plot + other))

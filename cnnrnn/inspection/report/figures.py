@@ -88,7 +88,7 @@ def _inline(svg: str, title: str) -> str:
     return f'<svg role="img" aria-label="{label}" {box[0]}>{rest}'
 
 
-def training(epochs: Sequence[dict[str, Any]]) -> dict[str, str]:
+def training_curves(epochs: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Draw what the log says of each epoch: the loss, and what validation measured."""
     starts = [i for i, e in enumerate(epochs) if i and e.get("stage") != epochs[i - 1].get("stage")]
     numbers = range(1, len(epochs) + 1)
@@ -121,7 +121,7 @@ def _number(value: object) -> float:
     return float(value) if isinstance(value, int | float) else float("nan")
 
 
-def recall_precision(
+def recall_precision_plot(
     pooled: Tensor, labels: Sequence[Tensor], decisions: dict[str, tuple[float, float]]
 ) -> str:
     """Draw the curve over all labels together, those of some labels, and each decision's point.
@@ -158,7 +158,7 @@ def _columns(points: Tensor) -> tuple[list[float], list[float]]:
     return points[:, 0].tolist(), points[:, 1].tolist()
 
 
-def reliability(title: str, found: Reliability, what: str, happened: str) -> str:
+def reliability_plot(title: str, found: Reliability, what: str, happened: str) -> str:
     """Draw what happened against what was expected, and how often each was expected."""
 
     def plot(axes: Axes) -> None:
@@ -179,7 +179,7 @@ def reliability(title: str, found: Reliability, what: str, happened: str) -> str
     return draw(title, plot)
 
 
-def cooccurrence(pairs: Pairs) -> str:
+def pair_plot(pairs: Pairs) -> str:
     """Draw how often pairs are decided against how often they are true, on logarithmic axes."""
     total = pairs.true + pairs.decided
     shown = total.topk(min(POINTS, len(total))).indices
@@ -198,7 +198,7 @@ def cooccurrence(pairs: Pairs) -> str:
     return draw("Pairs of labels, decided against true", plot)
 
 
-def sizes(counts: dict[str, Tensor]) -> str:
+def size_plot(counts: dict[str, Tensor]) -> str:
     """Draw how many images have 0, 1, ... labels, true and decided."""
 
     def plot(axes: Axes) -> None:
@@ -217,7 +217,7 @@ def sizes(counts: dict[str, Tensor]) -> str:
     return draw("Sizes of label sets", plot)
 
 
-def known_labels(rows: Sequence[Known]) -> str:
+def known_label_plot(rows: Sequence[Known]) -> str:
     """Draw how well the other labels are found, before and after some are known."""
 
     def plot(axes: Axes) -> None:
@@ -236,7 +236,7 @@ def known_labels(rows: Sequence[Known]) -> str:
     return draw("Gain from known labels", plot)
 
 
-def label_map(labels: LabelMap) -> str:
+def map_plot(labels: LabelMap) -> str:
     """Draw labels at their places in the plane, the frequent ones larger."""
 
     def plot(axes: Axes) -> None:

@@ -111,23 +111,23 @@ def report_values(found: Findings, labels: tuple[str, ...], remarks: list[str]) 
     from markupsafe import Markup
 
     plots: dict[str, Any] = {
-        "recall_precision": figures.recall_precision(
+        "recall_precision": figures.recall_precision_plot(
             found.pooled, [row.curve for row in found.labels[:CURVES]], found.decisions
         ),
-        "of_scores": figures.reliability(
+        "of_scores": figures.reliability_plot(
             "Reliability of scores", found.of_scores, "score of a label", "share that is true"
         ),
-        "of_sets": None if found.of_sets is None else figures.reliability(
+        "of_sets": None if found.of_sets is None else figures.reliability_plot(
             "Reliability of label sets", found.of_sets, "probability of the set",
             "share that is right",
         ),
-        "pairs": figures.cooccurrence(found.pairs),
-        "sizes": figures.sizes(found.sizes),
-        "known": figures.known_labels(found.known) if found.known else None,
-        "map": None if found.map is None else figures.label_map(found.map),
+        "pairs": figures.pair_plot(found.pairs),
+        "sizes": figures.size_plot(found.sizes),
+        "known": figures.known_label_plot(found.known) if found.known else None,
+        "map": None if found.map is None else figures.map_plot(found.map),
     }  # fmt: skip
     marked: dict[str, Any] = {k: None if v is None else Markup(v) for k, v in plots.items()}
-    drawn = figures.training(found.epochs) if found.epochs else {}
+    drawn = figures.training_curves(found.epochs) if found.epochs else {}
     marked["training"] = {caption: Markup(svg) for caption, svg in drawn.items()}
     metrics = found.evaluation.metrics
     return {
