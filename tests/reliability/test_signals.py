@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import torchvision, onnx, onnxscript, sklearn.linear_model, pycocotools.coco  # once, for all
+import captum.attr, jinja2, matplotlib.figure
 from tests.reliability.jobs import ended, jobs, started
 
 sources, folder, tries = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
