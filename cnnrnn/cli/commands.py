@@ -638,15 +638,18 @@ def run_suggest(options: Namespace) -> int:
 
 def run_explain(options: Namespace) -> int:
     """Draw where the steps of an image's path come from."""
-    from cnnrnn.inspection.explain import explain
+    from cnnrnn.inspection.explain import STEPS, explain
     from cnnrnn.inspection.explain_figure import require_drawable
 
+    if options.steps is not None and options.method != "integrated_gradients":
+        raise ValueError(f"--steps is for --method integrated_gradients, got {options.method}")
     require_folder("out", options.out)
     require_drawable(Path(options.out))  # before what may take minutes
     found = explain(
         options.image, options.model, method=options.method, label=options.label,
         path=options.path, known=options.known, absent=options.absent, window=options.window,
-        steps=options.steps, device=options.device, max_pixels=options.max_pixels,
+        steps=STEPS if options.steps is None else options.steps, device=options.device,
+        max_pixels=options.max_pixels,
     )  # fmt: skip
     found.save(options.out)
     for step in found.steps:

@@ -455,7 +455,9 @@ def _explain_parser() -> ArgumentParser:
         "--window", type=int | None,
         help="side in pixels of the square that occlusion covers; default: an eighth of the input",
     )  # fmt: skip
-    parser.add_argument("--steps", type=int, default=64, help="points of integrated gradients")
+    parser.add_argument(
+        "--steps", type=int | None, help="points of integrated gradients; default: 64"
+    )
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
     _add_max_pixels(parser)
     return parser

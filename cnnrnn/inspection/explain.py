@@ -166,8 +166,6 @@ def explain(
         )
     if window is not None and method != "occlusion":
         raise ValueError(f"window is for method occlusion, got {window} for {method}")
-    if steps != STEPS and method != "integrated_gradients":
-        raise ValueError(f"steps is for method integrated_gradients, got {steps} for {method}")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     one = _one_model(model, device)
