@@ -39,17 +39,14 @@ def main(arguments: Sequence[str] | None = None, *, ends_at_once: bool = False) 
             compute.
     """
     words = _underscored(sys.argv[1:] if arguments is None else arguments)
-    parser = make_parser("ours")
-    # --print_config ends the parse: it must wait until the preset is known.
-    quiet = [word for word in words if not word.startswith("--print_config")]
-    options = _parsed(parser, quiet)
-    command = options.command
-    if command is None:
-        parser.print_help()
+    try:
+        options = _options(words)
+    except KeyboardInterrupt:
+        print("cnnrnn: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    if options is None:
         return 0
-    if command in RECIPES and options[command].preset == "paper":  # named here or in a config file
-        parser = make_parser("paper")
-    options = _parsed(parser, words)
+    command = options.command
     try:
         with warnings.catch_warnings(), _terminated_like_ctrl_c():
             warnings.showwarning = _show_warning
@@ -88,6 +85,21 @@ def main(arguments: Sequence[str] | None = None, *, ends_at_once: bool = False) 
         if command == "predict" and _can_resume(options) and has_parts(Path(options.predict.out)):
             print("cnnrnn: what is labelled is kept: --resume goes on from there", file=sys.stderr)
         return 1
+
+
+def _options(words: Sequence[str]) -> Namespace | None:
+    """Return the options that words name; None, and print the help, where there is no command."""
+    parser = make_parser("ours")
+    # --print_config ends the parse: it must wait until the preset is known.
+    quiet = [word for word in words if not word.startswith("--print_config")]
+    options = _parsed(parser, quiet)
+    command = options.command
+    if command is None:
+        parser.print_help()
+        return None
+    if command in RECIPES and options[command].preset == "paper":  # named here or in a config file
+        parser = make_parser("paper")
+    return _parsed(parser, words)
 
 
 def run() -> NoReturn:

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import torchvision, onnx, onnxscript, sklearn.linear_model, pycocotools.coco  # once, for all
-import captum.attr, jinja2, matplotlib.figure
+import captum.attr, jinja2, matplotlib.figure, cnnrnn.cli
 from tests.reliability.jobs import ended, jobs, started
 
 sources, folder, name, tries = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
