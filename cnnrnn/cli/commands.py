@@ -469,7 +469,7 @@ def _label_files(
         if sheet is not None:
             sheet.add(prediction)
 
-    out = Path(os.path.realpath(options.out))  # what a link names is replaced, not the link
+    out = Path(options.out)
     identity = _labelling_identity(options, rows, model)
     with _contact_sheet(options) as sheet:
         summary = label_files(
@@ -477,7 +477,7 @@ def _label_files(
             resume=options.resume, progress=terminal_progress, batch_size=options.batch_size,
             each=each, told=["\n".join(names) for names in known] if of_each else None,
         )  # fmt: skip
-    print("\n".join(summary.lines(Path(options.out))), file=sys.stderr)
+    print("\n".join(summary.lines(out)), file=sys.stderr)
 
 
 def _labelling_identity(

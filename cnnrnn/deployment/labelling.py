@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cnnrnn.data import BadImageError
+from cnnrnn.data.files import short
 from cnnrnn.deployment.rows import RowFile, record_of
 from cnnrnn.machine.files import write_whole
 from cnnrnn.machine.lock import alone_in
@@ -128,7 +129,7 @@ def label_files(
     Args:
         paths: of the images.
         predict: labels some of them.
-        out: the file of results, which appears whole at the end.
+        out: the file of results, which appears whole at the end; of a link the file that it names.
         rows: its form.
         identity: what rows must have in common: names with JSON values.
         resume: keep rows of files that are as they were when a former run labelled them, one that
@@ -149,6 +150,7 @@ def label_files(
         InUseError: another process writes to `out`.
         OSError: with the name of the file that cannot be written.
     """
+    out = out.resolve()
     folder = _folder_of(out)
     with alone_in(folder, "labelling"):
         state = _State(folder, out, rows, json.loads(json.dumps(identity)))
@@ -184,8 +186,8 @@ def label_files(
 
 
 def has_parts(out: Path) -> bool:
-    """Whether a run for a file was stopped and left rows."""
-    return any(_folder_of(out).glob("part-[0-9]*"))
+    """Whether a run for a file, or for what a link names, was stopped and left rows."""
+    return any(_folder_of(out.resolve()).glob("part-[0-9]*"))
 
 
 def _folder_of(out: Path) -> Path:
@@ -300,7 +302,7 @@ class _State:
     def _require_same(self, run: dict[str, Any]) -> None:
         former = run["identity"]
         differing = [
-            f"{name} was {former.get(name)!r} and is {self.identity.get(name)!r}"
+            f"{name} was {short(former.get(name))} and is {short(self.identity.get(name))}"
             for name in {**former, **self.identity}
             if former.get(name) != self.identity.get(name)
         ]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Form = Literal["jsonl", "csv", "parquet"]
 SUFFIXES: dict[str, Form] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv",
                              ".parquet": "parquet"}  # fmt: skip
+LARGEST_CELL = 1 << 30
 ROWS_AT_ONCE = 4096
 """Rows of a group of Parquet, which is held in memory while it is written."""
 
@@ -161,12 +162,15 @@ class Csv(RowFile):
 
     def read(self, file: Path) -> Iterator[tuple[str, str | None, list[str]]]:
         """Read rows."""
-        csv.field_size_limit(1 << 30)
-        with _text(file, "r") as stream:
-            rows = csv.reader(stream)
-            next(rows)
-            for cells in rows:
-                yield cells[0], cells[3] or None, cells
+        limit = csv.field_size_limit(LARGEST_CELL)  # of the process, whose tables have their own
+        try:
+            with _text(file, "r") as stream:
+                rows = csv.reader(stream)
+                next(rows)
+                for cells in rows:
+                    yield cells[0], cells[3] or None, cells
+        finally:
+            csv.field_size_limit(limit)
 
 
 class Parquet(RowFile):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import random
@@ -332,6 +333,21 @@ def test_one_process_at_a_time(files, predictions, tmp_path):
     with alone_in(tmp_path / ".out.jsonl.labelling", "labelling"):
         with pytest.raises(InUseError, match="in use by labelling"):
             label_files(files, Labeller(predictions), out, rows, IDENTITY)
+
+
+def test_reading_a_table_leaves_the_limit_of_others(files, predictions, tmp_path):
+    out, rows, limit = tmp_path / "out.csv", Csv(ALL, LABELS), csv.field_size_limit()
+    label_files(files, Labeller(predictions), out, rows, IDENTITY, resume=True)
+    label_files(files, Labeller(predictions), out, rows, IDENTITY, resume=True)
+    assert csv.field_size_limit() == limit
+
+
+def test_long_options_are_cut_in_messages(files, predictions, tmp_path):
+    out, rows = tmp_path / "out.jsonl", JsonLines(ALL, LABELS)
+    label_files(files, Labeller(predictions), out, rows, {"labels": ["a"] * 9999}, resume=True)
+    with pytest.raises(LabellingError) as error:
+        label_files(files, Labeller(predictions), out, rows, {"labels": []}, resume=True)
+    assert len(str(error.value).replace(str(tmp_path), "")) < 400
 
 
 def test_no_files_make_an_empty_table(tmp_path, predictions):

@@ -45,7 +45,7 @@ for number in range(tries):
     out.mkdir()
     which = signal.SIGTERM if number % 2 else signal.SIGINT
     child = begun(out)
-    time.sleep(usual * moments.uniform(0.02, 0.98))
+    time.sleep(usual * (0.3 if tries == 1 else moments.uniform(0.02, 0.98)))
     os.kill(child, which)
     sent = time.perf_counter()
     status = ended(child)
@@ -86,4 +86,4 @@ def test_signals(sources: Path, tmp_path: Path, pytestconfig: pytest.Config, nam
         assert again == 0 or is_complete, said_again
         same_files(tmp_path / "whole", tmp_path / str(number))
     print(f"{name}: {cut_short} of {tries} cut short, the slowest ended in {slowest:.2f} s")
-    assert slowest < LONGEST
+    assert cut_short and slowest < LONGEST

@@ -286,7 +286,7 @@ def find(
         of_scores=reliability(scores[known], targets[known]),
         of_sets=None if log_probs is None else _set_reliability(evaluation, sets, log_probs),
         pairs=pairs(targets, sets & known),
-        sizes=_sizes(evaluation, scores),
+        sizes=_sizes(evaluation, scores, sets),
         mistakes=_mistakes(model, data, evaluation, sets, log_probs),
         images_wrong=int(((sets != targets).any(1) & known.all(1)).sum()),
         images_known=int(known.all(1).sum()),
@@ -392,15 +392,14 @@ def _set_reliability(evaluation: Evaluation, sets: Tensor, log_probs: Tensor) ->
     return reliability(log_probs[whole].exp(), right[whole])
 
 
-def _sizes(evaluation: Evaluation, scores: Tensor) -> dict[str, Tensor]:
-    inference, calibration = evaluation.inference, evaluation.calibration
-    sets = {
-        "true": evaluation.targets,
-        "path": decided_sets("path", inference, scores, calibration),
-        "threshold": decided_sets("threshold", inference, scores, calibration),
+def _sizes(evaluation: Evaluation, scores: Tensor, sets: Tensor) -> dict[str, Tensor]:
+    cut = decided_sets("threshold", evaluation.inference, scores, evaluation.calibration)
+    counts = {
+        name: found.sum(1)
+        for name, found in (("true", evaluation.targets), ("path", sets), ("threshold", cut))
     }
-    most = max(int(found.sum(1).max()) for found in sets.values())
-    return {name: torch.bincount(found.sum(1), minlength=most + 1) for name, found in sets.items()}
+    most = max(int(found.max()) for found in counts.values())
+    return {name: torch.bincount(found, minlength=most + 1) for name, found in counts.items()}
 
 
 def _mistakes(
