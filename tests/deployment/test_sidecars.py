@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cnnrnn.data import DataError
-from cnnrnn.deployment import sidecars
+from cnnrnn.deployment import sidecars, xmp
 from cnnrnn.deployment.sidecars import sidecar_path, write_sidecar
 from tests.data.test_mutations import EDITS, Edit, mutated
 from tests.nobody import as_nobody
@@ -813,8 +813,8 @@ def test_mutated_sidecars(tmp_path, pytestconfig, quick):
             assert file.read_bytes() == old
             assert str(file) in str(error) and "\n" not in str(error)
             if "dc:subject" not in str(error):
-                with pytest.raises(sidecars._Refused):  # not what the splice made is broken
-                    sidecars._parsed(old)
+                with pytest.raises(xmp.Refused):  # not what the splice made is broken
+                    xmp.parsed(old)
             return
         outcomes[outcome] += 1
         new = file.read_bytes()

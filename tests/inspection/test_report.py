@@ -128,9 +128,13 @@ def model():
     return cnnrnn.load(DEMO_MODEL)
 
 
+def found_in(model, data):
+    return findings.find(model, data, model_features(model, data))
+
+
 @pytest.fixture(scope="module")
 def found(model, scenes):
-    return findings.find(model, scenes)
+    return found_in(model, scenes)
 
 
 def test_findings_are_those_of_evaluate_and_of_suspects(model, scenes, found):
@@ -176,7 +180,7 @@ def test_thresholds_mark_what_is_uncalibrated(model, scenes):
     other = cnnrnn.CNNRNN(
         model.config, model.label_space, model.head, model.backbone, model.search, calibration
     )
-    rows = {row.name: row for row in findings.find(other, scenes).labels}
+    rows = {row.name: row for row in found_in(other, scenes).labels}
     marked = [name for name, row in rows.items() if not row.calibrated]
     assert marked == [model.labels[3]]
     assert rows[model.labels[0]].threshold == calibration.label_thresholds[0]
@@ -185,7 +189,7 @@ def test_thresholds_mark_what_is_uncalibrated(model, scenes):
 def test_samples_of_large_data_are_told(model, scenes, tmp_path, monkeypatch):
     monkeypatch.setattr(findings, "SUSPECTS_AMONG", 20)
     monkeypatch.setattr(findings, "KNOWN_AMONG", 30)
-    found = findings.find(model, scenes)
+    found = found_in(model, scenes)
     assert (found.suspects_among, found.known_among) == (20, 30)
     assert all(row.images <= 30 for row in found.known)
     write_report(model, scenes, tmp_path / "r.html")
@@ -263,7 +267,7 @@ def test_an_ensemble(model, scenes, tmp_path):
     ensemble = Ensemble([model, model])
     write_report(ensemble, scenes, tmp_path / "r.html")
     assert "joint spaces of their own" in (tmp_path / "r.html").read_text()
-    one, both = findings.find(model, scenes), findings.find(ensemble, scenes)
+    one, both = found_in(model, scenes), found_in(ensemble, scenes)
     assert one.of_sets is not None and both.of_sets is not None
     assert math.isclose(one.of_sets.error, both.of_sets.error, abs_tol=1e-4)
     assert [row.name for row in one.mistakes] == [row.name for row in both.mistakes]
@@ -277,7 +281,7 @@ def test_another_order(model, scenes, tmp_path):
     write_report(other, scenes, tmp_path / "r.html")
     text = (tmp_path / "r.html").read_text()
     assert "Suspected labels need" in text and "Sets have no probability here" in text
-    rows = findings.find(other, scenes).mistakes
+    rows = found_in(other, scenes).mistakes
     assert all(row.p_decided is None for row in rows)
     wrong = [len(row.missed) + len(row.wrong) for row in rows]
     assert wrong == sorted(wrong, reverse=True)
@@ -289,7 +293,7 @@ def test_probabilities_are_of_the_decided_set(model, scenes):
     other = cnnrnn.CNNRNN(
         model.config, model.label_space, model.head, model.backbone, model.search, calibration
     )
-    for row in findings.find(other, scenes).mistakes:
+    for row in found_in(other, scenes).mistakes:
         decided = {*row.found, *row.wrong}
         assert len(decided) >= 6
         (index,) = [i for i in range(len(scenes)) if scenes.record_name(i) == row.name]
@@ -333,7 +337,7 @@ def test_unknown_labels_count_nowhere(model, scenes):
         unknown_indptr=counts.astype(np.int64),
         unknown_indices=np.full(len(scenes), column, dtype=np.int32),
     )
-    found = findings.find(model, hidden)
+    found = found_in(model, hidden)
     row = next(row for row in found.labels if row.name == "sky")
     assert row.positives == 0 and math.isnan(row.ap) and not len(row.curve)
     assert found.mistakes == []  # no set is known whole

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cnnrnn.config import Backend, OnBadImage, SearchDevice
 from cnnrnn.data import Dataset
+from cnnrnn.evaluation import model_features
 from cnnrnn.inspection.report.findings import find
 from cnnrnn.inspection.report.page import report_values, write_page
 from cnnrnn.machine.extras import from_extra
@@ -66,9 +67,10 @@ def write_report(
         OSError: the page cannot be written.
     """
     require_report()
-    found = find(
-        model, dataset, log=log, cache=cache, backend=backend, search_device=search_device,
-        batch_size=batch_size, workers=workers, on_bad_image=on_bad_image, progress=progress,
+    features = model_features(
+        model, dataset, cache=cache, backend=backend, batch_size=batch_size, workers=workers,
+        on_bad_image=on_bad_image, progress=progress,
     )  # fmt: skip
+    found = find(model, dataset, features, log=log, search_device=search_device)
     values = report_values(found, model.labels, remarks or [])
     write_page(Path(file), "report.html.j2", title or f"Report on {dataset.source}", values)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnnrnn.config import Backend, OnBadImage, SearchDevice
+from cnnrnn.config import SearchDevice
 from cnnrnn.data import Dataset
 from cnnrnn.data.thumbnails import thumbnail_uri
 from cnnrnn.evaluation import (
@@ -20,7 +20,6 @@ from cnnrnn.evaluation import (
     evaluate_features,
     measure_others,
     model_columns,
-    model_features,
 )
 from cnnrnn.inspection.report.statistics import (
     Pairs,
@@ -31,7 +30,6 @@ from cnnrnn.inspection.report.statistics import (
     reliability,
 )
 from cnnrnn.inspection.suspects import Suspects, find_suspects
-from cnnrnn.machine.progress import Progress, no_progress
 from cnnrnn.metrics import per_label_metrics
 from cnnrnn.model.classifier import CNNRNN
 from cnnrnn.model.ensemble import Ensemble
@@ -212,37 +210,23 @@ class Findings:
 def find(
     model: CNNRNN | Ensemble,
     dataset: Dataset,
+    features: Features,
     *,
     log: Path | None = None,
-    cache: Path | None = None,
-    backend: Backend | None = None,
     search_device: SearchDevice = "auto",
-    batch_size: int = 128,
-    workers: int | None = None,
-    on_bad_image: OnBadImage = "error",
-    progress: Progress = no_progress,
 ) -> Findings:
     """Measure a model for a report.
 
     Args:
         model: where its weights are decides the device.
         dataset: as in `evaluate`.
+        features: what `model_features` returns of it.
         log: the `log.jsonl` of the run, or None.
-        cache: folder that keeps features of images; None for none.
-        backend: as in `evaluate`.
         search_device: as in `evaluate`.
-        batch_size: as in `evaluate`.
-        workers: as in `evaluate`.
-        on_bad_image: as in `evaluate`.
-        progress: as in `evaluate`.
 
     Raises:
         DataError: as in `evaluate`.
     """
-    features = model_features(
-        model, dataset, cache=cache, backend=backend, batch_size=batch_size, workers=workers,
-        on_bad_image=on_bad_image, progress=progress,
-    )  # fmt: skip
     evaluation = evaluate_features(model, dataset, features, search_device=search_device)
     data = dataset if len(features.kept) == len(dataset) else dataset.select(features.kept)
     features = Features(features.values, np.arange(len(data)))
